@@ -1,0 +1,203 @@
+"""Frozen dataclasses from YAML and back, strictly: nothing is ignored, converted or filled in silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+T = TypeVar("T")
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
+    """Build a config from plain data, as YAML gives it.
+
+    Args:
+        cls: a frozen dataclass whose fields are bool, int, float, str, Path, Literal, a tuple of those,
+            another config, or one of these | None.
+        data: one key per field; fields with a default may be left out.
+        at: where in the file `data` stands ("optim"), for messages.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value that the config itself refuses.
+        TypeError: a value of the wrong type; nothing is converted but int to float and text to Path.
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{at or cls.__name__} must be a mapping of keys, got {data!r} ({_type_name(data)})")
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+            raise ValueError(f"unknown key {_join(at, key)}; {hint}")
+    required = [
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [_join(at, name) for name in required if name not in data]:
+        raise ValueError(f"missing key {', '.join(missing)}; it has no default")
+    return cls(**{key: _convert(hints[key], value, _join(at, key)) for key, value in data.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain data of a config: `from_dict(type(config), to_dict(config)) == config`."""
+    return {
+        field.name: _to_plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+    }
+
+
+def load(cls: type[T], path: str | Path) -> T:
+    """Read a config file: its first key `kind` names the class, the others are the fields.
+
+    Args:
+        cls: the config that the caller can use.
+        path: a YAML file, or the name of a preset such as "tokenizer/dinov2-l-d32".
+
+    Raises:
+        FileNotFoundError: neither a file nor a preset.
+        ValueError, TypeError: not YAML, another kind, or any fault that `from_dict` finds.
+    """
+    file = find(path)
+    data = read_yaml(file)
+    kind = data.pop("kind", None)
+    if kind != cls.__name__:
+        raise ValueError(f"{file} is of kind {kind!r}, but a {cls.__name__} is needed here")
+    try:
+        return from_dict(cls, data)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{file}: {error}") from None
+
+
+def save(config: Any, path: Path) -> None:
+    """Write a config as YAML that `load` reads back, whole or not at all."""
+    text = yaml.safe_dump({"kind": type(config).__name__, **to_dict(config)}, sort_keys=False, width=100)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def find(path: str | Path) -> Path:
+    """The file behind a path or the name of a preset.
+
+    Raises:
+        FileNotFoundError: neither; the message lists the presets.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    if (preset := PRESETS / f"{path}.yaml").is_file():
+        return preset
+    presets = sorted(file.relative_to(PRESETS).with_suffix("").as_posix() for file in PRESETS.rglob("*.yaml"))
+    raise FileNotFoundError(f"no config file or preset {str(path)!r}; presets: {', '.join(presets)}")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping.
+    """
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold keys and values, got {_type_name(data)}")
+    return data
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Where two configs of one class differ, one "optim.lr: 0.1 -> 0.2" per field."""
+    a, b = _flatten(to_dict(old)), _flatten(to_dict(new))
+    absent = "(absent)"
+    return [
+        f"{key}: {a.get(key, absent)} -> {b.get(key, absent)}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, absent) != b.get(key, absent)
+    ]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in one mapping")
+        return super().construct_mapping(node, deep)
+
+
+def _convert(hint: Any, value: Any, at: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return _convert(inner, value, at)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool) != any(isinstance(arg, bool) for arg in args):
+            raise ValueError(f"{at} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{at} must be a list, got {value!r} ({_type_name(value)})")
+        inner_types = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(value) != len(inner_types):
+            raise ValueError(f"{at} must hold {len(inner_types)} values, got {len(value)}")
+        return tuple(_convert(t, v, f"{at}[{i}]") for i, (t, v) in enumerate(zip(inner_types, value, strict=True)))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, at)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        message = f"{at} must be {hint.__name__}, got {value!r} ({_type_name(value)})"
+        if hint in (int, float) and isinstance(value, str) and (number := _number(value)) is not None:
+            # YAML 1.1 wants a dot in the mantissa: 2e-4 is text, 2.0e-4 a number.
+            written = repr(number) if "e" not in repr(number) or "." in repr(number) else f"{number:.1e}"
+            message += f"; in YAML write {written}"
+        raise TypeError(message)
+    return value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flatten(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flatten(value, _join(at, key)) if isinstance(value, Mapping) else {_join(at, key): value}
+    return flat
+
+
+def _join(at: str, key: Any) -> str:
+    return f"{at}.{key}" if at else str(key)
+
+
+def _type_name(value: Any) -> str:
+    return type(value).__name__
