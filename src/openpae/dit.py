@@ -1,0 +1,219 @@
+"""LightningDiT: the generator (Sec. 4.1 of arXiv:2605.07915; architecture of arXiv:2501.01423)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openpae.layers import check_heads, rope_2d, rotate, sincos_2d, timestep_features, to_tokens, unpatchify
+
+SIZES = {
+    "s": (12, 384, 6),
+    "b": (12, 768, 12),
+    "l": (24, 1024, 16),
+    "xl": (28, 1152, 16),
+    "1p0b": (24, 1536, 24),
+    "1p6b": (28, 1792, 28),
+}
+"""num_layers, hidden_dim, num_heads of the named sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningDiTConfig:
+    """A generator. The defaults are XL/1 on 32x16x16 latents with the 1,000 classes of ImageNet."""
+
+    latent_dim: int = 32
+    """Latent channels C."""
+    grid_size: int = 16
+    """Side of the latent grid, h = w."""
+    patch_size: int = 1
+    """Latent cells per token and axis."""
+    hidden_dim: int = 1152
+    """Width D."""
+    num_layers: int = 28
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads."""
+    num_classes: int = 1000
+    """Classes K; label K is the null class of classifier-free guidance."""
+    class_dropout: float = 0.1
+    """How often training replaces a label by the null class, in [0, 1]."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys: off in the 80-epoch recipe, on in the 800-epoch one."""
+
+    def __post_init__(self) -> None:
+        if self.grid_size % self.patch_size:
+            raise ValueError(f"patch_size must divide grid_size, got {self.patch_size} and {self.grid_size}")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"class_dropout must lie in [0, 1], got {self.class_dropout}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be >= 1, got {self.num_classes}")
+        check_heads(self.hidden_dim, self.num_heads)
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> LightningDiTConfig:
+        """A config of a named size: s, b, l, xl, 1p0b or 1p6b.
+
+        Raises:
+            ValueError: no such size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
+        num_layers, hidden_dim, num_heads = SIZES[size]
+        return cls(num_layers=num_layers, hidden_dim=hidden_dim, num_heads=num_heads, **changes)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return (self.latent_dim, self.grid_size, self.grid_size)
+
+
+class Attention(nn.Module):
+    """Self-attention with 2-D rotary positions and, if asked for, RMS-normalised queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (B, N, D); cos, sin: (N, D / heads). Returns (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """W3 (silu(W1 x) * W2 x), W1 and W2 in one layer."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D). Returns (..., D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
+class DiTBlock(nn.Module):
+    """Transformer block under adaptive layer norm: c gives shift, scale and gate of both branches (AdaLN-zero).
+
+        x <- x + gate_a Attn(RMSNorm(x) (1 + scale_a) + shift_a)
+        x <- x + gate_m SwiGLU(RMSNorm(x) (1 + scale_m) + shift_m)
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qk_norm=qk_norm)
+        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
+        self.mlp = SwiGLU(dim, int(2 / 3 * 4 * dim))
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (B, N, D); c: silu of the condition, (B, D). Returns (B, N, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, cos, sin)
+        out: Tensor = x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+        return out
+
+
+class LightningDiT(nn.Module):
+    """Velocity of noisy latents: v(x_t, t, class).
+
+    It works on latents normalised per channel; the statistics travel with it as buffers, so that
+    `normalise` and `denormalise` can not be forgotten or taken from another tokenizer.
+
+    Args:
+        config: its sizes.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch, side = config.hidden_dim, config.patch_size, config.grid_size // config.patch_size
+        self.patch_embed = nn.Conv2d(config.latent_dim, dim, patch, stride=patch)
+        self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.class_embed = nn.Embedding(config.num_classes + 1, dim)  # + 1: the null class
+        self.blocks = nn.ModuleList(
+            DiTBlock(dim, config.num_heads, qk_norm=config.qk_norm) for _ in range(config.num_layers)
+        )
+        self.final_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.final_modulation = nn.Linear(dim, 2 * dim)
+        self.to_velocity = nn.Linear(dim, patch * patch * config.latent_dim)
+        self.register_buffer("positions", sincos_2d(side, side, dim)[None], persistent=False)
+        cos, sin = rope_2d(side, side, dim // config.num_heads)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim, 1, 1))
+        self.register_buffer("latent_std", torch.ones(config.latent_dim, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As DiT: Xavier everywhere, and zero where a block or the output would disturb the identity."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        for layer in self.time_mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        # Zero: every block starts as the identity, the velocity as zero (AdaLN-zero).
+        zeros = [block.get_submodule("modulation") for block in self.blocks]
+        for layer in [*zeros, self.final_modulation, self.to_velocity]:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means no class."""
+        return self.config.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Predict the velocity x_1 - x_0.
+
+        Args:
+            x: normalised noisy latents x_t, (B, C, h, w).
+            t: path positions, (B,), 0 = noise, 1 = data.
+            labels: classes, (B,), in [0, K]; K is the null class.
+
+        Returns:
+            Velocity, (B, C, h, w).
+        """
+        h = w = self.config.grid_size // self.config.patch_size
+        tokens = to_tokens(self.patch_embed(x)) + self.positions
+        c = F.silu(self.time_mlp(timestep_features(t)) + self.class_embed(labels))
+        for block in self.blocks:
+            tokens = block(tokens, c, self.rope_cos, self.rope_sin)
+        shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
+        tokens = self.to_velocity(self.final_norm(tokens) * (1 + scale) + shift)
+        return unpatchify(tokens, h, w, self.config.patch_size)
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Take the per-channel mean and standard deviation (C,) of the latents that are to be generated."""
+        self.latent_mean.copy_(mean.view(-1, 1, 1))
+        self.latent_std.copy_(std.view(-1, 1, 1))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Latents as the tokenizer gives them to latents of zero mean and unit variance per channel."""
+        return (z.float() - self.latent_mean) / self.latent_std
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return x.float() * self.latent_std + self.latent_mean

@@ -1,0 +1,70 @@
+"""One measured number, how sure it is, and what it was measured with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The result of one metric."""
+
+    name: str
+    value: float
+    std: float | None = None
+    """Standard deviation of the values that were averaged; None where nothing was."""
+    stderr: float | None = None
+    """Standard error of the value; None where the data gives none."""
+    n: int
+    """How many values, or samples, the number stands on."""
+    over: str = "images"
+    """What n counts: images, repeats, subsets, splits."""
+    settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """Everything else that changes the number."""
+
+    def __str__(self) -> str:
+        error = "" if self.stderr is None else f" +- {self.stderr:.2g}"
+        return f"{self.name} {self.value:.4g}{error} ({self.n} {self.over})"
+
+
+def mean_of(
+    name: str, values: Tensor, settings: Mapping[str, bool | int | float | str], over: str = "images"
+) -> Estimate:
+    """The mean of independent values (N,), with std / sqrt(N) as its standard error.
+
+    One value has no standard error, and neither has a mean that an infinite value (the PSNR of an exact copy)
+    makes infinite.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError(f"{name} needs at least one value, got none")
+    values = values.double()
+    mean = float(values.mean())
+    std = float(values.std()) if n > 1 and math.isfinite(mean) else None
+    return Estimate(
+        name=name,
+        value=mean,
+        std=std,
+        stderr=None if std is None else std / math.sqrt(n),
+        n=n,
+        over=over,
+        settings=settings,
+    )
+
+
+def jackknife_error(estimates: Tensor) -> float:
+    """Standard error of a statistic from its values (G,) with one of G groups left out.
+
+    sqrt((G - 1) / G * sum_g (t_g - mean t)^2)
+    """
+    groups = len(estimates)
+    deviations = estimates.double() - estimates.double().mean()
+    return float(torch.sqrt((groups - 1) / groups * deviations.square().sum()))

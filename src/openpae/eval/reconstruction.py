@@ -1,0 +1,163 @@
+"""How close reconstructions are to their images: PSNR, SSIM, LPIPS. Images: (B, 3, H, W) in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from openpae.eval.estimate import Estimate, mean_of
+
+ImageDistance = Callable[[Tensor, Tensor], Tensor]
+"""Distance of two batches of images, one value per pair: (B,). LPIPS, as a rule."""
+
+SSIM_WINDOW = 11
+"""Side of the Gaussian window of SSIM, in pixels (Wang et al., 2004)."""
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Refuse what is no batch of RGB images in [0, 1].
+
+    Raises:
+        ValueError: wrong shape, type or value range.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+        raise ValueError(f"{name} must be RGB (B, 3, H, W) with B > 0, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be float in [0, 1], got {images.dtype}; divide uint8 images by 255")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+        raise ValueError(
+            f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; clamp a decoder's output, "
+            f"map [-1, 1] by (x + 1) / 2, divide [0, 255] by 255"
+        )
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to the 256 levels that image files hold: uint8, same shape.
+
+    Raises:
+        ValueError: not RGB images in [0, 1].
+    """
+    check_images(images)
+    return (images.float() * 255).round().to(torch.uint8)
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per image in dB: (B,).
+
+        -10 log10(mean (x - y)^2),   data range 1
+
+    Infinite for an exact copy.
+
+    Raises:
+        ValueError: the two are not batches of one shape, RGB in [0, 1].
+    """
+    _check_pair(images, reconstructions)
+    error = (images.double() - reconstructions.double()).square().mean(dim=(1, 2, 3))
+    return -10 * error.log10()
+
+
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity per image (Wang et al., 2004): (B,).
+
+        mean (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_xx + s_yy + C2)),
+        C1 = 0.01^2, C2 = 0.03^2
+
+    Local means m and covariances s (divided by N, not N - 1) under a Gaussian window of 11 x 11 pixels and sigma
+    1.5; the mean runs over the three colours and the places where the window fits. As scikit-image with
+    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`.
+
+    Returns:
+        Values in [-1, 1], 1 for an exact copy.
+
+    Raises:
+        ValueError: the two are not batches of one shape, RGB in [0, 1], or smaller than the window.
+    """
+    _check_pair(images, reconstructions)
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, got {tuple(images.shape[-2:])}")
+    x, y = images.double(), reconstructions.double()
+    mean_x, mean_y = _local_mean(x), _local_mean(y)
+    var_x = _local_mean(x * x) - mean_x**2
+    var_y = _local_mean(y * y) - mean_y**2
+    covariance = _local_mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+class ReconstructionMetrics:
+    """PSNR, SSIM and LPIPS of a stream of pairs, each with its standard error over images.
+
+    Both images are rounded to 256 levels first, so that the numbers are those of the saved files.
+
+    Args:
+        lpips: distance per image, or None to leave LPIPS out.
+    """
+
+    def __init__(self, lpips: ImageDistance | None = None) -> None:
+        self.lpips = lpips
+        self.values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        if lpips is not None:
+            self.values["lpips"] = []
+
+    @torch.no_grad()
+    def update(self, images: Tensor, reconstructions: Tensor) -> None:
+        """Add pairs of images, (B, 3, H, W) in [0, 1] each.
+
+        Raises:
+            ValueError: the two are not batches of one shape, RGB in [0, 1].
+        """
+        _check_pair(images, reconstructions)
+        x, y = (quantize(batch).float() / 255 for batch in (images, reconstructions))
+        self.values["psnr"].append(psnr(x, y).cpu())
+        self.values["ssim"].append(ssim(x, y).cpu())
+        if self.lpips is not None:
+            self.values["lpips"].append(self.lpips(x, y).double().cpu())
+
+    def merge(self, other: ReconstructionMetrics) -> None:
+        """Add the pairs that another process has seen."""
+        for name, values in other.values.items():
+            self.values[name].extend(values)
+
+    def per_image(self) -> dict[str, Tensor]:
+        """Each metric's values in the order of the images: (N,) float64.
+
+        Raises:
+            ValueError: no images were given.
+        """
+        if not self.values["psnr"]:
+            raise ValueError("no reconstructions were given; call update first")
+        return {name: torch.cat(values) for name, values in self.values.items()}
+
+    def compute(self) -> dict[str, Estimate]:
+        """Mean and standard error of each metric: psnr (dB), ssim and, where asked for, lpips.
+
+        Raises:
+            ValueError: no images were given.
+        """
+        return {name: mean_of(name, values, {"quantized": True}) for name, values in self.per_image().items()}
+
+
+def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
+    if images.shape != reconstructions.shape:
+        raise ValueError(
+            f"images and reconstructions must have one shape, got {tuple(images.shape)} "
+            f"and {tuple(reconstructions.shape)}"
+        )
+    check_images(images)
+    check_images(reconstructions, "reconstructions")
+
+
+def _local_mean(x: Tensor) -> Tensor:
+    """Mean under the Gaussian window, where it fits: (B, 3, H, W) to (B, 3, H - 10, W - 10)."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    window = torch.exp(-0.5 * (offsets / 1.5) ** 2)
+    window = window / window.sum()
+    planes = x.flatten(0, 1)[:, None]  # (3 B, 1, H, W)
+    planes = F.conv2d(F.conv2d(planes, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    return planes[:, 0].unflatten(0, x.shape[:2])

@@ -1,0 +1,192 @@
+"""Scores of generated images from features that fit into memory: Inception Score, KID, precision and recall."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openpae.eval.estimate import Estimate
+
+
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Estimate:
+    """Inception Score (Salimans et al., arXiv:1606.03498).
+
+        exp(mean_x KL(p(y|x) || p(y))) = exp(H(mean_x p(y|x)) - mean_x H(p(y|x)))
+
+    Mean over splits of the shuffled samples, with the shuffle of torch-fidelity. The ADM evaluator takes the
+    samples in the order of their file, in splits of 5,000.
+
+    Args:
+        logits: (N, K), of the Inception network without the bias of its last layer.
+        splits: number of splits.
+        seed: of the shuffle.
+
+    Returns:
+        A value in [1, K]; std is that of the splits (divided by their number, as torch-fidelity does).
+
+    Raises:
+        ValueError: fewer samples than splits.
+    """
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"splits must be between 1 and the {len(logits)} samples, got {splits}")
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    p = logits[order.to(logits.device)].double().softmax(dim=1)
+    scores = []
+    for i in range(splits):
+        part = p[i * len(p) // splits : (i + 1) * len(p) // splits]
+        divergence = torch.special.entr(part.mean(0)).sum() - torch.special.entr(part).sum(1).mean()
+        scores.append(math.exp(divergence))
+    std = float(np.std(scores))
+    return Estimate(
+        name="inception_score",
+        value=float(np.mean(scores)),
+        std=std,
+        stderr=std / math.sqrt(splits - 1) if splits > 1 else None,
+        n=splits,
+        over="splits",
+        settings={"samples": len(logits), "seed": seed},
+    )
+
+
+def kid(
+    samples: Tensor, reference: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> Estimate:
+    """Kernel Inception Distance (Binkowski et al., arXiv:1801.01401).
+
+        MMD^2 = sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 sum_{i, j} k(x_i, y_j) / m^2,
+        k(x, y) = (x . y / F + 1)^3
+
+    Unbiased, so that it may be compared between sample counts and may fall below zero. Mean over random subsets
+    of m samples; the same seed draws the same subsets as torch-fidelity.
+
+    Args:
+        samples: features (N, F).
+        reference: features (M, F).
+        subsets: how many subsets.
+        subset_size: m.
+        seed: of the subsets.
+
+    Returns:
+        The mean; std is that of the subsets (divided by their number). The standard error counts the drawing of
+        subsets only, not that of the samples.
+
+    Raises:
+        ValueError: the widths differ, or one set is smaller than a subset.
+    """
+    _check_widths(samples, reference)
+    smaller = min(len(samples), len(reference))
+    if not 2 <= subset_size <= smaller:
+        raise ValueError(
+            f"kid_subset_size must be between 2 and the {smaller} samples of the smaller set, got {subset_size}"
+        )
+    draw = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        # torch-fidelity draws the samples first, then the reference.
+        chosen = torch.from_numpy(draw.choice(len(samples), subset_size, replace=False))
+        x = samples[chosen.to(samples.device)].double()
+        chosen = torch.from_numpy(draw.choice(len(reference), subset_size, replace=False))
+        y = reference[chosen.to(reference.device)].double().to(x.device)
+        within = _sum_off_diagonal(_cubic(x, x)) + _sum_off_diagonal(_cubic(y, y))
+        across = _cubic(x, y).sum() / subset_size**2
+        values.append(float(within / (subset_size * (subset_size - 1)) - 2 * across))
+    std = float(np.std(values))
+    return Estimate(
+        name="kid",
+        value=float(np.mean(values)),
+        std=std,
+        stderr=std / math.sqrt(subsets - 1) if subsets > 1 else None,
+        n=subsets,
+        over="subsets",
+        settings={
+            "subset_size": subset_size,
+            "samples": len(samples),
+            "reference": len(reference),
+            "seed": seed,
+        },
+    )
+
+
+def precision_recall(
+    samples: Tensor, reference: Tensor, *, k: int = 3, block: int = 2048
+) -> tuple[Estimate, Estimate]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv:1904.06991).
+
+        precision = share of samples x with |x - y| <= r_k(y) for some reference y; recall the other way round
+
+    r_k(y) is the distance from y to its k-th nearest neighbour in its own set. Distances are float32 after the
+    mean of the reference is taken off; the ADM evaluator rounds them to float16.
+
+    Args:
+        samples: features (N, F).
+        reference: features (M, F).
+        k: neighbours.
+        block: rows whose distances are held at once; memory is some 4 block max(N, M) bytes.
+
+    Returns:
+        Precision and recall, shares in [0, 1], with the standard error of a share.
+
+    Raises:
+        ValueError: the widths differ, or a set has no k-th neighbour.
+    """
+    _check_widths(samples, reference)
+    if not 1 <= k < min(len(samples), len(reference)):
+        raise ValueError(
+            f"k must be at least 1 and below the sizes of both sets, got k = {k} "
+            f"for {len(samples)} samples and {len(reference)} reference images"
+        )
+    centre = reference.double().mean(0)
+    x = (samples.double() - centre.to(samples.device)).float()
+    y = (reference.double() - centre).float().to(x.device)
+    precise = _covered(x, y, _radii(y, k, block), block)
+    recalled = _covered(y, x, _radii(x, k, block), block)
+    settings = {"k": k, "samples": len(samples), "reference": len(reference)}
+    return _share("precision", precise, settings), _share("recall", recalled, settings)
+
+
+def _check_widths(samples: Tensor, reference: Tensor) -> None:
+    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features must be (N, F) and (M, F) of one width, got {tuple(samples.shape)} "
+            f"and {tuple(reference.shape)}"
+        )
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _sum_off_diagonal(kernel: Tensor) -> Tensor:
+    return kernel.sum() - kernel.trace()
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    products = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)  # |y|^2 - 2 x . y
+    return products.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+def _radii(features: Tensor, k: int, block: int) -> Tensor:
+    """Squared distance of each row to its k-th neighbour: (N,)."""
+    radii = []
+    for start in range(0, len(features), block):
+        rows = features[start : start + block]
+        distances = _squared_distances(rows, features)
+        distances[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 0  # a row's own, first of k + 1
+        radii.append(distances.kthvalue(k + 1, dim=1).values)
+    return torch.cat(radii)
+
+
+def _covered(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> Tensor:
+    """Whether each point lies in the ball of some centre: (N,) bool."""
+    parts = points.split(block)
+    return torch.cat([(_squared_distances(part, centres) <= radii).any(dim=1) for part in parts])
+
+
+def _share(name: str, hits: Tensor, settings: dict[str, bool | int | float | str]) -> Estimate:
+    p, n = float(hits.double().mean()), len(hits)
+    return Estimate(
+        name=name, value=p, stderr=math.sqrt(p * (1 - p) / (n - 1)), n=n, over="images", settings=settings
+    )

@@ -1,0 +1,105 @@
+"""The path between noise and data, and how velocity is learned and followed (Sec. 4 of arXiv:2605.07915).
+
+Position t: 0 = noise, 1 = data. Everything here is a pure function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x_t (B, C, h, w), t (B,)) -> velocity (B, C, h, w)."""
+
+
+def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+    """The straight path between noise x_0 and data x_1: x_t = t x_1 + (1 - t) x_0.
+
+    Args:
+        x_1: data, (B, C, h, w).
+        x_0: noise, (B, C, h, w).
+        t: positions, (B,), in [0, 1].
+    """
+    t = t.view(-1, *[1] * (x_1.ndim - 1))
+    return t * x_1 + (1 - t) * x_0
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move positions towards noise (shift < 1) or data (shift > 1): t' = s t / (1 + (s - 1) t).
+
+    It keeps 0 and 1. The paper trains with s = 0.7 and samples with s = 0.4.
+
+    Raises:
+        ValueError: shift is not positive.
+    """
+    if shift <= 0:
+        raise ValueError(f"shift must be > 0 (1 changes nothing), got {shift}")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def training_times(normal: Tensor, shift: float) -> Tensor:
+    """Positions to train at: logit-normal(0, 1), then shifted.
+
+    Args:
+        normal: standard normal draws, any shape.
+        shift: see `shift_time`.
+    """
+    return shift_time(torch.sigmoid(normal), shift)
+
+
+def velocity_loss(velocity: Tensor, x_1: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+    """The two terms of the generator's loss, added 1:1: mean squared error and cosine distance.
+
+        L = mean (v - (x_1 - x_0))^2 + mean_tokens (1 - cos(v, x_1 - x_0))
+
+    Args:
+        velocity: predicted, (B, C, h, w).
+        x_1: data, (B, C, h, w), constant.
+        x_0: noise, (B, C, h, w), constant.
+
+    Returns:
+        (mse, cosine): scalars; cosine in [0, 2], over the C channels of each token.
+    """
+    target = (x_1 - x_0).float()
+    velocity = velocity.float()
+    mse = (velocity - target).square().mean()
+    cosine = (1 - F.cosine_similarity(velocity, target, dim=1)).mean()
+    return mse, cosine
+
+
+def time_grid(points: int, shift: float) -> Tensor:
+    """Positions from 0 to 1 that an ODE solver visits: (points,), float64; points - 1 steps.
+
+    Raises:
+        ValueError: fewer than two points.
+    """
+    if points < 2:
+        raise ValueError(f"a time grid needs at least 2 points (1 step), got {points}")
+    return shift_time(torch.linspace(0, 1, points, dtype=torch.float64), shift)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance on all channels: v_u + w (v_c - v_u); w = 1 gives v_c."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def euler(velocity: Velocity, x_0: Tensor, times: Tensor) -> Tensor:
+    """Follow dx/dt = v(x, t) from noise to data by Euler steps.
+
+        x <- x + (t_{i+1} - t_i) v(x, t_i)
+
+    Args:
+        velocity: v; called once per step with t (B,) in float32.
+        x_0: noise, (B, C, h, w).
+        times: positions, (T,), as `time_grid` gives them; T - 1 steps.
+
+    Returns:
+        x at times[-1], (B, C, h, w), float32.
+    """
+    x = x_0.float()
+    for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        x = x + (then - now) * velocity(x, torch.full((len(x),), now, device=x.device)).float()
+    return x

@@ -1,0 +1,361 @@
+"""PAE: a frozen VFM, the Detail-Aware Modulator, a latent on the sphere and a ViT decoder (Sec. 3 of the paper)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openpae.encoders import Encoder, EncoderSpec, encoder_spec, load_encoder
+from openpae.layers import (
+    CrossAttention,
+    Mlp,
+    SelfAttention,
+    TransformerBlock,
+    init_vit,
+    resize_positions,
+    sincos_2d,
+    to_grid,
+    to_sphere,
+    to_tokens,
+    unpatchify,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The pixel decoder, a ViT. The paper's sizes: B 768/12/12/3072, L 1024/24/16/4096, XL 1152/28/16/4096."""
+
+    hidden_dim: int = 1024
+    """Width W."""
+    num_layers: int = 24
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads."""
+    mlp_dim: int = 4096
+    """Width inside the MLPs."""
+    patch_size: int = 16
+    """Pixels per token and axis: image_size / patch_size is the side of the latent grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PAEConfig:
+    """A tokenizer. The defaults are the paper's main model: DINOv2-L, 32 channels on 16x16."""
+
+    encoder: str = "dinov2-l"
+    """The VFM, a row of openpae.encoders.ENCODERS."""
+    encoder_source: str | None = None
+    """Hub name or local folder of its weights; null takes the row's own."""
+    image_size: int = 256
+    """Side of the training images in pixels."""
+    latent_dim: int = 32
+    """Latent channels C."""
+    modulator_layers: int = 6
+    """Layers K of the Detail-Aware Modulator."""
+    width: int | None = None
+    """Width of modulator and projectors; null is the VFM's own, as in the paper. Otherwise one linear layer
+    behind the VFM narrows its features (our choice, for sizes that a CPU can train)."""
+    fusion: Literal["modulate", "add", "concat", "finetune"] = "modulate"
+    """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM."""
+    sphere: Literal["token", "sample"] = "token"
+    """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole sample."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The pixel decoder."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.image_size % self.decoder.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of decoder.patch_size, "
+                f"got {self.image_size} and {self.decoder.patch_size}"
+            )
+        for name in ("latent_dim", "width"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.modulator_layers < 0:
+            raise ValueError(f"modulator_layers must be >= 0, got {self.modulator_layers}")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the latent grid, h = w."""
+        return self.image_size // self.decoder.patch_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return (self.latent_dim, self.grid_size, self.grid_size)
+
+
+class ModulatorLayer(nn.Module):
+    """One layer of the modulator: self-attention, cross-attention to the VFM, MLP, each pre-norm and residual.
+
+        d <- d + SA(LN d),   d <- d + CA(LN_q d, LN_kv u),   d <- d + MLP(LN d)
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attn = SelfAttention(dim, num_heads)
+        self.norm_query = nn.LayerNorm(dim)
+        self.norm_context = nn.LayerNorm(dim)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, detail: Tensor, features: Tensor) -> Tensor:
+        """detail d and features u: (B, N, D) each. Returns d: (B, N, D)."""
+        detail = detail + self.self_attn(self.norm_self(detail))
+        detail = detail + self.cross_attn(self.norm_query(detail), self.norm_context(features))
+        out: Tensor = detail + self.mlp(self.norm_mlp(detail))
+        return out
+
+
+class DetailFusion(nn.Module):
+    """Let pixel detail d change frozen features u (last step of the DAM; Table 3b compares the three).
+
+        modulate   LN(u (1 + gamma(d)) + beta(d))    starts at LN(u)
+        add        LN(u + W d)                       starts at LN(u)
+        concat     LN(W [u, d])
+    """
+
+    def __init__(self, dim: int, kind: Literal["modulate", "add", "concat"]) -> None:
+        super().__init__()
+        self.kind = kind
+        inputs, outputs = {"modulate": (dim, 2 * dim), "add": (dim, dim), "concat": (2 * dim, dim)}[kind]
+        self.proj = nn.Linear(inputs, outputs)
+        self.norm = nn.LayerNorm(dim)
+
+    def reset_parameters(self) -> None:
+        """Zero where the fusion is a change of u: training starts at the VFM's own features."""
+        if self.kind != "concat":
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, features: Tensor, detail: Tensor) -> Tensor:
+        """features u and detail d: (B, N, D) each. Returns (B, N, D)."""
+        if self.kind == "modulate":
+            gamma, beta = self.proj(detail).chunk(2, dim=-1)
+            fused = features * (1 + gamma) + beta
+        elif self.kind == "add":
+            fused = features + self.proj(detail)
+        else:
+            fused = self.proj(torch.cat([features, detail], dim=-1))
+        out: Tensor = self.norm(fused)
+        return out
+
+
+class DetailModulator(nn.Module):
+    """Detail-Aware Modulator (DAM): looks at the pixels again, led by the VFM (Sec. 3.1).
+
+    Args:
+        dim: width D.
+        num_heads: attention heads.
+        num_layers: layers K.
+        stride: pixels per token of the VFM's input.
+        grid_size: side of the token grid that the positions are made for; others are interpolated.
+        fusion: how the detail enters the features.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        stride: int,
+        grid_size: int,
+        fusion: Literal["modulate", "add", "concat"],
+    ) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, dim, stride, stride=stride)
+        self.register_buffer("positions", sincos_2d(grid_size, grid_size, dim)[None], persistent=False)
+        self.layers = nn.ModuleList(ModulatorLayer(dim, num_heads) for _ in range(num_layers))
+        self.fusion = DetailFusion(dim, fusion)
+        init_vit(self)
+        self.fusion.reset_parameters()
+
+    def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """pixels as the VFM saw them: (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N, D)."""
+        grid = self.patch_embed(pixels)
+        positions: Tensor = resize_positions(self.positions, *grid.shape[-2:])  # type: ignore[arg-type]
+        detail = to_tokens(grid) + positions
+        for layer in self.layers:
+            detail = layer(detail, features)
+        out: Tensor = self.fusion(features, detail)
+        return out
+
+
+class Projector(nn.Module):
+    """Fused features to latent: self-attention (no residual, no norm), then a 3x3 convolution D -> C."""
+
+    def __init__(self, dim: int, num_heads: int, latent_dim: int) -> None:
+        super().__init__()
+        self.attn = SelfAttention(dim, num_heads, qkv_bias=False)
+        self.to_latent = nn.Conv2d(dim, latent_dim, 3, padding=1)
+        init_vit(self)
+
+    def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """tokens: (B, h w, D). Returns latents before the sphere norm: (B, C, h, w)."""
+        out: Tensor = self.to_latent(to_grid(self.attn(tokens), h, w))
+        return out
+
+
+class Deprojector(nn.Module):
+    """Latent to features, the projector's mirror: a 3x3 convolution C -> D, then self-attention."""
+
+    def __init__(self, dim: int, num_heads: int, latent_dim: int) -> None:
+        super().__init__()
+        self.from_latent = nn.Conv2d(latent_dim, dim, 3, padding=1)
+        self.attn = SelfAttention(dim, num_heads, qkv_bias=False)
+        init_vit(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (B, C, h, w). Returns tokens: (B, h w, D)."""
+        out: Tensor = self.attn(to_tokens(self.from_latent(z)))
+        return out
+
+
+class PixelDecoder(nn.Module):
+    """ViT-MAE style decoder from tokens to normalised pixels.
+
+    Args:
+        dim: width D of the tokens that come in.
+        config: its own sizes.
+        grid_size: side of the token grid that the positions are made for; others are interpolated.
+    """
+
+    def __init__(self, dim: int, config: DecoderConfig, grid_size: int) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.patch_size = config.patch_size
+        self.embed = nn.Linear(dim, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("positions", sincos_2d(grid_size, grid_size, width)[None], persistent=False)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.num_heads, config.mlp_dim, norm_eps=1e-12)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.to_pixels = nn.Linear(width, 3 * config.patch_size**2)
+        init_vit(self)
+
+    def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """tokens: (B, h w, D). Returns normalised pixels: (B, 3, h patch, w patch)."""
+        x = self.embed(tokens) + resize_positions(self.positions, h, w)  # type: ignore[arg-type]
+        # The CLS token carries no position; it goes in front and is dropped behind the last block.
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return unpatchify(self.to_pixels(self.norm(x)[:, 1:]), h, w, self.patch_size)
+
+
+class PAE(nn.Module):
+    """Prior-Aligned AutoEncoder.
+
+    Args:
+        config: its sizes.
+        encoder: the frozen VFM, or a module of your own that satisfies `Encoder`. None builds everything
+            else from the facts of the table: enough to train on cached features, to decode, to count.
+
+    Raises:
+        ValueError: config.encoder names no row of the table and no encoder is given.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: PAEConfig, encoder: Encoder | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.spec: EncoderSpec = encoder_spec(config.encoder) if encoder is None else encoder.spec
+        self.encoder = encoder
+        dim, heads, grid = config.width or self.spec.dim, self.spec.num_heads, config.grid_size
+        self.narrow = nn.Linear(self.spec.dim, dim) if config.width else nn.Identity()
+        self.modulator = (
+            DetailModulator(dim, heads, config.modulator_layers, self.spec.stride, grid, config.fusion)
+            if config.fusion != "finetune"
+            else None
+        )
+        self.projector = Projector(dim, heads, config.latent_dim)
+        self.deprojector = Deprojector(dim, heads, config.latent_dim)
+        self.decoder = PixelDecoder(dim, config.decoder, grid)
+        for name, values in (("mean", self.spec.image_mean), ("std", self.spec.image_std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], (B, 3, H, W), as the VFM wants them: (B, 3, h stride, w stride), normalised.
+
+        Raises:
+            ValueError: H or W is not a multiple of the decoder's patch size.
+        """
+        patch, stride = self.config.decoder.patch_size, self.spec.stride
+        height, width = images.shape[-2:]
+        if images.shape[1] != 3 or height % patch or width % patch:
+            raise ValueError(
+                f"images must be (B, 3, H, W) with H and W multiples of {patch}, got {tuple(images.shape)}"
+            )
+        size = (height // patch * stride, width // patch * stride)
+        if size != (height, width):
+            images = F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False)
+        return (images - self.mean) / self.std
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features H_vfm of images in [0, 1], (B, 3, H, W): (B, N, D).
+
+        Raises:
+            RuntimeError: this tokenizer was built without its encoder.
+        """
+        return self._encoder()(self.preprocess(images))
+
+    def encode(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """Latents z of images; deterministic.
+
+        Args:
+            images: in [0, 1], (B, 3, H, W).
+            features: what `features(images)` gives, (B, N, D), where it is at hand (cached).
+
+        Returns:
+            z, (B, C, h, w), on the sphere: unit root mean square over the channels of each token.
+        """
+        patch = self.config.decoder.patch_size
+        h, w = images.shape[-2] // patch, images.shape[-1] // patch
+        pixels = self.preprocess(images)
+        if features is None:
+            features = self._encoder()(pixels)
+        tokens: Tensor = self.narrow(features)
+        if self.modulator is not None:
+            tokens = self.modulator(pixels, tokens)
+        return to_sphere(self.projector(tokens, h, w), self.config.sphere)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of latents z (B, C, h, w): around [0, 1], not clamped, float32."""
+        tokens = self.deprojector(z)
+        normalised: Tensor = self.decoder(tokens, *z.shape[-2:])
+        return normalised.float() * self.std + self.mean
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], (B, 3, H, W), encoded, decoded and clamped to [0, 1]."""
+        return self.decode(self.encode(images)).clamp(0, 1)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Everything that training changes: all but the frozen VFM."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _encoder(self) -> Encoder:
+        if self.encoder is None:
+            raise RuntimeError(
+                f"this tokenizer was built without its encoder {self.config.encoder!r}, so it needs the features "
+                "beside the images; build it with build_tokenizer(config) or load it with its encoder"
+            )
+        return self.encoder
+
+
+def build_tokenizer(config: PAEConfig) -> PAE:
+    """A new tokenizer with the pretrained VFM that its config names.
+
+    Raises:
+        ValueError, FileNotFoundError: the VFM is unknown, or its weights can not be had.
+    """
+    trainable = config.fusion == "finetune"
+    return PAE(config, load_encoder(config.encoder, config.encoder_source, trainable=trainable))
