@@ -21,7 +21,7 @@ from openpae import config as configs
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.encoders import Encoder, load_encoder
 from openpae.layers import rope_2d, sincos_2d
-from openpae.storage import fingerprint, whole_folder
+from openpae.storage import fingerprint
 from openpae.tokenizer import PAE, PAEConfig
 
 WEIGHTS = "model.safetensors"
@@ -37,24 +37,25 @@ class Identity:
     """Of the frozen encoder (for a tokenizer), or of the tokenizer whose latents it makes (for a generator)."""
 
 
-def save_tokenizer(folder: Path, state: Mapping[str, Tensor], config: PAEConfig, encoder_print: str) -> None:
-    """Write a tokenizer folder, whole or not at all.
+def write_tokenizer(folder: Path, state: Mapping[str, Tensor], config: PAEConfig, encoder_print: str) -> None:
+    """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
 
     Args:
-        folder: where; what stands there is replaced.
+        folder: where.
         state: state dict of a `PAE`; the frozen encoder's weights are left out, they have their own home.
         config: of the tokenizer.
         encoder_print: fingerprint of the encoder, checked when the folder is loaded.
     """
-    own = _own_weights(state, config)
-    _save(folder, own, config, encoder_print, "openpae.load_tokenizer")
+    keep_encoder = config.fusion == "finetune"
+    own = {name: value for name, value in state.items() if keep_encoder or not name.startswith("encoder.")}
+    _write(folder, own, config, encoder_print, "openpae.load_tokenizer")
 
 
-def save_generator(
+def write_generator(
     folder: Path, state: Mapping[str, Tensor], config: LightningDiTConfig, tokenizer_print: str
 ) -> None:
-    """Write a generator folder, whole or not at all; tokenizer_print names the tokenizer of its latents."""
-    _save(folder, state, config, tokenizer_print, "openpae.load_generator")
+    """Write a generator's files into an existing folder; tokenizer_print names the tokenizer of its latents."""
+    _write(folder, state, config, tokenizer_print, "openpae.load_generator")
 
 
 def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False) -> PAE:
@@ -300,13 +301,12 @@ def import_generator(released: Mapping[str, Any], config: LightningDiTConfig) ->
     return model.eval()
 
 
-def _save(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: str, loader: str) -> None:
+def _write(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: str, loader: str) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     identity = {"fingerprint": _print_of(weights, configs.to_dict(config), made_with), "made_with": made_with}
-    with whole_folder(folder) as partial:
-        save_file(weights, partial / WEIGHTS, metadata=identity)
-        configs.save(config, partial / "config.yaml")
-        (partial / "README.md").write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
+    save_file(weights, folder / WEIGHTS, metadata=identity)
+    configs.save(config, folder / "config.yaml")
+    (folder / "README.md").write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
 
 
 def _load(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], Identity]:
@@ -326,11 +326,6 @@ def _print_of(state: Mapping[str, Tensor], config: Mapping[str, Any], made_with:
     # Where the encoder's weights come from is no part of what the model is.
     facts = {key: value for key, value in config.items() if key != "encoder_source"}
     return fingerprint(state, repr(sorted(facts.items())), made_with)
-
-
-def _own_weights(state: Mapping[str, Tensor], config: PAEConfig) -> dict[str, Tensor]:
-    keep_encoder = config.fusion == "finetune"
-    return {name: value for name, value in state.items() if keep_encoder or not name.startswith("encoder.")}
 
 
 def _plain_names(released: Mapping[str, Any], holders: Iterable[str]) -> dict[str, Tensor]:

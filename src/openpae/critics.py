@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -136,9 +136,10 @@ class LPIPS(nn.Module):
             )
         terms = []
         for a, b, head in zip(fa, fb, self.heads, strict=True):
-            # Mean over pixels first, then one dot product over channels: the sums commute.
-            per_channel = (a - b).square().mean(dim=(2, 3))  # (B, C_l)
-            terms.append((per_channel * head).sum(dim=1))
+            # Over pixels first, then over channels: the sums commute. One fused pass over the large maps, and a
+            # sum, not a mean, whose gradient would be written out at full size: memory traffic is half the cost.
+            per_channel = F.mse_loss(a, b, reduction="none").sum(dim=(2, 3))  # (B, C_l)
+            terms.append((per_channel * head).sum(dim=1) / a[0, 0].numel())
         return torch.stack(terms).sum(dim=0)
 
     def deep_features(self, images: Tensor) -> Tensor:
@@ -195,9 +196,9 @@ def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:
 
 
 def _to_unit_length(x: Tensor) -> Tensor:
-    # As published, x / (|x| + 1e-10), but with a gradient of 0 instead of NaN where all channels are 0.
+    # vector_norm, not the root of a sum: its gradient is 0 instead of NaN where all channels are 0.
     x = x.float()
-    return x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-20)
+    return x * (1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
 
 
 def _conv_names(net: LPIPSNet) -> list[str]:
@@ -304,7 +305,6 @@ def _read_arrays(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: the file is no pickle of arrays; nothing in it was run.
     """
-    file: IO[bytes]
     with path.open("rb") as file:
         try:
             arrays = _ArraysOnly(file).load()

@@ -5,53 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from openpae.data.images import (
-    BrokenImage,
-    ImageSource,
-    PackedImages,
-    center_crop,
-    random_bits,
-    shuffled,
-)
+from openpae.data.images import BrokenImage, ImageSource, PackedImages, center_crop
 from openpae.data.shards import Layout, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
-
-
-class LatentBatch(NamedTuple):
-    """Latents of one device batch."""
-
-    latents: Tensor
-    """bfloat16, (B, C, h, w), as the tokenizer gives them."""
-    labels: Tensor
-    """int64, (B,)."""
-
-
-class TrainingLatents(Dataset[LatentBatch]):
-    """Cached latents by position in training, image or its mirror by chance: a pure function of (seed, images seen).
-
-    Args:
-        shards: a latent cache.
-        seed: of order and mirroring.
-    """
-
-    def __init__(self, shards: Shards, *, seed: int) -> None:
-        self.shards, self.seed = shards, seed
-
-    def __getitems__(self, positions: list[int]) -> LatentBatch:
-        """The batch of these positions (images seen before each)."""
-        where = np.asarray(positions, dtype=np.int64)
-        rows = shuffled(where, len(self.shards), self.seed)
-        versions = (random_bits(where, self.seed) % np.uint64(self.shards.shape[0])).astype(np.int64)
-        return LatentBatch(self.shards.gather(rows, versions), torch.from_numpy(self.shards.labels[rows]))
 
 
 def cache_latents(

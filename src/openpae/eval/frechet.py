@@ -182,9 +182,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         values, vectors = torch.linalg.eigh(a.covariance)
         root = vectors * values.clamp(min=0).sqrt()  # A = root root^T
         overlap = _sum_of_roots(root.T @ b.covariance @ root)
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    )
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return max(0.0, float(distance))
 
 

@@ -174,7 +174,9 @@ def _radii(features: Tensor, k: int, block: int) -> Tensor:
     for start in range(0, len(features), block):
         rows = features[start : start + block]
         distances = _squared_distances(rows, features)
-        distances[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 0  # a row's own, first of k + 1
+        distances[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = (
+            0  # a row's own, first of k + 1
+        )
         radii.append(distances.kthvalue(k + 1, dim=1).values)
     return torch.cat(radii)
 

@@ -1,0 +1,78 @@
+"""The order of training data and its chance decisions: pure functions of (seed, images seen)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class StepBatches(Sampler[list[int]]):
+    """Positions of the device batches of steps first, first + 1, ..., last - 1, in order.
+
+    Step s sees positions s G, ..., (s + 1) G - 1 (G the global batch), cut into device batches.
+    """
+
+    def __init__(self, steps: range, global_batch_size: int, device_batch_size: int) -> None:
+        self.steps, self.whole, self.part = steps, global_batch_size, device_batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for start in range(0, self.whole, self.part):
+                yield list(range(step * self.whole + start, step * self.whole + min(start + self.part, self.whole)))
+
+    def __len__(self) -> int:
+        return len(self.steps) * -(-self.whole // self.part)
+
+
+def loader(dataset: Dataset[Any], sampler: StepBatches, num_workers: int, *, pin: bool) -> DataLoader[Any]:
+    """A DataLoader whose dataset makes whole batches (`__getitems__`), in the sampler's order."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=pin,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="spawn" if num_workers else None,
+    )
+
+
+def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Rows at these positions of an endless series of epochs, each a fresh permutation of `count` rows."""
+    epochs, offsets = np.divmod(positions, count)
+    rows = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        rows[chosen] = _permutation(seed, int(epoch), count)[offsets[chosen]]
+    return rows
+
+
+def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """64 random bits per position, a pure function of (seed, position): two rounds of splitmix64."""
+    x = positions.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(0x9E3779B97F4A7C15)
+    for _ in range(2):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return x
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+_LAST_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+
+
+def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    key = (seed, epoch, count)
+    if key not in _LAST_PERMUTATIONS:
+        while len(_LAST_PERMUTATIONS) > 3:  # a batch may span two epochs, and training and evaluation alternate
+            del _LAST_PERMUTATIONS[next(iter(_LAST_PERMUTATIONS))]
+        _LAST_PERMUTATIONS[key] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    return _LAST_PERMUTATIONS[key]

@@ -1,0 +1,174 @@
+"""What training sees: augmented images and cached latents, by position in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from openpae.data.images import BrokenImage, ImageSource, PackedImages, center_crop, crop, resize_shorter
+from openpae.data.order import random_bits, shuffled
+from openpae.data.shards import Shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """The images that a run trains on and is judged by."""
+
+    images: Path
+    """Training images: a folder of class subfolders, a flat folder, or packed images (pae pack)."""
+    evaluation: Path | None = None
+    """Held-out images in either form; null evaluates nothing."""
+    evaluation_images: int = 500
+    """How many of them, from the first on."""
+    augment: Literal["none", "flip", "crop"] = "crop"
+    """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random square, mirrored."""
+    resize: int = 384
+    """Shorter side before the random crop."""
+    skip_broken: bool = False
+    """Put the next readable image in the place of a file that can not be decoded, and name it in the log."""
+    feature_cache: Path | None = None
+    """Folder for the VFM's features of packed images, made on first use; null computes them at every step."""
+
+    def __post_init__(self) -> None:
+        if self.feature_cache is not None and self.augment == "crop":
+            raise ValueError("data.feature_cache needs data.augment none or flip: random crops can not be cached")
+        if self.evaluation_images < 1:
+            raise ValueError(f"data.evaluation_images must be >= 1, got {self.evaluation_images}")
+
+
+class ImageBatch(NamedTuple):
+    """Images of one device batch."""
+
+    images: Tensor
+    """uint8, (B, 3, S, S)."""
+    labels: Tensor
+    """int64, (B,)."""
+    features: Tensor | None = None
+    """Cached VFM features, float16, (B, N, D)."""
+    skipped: tuple[str, ...] = ()
+    """Broken files whose places others took."""
+
+
+class TrainingImages(Dataset[ImageBatch]):
+    """Augmented images by position in training: a pure function of (seed, images seen).
+
+    Args:
+        source: where they come from.
+        size: side S of what comes out.
+        seed: of order and augmentation.
+        augment: "none" centre-crops; "flip" also mirrors half of them; "crop" scales the shorter side
+            to `resize`, cuts a random square and mirrors half of them.
+        resize: see "crop".
+        skip_broken: put the next readable image in the place of a broken one, and say so.
+        features: cached VFM features of a packed source, one row an image.
+
+    Raises:
+        ValueError: resize is smaller than size, or features are asked for that do not fit source and augmentation.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        size: int,
+        seed: int,
+        augment: Literal["none", "flip", "crop"] = "none",
+        resize: int | None = None,
+        skip_broken: bool = False,
+        features: Shards | None = None,
+    ) -> None:
+        if augment == "crop" and (resize is None or resize < size):
+            raise ValueError(f"augment 'crop' needs resize >= {size}, got {resize}")
+        if features is not None:
+            check_features(features, source, augment)
+        self.source, self.size, self.seed = source, size, seed
+        self.augment, self.resize = augment, resize
+        self.skip_broken, self.features = skip_broken, features
+
+    def __getitems__(self, positions: list[int]) -> ImageBatch:
+        """The batch of these positions (images seen before each)."""
+        where = np.asarray(positions, dtype=np.int64)
+        rows = shuffled(where, len(self.source), self.seed)
+        bits = random_bits(where, self.seed)
+        flips = (bits & 1).astype(bool) if self.augment != "none" else np.zeros(len(where), dtype=bool)
+        packed = isinstance(self.source, PackedImages) and self.source.image_size == self.size
+        skipped: list[str] = []
+        if packed and self.augment != "crop":
+            assert isinstance(self.source, PackedImages)  # for the type checker: `packed` says so
+            images = self.source.shards.gather(rows)
+        else:
+            taken = [self._read(int(row), int(bit), skipped) for row, bit in zip(rows, bits, strict=True)]
+            rows = np.array([row for row, _ in taken])
+            images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
+        turn = torch.from_numpy(flips)
+        images = torch.where(turn.view(-1, 1, 1, 1), images.flip(-1), images) if flips.any() else images
+        features = None if self.features is None else self.features.gather(rows, flips.astype(np.int64))
+        return ImageBatch(images, torch.from_numpy(self.source.labels[rows]), features, tuple(skipped))
+
+    def _read(self, row: int, bits: int, skipped: list[str]) -> tuple[int, NDArray[np.uint8]]:
+        for offset in range(len(self.source)):
+            index = (row + offset) % len(self.source)
+            try:
+                return index, self._cut(self.source.read(index), bits)
+            except BrokenImage as error:
+                if not self.skip_broken:
+                    raise BrokenImage(f"{error}; remove the file, or pass --data.skip-broken") from None
+                skipped.append(str(error))
+        raise BrokenImage(f"not one of the {len(self.source)} images can be decoded; the last: {skipped[-1]}")
+
+    def _cut(self, image: Image.Image, bits: int) -> NDArray[np.uint8]:
+        if self.augment != "crop":
+            return center_crop(image, self.size)
+        image = resize_shorter(image, self.resize or self.size)
+        # Two numbers in [0, 1) from bits that the flip does not use.
+        across, down = ((bits >> shift) % 2**20 / 2**20 for shift in (8, 32))
+        left, top = int(across * (image.width - self.size + 1)), int(down * (image.height - self.size + 1))
+        return crop(image, self.size, left, top)
+
+
+class LatentBatch(NamedTuple):
+    """Latents of one device batch."""
+
+    latents: Tensor
+    """bfloat16, (B, C, h, w), as the tokenizer gives them."""
+    labels: Tensor
+    """int64, (B,)."""
+
+
+class TrainingLatents(Dataset[LatentBatch]):
+    """Cached latents by position in training, image or its mirror by chance: a pure function of (seed, images seen).
+
+    Args:
+        shards: a latent cache.
+        seed: of order and mirroring.
+    """
+
+    def __init__(self, shards: Shards, *, seed: int) -> None:
+        self.shards, self.seed = shards, seed
+
+    def __getitems__(self, positions: list[int]) -> LatentBatch:
+        """The batch of these positions (images seen before each)."""
+        where = np.asarray(positions, dtype=np.int64)
+        rows = shuffled(where, len(self.shards), self.seed)
+        versions = (random_bits(where, self.seed) % np.uint64(self.shards.shape[0])).astype(np.int64)
+        return LatentBatch(self.shards.gather(rows, versions), torch.from_numpy(self.shards.labels[rows]))
+
+
+def check_features(features: Shards, source: ImageSource, augment: str) -> None:
+    """Raise ValueError unless cached features belong to this source and augmentation."""
+    if not isinstance(source, PackedImages):
+        raise ValueError("cached features need packed images (pae pack), so that row and image stay together")
+    if augment == "crop":
+        raise ValueError("cached features know no random crops; use augment 'none' or 'flip'")
+    if features.attributes["images"] != source.fingerprint() or len(features) != len(source):
+        raise ValueError(f"the features in {features.folder} are not those of the images in {source.shards.folder}")
+    if augment == "flip" and features.shape[0] < 2:
+        raise ValueError(f"the features in {features.folder} lack the mirrored images; cache them with flips")

@@ -1,0 +1,241 @@
+"""Networks whose features decide how far generated images are from real ones: one protocol, four of them.
+
+Distances of different extractors must never be compared; every result therefore carries the extractor's name and
+the fingerprint of its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openpae.assets import fetch
+from openpae.checkpoint import load_strict, read_tensors
+from openpae.encoders import IMAGENET_MEAN, IMAGENET_STD
+from openpae.eval.inception import Inception2015
+from openpae.eval.reconstruction import quantize
+from openpae.storage import fingerprint
+
+INCEPTION = "inception-2015"
+"""Name of the extractor that published FID, sFID and IS rest on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What an extractor says about B images."""
+
+    pooled: Tensor
+    """(B, F); Frechet distance, KID, precision and recall."""
+    spatial: Tensor | None = None
+    """(B, S), where the extractor defines them; spatial Frechet distance (sFID)."""
+    logits: Tensor | None = None
+    """(B, K), where it classifies; Inception Score."""
+
+
+class FeatureExtractor(Protocol):
+    """A frozen network and how images are brought to it."""
+
+    @property
+    def name(self) -> str:
+        """Names the architecture, the layer and the preprocessing."""
+        ...
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of the weights."""
+        ...
+
+    def features(self, images: Tensor) -> Features:
+        """Features of images (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+class InceptionFeatures(nn.Module):
+    """The extractor of FID: images rounded to 256 levels, resized as TensorFlow 1 does.
+
+    Args:
+        network: with weights.
+    """
+
+    name = INCEPTION
+
+    def __init__(self, network: Inception2015) -> None:
+        super().__init__()
+        self.network = network
+        self.weights = fingerprint(network.state_dict())
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 2048), spatial (B, 2023), logits (B, 1008)."""
+        pooled, spatial, logits = self.network(quantize(images))
+        return Features(pooled=pooled, spatial=spatial, logits=logits)
+
+
+class EfficientNetFeatures(nn.Module):
+    """Head of EfficientNet-Lite0 (ImageNet-1k), pooled: the extractor that registry packages offer.
+
+    Images are resized to 128 (bicubic with low-pass, clamped to [0, 1]) and mapped by (255 x - 127) / 128. Distances
+    are not comparable with published FID.
+
+    Args:
+        network: an `EfficientNet` of the efficientnet_lite_pytorch package.
+    """
+
+    name = "efficientnet-lite0-head-128"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.weights = fingerprint(network.state_dict())
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 1280)."""
+        pixels = (255 * _resize(images, 128) - 127) / 128
+        grid: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
+        return Features(pooled=grid.mean(dim=(2, 3)))
+
+
+class DeepFeatures(Protocol):
+    """What `VggFeatures` needs of the LPIPS network."""
+
+    def deep_features(self, images: Tensor) -> Tensor:
+        """Pooled features of the last layer, (B, 512), of images (B, 3, H, W) in [0, 1]."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights."""
+        ...
+
+
+class VggFeatures:
+    """relu5_3 of VGG16, pooled, at the images' own size. Not comparable with published FID.
+
+    Args:
+        lpips: the LPIPS network of `openpae.critics` with VGG16 inside.
+    """
+
+    name = "vgg16-relu5_3"
+
+    def __init__(self, lpips: DeepFeatures) -> None:
+        self.lpips = lpips
+        self.weights = fingerprint(lpips.state_dict())
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 512)."""
+        return Features(pooled=self.lpips.deep_features(images))
+
+
+class DinoFeatures(nn.Module):
+    """The CLS token of DINOv2 after its last norm, images resized to 224 (FD-DINOv2, Stein et al., arXiv:2306.04675).
+
+    Args:
+        backbone: a model of the transformers package that gives `last_hidden_state` with the CLS token first.
+        source: where its weights came from; becomes part of the name.
+        image_size: side to which images are resized (bicubic with low-pass, clamped to [0, 1]).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, source: str, image_size: int = 224) -> None:
+        super().__init__()
+        self.name = f"{source}-cls-{image_size}"
+        self.image_size = image_size
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.weights = fingerprint(backbone.state_dict())
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """images in [0, 1]: (B, 3, H, W). Returns pooled (B, D)."""
+        pixels = (_resize(images, self.image_size) - self.mean) / self.std
+        return Features(pooled=self.backbone(pixels).last_hidden_state[:, 0])
+
+
+def load_inception(file: Path) -> InceptionFeatures:
+    """The Inception extractor with weights from a file.
+
+    Args:
+        file: pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity (they are the same weights), or
+            these tensors as safetensors.
+
+    Raises:
+        FileNotFoundError: no such file; the message says where to get it.
+        ValueError: other weights.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no Inception weights at {file}; download pt_inception-2015-12-05-6726825d.pth from "
+            f"https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
+        )
+    network = Inception2015()
+    counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+    # Batch counters play no part in evaluation, and some files leave them out.
+    load_strict(network, {**read_tensors(file), **counters}, f"Inception weights in {file}")
+    return InceptionFeatures(network)
+
+
+def load_efficientnet() -> EfficientNetFeatures:
+    """The EfficientNet-Lite0 extractor with the weights of the registry package.
+
+    Raises:
+        FileNotFoundError: the package can not be had.
+    """
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    (file,) = fetch("efficientnet-lite0").rglob("*.pth")
+    load_strict(network, read_tensors(file), f"weights in {file}")
+    return EfficientNetFeatures(network)
+
+
+def load_dinov2(source: str = "facebook/dinov2-large") -> DinoFeatures:
+    """The DINOv2 extractor; FD-DINOv2 as published takes the large one.
+
+    Args:
+        source: hub name or local folder.
+
+    Raises:
+        FileNotFoundError: the weights can not be had.
+        ValueError: the weights do not fit a DINOv2 model.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(source, output_loading_info=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no DINOv2 weights at {source!r}; give a local folder or a hub name that can be reached "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if faults := sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]):
+        raise ValueError(f"weights at {source!r} do not fit {type(model).__name__}: {', '.join(faults[:5])}")
+    return DinoFeatures(model, Path(source).name)
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Bicubic with low-pass, as Pillow does, so that large images do not alias; overshoot is clamped."""
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp(0, 1)

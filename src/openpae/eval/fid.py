@@ -1,0 +1,242 @@
+"""All metrics of generated (or reconstructed) images against a reference, from one pass over the images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openpae.eval.estimate import Estimate
+from openpae.eval.extractors import FeatureExtractor
+from openpae.eval.frechet import Gaussian, frechet_distance, gaussian_of
+from openpae.eval.reference import FeatureSet, Reference
+from openpae.eval.scores import inception_score, kid, precision_recall
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Settings of the metrics of generated images; the defaults are those of the field."""
+
+    k: int = 3
+    """Neighbours that span the manifolds of precision and recall."""
+    kid_subsets: int = 100
+    """Random subsets over which KID is averaged."""
+    kid_subset_size: int = 1000
+    """Samples per subset."""
+    splits: int = 10
+    """Splits over which the Inception Score is averaged."""
+    seed: int = 2020
+    """Of the subsets and splits; torch-fidelity's."""
+    min_samples: int = 10_000
+    """Fewer samples than this are measured with a warning: the Frechet distance is then much too large."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("k", 1),
+            ("kid_subsets", 1),
+            ("kid_subset_size", 2),
+            ("splits", 1),
+            ("min_samples", 2),
+        ):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationMetrics:
+    """The result of one evaluation, with what disputes about FID are about."""
+
+    metrics: Mapping[str, Estimate]
+    """frechet, and where they are defined spatial_frechet, inception_score, kid, precision, recall."""
+    undefined: Mapping[str, str]
+    """Each metric that is missing, and why."""
+    n: int
+    """Samples."""
+    duplicates: int
+    """Samples that equal an earlier one pixel by pixel."""
+    image_size: tuple[int, int]
+    samples_sha256: str
+    extractor: str
+    weights: str
+    reference: str
+    reference_sha256: str
+    reference_n: int | None
+    """Images behind the reference's statistics; None where its file does not say."""
+
+
+class Evaluation:
+    """Feed images, get every metric.
+
+    Args:
+        extractor: the one that made the reference.
+        reference: what to compare with.
+        config: settings of the metrics.
+
+    Raises:
+        ValueError: the reference was made by another extractor or other weights.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, reference: Reference, config: EvaluationConfig) -> None:
+        if reference.extractor != extractor.name or reference.weights not in ("", extractor.weights):
+            raise ValueError(
+                f"the reference was made by {reference.extractor} with weights {reference.weights or 'unknown'}, "
+                f"but the samples are measured by {extractor.name} with {extractor.weights}"
+            )
+        self.reference = reference
+        self.config = config
+        self.samples = FeatureSet(extractor)
+
+    def update(self, images: Tensor, index: Tensor | None = None) -> None:
+        """Add a batch of images (B, 3, H, W) in [0, 1]; see `FeatureSet.update`.
+
+        Raises:
+            ValueError: not RGB images in [0, 1], or not of the reference's size.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        if self.reference.image_size not in (None, size):
+            raise ValueError(
+                f"samples must have the size of the reference, {self.reference.image_size}, got {size}; "
+                f"resize one of the two first, both would change the distance silently"
+            )
+        self.samples.update(images, None if index is None else index.tolist())
+
+    def merge(self, other: Evaluation) -> None:
+        """Add the samples that another process has seen.
+
+        Raises:
+            ValueError: see `FeatureSet.merge`.
+        """
+        self.samples.merge(other.samples)
+
+    def compute(self) -> GenerationMetrics:
+        """All metrics of the images so far.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        samples, reference = self.samples, self.reference
+        if samples.n < 2:
+            raise ValueError(f"a Frechet distance needs at least 2 samples, got {samples.n}")
+        self._warn()
+        metrics = {"frechet": _frechet("frechet", samples.pooled.gaussian(), reference.pooled)}
+        undefined: dict[str, str] = {}
+        self._spatial(metrics, undefined)
+        self._inception_score(metrics, undefined)
+        self._against_features(metrics, undefined)
+        assert samples.image_size is not None
+        return GenerationMetrics(
+            metrics=metrics,
+            undefined=undefined,
+            n=samples.n,
+            duplicates=samples.duplicates(),
+            image_size=samples.image_size,
+            samples_sha256=samples.sha256(),
+            extractor=samples.extractor.name,
+            weights=samples.extractor.weights,
+            reference=reference.name,
+            reference_sha256=reference.sha256,
+            reference_n=reference.pooled.n,
+        )
+
+    def _warn(self) -> None:
+        n, config = self.samples.n, self.config
+        if n < config.min_samples:
+            warnings.warn(
+                f"only {n} samples: the Frechet distance falls with their number and is no published figure below "
+                f"50,000; compare it with the floor of real images at the same number, or use KID "
+                f"(min_samples = {config.min_samples})",
+                stacklevel=3,
+            )
+        if duplicates := self.samples.duplicates():
+            warnings.warn(
+                f"{duplicates} of {n} samples equal an earlier one pixel by pixel; look at seeds and loader",
+                stacklevel=3,
+            )
+
+    def _spatial(self, metrics: dict[str, Estimate], undefined: dict[str, str]) -> None:
+        if self.samples.spatial is None:
+            undefined["spatial_frechet"] = f"{self.samples.extractor.name} has no spatial features"
+        elif self.reference.spatial is None:
+            undefined["spatial_frechet"] = "the reference holds no spatial statistics"
+        else:
+            metrics["spatial_frechet"] = _frechet(
+                "spatial_frechet", self.samples.spatial.gaussian(), self.reference.spatial
+            )
+
+    def _inception_score(self, metrics: dict[str, Estimate], undefined: dict[str, str]) -> None:
+        config, logits = self.config, self.samples.logits()
+        if logits is None:
+            undefined["inception_score"] = f"{self.samples.extractor.name} does not classify"
+        elif len(logits) < config.splits:
+            undefined["inception_score"] = f"{len(logits)} samples are fewer than splits = {config.splits}"
+        else:
+            metrics["inception_score"] = inception_score(logits, splits=config.splits, seed=config.seed)
+
+    def _against_features(self, metrics: dict[str, Estimate], undefined: dict[str, str]) -> None:
+        config, real = self.config, self.reference.features
+        if real is None:
+            for name in ("kid", "precision", "recall"):
+                undefined[name] = "the reference holds statistics only, no images or features"
+            return
+        found = self.samples.features()
+        smaller = min(len(found), len(real))
+        if smaller < config.kid_subset_size:
+            undefined["kid"] = f"{smaller} images are fewer than kid_subset_size = {config.kid_subset_size}"
+        else:
+            metrics["kid"] = kid(
+                found, real, subsets=config.kid_subsets, subset_size=config.kid_subset_size, seed=config.seed
+            )
+        if smaller <= config.k:
+            undefined |= dict.fromkeys(
+                ("precision", "recall"), f"{smaller} images have no neighbour {config.k}"
+            )
+        else:
+            metrics["precision"], metrics["recall"] = precision_recall(found, real, k=config.k)
+
+
+def frechet_floor(features: Tensor, n: int, *, repeats: int = 3, seed: int = 0) -> Estimate:
+    """Frechet distance of real images to real images at a sample count: what a perfect generator would score.
+
+    Args:
+        features: pooled features of real images, (M, F); each repeat draws two disjoint sets of n from them.
+        n: samples per set; that of the evaluation whose distance is judged.
+        repeats: how often to draw.
+        seed: of the draws.
+
+    Returns:
+        The mean; repeats share images, so their spread understates the error where 2 n is close to M.
+
+    Raises:
+        ValueError: n is below 2, or above half of the images.
+    """
+    if not 2 <= n <= len(features) // 2:
+        raise ValueError(
+            f"the floor needs two disjoint sets, so n must be between 2 and {len(features) // 2} "
+            f"(half of {len(features)} images), got {n}"
+        )
+    values = []
+    for repeat in range(repeats):
+        generator = torch.Generator().manual_seed(seed + repeat)
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        first, second = features[order[:n]], features[order[n : 2 * n]]
+        values.append(frechet_distance(gaussian_of(first), gaussian_of(second)))
+    spread = torch.tensor(values, dtype=torch.float64)
+    std = float(spread.std()) if repeats > 1 else None
+    return Estimate(
+        name="frechet_floor",
+        value=float(spread.mean()),
+        std=std,
+        stderr=None if std is None else std / repeats**0.5,
+        n=repeats,
+        over="repeats",
+        settings={"samples": n, "images": len(features), "seed": seed},
+    )
+
+
+def _frechet(name: str, samples: Gaussian, reference: Gaussian) -> Estimate:
+    assert samples.n is not None
+    settings = {} if reference.n is None else {"reference": reference.n}
+    return Estimate(name=name, value=frechet_distance(samples, reference), n=samples.n, settings=settings)

@@ -1,0 +1,144 @@
+"""Stage (c): train LightningDiT on cached latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from openpae.checkpoint import write_generator
+from openpae.data.order import StepBatches, loader
+from openpae.data.shards import Shards
+from openpae.data.training import LatentBatch, TrainingLatents
+from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.flow import interpolate, training_times, velocity_loss
+from openpae.train.engine import Draws, LoopConfig, OptimConfig, Update, adamw, fit, open_run, pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorRun:
+    """One training run of a generator."""
+
+    model: LightningDiTConfig = field(default_factory=LightningDiTConfig)
+    """The generator."""
+    latents: Path
+    """Cached latents (pae cache-latents)."""
+    held_out_latents: Path | None = None
+    """Latents of other images, for the loss that evaluation reports; null evaluates nothing."""
+    time_shift: float = 0.7
+    """Shift of the training positions: t' = s t / (1 + (s - 1) t) of a logit-normal t."""
+    cosine: float = 1.0
+    """Weight of the cosine term beside the mean squared error."""
+    optim: OptimConfig
+    """How it is trained."""
+    loop: LoopConfig
+    """How long it is trained."""
+
+    def __post_init__(self) -> None:
+        if self.time_shift <= 0:
+            raise ValueError(f"time_shift must be > 0 (1 changes nothing), got {self.time_shift}")
+        if self.cosine < 0:
+            raise ValueError(f"cosine must be >= 0 (0 switches it off), got {self.cosine}")
+
+
+class GeneratorTask:
+    """Velocity MSE + cosine distance on the straight path between noise and latent (Sec. 4.1).
+
+    Args:
+        run: the config.
+
+    Raises:
+        ValueError: the latents have another shape or more classes than the model.
+    """
+
+    def __init__(self, run: GeneratorRun) -> None:
+        self.run = run
+        self.device = pick_device(run.loop.device)
+        self.latents = _open_latents(run.latents, run.model)
+        self.held_out = None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
+        if self.held_out and self.held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
+            raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
+        torch.manual_seed(run.loop.seed)
+        self.model = LightningDiT(run.model)
+        self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
+        self.model.to(self.device)
+        self.players: Mapping[str, nn.Module] = {"generator": self.model}
+        self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.model, run.optim)}
+        if run.loop.compile:
+            self.model.compile()
+
+    def batches(self, steps: range) -> Iterable[LatentBatch]:
+        """Device batches of latents, in the order of (seed, images seen)."""
+        loop = self.run.loop
+        sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
+        latents = TrainingLatents(self.latents, seed=loop.seed)
+        return loader(latents, sampler, loop.num_workers, pin=self.device.type == "cuda")
+
+    def updates(self, batch: LatentBatch, draws: Draws, step: int) -> Iterator[Update]:
+        """L = MSE(v, x_1 - x_0) + w (1 - cos(v, x_1 - x_0))."""
+        dropped = draws.uniform("class dropout") < self.run.model.class_dropout
+        labels = torch.where(dropped, self.model.null_label, batch.labels)
+        mse, cosine = self._losses(batch.latents, labels, draws)
+        loss = mse + self.run.cosine * cosine
+        yield Update("generator", loss, {"mse": mse.detach(), "cosine": cosine.detach()})
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The loss's terms on held-out latents, with the same noise and positions every time."""
+        if self.held_out is None:
+            return {}
+        count = min(1024, len(self.held_out))
+        part = self.run.loop.device_batch_size or self.run.loop.global_batch_size
+        sums = {"mse": 0.0, "cosine": 0.0}
+        for start in range(0, count, part):
+            rows = np.arange(start, min(start + part, count))
+            z = self.held_out.gather(rows, np.zeros_like(rows)).to(self.device)
+            labels = torch.from_numpy(self.held_out.labels[rows]).to(self.device)
+            draws = Draws(0, 0, range(start, start + len(rows)), count, self.device)
+            for name, value in zip(sums, self._losses(z, labels, draws), strict=True):
+                sums[name] += value.item() * len(rows) / count
+        return sums
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a generator folder."""
+        write_generator(folder, weights, self.run.model, self.latents.attributes["tokenizer"])
+
+    def _losses(self, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        x_1 = self.model.normalise(z)
+        x_0 = draws.normal("noise", *x_1.shape[1:])
+        t = training_times(draws.normal("t"), self.run.time_shift)
+        velocity = self.model(interpolate(x_1, x_0, t), t, labels)
+        return velocity_loss(velocity, x_1, x_0)
+
+
+def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) -> dict[str, float]:
+    """Train a generator, or go on where an interrupted run of the same folder stopped.
+
+    Args:
+        run: the config; run_dir keeps it and refuses another.
+        run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
+        quiet: no progress bar.
+
+    Returns:
+        The last evaluation.
+    """
+    open_run(run_dir, run)
+    return fit(GeneratorTask(run), run_dir, run.optim, run.loop, quiet=quiet)
+
+
+def _open_latents(folder: Path, model: LightningDiTConfig) -> Shards:
+    shards = Shards(folder, kind="latents")
+    if shards.shape[1:] != model.latent_shape:
+        raise ValueError(
+            f"{folder} holds latents of shape {shards.shape[1:]}, the generator is built for {model.latent_shape}; "
+            "set model.latent_dim and model.grid_size"
+        )
+    if len(shards) and shards.labels.max() >= model.num_classes:
+        raise ValueError(
+            f"{folder} has labels up to {shards.labels.max()}, but model.num_classes is {model.num_classes}"
+        )
+    return shards
