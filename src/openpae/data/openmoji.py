@@ -1,4 +1,4 @@
-"""The quickstart's pictures: OpenMoji emoji (CC BY-SA 4.0) on soft backgrounds, and scenes with exact label maps.
+"""The quickstart's pictures: OpenMoji emoji (CC BY-SA 4.0) on soft backgrounds, and scenes with label maps.
 
 Everything drawn is a pure function of its arguments: the same emoji, seed and index give the same pixels.
 """
@@ -117,7 +117,9 @@ def emoji_catalog(*, skin_tones: bool = False) -> list[Emoji]:
             # OpenMoji leaves the selector "show as a picture" out of the names of single characters.
             svg = files.get(unified) or files.get(unified.replace("-FE0F", ""))
             if svg is None:
-                raise FileNotFoundError(f"{svgs} has no picture of emoji {unified}; delete {svgs.parent} to fetch anew")
+                raise FileNotFoundError(
+                    f"{svgs} has no picture of emoji {unified}; delete {svgs.parent} to fetch anew"
+                )
             catalog.append(
                 Emoji(
                     codepoints=svg.stem,
@@ -135,8 +137,8 @@ def split_catalog(
 ) -> tuple[list[Emoji], list[Emoji]]:
     """Emoji to train on and emoji held out, each in the order of the catalog.
 
-    An emoji's side depends on its own base codepoints alone: its skin tones stay with it, and no other emoji's
-    presence moves it. Man, woman and person of one activity are different emoji and may part.
+    An emoji's side depends on its own base codepoints alone: its skin tones stay with it, and no other
+    emoji's presence moves it. Man, woman and person of one activity are different emoji and may part.
 
     Args:
         catalog: from `emoji_catalog`.
@@ -183,8 +185,8 @@ def render_dataset(
     Args:
         emojis: what to draw, from `emoji_catalog` or `split_catalog`.
         size: side in pixels, >= 16.
-        renders_per_emoji: pictures of each emoji; picture r of emoji e is number e * renders_per_emoji + r, and
-            equals `render_picture(emojis[e], seed=seed, index=r, size=size)`.
+        renders_per_emoji: pictures of each emoji; picture r of emoji e is number e * renders_per_emoji + r,
+            and equals `render_picture(emojis[e], seed=seed, index=r, size=size)`.
         seed: another seed, other pictures.
         progress: show a bar on stderr.
 
@@ -218,6 +220,8 @@ def render_dataset(
 
 def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -> Scene:
     """One scene of two to five emoji that may overlap, with exact panoptic labels.
+
+    An emoji that would hide too much of the others wherever it is tried is left out.
 
     Args:
         emojis: what to choose from.
@@ -264,7 +268,9 @@ def compose_scene(
         layer = _layer(tile, placement, background.width)
         image.paste(layer, (0, 0), layer)
         owner[np.asarray(layer.getchannel("A")) >= 128] = number
-    visible, segments = np.unique(np.append(owner, 0), return_inverse=True)  # the 0: background is always id 0
+    visible, segments = np.unique(
+        np.append(owner, 0), return_inverse=True
+    )  # the 0: background is always id 0
     names = [BACKGROUND, *classes]
     return Scene(
         image=_as_tensor(image),
@@ -376,11 +382,18 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 def _oklch_to_rgb(
     lightness: float | NDArray[np.float64], chroma: float, hue: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
-    """Oklab lightness, chroma and hue (radians) to sRGB bytes (..., 3). Equal numbers look equally light and strong,
-    which HSV does not give. Matrices: B. Ottosson, "A perceptual color space for image processing" (2020)."""
+    """Oklab lightness, chroma and hue (radians) to sRGB bytes, (..., 3).
+
+    Equal numbers look equally light and strong, which HSV does not give. Matrices: B. Ottosson, "A perceptual
+    color space for image processing" (2020).
+    """
     lab = np.stack([lightness + 0 * hue, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     to_lms = np.array(
-        [[1.0, 0.3963377774, 0.2158037573], [1.0, -0.1055613458, -0.0638541728], [1.0, -0.0894841775, -1.2914855480]]
+        [
+            [1.0, 0.3963377774, 0.2158037573],
+            [1.0, -0.1055613458, -0.0638541728],
+            [1.0, -0.0894841775, -1.2914855480],
+        ]
     )
     to_linear = np.array(
         [
@@ -391,7 +404,8 @@ def _oklch_to_rgb(
     )
     linear = np.clip((lab @ to_lms.T) ** 3 @ to_linear.T, 0, 1)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.round(255 * encoded).astype(np.uint8)
+    rgb: NDArray[np.uint8] = np.round(255 * encoded).astype(np.uint8)
+    return rgb
 
 
 def _as_tensor(image: Image.Image) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+Settings = Mapping[str, bool | int | float | str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -24,7 +26,7 @@ class Estimate:
     """How many values, or samples, the number stands on."""
     over: str = "images"
     """What n counts: images, repeats, subsets, splits."""
-    settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     """Everything else that changes the number."""
 
     def __str__(self) -> str:
@@ -32,9 +34,7 @@ class Estimate:
         return f"{self.name} {self.value:.4g}{error} ({self.n} {self.over})"
 
 
-def mean_of(
-    name: str, values: Tensor, settings: Mapping[str, bool | int | float | str], over: str = "images"
-) -> Estimate:
+def mean_of(name: str, values: Tensor, settings: Settings, over: str = "images") -> Estimate:
     """The mean of independent values (N,), with std / sqrt(N) as its standard error.
 
     One value has no standard error, and neither has a mean that an infinite value (the PSNR of an exact copy)

@@ -1,7 +1,7 @@
 """Networks whose features decide how far generated images are from real ones: one protocol, four of them.
 
-Distances of different extractors must never be compared; every result therefore carries the extractor's name and
-the fingerprint of its weights.
+Distances of different extractors must never be compared; every result therefore carries the extractor's name
+and the fingerprint of its weights.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class InceptionFeatures(nn.Module):
 class EfficientNetFeatures(nn.Module):
     """Head of EfficientNet-Lite0 (ImageNet-1k), pooled: the extractor that registry packages offer.
 
-    Images are resized to 128 (bicubic with low-pass, clamped to [0, 1]) and mapped by (255 x - 127) / 128. Distances
-    are not comparable with published FID.
+    Images are resized to 128 (bicubic with low-pass, clamped to [0, 1]) and mapped by (255 x - 127) / 128.
+    Distances are not comparable with published FID.
 
     Args:
         network: an `EfficientNet` of the efficientnet_lite_pytorch package.
@@ -141,7 +141,7 @@ class VggFeatures:
 
 
 class DinoFeatures(nn.Module):
-    """The CLS token of DINOv2 after its last norm, images resized to 224 (FD-DINOv2, Stein et al., arXiv:2306.04675).
+    """The CLS token of DINOv2 after its last norm (FD-DINOv2, Stein et al., arXiv:2306.04675).
 
     Args:
         backbone: a model of the transformers package that gives `last_hidden_state` with the CLS token first.
@@ -176,7 +176,7 @@ def load_inception(file: Path) -> InceptionFeatures:
     """The Inception extractor with weights from a file.
 
     Args:
-        file: pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity (they are the same weights), or
+        file: pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity (the same weights), or
             these tensors as safetensors.
 
     Raises:

@@ -82,8 +82,9 @@ class Evaluation:
     def __init__(self, extractor: FeatureExtractor, reference: Reference, config: EvaluationConfig) -> None:
         if reference.extractor != extractor.name or reference.weights not in ("", extractor.weights):
             raise ValueError(
-                f"the reference was made by {reference.extractor} with weights {reference.weights or 'unknown'}, "
-                f"but the samples are measured by {extractor.name} with {extractor.weights}"
+                f"the reference was made by {reference.extractor} with weights "
+                f"{reference.weights or 'unknown'}, but the samples are measured by {extractor.name} "
+                f"with {extractor.weights}"
             )
         self.reference = reference
         self.config = config
@@ -145,9 +146,8 @@ class Evaluation:
         n, config = self.samples.n, self.config
         if n < config.min_samples:
             warnings.warn(
-                f"only {n} samples: the Frechet distance falls with their number and is no published figure below "
-                f"50,000; compare it with the floor of real images at the same number, or use KID "
-                f"(min_samples = {config.min_samples})",
+                f"only {n} samples (min_samples = {config.min_samples}): the Frechet distance falls as their "
+                f"number grows; compare it with the floor of real images at the same number, or use KID",
                 stacklevel=3,
             )
         if duplicates := self.samples.duplicates():

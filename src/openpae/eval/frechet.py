@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians, and the streaming statistics it needs. Shapes: N samples, F features."""
+"""Frechet distance between Gaussians, and the streaming statistics it needs. N samples, F features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Gaussian:
     n: int | None
     """Samples behind it; None where a statistics file does not say."""
     factor: Tensor | None = None
-    """(n, F) with covariance = factor^T factor, kept where n < F: it is exact where the covariance is singular."""
+    """(n, F) with covariance = factor^T factor, kept where n < F: exact where the covariance is singular."""
 
     def __post_init__(self) -> None:
         features = len(self.mean)
@@ -161,8 +161,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         tr (A B)^(1/2) = sum_i sqrt(eig_i(A^(1/2) B A^(1/2))) = nuclear norm of F_a F_b^T,   A = F_a^T F_a
 
     Only symmetric matrices are decomposed: their eigenvalues are real and stay accurate where a covariance is
-    singular or ill-conditioned, which is where `sqrtm` of the product fails. Sets of fewer samples than features
-    go through their factors, which is faster and exact.
+    singular or ill-conditioned, which is where `sqrtm` of the product fails. Sets of fewer samples than
+    features go through their factors, which is faster and exact.
 
     Returns:
         A number >= 0; what rounding leaves below zero is zero.
@@ -188,4 +188,5 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 def _sum_of_roots(product: Tensor) -> Tensor:
     """Sum of the square roots of the eigenvalues of a positive semi-definite matrix."""
-    return torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    eigenvalues: Tensor = torch.linalg.eigvalsh((product + product.T) / 2)
+    return eigenvalues.clamp(min=0).sqrt().sum()

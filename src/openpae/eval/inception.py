@@ -107,16 +107,16 @@ class MixedC(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        along, across = {"padding": (0, 3)}, {"padding": (3, 0)}
+        along, across = (0, 3), (3, 0)  # paddings
         self.branch1x1 = ConvNormRelu(768, 192, 1)
         self.branch7x7_1 = ConvNormRelu(768, dim, 1)
-        self.branch7x7_2 = ConvNormRelu(dim, dim, (1, 7), **along)
-        self.branch7x7_3 = ConvNormRelu(dim, 192, (7, 1), **across)
+        self.branch7x7_2 = ConvNormRelu(dim, dim, (1, 7), padding=along)
+        self.branch7x7_3 = ConvNormRelu(dim, 192, (7, 1), padding=across)
         self.branch7x7dbl_1 = ConvNormRelu(768, dim, 1)
-        self.branch7x7dbl_2 = ConvNormRelu(dim, dim, (7, 1), **across)
-        self.branch7x7dbl_3 = ConvNormRelu(dim, dim, (1, 7), **along)
-        self.branch7x7dbl_4 = ConvNormRelu(dim, dim, (7, 1), **across)
-        self.branch7x7dbl_5 = ConvNormRelu(dim, 192, (1, 7), **along)
+        self.branch7x7dbl_2 = ConvNormRelu(dim, dim, (7, 1), padding=across)
+        self.branch7x7dbl_3 = ConvNormRelu(dim, dim, (1, 7), padding=along)
+        self.branch7x7dbl_4 = ConvNormRelu(dim, dim, (7, 1), padding=across)
+        self.branch7x7dbl_5 = ConvNormRelu(dim, 192, (1, 7), padding=along)
         self.branch_pool = ConvNormRelu(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class MixedE(nn.Module):
 
 
 class Inception2015(nn.Module):
-    """Inception v3 as the TensorFlow graph of 2015-12-05 has it (1,008 classes), in evaluation mode for good."""
+    """Inception v3 as the TensorFlow graph of 2015-12-05 has it: 1,008 classes, built in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,8 +213,8 @@ class Inception2015(nn.Module):
         """Pooled and spatial features and logits of images with values from 0 to 255: (B, 3, H, W), any size.
 
         Returns:
-            pool_3 (B, 2048); the first 7 channels of mixed_6/conv, (B, 17 * 17 * 7) with channels last, as in the
-            ADM evaluator; logits (B, 1008) without the bias, as Inception Scores are computed.
+            pool_3 (B, 2048); the first 7 channels of mixed_6/conv, (B, 17 * 17 * 7) with channels last, as in
+            the ADM evaluator; logits (B, 1008) without the bias, as Inception Scores are computed.
         """
         x = (resize_bilinear_tf1(pixels.float(), IMAGE_SIZE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))

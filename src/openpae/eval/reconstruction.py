@@ -66,8 +66,8 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
         mean (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_xx + s_yy + C2)),
         C1 = 0.01^2, C2 = 0.03^2
 
-    Local means m and covariances s (divided by N, not N - 1) under a Gaussian window of 11 x 11 pixels and sigma
-    1.5; the mean runs over the three colours and the places where the window fits. As scikit-image with
+    Local means m and covariances s (divided by N, not N - 1) under a Gaussian window of 11 x 11 pixels and
+    sigma 1.5; the mean runs over the three colours and the places where the window fits. As scikit-image with
     `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`.
 
     Returns:
@@ -160,4 +160,4 @@ def _local_mean(x: Tensor) -> Tensor:
     window = window / window.sum()
     planes = x.flatten(0, 1)[:, None]  # (3 B, 1, H, W)
     planes = F.conv2d(F.conv2d(planes, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-    return planes[:, 0].unflatten(0, x.shape[:2])
+    return planes.view(*x.shape[:2], *planes.shape[-2:])

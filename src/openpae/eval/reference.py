@@ -1,4 +1,4 @@
-"""Features of a stream of images, and the references they are compared with (also the ADM files, as they are)."""
+"""Features of a stream of images, and the references they are compared with (ADM files among them)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from openpae.storage import file_hash, whole_file
 class FeatureSet:
     """Features of images that come in batches, from one process or several.
 
-    Statistics are kept in float64, the features themselves in float32 on the CPU (8 KiB an image for Inception).
-    Images are numbered, so that neither the batch size nor the number of processes changes a metric that draws
-    samples. Images are rounded to 256 levels first: the numbers are those of the saved files.
+    Statistics are kept in float64, the features themselves in float32 on the CPU (8 KiB an image for
+    Inception). Images are numbered, so that neither the batch size nor the number of processes changes a
+    metric that draws samples. They are rounded to 256 levels first: the numbers are those of saved files.
 
     Args:
         extractor: gives the features.
@@ -64,8 +64,8 @@ class FeatureSet:
             )
         if images.max() <= 1 / 255:
             warnings.warn(
-                f"all {len(images)} images of a batch are black: their largest value is {float(images.max()):.2g}; "
-                f"were they divided by 255 twice?",
+                f"all {len(images)} images of a batch are black, their largest value is "
+                f"{float(images.max()):.2g}; were they divided by 255 twice?",
                 stacklevel=2,
             )
         start = max(self.index, default=-1) + 1
@@ -203,9 +203,9 @@ def save_reference(reference: Reference, path: Path) -> None:
 def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64) -> Reference:
     """Read an npz reference: an ADM file (statistics, images or both), or one that `save_reference` wrote.
 
-    The ADM files hold mu, sigma (pooled), mu_s, sigma_s (spatial) of the Inception network and, as arr_0, 10,000
-    images (N, H, W, 3). As the ADM evaluator does, statistics are taken from the file where it has them, and the
-    features for precision and recall from its images.
+    The ADM files hold mu, sigma (pooled), mu_s, sigma_s (spatial) of the Inception network and, as arr_0,
+    10,000 images (N, H, W, 3). As the ADM evaluator does, statistics are taken from the file where it has
+    them, and the features for precision and recall from its images.
 
     Args:
         path: the file.
@@ -221,7 +221,8 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
     keys = _keys(path)
     if "mu" not in keys and "arr_0" not in keys:
         raise ValueError(
-            f"{path} must hold mu and sigma, or images as arr_0; it holds: {', '.join(sorted(keys)) or 'nothing'}"
+            f"{path} must hold mu and sigma, or images as arr_0; it holds: "
+            f"{', '.join(sorted(keys)) or 'nothing'}"
         )
     if "facts" in keys:
         return _read_own(path, extractor)
@@ -264,11 +265,11 @@ def npz_images(path: Path, batch_size: int, key: str = "arr_0") -> Iterator[Tens
     if key not in _keys(path):
         raise ValueError(f"{path} holds no {key}; it holds: {', '.join(sorted(_keys(path)))}")
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-        version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+        version = np.lib.format.read_magic(file)
         read_header = (
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
-        shape, in_fortran_order, dtype = read_header(file)  # type: ignore[no-untyped-call]
+        shape, in_fortran_order, dtype = read_header(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or in_fortran_order:
             raise ValueError(f"{key} in {path} must be uint8 images (N, H, W, 3), got {dtype} {shape}")
         for start in range(0, shape[0], batch_size):
@@ -301,8 +302,8 @@ def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
         name, sha256, made_by, weights = (str(fact) for fact in file["facts"])
         if (made_by, weights) != (extractor.name, extractor.weights):
             raise ValueError(
-                f"{path} was made by {made_by} with weights {weights or 'unknown'}, but the samples are measured by "
-                f"{extractor.name} with {extractor.weights}; make the reference again"
+                f"{path} was made by {made_by} with weights {weights or 'unknown'}, but the samples are "
+                f"measured by {extractor.name} with {extractor.weights}; make the reference again"
             )
         n = int(file["n"]) if "n" in file else None
         return Reference(

@@ -1,4 +1,4 @@
-"""Scores of generated images from features that fit into memory: Inception Score, KID, precision and recall."""
+"""Scores of generated images from features in memory: Inception Score, KID, precision and recall."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.eval.estimate import Estimate
+from openpae.eval.estimate import Estimate, Settings
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Estimate:
@@ -59,8 +59,8 @@ def kid(
         MMD^2 = sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 sum_{i, j} k(x_i, y_j) / m^2,
         k(x, y) = (x . y / F + 1)^3
 
-    Unbiased, so that it may be compared between sample counts and may fall below zero. Mean over random subsets
-    of m samples; the same seed draws the same subsets as torch-fidelity.
+    Unbiased, so that it may be compared between sample counts and may fall below zero. Mean over random
+    subsets of m samples; the same seed draws the same subsets as torch-fidelity.
 
     Args:
         samples: features (N, F).
@@ -70,8 +70,8 @@ def kid(
         seed: of the subsets.
 
     Returns:
-        The mean; std is that of the subsets (divided by their number). The standard error counts the drawing of
-        subsets only, not that of the samples.
+        The mean; std is that of the subsets (divided by their number). The standard error counts the drawing
+        of subsets only, not that of the samples.
 
     Raises:
         ValueError: the widths differ, or one set is smaller than a subset.
@@ -80,7 +80,8 @@ def kid(
     smaller = min(len(samples), len(reference))
     if not 2 <= subset_size <= smaller:
         raise ValueError(
-            f"kid_subset_size must be between 2 and the {smaller} samples of the smaller set, got {subset_size}"
+            f"kid_subset_size must be between 2 and the {smaller} samples of the smaller set, "
+            f"got {subset_size}"
         )
     draw = np.random.RandomState(seed)
     values = []
@@ -117,8 +118,8 @@ def precision_recall(
 
         precision = share of samples x with |x - y| <= r_k(y) for some reference y; recall the other way round
 
-    r_k(y) is the distance from y to its k-th nearest neighbour in its own set. Distances are float32 after the
-    mean of the reference is taken off; the ADM evaluator rounds them to float16.
+    r_k(y) is the distance from y to its k-th nearest neighbour in its own set. Distances are float32 after
+    the mean of the reference is taken off; the ADM evaluator rounds them to float16.
 
     Args:
         samples: features (N, F).
@@ -143,7 +144,7 @@ def precision_recall(
     y = (reference.double() - centre).float().to(x.device)
     precise = _covered(x, y, _radii(y, k, block), block)
     recalled = _covered(y, x, _radii(x, k, block), block)
-    settings = {"k": k, "samples": len(samples), "reference": len(reference)}
+    settings: Settings = {"k": k, "samples": len(samples), "reference": len(reference)}
     return _share("precision", precise, settings), _share("recall", recalled, settings)
 
 
@@ -183,11 +184,11 @@ def _radii(features: Tensor, k: int, block: int) -> Tensor:
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> Tensor:
     """Whether each point lies in the ball of some centre: (N,) bool."""
-    parts = points.split(block)
+    parts = torch.split(points, block)
     return torch.cat([(_squared_distances(part, centres) <= radii).any(dim=1) for part in parts])
 
 
-def _share(name: str, hits: Tensor, settings: dict[str, bool | int | float | str]) -> Estimate:
+def _share(name: str, hits: Tensor, settings: Settings) -> Estimate:
     p, n = float(hits.double().mean()), len(hits)
     return Estimate(
         name=name, value=p, stderr=math.sqrt(p * (1 - p) / (n - 1)), n=n, over="images", settings=settings

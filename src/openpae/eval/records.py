@@ -1,0 +1,161 @@
+"""Evaluations as a user runs them, and their records: every number with what it was measured with."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openpae.critics import LPIPS, load_lpips
+from openpae.data.images import ImageSource, center_crop
+from openpae.eval.estimate import Estimate
+from openpae.eval.extractors import FeatureExtractor, VggFeatures, load_dinov2, load_efficientnet
+from openpae.eval.fid import Evaluation, EvaluationConfig, GenerationMetrics, frechet_floor
+from openpae.eval.reconstruction import ReconstructionMetrics
+from openpae.eval.reference import FeatureSet, reference_of
+from openpae.tokenizer import PAE
+
+ExtractorName = Literal["vgg16", "efficientnet-lite0", "dinov2", "random"]
+"""vgg16 (512-d) and efficientnet-lite0 (1,280-d) need no hub; dinov2 is FD-DINOv2; random is for trials."""
+
+
+def load_extractor(name: ExtractorName) -> FeatureExtractor:
+    """A feature extractor with its weights; "random" has fixed random ones and means nothing.
+
+    Raises:
+        FileNotFoundError: the weights can not be had.
+    """
+    if name == "dinov2":
+        return load_dinov2()
+    if name == "efficientnet-lite0":
+        return load_efficientnet()
+    if name == "vgg16":
+        return VggFeatures(load_lpips("vgg"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VggFeatures(LPIPS("vgg"))
+
+
+def source_batches(
+    source: ImageSource, size: int, batch_size: int, indices: Iterable[int] | None = None
+) -> Iterator[Tensor]:
+    """Centre-cropped images of a source, (B, 3, size, size) in [0, 1], in order."""
+    rows = list(range(len(source)) if indices is None else indices)
+    for start in range(0, len(rows), batch_size):
+        pixels = [center_crop(source.read(i), size) for i in rows[start : start + batch_size]]
+        yield torch.from_numpy(np.stack(pixels)).float() / 255
+
+
+def evaluate_reconstruction(
+    tokenizer: PAE,
+    source: ImageSource,
+    *,
+    extractor: FeatureExtractor | None,
+    lpips: LPIPS | None,
+    count: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """PSNR, SSIM, LPIPS, and the Frechet distance of reconstructions to their originals (rFID's kind).
+
+    Args:
+        tokenizer: in evaluation mode.
+        source: images; centre-cropped to the tokenizer's size.
+        extractor: of the Frechet distance; None leaves it out.
+        lpips: None leaves it out.
+        count: images to take, from the first on; None takes all.
+        batch_size: images per forward pass.
+
+    Returns:
+        The record: metric -> value, standard error, n and settings; and what it was measured with.
+    """
+    device = tokenizer.mean.device
+    size = tokenizer.config.image_size
+    pairs = ReconstructionMetrics(lpips)
+    real, decoded = (FeatureSet(extractor), FeatureSet(extractor)) if extractor else (None, None)
+    rows = range(len(source) if count is None else min(count, len(source)))
+    with torch.no_grad():
+        for batch in source_batches(source, size, batch_size, rows):
+            x = batch.to(device)
+            y = tokenizer.reconstruct(x).float()
+            pairs.update(x, y)
+            if real is not None and decoded is not None:
+                real.update(x)
+                decoded.update(y)
+    metrics = pairs.compute()
+    record: dict[str, Any] = {"images": len(rows), "image_size": size, "data": source.fingerprint()}
+    if extractor is not None and real is not None and decoded is not None:
+        result = _compare(decoded, real, source.fingerprint())
+        metrics = metrics | dict(result.metrics)
+        record |= {"extractor": extractor.name, "extractor_weights": extractor.weights}
+    return _record("reconstruction", metrics, record)
+
+
+def evaluate_samples(
+    batches: Iterable[Tensor],
+    source: ImageSource,
+    *,
+    extractor: FeatureExtractor,
+    size: int,
+    batch_size: int = 32,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Frechet distance (gFID's kind), KID, precision and recall of generated images against real ones.
+
+    Beside them stands the floor: the distance of one half of the real images to the other at the samples' count
+    (or at half of the real images, where there are too few).
+
+    Args:
+        batches: generated images, (B, 3, size, size) in [0, 1].
+        source: real images; centre-cropped to `size`.
+        extractor: of the features.
+        size: side of the images.
+        batch_size: real images per forward pass.
+        facts: what else the record should say (sampler, seed, fingerprints).
+    """
+    real, fake = FeatureSet(extractor), FeatureSet(extractor)
+    for batch in source_batches(source, size, batch_size):
+        real.update(batch)
+    for batch in batches:
+        fake.update(batch.cpu())
+    result = _compare(fake, real, source.fingerprint())
+    metrics = dict(result.metrics)
+    if real.n >= 4:
+        metrics["frechet_floor"] = frechet_floor(real.features(), min(fake.n, real.n // 2))
+    record = {
+        "samples": fake.n,
+        "samples_sha256": result.samples_sha256,
+        "duplicates": result.duplicates,
+        "undefined": dict(result.undefined),
+        "reference": source.fingerprint(),
+        "reference_images": real.n,
+        "image_size": size,
+        "extractor": extractor.name,
+        "extractor_weights": extractor.weights,
+        **(facts or {}),
+    }
+    return _record("samples", metrics, record)
+
+
+def _compare(fake: FeatureSet, real: FeatureSet, name: str) -> GenerationMetrics:
+    n = min(fake.n, real.n)
+    # As many as there are: the record says how many, and the floor beside it what that many are worth.
+    config = EvaluationConfig(kid_subset_size=max(2, min(1000, n)), min_samples=2)
+    evaluation = Evaluation(fake.extractor, reference_of(real, name), config)
+    evaluation.samples = fake
+    return evaluation.compute()
+
+
+def _record(kind: str, metrics: Mapping[str, Estimate], facts: Mapping[str, Any]) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("openpae", "torch", "numpy", "pillow")}
+    return {
+        "kind": kind,
+        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()},
+        **facts,
+        "versions": versions | {"python": platform.python_version()},
+    }

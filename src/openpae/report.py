@@ -1,0 +1,175 @@
+"""Self-contained HTML pages: one file that can be mailed, with its pictures and charts inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openpae.storage import whole_file
+
+_STYLE = """
+:root { --ink: #1c2024; --soft: #60646c; --line: #e3e5e8; --paper: #ffffff; --tint: #f6f7f9; --mark: #3b6fd4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #edeef0; --soft: #a0a4ab; --line: #33363b; --paper: #16181b; --tint: #1f2226; --mark: #7ea6f4; }
+  svg { filter: invert(0.9) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1080px; padding: 40px 24px 80px; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px; }
+h2 { font-size: 21px; letter-spacing: -0.01em; margin: 52px 0 12px; padding-top: 18px;
+  border-top: 1px solid var(--line); }
+p { max-width: 74ch; margin: 8px 0 14px; }
+.lead { color: var(--soft); font-size: 17px; }
+.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 24px 0; }
+.card { flex: 1 1 140px; background: var(--tint); border-radius: 10px; padding: 14px 16px; }
+.card b { display: block; font-size: 25px; font-weight: 650; letter-spacing: -0.02em; }
+.card span { color: var(--soft); font-size: 13px; }
+figure { margin: 18px 0 26px; }
+figure img { max-width: 100%; height: auto; border-radius: 8px; display: block; }
+figcaption { color: var(--soft); font-size: 14px; margin-top: 8px; max-width: 80ch; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 18px; }
+.charts svg { width: 100%; height: auto; }
+table { border-collapse: collapse; font-size: 14.5px; margin: 12px 0 22px; min-width: 50%; }
+th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 550; }
+td { font-variant-numeric: tabular-nums; }
+pre { background: var(--tint); padding: 14px 16px; border-radius: 8px; overflow-x: auto; font-size: 13px; }
+details { margin: 10px 0; } summary { cursor: pointer; color: var(--mark); }
+"""
+
+
+class Page:
+    """A page that grows from top to bottom.
+
+    Args:
+        title: heading and window title.
+        lead: one or two sentences below it.
+    """
+
+    def __init__(self, title: str, lead: str) -> None:
+        self.title = title
+        self.parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self.parts.append(f"<p>{html.escape(text)}</p>")
+
+    def cards(self, values: Mapping[str, str]) -> None:
+        """Large numbers side by side: what they are -> the number."""
+        cards = (
+            f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+            for name, value in values.items()
+        )
+        self.parts.append(f'<div class="cards">{"".join(cards)}</div>')
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of text."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+        self.parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def picture(self, image: Image.Image, caption: str, scale: int = 1) -> None:
+        """A picture with its caption, drawn `scale` times as large as it is."""
+        data = base64.b64encode(png_bytes(image)).decode()
+        self.parts.append(
+            f'<figure><img src="data:image/png;base64,{data}" width="{image.width * scale}" '
+            f'alt="{html.escape(caption, quote=True)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
+
+    def charts(self, charts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str) -> None:
+        """Line charts side by side: title -> name of the line -> points (x, y)."""
+        drawn = (_line_chart(title, lines, x_label) for title, lines in charts.items() if lines)
+        self.parts.append(f'<div class="charts">{"".join(drawn)}</div>')
+
+    def fold(self, summary: str, text: str) -> None:
+        """Preformatted text behind a click."""
+        self.parts.append(
+            f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the page, whole or not at all."""
+        page = (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+            + "\n".join(self.parts)
+            + "\n</body></html>\n"
+        )
+        with whole_file(path) as partial:
+            partial.write_text(page, encoding="utf-8")
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1] side by side in rows of `columns`, on white."""
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    grid = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images.detach().float().cpu()):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[:, top : top + height, left : left + width] = image
+    return to_image(grid)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [0, 1] as a Pillow image."""
+    levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def pca_pictures(z: Tensor, size: int) -> Tensor:
+    """Latents as colours: the first three principal components of all tokens, (B, 3, size, size) in [0, 1].
+
+    Args:
+        z: latents, (B, C, h, w). The components are those of this batch, so colours compare within it.
+        size: side of the pictures; each token becomes a square.
+    """
+    tokens = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    centred = tokens - tokens.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    scores = centred @ directions[:3].T
+    low, high = (torch.quantile(scores, q, dim=0) for q in (0.01, 0.99))
+    colours = ((scores - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+    pictures = colours.view(len(z), *z.shape[-2:], -1).permute(0, 3, 1, 2)
+    if pictures.shape[1] < 3:  # fewer than three latent channels
+        pictures = torch.cat([pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1)
+    return torch.nn.functional.interpolate(pictures, size=(size, size), mode="nearest")
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str) -> str:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), colour in zip(lines.items(), ["#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f"] * 3, strict=False):
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e3e5e8", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
