@@ -15,7 +15,11 @@ from openpae.data.training import TrainingLatents
 
 
 def bench_loader(
-    *, rows: int = 8192, shape: tuple[int, int, int] = (32, 16, 16), batch_size: int = 1024, seconds: float = 5.0
+    *,
+    rows: int = 8192,
+    shape: tuple[int, int, int] = (32, 16, 16),
+    batch_size: int = 1024,
+    seconds: float = 5.0,
 ) -> dict[str, float]:
     """Latents per second that one core reads from a warm cache in training order, mirrored or not by chance.
 
@@ -34,7 +38,9 @@ def bench_loader(
         with tempfile.TemporaryDirectory() as folder:
             latents = TrainingLatents(_random_latents(Path(folder) / "latents", rows, shape), seed=0)
             steps = range(10**6)
-            batches = iter(loader(latents, StepBatches(steps, batch_size, batch_size), num_workers=0, pin=False))
+            batches = iter(
+                loader(latents, StepBatches(steps, batch_size, batch_size), num_workers=0, pin=False)
+            )
             for _ in range(-(-2 * rows // batch_size)):
                 next(batches)
             seen, start = 0, time.perf_counter()

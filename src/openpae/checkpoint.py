@@ -34,7 +34,8 @@ class Identity:
     fingerprint: str
     """Of these weights and their config."""
     made_with: str
-    """Of the frozen encoder (for a tokenizer), or of the tokenizer whose latents it makes (for a generator)."""
+    """Of the frozen encoder (for a tokenizer), or of the tokenizer whose latents it makes (for a
+    generator)."""
 
 
 def write_tokenizer(folder: Path, state: Mapping[str, Tensor], config: PAEConfig, encoder_print: str) -> None:
@@ -54,7 +55,8 @@ def write_tokenizer(folder: Path, state: Mapping[str, Tensor], config: PAEConfig
 def write_generator(
     folder: Path, state: Mapping[str, Tensor], config: LightningDiTConfig, tokenizer_print: str
 ) -> None:
-    """Write a generator's files into an existing folder; tokenizer_print names the tokenizer of its latents."""
+    """Write a generator's files into an existing folder; tokenizer_print names the tokenizer of its
+    latents."""
     _write(folder, state, config, tokenizer_print, "openpae.load_generator")
 
 
@@ -74,15 +76,14 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
     config = configs.load(PAEConfig, path / "config.yaml")
     state, identity = _load(path, configs.to_dict(config))
     if encoder is None and not decode_only:
-        encoder = load_encoder(
-            config.encoder, config.encoder_source, trainable=config.fusion == "finetune"
-        )
+        encoder = load_encoder(config.encoder, config.encoder_source, trainable=config.fusion == "finetune")
     model = PAE(config, encoder)
     if encoder is not None and config.fusion != "finetune":
         found = encoder_fingerprint(encoder)
         if found != identity.made_with:
             raise ValueError(
-                f"{path} was trained with an encoder of fingerprint {identity.made_with}, but {config.encoder!r} "
+                f"{path} was trained with an encoder of fingerprint {identity.made_with}, but "
+                f"{config.encoder!r} "
                 f"now has {found}; point encoder_source to the weights it was trained with"
             )
         state |= {f"encoder.{name}": value for name, value in model.encoder.state_dict().items()}  # type: ignore[union-attr]
@@ -121,6 +122,23 @@ def identity_of(folder: str | Path) -> Identity:
     if missing := {"fingerprint", "made_with"} - metadata.keys():
         raise ValueError(f"{path} carries no {', '.join(sorted(missing))}; it was not saved by openpae")
     return Identity(fingerprint=metadata["fingerprint"], made_with=metadata["made_with"])
+
+
+def check_pair(tokenizer: str | Path, generator: str | Path) -> dict[str, str]:
+    """See that a generator makes latents of this tokenizer; returns both fingerprints.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the generator was trained on the latents of another tokenizer.
+    """
+    ours, theirs = identity_of(tokenizer), identity_of(generator)
+    if theirs.made_with != ours.fingerprint:
+        raise ValueError(
+            f"{generator} makes latents of the tokenizer {theirs.made_with}, but {tokenizer} is "
+            f"{ours.fingerprint}; "
+            "decode with the tokenizer that the generator was trained with"
+        )
+    return {"tokenizer": ours.fingerprint, "generator": theirs.fingerprint}
 
 
 def model_folder(folder: str | Path) -> Path:
@@ -177,7 +195,11 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
     ]
     faults = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for label, names in (("keys missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for label, names in (
+            ("keys missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
         if names
     ]
     if faults:
@@ -275,7 +297,9 @@ def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: En
         for kind in ("weight", "bias"):
             parts = [f"decoder.blocks.{index}.attn.{name}.{kind}" for name in ("query", "key", "value")]
             if all(part in renamed for part in parts):
-                renamed[f"decoder.blocks.{index}.attn.qkv.{kind}"] = torch.cat([renamed.pop(p) for p in parts])
+                renamed[f"decoder.blocks.{index}.attn.qkv.{kind}"] = torch.cat(
+                    [renamed.pop(p) for p in parts]
+                )
     load_strict(model, renamed, "released tokenizer weights")
     return model.eval()
 
@@ -293,7 +317,9 @@ def import_generator(released: Mapping[str, Any], config: LightningDiTConfig) ->
     state = _plain_names(released, ("ema", "model"))
     side = config.grid_size // config.patch_size
     _take_constant(state, "pos_embed", sincos_2d(side, side, config.hidden_dim)[None])
-    for name, values in zip(("cos", "sin"), rope_2d(side, side, config.hidden_dim // config.num_heads), strict=True):
+    for name, values in zip(
+        ("cos", "sin"), rope_2d(side, side, config.hidden_dim // config.num_heads), strict=True
+    ):
         _take_constant(state, f"feat_rope.freqs_{name}", values)
     model = LightningDiT(config)
     statistics = {"latent_mean": model.latent_mean, "latent_std": model.latent_std}
@@ -317,7 +343,8 @@ def _load(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], Ide
         raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from None
     if _print_of(state, config, identity.made_with) != identity.fingerprint:
         raise ValueError(
-            f"{path} is damaged or was edited: weights and config do not give its fingerprint {identity.fingerprint}"
+            f"{path} is damaged or was edited: weights and config do not give its fingerprint "
+            f"{identity.fingerprint}"
         )
     return state, identity
 
@@ -335,7 +362,9 @@ def _plain_names(released: Mapping[str, Any], holders: Iterable[str]) -> dict[st
             break
     plain = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in released.items()}
     if strange := [name for name, value in plain.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"released weights must map names to tensors; not so: {', '.join(sorted(strange)[:5])}")
+        raise ValueError(
+            f"released weights must map names to tensors; not so: {', '.join(sorted(strange)[:5])}"
+        )
     return plain
 
 

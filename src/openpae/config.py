@@ -52,10 +52,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain data of a config: `from_dict(type(config), to_dict(config)) == config`."""
-    return {
-        field.name: _to_plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-    }
+    return {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def load(cls: type[T], path: str | Path) -> T:
@@ -109,7 +106,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping.
     """
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -132,7 +129,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in one mapping")
@@ -156,7 +153,9 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         inner_types = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(value) != len(inner_types):
             raise ValueError(f"{at} must hold {len(inner_types)} values, got {len(value)}")
-        return tuple(_convert(t, v, f"{at}[{i}]") for i, (t, v) in enumerate(zip(inner_types, value, strict=True)))
+        return tuple(
+            _convert(t, v, f"{at}[{i}]") for i, (t, v) in enumerate(zip(inner_types, value, strict=True))
+        )
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, at)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

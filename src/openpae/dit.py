@@ -87,7 +87,9 @@ class Attention(nn.Module):
         """x: (B, N, D); cos, sin: (N, D / heads). Returns (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(
+            F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2)
+        )
         return out
 
 
@@ -107,10 +109,11 @@ class SwiGLU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block under adaptive layer norm: c gives shift, scale and gate of both branches (AdaLN-zero).
+    """Transformer block under adaptive layer norm: c gives shift, scale and gate of both branches
+    (AdaLN-zero).
 
-        x <- x + gate_a Attn(RMSNorm(x) (1 + scale_a) + shift_a)
-        x <- x + gate_m SwiGLU(RMSNorm(x) (1 + scale_m) + shift_m)
+    x <- x + gate_a Attn(RMSNorm(x) (1 + scale_a) + shift_a)
+    x <- x + gate_m SwiGLU(RMSNorm(x) (1 + scale_m) + shift_m)
     """
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool) -> None:
@@ -139,6 +142,9 @@ class LightningDiT(nn.Module):
         config: its sizes.
     """
 
+    positions: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
     latent_mean: Tensor
     latent_std: Tensor
 

@@ -118,7 +118,9 @@ def encoder_spec(name: str) -> EncoderSpec:
         ValueError: no such row.
     """
     if name not in ENCODERS:
-        raise ValueError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}, or pass a module of your own")
+        raise ValueError(
+            f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}, or pass a module of your own"
+        )
     return ENCODERS[name]
 
 
@@ -169,7 +171,9 @@ def _load_transformers(spec: EncoderSpec, source: str) -> nn.Module:
     import transformers  # half a second and 100 MB that only this family needs
 
     try:
-        model, report = getattr(transformers, spec.model_class).from_pretrained(source, output_loading_info=True)
+        model, report = getattr(transformers, spec.model_class).from_pretrained(
+            source, output_loading_info=True
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"no weights of {spec.model_class} at {source!r}; give encoder_source a local folder "

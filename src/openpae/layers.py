@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 def to_grid(tokens: Tensor, h: int, w: int) -> Tensor:
     """Tokens (B, N, D) in row order to a grid (B, D, h, w). Inverse of `to_tokens`."""
-    return tokens.mT.unflatten(2, (h, w))
+    return tokens.mT.reshape(*tokens.mT.shape[:2], h, w)
 
 
 def to_tokens(grid: Tensor) -> Tensor:
@@ -82,22 +82,22 @@ def rope_2d(h: int, w: int, head_dim: int) -> tuple[Tensor, Tensor]:
     frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
     rows = torch.arange(h).float().outer(frequencies).repeat_interleave(2, dim=1)  # (h, half)
     columns = torch.arange(w).float().outer(frequencies).repeat_interleave(2, dim=1)  # (w, half)
-    angles = torch.cat(
-        [rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], dim=-1
-    ).reshape(h * w, head_dim)
+    angles = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], dim=-1).reshape(
+        h * w, head_dim
+    )
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of channels of x (..., N, head_dim) by the angles of `rope_2d`."""
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = x.view(*x.shape[:-1], -1, 2)
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Multi-head attention of (B, N, D) queries on (B, M, D) keys and values: (B, N, D)."""
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -122,12 +122,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, N, D). Returns (B, N, D)."""
-        out: Tensor = self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.num_heads))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        out: Tensor = self.proj(attend(q, k, v, self.num_heads))
         return out
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one token stream on another of the same width D; all projections have biases."""
+    """Multi-head attention of one token stream on another of the same width D; all projections have
+    biases."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -199,6 +201,8 @@ def init_vit(module: nn.Module) -> None:
 def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
     """Sine-cosine features of path positions t (B,) in [0, 1]: (B, dim), cosines first, as in DiT."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

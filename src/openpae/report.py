@@ -15,13 +15,16 @@ from torch import Tensor
 from openpae.storage import whole_file
 
 _STYLE = """
-:root { --ink: #1c2024; --soft: #60646c; --line: #e3e5e8; --paper: #ffffff; --tint: #f6f7f9; --mark: #3b6fd4; }
+:root { --ink: #1c2024; --soft: #60646c; --line: #e3e5e8; --paper: #ffffff; --tint: #f6f7f9;
+  --mark: #3b6fd4; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #edeef0; --soft: #a0a4ab; --line: #33363b; --paper: #16181b; --tint: #1f2226; --mark: #7ea6f4; }
+  :root { --ink: #edeef0; --soft: #a0a4ab; --line: #33363b; --paper: #16181b; --tint: #1f2226;
+    --mark: #7ea6f4; }
   svg { filter: invert(0.9) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 40px 24px 80px; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 1080px; padding: 40px 24px 80px; background: var(--paper);
+  color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px; }
 h2 { font-size: 21px; letter-spacing: -0.01em; margin: 52px 0 12px; padding-top: 18px;
@@ -38,7 +41,8 @@ figcaption { color: var(--soft); font-size: 14px; margin-top: 8px; max-width: 80
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 18px; }
 .charts svg { width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 14.5px; margin: 12px 0 22px; min-width: 50%; }
-th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
 th { color: var(--soft); font-weight: 550; }
 td { font-variant-numeric: tabular-nums; }
 pre { background: var(--tint); padding: 14px 16px; border-radius: 8px; overflow-x: auto; font-size: 13px; }
@@ -83,9 +87,10 @@ class Page:
     def picture(self, image: Image.Image, caption: str, scale: int = 1) -> None:
         """A picture with its caption, drawn `scale` times as large as it is."""
         data = base64.b64encode(png_bytes(image)).decode()
+        alt = html.escape(caption, quote=True)
         self.parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" width="{image.width * scale}" '
-            f'alt="{html.escape(caption, quote=True)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+            f'<figure><img src="data:image/png;base64,{data}" width="{image.width * scale}" alt="{alt}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
     def charts(self, charts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str) -> None:
@@ -144,7 +149,9 @@ def pca_pictures(z: Tensor, size: int) -> Tensor:
     colours = ((scores - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     pictures = colours.view(len(z), *z.shape[-2:], -1).permute(0, 3, 1, 2)
     if pictures.shape[1] < 3:  # fewer than three latent channels
-        pictures = torch.cat([pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1)
+        pictures = torch.cat(
+            [pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1
+        )
     return torch.nn.functional.interpolate(pictures, size=(size, size), mode="nearest")
 
 
@@ -160,7 +167,9 @@ def _line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], 
 
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    for (name, points), colour in zip(lines.items(), ["#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f"] * 3, strict=False):
+    for (name, points), colour in zip(
+        lines.items(), ["#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f"] * 3, strict=False
+    ):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=8)

@@ -40,7 +40,9 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]
 
     Each sample has a generator of its own, so it is the same in whatever batch and process it is drawn.
     """
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(_mix(seed, index))) for index in indices]
+    noise = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(_mix(seed, index))) for index in indices
+    ]
     return torch.stack(noise)
 
 

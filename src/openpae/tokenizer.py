@@ -1,4 +1,5 @@
-"""PAE: a frozen VFM, the Detail-Aware Modulator, a latent on the sphere and a ViT decoder (Sec. 3 of the paper)."""
+"""PAE: a frozen VFM, the Detail-Aware Modulator, a latent on the sphere and a ViT decoder (Sec. 3 of the
+paper)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from openpae.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The pixel decoder, a ViT. The paper's sizes: B 768/12/12/3072, L 1024/24/16/4096, XL 1152/28/16/4096."""
+    """The pixel decoder, a ViT. The paper's sizes: B 768/12/12/3072, L 1024/24/16/4096, XL
+    1152/28/16/4096."""
 
     hidden_dim: int = 1024
     """Width W."""
@@ -61,7 +63,8 @@ class PAEConfig:
     fusion: Literal["modulate", "add", "concat", "finetune"] = "modulate"
     """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM."""
     sphere: Literal["token", "sample"] = "token"
-    """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole sample."""
+    """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole
+    sample."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The pixel decoder."""
 
@@ -89,9 +92,10 @@ class PAEConfig:
 
 
 class ModulatorLayer(nn.Module):
-    """One layer of the modulator: self-attention, cross-attention to the VFM, MLP, each pre-norm and residual.
+    """One layer of the modulator: self-attention, cross-attention to the VFM, MLP, each pre-norm and
+    residual.
 
-        d <- d + SA(LN d),   d <- d + CA(LN_q d, LN_kv u),   d <- d + MLP(LN d)
+    d <- d + SA(LN d),   d <- d + CA(LN_q d, LN_kv u),   d <- d + MLP(LN d)
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -115,9 +119,9 @@ class ModulatorLayer(nn.Module):
 class DetailFusion(nn.Module):
     """Let pixel detail d change frozen features u (last step of the DAM; Table 3b compares the three).
 
-        modulate   LN(u (1 + gamma(d)) + beta(d))    starts at LN(u)
-        add        LN(u + W d)                       starts at LN(u)
-        concat     LN(W [u, d])
+    modulate   LN(u (1 + gamma(d)) + beta(d))    starts at LN(u)
+    add        LN(u + W d)                       starts at LN(u)
+    concat     LN(W [u, d])
     """
 
     def __init__(self, dim: int, kind: Literal["modulate", "add", "concat"]) -> None:
@@ -158,6 +162,8 @@ class DetailModulator(nn.Module):
         fusion: how the detail enters the features.
     """
 
+    positions: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -176,9 +182,10 @@ class DetailModulator(nn.Module):
         self.fusion.reset_parameters()
 
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """pixels as the VFM saw them: (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N, D)."""
+        """pixels as the VFM saw them: (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N,
+        D)."""
         grid = self.patch_embed(pixels)
-        positions: Tensor = resize_positions(self.positions, *grid.shape[-2:])  # type: ignore[arg-type]
+        positions: Tensor = resize_positions(self.positions, *grid.shape[-2:])
         detail = to_tokens(grid) + positions
         for layer in self.layers:
             detail = layer(detail, features)
@@ -225,6 +232,8 @@ class PixelDecoder(nn.Module):
         grid_size: side of the token grid that the positions are made for; others are interpolated.
     """
 
+    positions: Tensor
+
     def __init__(self, dim: int, config: DecoderConfig, grid_size: int) -> None:
         super().__init__()
         width = config.hidden_dim
@@ -242,7 +251,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
         """tokens: (B, h w, D). Returns normalised pixels: (B, 3, h patch, w patch)."""
-        x = self.embed(tokens) + resize_positions(self.positions, h, w)  # type: ignore[arg-type]
+        x = self.embed(tokens) + resize_positions(self.positions, h, w)
         # The CLS token carries no position; it goes in front and is dropped behind the last block.
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks:
@@ -345,7 +354,8 @@ class PAE(nn.Module):
     def _encoder(self) -> Encoder:
         if self.encoder is None:
             raise RuntimeError(
-                f"this tokenizer was built without its encoder {self.config.encoder!r}, so it needs the features "
+                f"this tokenizer was built without its encoder {self.config.encoder!r}, so it needs the "
+                "features "
                 "beside the images; build it with build_tokenizer(config) or load it with its encoder"
             )
         return self.encoder

@@ -36,7 +36,8 @@ def cache_latents(
     """Write the latents of images and of their mirror images, in shards; an interrupted run goes on.
 
     Args:
-        encode: images in [0, 1], (B, 3, S, S), to latents (B, C, h, w); without gradient and in any precision.
+        encode: images in [0, 1], (B, 3, S, S), to latents (B, C, h, w); without gradient and in any
+            precision.
         source: the images; each is centre-cropped to `image_size`.
         folder: where.
         image_size: S.
@@ -59,7 +60,9 @@ def cache_latents(
     attributes = {"tokenizer": tokenizer_print, "image_size": image_size}
     shape = (2 if flips else 1, *latent_shape)
     layout = _layout("latents", "bfloat16", shape, source, batch_size, per_shard, attributes)
-    return _fill(ShardWriter(folder, layout), encode, source, image_size, batch_size, skip_broken, device, progress)
+    return _fill(
+        ShardWriter(folder, layout), encode, source, image_size, batch_size, skip_broken, device, progress
+    )
 
 
 def cache_features(
@@ -76,7 +79,8 @@ def cache_features(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Shards:
-    """Write the frozen encoder's features of packed images, float16: on a small machine it is most of the cost.
+    """Write the frozen encoder's features of packed images, float16: on a small machine it is most of the
+    cost.
 
     Args:
         features: images in [0, 1], (B, 3, S, S), to features (B, N, D).
@@ -95,8 +99,12 @@ def cache_features(
         ValueError: the folder was begun with another encoder or other images.
     """
     attributes = {"encoder": encoder_print, "image_size": image_size}
-    layout = _layout("features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes)
-    return _fill(ShardWriter(folder, layout), features, source, image_size, batch_size, False, device, progress)
+    layout = _layout(
+        "features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes
+    )
+    return _fill(
+        ShardWriter(folder, layout), features, source, image_size, batch_size, False, device, progress
+    )
 
 
 def _layout(
@@ -128,7 +136,8 @@ def _fill(
     device: torch.device | str,
     progress: Progress | None,
 ) -> Shards:
-    """Run images (and mirror images) through a network, shard by shard; the next batch is decoded meanwhile."""
+    """Run images (and mirror images) through a network, shard by shard; the next batch is decoded
+    meanwhile."""
     layout = writer.layout
     with ThreadPoolExecutor(max_workers=1) as pool:
         for shard in writer.missing():
@@ -177,5 +186,7 @@ def _decode(
             if not skip_broken:
                 raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
             broken.append(str(error))
-    images = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    images = (
+        torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    )
     return images, kept, broken

@@ -64,13 +64,18 @@ class ImageFolder:
         found = {folder.name: _images_below(folder) for folder in folders}
         if flat and any(found.values()):
             raise ValueError(
-                f"{self.root} holds images both directly and in subfolders ({next(k for k in found if found[k])}); "
+                f"{self.root} holds images both directly and in subfolders "
+                f"({next(k for k in found if found[k])}); "
                 "keep one subfolder per class, or all images in one folder"
             )
         if not flat and not any(found.values()):
-            raise FileNotFoundError(f"no images in {self.root}; known endings: {' '.join(sorted(EXTENSIONS))}")
+            raise FileNotFoundError(
+                f"no images in {self.root}; known endings: {' '.join(sorted(EXTENSIONS))}"
+            )
         if not flat and (empty := [name for name, files in found.items() if not files]):
-            raise ValueError(f"{self.root} has {len(empty)} class folders without images: {', '.join(empty[:5])}")
+            raise ValueError(
+                f"{self.root} has {len(empty)} class folders without images: {', '.join(empty[:5])}"
+            )
         groups = {"all": flat} if flat else found
         self.classes = list(groups)
         self.files = [file for files in groups.values() for file in files]
@@ -151,7 +156,8 @@ def read_image(path: Path) -> Image.Image:
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the shorter side is `size`: halved by boxes while twice too large, then bicubic (as ADM)."""
+    """Scale so that the shorter side is `size`: halved by boxes while twice too large, then bicubic (as
+    ADM)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

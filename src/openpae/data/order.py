@@ -22,7 +22,9 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             for start in range(0, self.whole, self.part):
-                yield list(range(step * self.whole + start, step * self.whole + min(start + self.part, self.whole)))
+                yield list(
+                    range(step * self.whole + start, step * self.whole + min(start + self.part, self.whole))
+                )
 
     def __len__(self) -> int:
         return len(self.steps) * -(-self.whole // self.part)
@@ -72,7 +74,9 @@ _LAST_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     key = (seed, epoch, count)
     if key not in _LAST_PERMUTATIONS:
-        while len(_LAST_PERMUTATIONS) > 3:  # a batch may span two epochs, and training and evaluation alternate
+        while (
+            len(_LAST_PERMUTATIONS) > 3
+        ):  # a batch may span two epochs, and training and evaluation alternate
             del _LAST_PERMUTATIONS[next(iter(_LAST_PERMUTATIONS))]
         _LAST_PERMUTATIONS[key] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
     return _LAST_PERMUTATIONS[key]

@@ -1,10 +1,10 @@
 """Rows of one shape in memory-mapped shards: packed images, cached VFM features and cached latents.
 
-    header.json   what the rows are, written first: an interrupted writer goes on only where it agrees
-    00000.npy     rows of shard 0, renamed into place when whole
-    00000.json    its labels, checksum, sums and skipped files, written before the .npy
-    labels.npy    all labels
-    index.json    shards, statistics and attributes, written last: with it the folder is complete
+header.json   what the rows are, written first: an interrupted writer goes on only where it agrees
+00000.npy     rows of shard 0, renamed into place when whole
+00000.json    its labels, checksum, sums and skipped files, written before the .npy
+labels.npy    all labels
+index.json    shards, statistics and attributes, written last: with it the folder is complete
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from torch import Tensor
 
 from openpae.storage import file_hash, read_json, whole_file, write_json
 
-_TYPES = {"uint8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_TYPES = {
+    "uint8": torch.uint8,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 # NumPy has no bfloat16: its bits are kept as uint16.
 _STORED = {"uint8": np.uint8, "float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
 
@@ -171,7 +176,11 @@ class Shards:
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
             begun = (self.folder / "header.json").is_file()
-            state = "is incomplete; run the command that made it again to finish it" if begun else "does not exist"
+            state = (
+                "is incomplete; run the command that made it again to finish it"
+                if begun
+                else "does not exist"
+            )
             raise FileNotFoundError(f"{kind or 'shard'} folder {self.folder} {state}")
         self.index = read_json(self.folder / "index.json")
         if kind is not None and self.index["kind"] != kind:
@@ -225,7 +234,8 @@ class Shards:
         for number, expected in enumerate(self.index["sha256"]):
             if file_hash(self.folder / f"{number:05d}.npy") != expected:
                 raise ValueError(
-                    f"{self.folder / f'{number:05d}.npy'} is damaged: its checksum is not that of index.json; "
+                    f"{self.folder / f'{number:05d}.npy'} is damaged: its checksum is not that of "
+                    "index.json; "
                     "delete it together with index.json and run the command that made it again"
                 )
 
@@ -237,7 +247,8 @@ class Shards:
             raise ValueError(f"{path} is damaged or missing: {error}") from None
         if array.shape != (rows, *self.shape):
             raise ValueError(f"{path} is damaged: it holds {array.shape}, not {(rows, *self.shape)}")
-        return array.view(np.ndarray)  # a plain array: the memmap class costs a microsecond an access
+        plain: NDArray[Any] = array.view(np.ndarray)
+        return plain  # a plain array: the memmap class costs a microsecond an access
 
 
 def _channel_sums(rows: Tensor) -> dict[str, list[float]]:

@@ -29,7 +29,8 @@ class ImageData:
     evaluation_images: int = 500
     """How many of them, from the first on."""
     augment: Literal["none", "flip", "crop"] = "crop"
-    """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random square, mirrored."""
+    """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random square,
+    mirrored."""
     resize: int = 384
     """Shorter side before the random crop."""
     skip_broken: bool = False
@@ -39,7 +40,9 @@ class ImageData:
 
     def __post_init__(self) -> None:
         if self.feature_cache is not None and self.augment == "crop":
-            raise ValueError("data.feature_cache needs data.augment none or flip: random crops can not be cached")
+            raise ValueError(
+                "data.feature_cache needs data.augment none or flip: random crops can not be cached"
+            )
         if self.evaluation_images < 1:
             raise ValueError(f"data.evaluation_images must be >= 1, got {self.evaluation_images}")
 
@@ -71,7 +74,8 @@ class TrainingImages(Dataset[ImageBatch]):
         features: cached VFM features of a packed source, one row an image.
 
     Raises:
-        ValueError: resize is smaller than size, or features are asked for that do not fit source and augmentation.
+        ValueError: resize is smaller than size, or features are asked for that do not fit source and
+            augmentation.
     """
 
     def __init__(
@@ -144,7 +148,8 @@ class LatentBatch(NamedTuple):
 
 
 class TrainingLatents(Dataset[LatentBatch]):
-    """Cached latents by position in training, image or its mirror by chance: a pure function of (seed, images seen).
+    """Cached latents by position in training, image or its mirror by chance: a pure function of (seed, images
+    seen).
 
     Args:
         shards: a latent cache.
@@ -169,6 +174,8 @@ def check_features(features: Shards, source: ImageSource, augment: str) -> None:
     if augment == "crop":
         raise ValueError("cached features know no random crops; use augment 'none' or 'flip'")
     if features.attributes["images"] != source.fingerprint() or len(features) != len(source):
-        raise ValueError(f"the features in {features.folder} are not those of the images in {source.shards.folder}")
+        raise ValueError(
+            f"the features in {features.folder} are not those of the images in {source.shards.folder}"
+        )
     if augment == "flip" and features.shape[0] < 2:
         raise ValueError(f"the features in {features.folder} lack the mirrored images; cache them with flips")

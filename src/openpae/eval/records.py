@@ -107,7 +107,8 @@ def evaluate_samples(
 ) -> dict[str, Any]:
     """Frechet distance (gFID's kind), KID, precision and recall of generated images against real ones.
 
-    Beside them stands the floor: the distance of one half of the real images to the other at the samples' count
+    Beside them stands the floor: the distance of one half of the real images to the other at the samples'
+    count
     (or at half of the real images, where there are too few).
 
     Args:

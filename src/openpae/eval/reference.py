@@ -8,10 +8,11 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.frechet import Gaussian, Moments
@@ -75,11 +76,11 @@ class FeatureSet:
                 f"index must number each of the {len(images)} images, got {len(numbers)} numbers"
             )
         found = self.extractor.features(levels.float() / 255)
-        self.pooled.update(found.pooled)
+        self.pooled.update(found.pooled.cpu())
         self.rows.append(found.pooled.float().cpu())
         if found.spatial is not None:
             self.spatial = self.spatial or Moments()
-            self.spatial.update(found.spatial)
+            self.spatial.update(found.spatial.cpu())
         if found.logits is not None:
             self.logit_rows.append(found.logits.float().cpu())
         self.image_size = size
@@ -116,6 +117,22 @@ class FeatureSet:
         self.logit_rows += other.logit_rows
         self.index += other.index
         self.hashes += other.hashes
+
+    def gather(self) -> None:
+        """Merge what all processes of torch.distributed have seen into process 0; the others keep their own.
+
+        Raises:
+            ValueError: see `merge`.
+        """
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        own = {name: value for name, value in vars(self).items() if name != "extractor"}
+        states: list[dict[str, Any]] = [{} for _ in range(world)]
+        distributed.gather_object(own, states if rank == 0 else None, dst=0)
+        if rank == 0:
+            for state in states[1:]:
+                other = FeatureSet(self.extractor)
+                vars(other).update(state)
+                self.merge(other)
 
     def features(self) -> Tensor:
         """Pooled features in the order of the image numbers: (N, F) float32.

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -221,12 +221,15 @@ class Stopped(Exception):
     """The run was told to stop by a signal and has saved; the same command goes on."""
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on"
+        )
         self.signum = signum
 
 
 def lr_at(step: int, optim: OptimConfig, steps: int) -> float:
-    """Learning rate of a step: linear warm-up from lr / warmup_steps, then constant or half a cosine to final_lr."""
+    """Learning rate of a step: linear warm-up from lr / warmup_steps, then constant or half a cosine to
+    final_lr."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.final_lr is None:
@@ -274,7 +277,9 @@ def open_run(run_dir: Path, config: Any) -> None:
         configs.save(config, file)
 
 
-def fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, *, quiet: bool = False) -> dict[str, float]:
+def fit(
+    task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, *, quiet: bool = False
+) -> dict[str, float]:
     """Train until loop.steps, from the newest checkpoint of run_dir or from the start.
 
     Args:
@@ -325,13 +330,33 @@ def fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, *, quie
                 metrics = _evaluate(task, ema, done, loop, device)
                 log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
             if last or caught or done % loop.save_every == 0:
-                log.flush(done, lr_at(step, optim, loop.steps))  # a checkpoint is written only of finite steps
+                log.flush(
+                    done, lr_at(step, optim, loop.steps)
+                )  # a checkpoint is written only of finite steps
                 _save(run_dir, task, ema, done, loop)
             if caught and not last:
                 raise Stopped(caught[0], done)
     if start >= loop.steps and not metrics:
         metrics = _evaluate(task, ema, loop.steps, loop, device)
     return metrics
+
+
+def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps: int = 8) -> float:
+    """How long an optimizer step takes here: the median of a few, after two to warm up.
+
+    It changes the task's weights: measure with a task that is thrown away.
+    """
+    device = next(next(iter(task.players.values())).parameters()).device
+    log = _Log(Path(), 0, loop)
+    batches = iter(task.batches(range(steps + 2)))
+    times = []
+    for step in range(steps + 2):
+        start = time.perf_counter()
+        _train_step(task, batches, step, optim, loop, device, log)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[steps // 2]
 
 
 def _train_step(
@@ -379,16 +404,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def to_device(batch: NamedTuple, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors of a batch, without waiting for the copy."""
     moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
     return type(batch)(*moved)
 
 
-def _evaluate(task: Task, ema: Ema | None, step: int, loop: LoopConfig, device: torch.device) -> dict[str, float]:
+def _evaluate(
+    task: Task, ema: Ema | None, step: int, loop: LoopConfig, device: torch.device
+) -> dict[str, float]:
     exported = next(iter(task.players.values()))
     exported.eval()
-    with ema.in_place() if ema and loop.export == "ema" else _nothing(), torch.no_grad(), autocast(device, loop.precision):
+    with (
+        ema.in_place() if ema and loop.export == "ema" else _nothing(),
+        torch.no_grad(),
+        autocast(device, loop.precision),
+    ):
         return task.evaluate(step)
 
 
@@ -486,11 +517,11 @@ class _Log:
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
             with whole_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start or None)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start or None)
         self.clock, self.clock_step = time.perf_counter(), self.start
 
     def __exit__(self, *_: object) -> None:
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
     def add(self, step: int, update: Update) -> None:
         """Take in an update before its step; on a CPU a loss that is not finite stops here."""
@@ -534,7 +565,7 @@ class _Log:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self.board.add_scalar(name, value, step)
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import write_generator
+from openpae.checkpoint import checkpoint_steps, identity_of, write_generator
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
@@ -60,7 +60,9 @@ class GeneratorTask:
         self.run = run
         self.device = pick_device(run.loop.device)
         self.latents = _open_latents(run.latents, run.model)
-        self.held_out = None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
+        self.held_out = (
+            None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
+        )
         if self.held_out and self.held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
             raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
         torch.manual_seed(run.loop.seed)
@@ -127,14 +129,24 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
         The last evaluation.
     """
     open_run(run_dir, run)
-    return fit(GeneratorTask(run), run_dir, run.optim, run.loop, quiet=quiet)
+    task = GeneratorTask(run)
+    if checkpoint_steps(run_dir):  # the folder of latents may have been made anew since
+        began, now = identity_of(run_dir).made_with, task.latents.attributes["tokenizer"]
+        if began != now:
+            raise ValueError(
+                f"{run_dir} was begun on latents of the tokenizer {began}, but {run.latents} now holds "
+                f"those of {now}; "
+                "name another run folder"
+            )
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
 
 
 def _open_latents(folder: Path, model: LightningDiTConfig) -> Shards:
     shards = Shards(folder, kind="latents")
     if shards.shape[1:] != model.latent_shape:
         raise ValueError(
-            f"{folder} holds latents of shape {shards.shape[1:]}, the generator is built for {model.latent_shape}; "
+            f"{folder} holds latents of shape {shards.shape[1:]}, the generator is built for "
+            f"{model.latent_shape}; "
             "set model.latent_dim and model.grid_size"
         )
     if len(shards) and shards.labels.max() >= model.num_classes:

@@ -33,7 +33,8 @@ class TokenizerLoss:
     lpips: float = 1.0
     """Perceptual distance of reconstruction and image."""
     lpips_net: Literal["vgg", "alex", "random"] = "vgg"
-    """Its network: vgg as in the paper; alex costs a CPU a tenth of it; random needs no weights (for trials)."""
+    """Its network: vgg as in the paper; alex costs a CPU a tenth of it; random needs no weights (for
+    trials)."""
 
     def __post_init__(self) -> None:
         if self.lpips < 0:
@@ -65,7 +66,9 @@ class TokenizerTask:
         progress: called with (done, all) while features are cached.
     """
 
-    def __init__(self, run: TokenizerRun, encoder: Encoder | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self, run: TokenizerRun, encoder: Encoder | None = None, progress: Progress | None = None
+    ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
         source = open_images(run.data.images)
@@ -120,7 +123,7 @@ class TokenizerTask:
             return {}
         metrics = ReconstructionMetrics(self.lpips)
         part = self.run.loop.device_batch_size or self.run.loop.global_batch_size
-        for images in self.held_out.split(part):
+        for images in torch.split(self.held_out, part):
             x = images.to(self.device).float() / 255
             metrics.update(x, self.model.reconstruct(x).float())
         return {name: estimate.value for name, estimate in metrics.compute().items()}
@@ -134,7 +137,9 @@ class TokenizerTask:
         if folder is None:
             return None
         if not isinstance(source, PackedImages):
-            raise ValueError(f"data.feature_cache needs packed images; make them with: pae pack {self.run.data.images}")
+            raise ValueError(
+                f"data.feature_cache needs packed images; make them with: pae pack {self.run.data.images}"
+            )
         model, config = self.model, self.run.model
         return cache_features(
             model.features,

@@ -1,0 +1,5 @@
+"""`python -m openpae` is `pae`."""
+
+from openpae.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""What is this folder? A run, a model, a cache, packed images or a folder of images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from openpae import config as configs
+from openpae.checkpoint import (
+    WEIGHTS,
+    checkpoint_path,
+    checkpoint_steps,
+    identity_of,
+    load_generator,
+    load_tokenizer,
+)
+from openpae.data.images import ImageFolder, read_image
+from openpae.data.shards import Shards
+from openpae.storage import read_json
+from openpae.train.engine import read_log
+
+
+def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
+    """Facts about a folder, in the order in which they are worth reading.
+
+    Args:
+        folder: any folder that pae writes or reads.
+        verify: also read everything: checksums of shards and weights, every image file.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing of ours in it.
+        ValueError: damaged.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    if (folder / "header.json").is_file():
+        return _shards(folder, verify)
+    if (folder / WEIGHTS).is_file():
+        return _model(folder, verify)
+    if (folder / "config.yaml").is_file():
+        return _run(folder, verify)
+    source = ImageFolder(folder)
+    counts = Counter(source.labels.tolist())
+    facts = {
+        "what": "a folder of images",
+        "images": f"{len(source):,}",
+        "classes": f"{len(source.classes)} ({min(counts.values())} to {max(counts.values())} images each)",
+        "fingerprint": source.fingerprint(),
+    }
+    if verify:
+        for file in source.files:
+            read_image(file)
+        facts["verified"] = "every file can be decoded"
+    return facts
+
+
+def _shards(folder: Path, verify: bool) -> dict[str, str]:
+    if not (folder / "index.json").is_file():
+        header = read_json(folder / "header.json")
+        done = len(list(folder.glob("[0-9]*.npy")))
+        total = -(-header["sources"] // header["per_shard"])
+        return {
+            "what": f"{header['kind']}, incomplete: {done} of {total} shards",
+            "what to do": "run the command that makes it again; it goes on",
+        }
+    shards = Shards(folder)
+    facts = {
+        "what": f"cached {shards.index['kind']}" if shards.index["kind"] != "images" else "packed images",
+        "rows": f"{len(shards):,} of shape {shards.shape}, {shards.index['dtype']}",
+        "classes": str(len(shards.attributes.get("classes", []))),
+        "skipped files": str(len(shards.index["skipped"])),
+    }
+    facts |= {
+        name: str(shards.attributes[name])
+        for name in ("tokenizer", "encoder", "images", "source")
+        if name in shards.attributes
+    }
+    if "mean" in shards.index:
+        facts["channel mean"] = _span(shards.index["mean"])
+        facts["channel std"] = _span(shards.index["std"])
+    if verify:
+        shards.verify()
+        facts["verified"] = "every shard has its checksum"
+    return facts
+
+
+def _model(folder: Path, verify: bool) -> dict[str, str]:
+    data = configs.read_yaml(folder / "config.yaml")
+    kind = data.get("kind")
+    identity = identity_of(folder)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+    count = sum(_product(size) for size in sizes)
+    tokenizer = kind == "PAEConfig"
+    facts = {
+        "what": "a tokenizer" if tokenizer else "a generator",
+        "parameters": f"{count:,} in {len(sizes)} tensors",
+        "fingerprint": identity.fingerprint,
+        "encoder" if tokenizer else "made for": identity.made_with,
+        **{key: _short(value) for key, value in data.items() if key != "kind"},
+    }
+    if (folder / "checkpoint.json").is_file():
+        facts["step"] = f"{read_json(folder / 'checkpoint.json')['step']:,}"
+    if verify:
+        load_tokenizer(folder, decode_only=True) if tokenizer else load_generator(folder)
+        facts["verified"] = "weights and config give the fingerprint"
+    return facts
+
+
+def _run(folder: Path, verify: bool) -> dict[str, str]:
+    data = configs.read_yaml(folder / "config.yaml")
+    steps = checkpoint_steps(folder)
+    planned = data.get("loop", {}).get("steps", 0)
+    facts = {
+        "what": f"a run ({data.get('kind')})",
+        "checkpoints": ", ".join(f"{step:,}" for step in steps) or "none",
+        "progress": f"{steps[-1] if steps else 0:,} of {planned:,} steps",
+    }
+    if (folder / "log.jsonl").is_file() and (lines := read_log(folder)):
+        last: dict[str, float] = {}
+        for line in lines:
+            last |= line
+        facts |= {name: f"{value:.5g}" for name, value in last.items() if name not in ("step", "lr")}
+    if steps:
+        inside = _model(checkpoint_path(folder, steps[-1]), verify)
+        facts |= {name: inside[name] for name in ("parameters", "fingerprint", "verified") if name in inside}
+    return facts
+
+
+def _product(shape: Any) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)

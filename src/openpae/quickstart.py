@@ -1,0 +1,375 @@
+"""`pae quickstart`: the whole line, from emoji to generated emoji, in one command and a few CPU minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from openpae import config as configs
+from openpae.checkpoint import check_pair, identity_of, load_generator, load_tokenizer
+from openpae.data.caches import cache_latents
+from openpae.data.images import PackedImages
+from openpae.data.openmoji import CATEGORIES, Emoji, emoji_catalog, render_dataset, split_catalog
+from openpae.data.shards import Layout, ShardWriter
+from openpae.eval.reconstruction import quantize
+from openpae.eval.records import evaluate_reconstruction, evaluate_samples, load_extractor
+from openpae.report import Page, image_grid, pca_pictures, png_bytes
+from openpae.sampling import SamplerConfig, balanced_labels, sample_images
+from openpae.storage import read_json, whole_file, write_json
+from openpae.tokenizer import PAE
+from openpae.train.engine import LoopConfig, read_log, seconds_per_step
+from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
+from openpae.train.tokenizer import TokenizerRun, TokenizerTask, load_perceptual, train_tokenizer
+
+T = TypeVar("T")
+
+SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
+"""How the quickstart samples: few steps, because its generator is as small as its latents."""
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of a duration such as "90s", "12min" or "2h".
+
+    Raises:
+        ValueError: not such a text, or less than a minute.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
+    if not match:
+        raise ValueError(f"budget must be a number and s, min or h (12min, 2h), got {text!r}")
+    seconds = float(match[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600}[match[2]]
+    if seconds < 60:
+        raise ValueError(
+            f"budget must be at least 60s, got {text!r}; the preparation alone takes half of that"
+        )
+    return seconds
+
+
+def run_quickstart(out: Path, budget: float, *, seed: int = 0) -> Path:
+    """Render emoji, train tokenizer and generator, sample, measure, report.
+
+    Every stage leaves its result in `out` and is skipped when that is complete, so the same command goes on
+    after any interruption. The number of training steps is fitted to the budget once, by timing a few, and
+    then stands in the runs' config.yaml.
+
+    Args:
+        out: folder for everything.
+        budget: seconds for all of it. What is left after the preparation goes to training.
+        seed: of weights, data order, noise and rendering.
+
+    Returns:
+        The report, an HTML file.
+    """
+    clock = _Clock(out, budget)
+    train, held_out = split_catalog(emoji_catalog())
+    pictures = max(1, min(8, round(budget / 240)))
+    with clock.stage("render emoji"):
+        images = _render(out / "data" / "train", train, pictures, seed)
+        judged = _render(out / "data" / "held-out", held_out, 2, seed + 1)
+
+    with clock.stage("train tokenizer"):
+        run_dir = out / "tokenizer"
+        run = _planned(TokenizerRun, run_dir, lambda: _plan_tokenizer(out, clock, seed))
+        train_tokenizer(run, run_dir, progress=_line("VFM features"))
+    tokenizer = load_tokenizer(out / "tokenizer")
+
+    with clock.stage("cache latents"):
+        for name, source in (("train", images), ("held-out", judged)):
+            cache_latents(
+                tokenizer.encode,
+                source,
+                out / "latents" / name,
+                image_size=tokenizer.config.image_size,
+                latent_shape=tokenizer.config.latent_shape,
+                tokenizer_print=identity_of(out / "tokenizer").fingerprint,
+                flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
+                progress=_line("encoding"),
+            )
+
+    with clock.stage("train generator"):
+        run_dir = out / "generator"
+        train_generator(_planned(GeneratorRun, run_dir, lambda: _plan_generator(out, clock, seed)), run_dir)
+
+    with clock.stage("sample and measure"):
+        record, samples, labels = _measure(out, tokenizer, judged, budget, seed)
+    return _report(out, clock, tokenizer, judged, record, samples, labels)
+
+
+class _Clock:
+    """Time per stage, kept in stages.json over interruptions."""
+
+    def __init__(self, out: Path, budget: float) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.file, self.budget = out / "stages.json", budget
+        self.seconds: dict[str, float] = read_json(self.file) if self.file.is_file() else {}
+        self.name, self.start = "", 0.0
+
+    def stage(self, name: str) -> _Clock:
+        """A block whose time counts for this stage."""
+        self.name = name
+        return self
+
+    def __enter__(self) -> None:
+        print(f"[{sum(self.seconds.values()):5.0f} s] {self.name}", file=sys.stderr, flush=True)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        passed = time.perf_counter() - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + passed
+        write_json(self.file, self.seconds)
+
+    def left(self) -> float:
+        """Seconds of the budget that remain, in the middle of a stage."""
+        return self.budget - sum(self.seconds.values()) - (time.perf_counter() - self.start)
+
+
+def _line(what: str) -> Callable[[int, int], None]:
+    """Progress as a line that rewrites itself."""
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r  {what}: {done:,} / {total:,}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _render(folder: Path, emojis: list[Emoji], pictures: int, seed: int) -> PackedImages:
+    """Emoji pictures as packed images; done once."""
+    layout = Layout(
+        kind="images",
+        dtype="uint8",
+        shape=(3, 64, 64),
+        sources=len(emojis) * pictures,
+        per_shard=len(emojis) * pictures,
+        attributes={"classes": list(CATEGORIES), "source": f"openmoji, {pictures} each, seed {seed}"},
+    )
+    writer = ShardWriter(folder, layout)
+    if writer.missing():
+        images, labels = render_dataset(emojis, size=64, renders_per_emoji=pictures, seed=seed)
+        writer.write(0, images, labels.tolist())
+    writer.finish()
+    return PackedImages(folder)
+
+
+def _planned(kind: type[T], run_dir: Path, plan: Callable[[], T]) -> T:
+    """The config that the run folder holds, or a new plan: an interrupted run keeps its number of steps."""
+    file = run_dir / "config.yaml"
+    return configs.load(kind, file) if file.is_file() else plan()
+
+
+def _plan_tokenizer(out: Path, clock: _Clock, seed: int) -> TokenizerRun:
+    run = configs.load(TokenizerRun, "tokenizer/quickstart")
+    data = dataclasses.replace(
+        run.data,
+        images=out / "data" / "train",
+        evaluation=out / "data" / "held-out",
+        feature_cache=out / "features",
+    )
+    run = dataclasses.replace(run, data=data, loop=dataclasses.replace(run.loop, seed=seed))
+    task = TokenizerTask(run, progress=_line("VFM features"))
+    each = seconds_per_step(task, run.optim, run.loop)
+    return dataclasses.replace(run, loop=_fitted(run.loop, 0.48 * _for_training(clock) / each))
+
+
+def _plan_generator(out: Path, clock: _Clock, seed: int) -> GeneratorRun:
+    run = configs.load(GeneratorRun, "generator/quickstart")
+    run = dataclasses.replace(
+        run,
+        latents=out / "latents" / "train",
+        held_out_latents=out / "latents" / "held-out",
+        loop=dataclasses.replace(run.loop, seed=seed),
+    )
+    each = seconds_per_step(GeneratorTask(run), run.optim, run.loop)
+    return dataclasses.replace(run, loop=_fitted(run.loop, 0.95 * _for_training(clock) / each))
+
+
+def _for_training(clock: _Clock) -> float:
+    """Seconds left when sampling, measuring and the report have had theirs."""
+    return max(10.0, clock.left() - 20 - 0.06 * clock.budget)
+
+
+def _fitted(loop: LoopConfig, steps: float) -> LoopConfig:
+    """A loop of so many steps, evaluated eight times."""
+    steps = max(50, int(steps) // 10 * 10)
+    return dataclasses.replace(loop, steps=steps, evaluate_every=max(10, steps // 8))
+
+
+def _measure(
+    out: Path, tokenizer: PAE, judged: PackedImages, budget: float, seed: int
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Reconstruction and generation metrics, and the samples; kept in evaluation.json and samples.npz."""
+    generator = load_generator(out / "generator")
+    facts = check_pair(out / "tokenizer", out / "generator")
+    count = max(180, min(1800, int(budget / 2) // 9 * 9))
+    labels = balanced_labels(count, len(CATEGORIES))
+    show = _line("sampling")
+    batches: list[Tensor] = []
+    for images in sample_images(tokenizer, generator, labels, SAMPLER, seed=seed, batch_size=60):
+        batches.append(images)
+        show(sum(map(len, batches)), count)
+    samples = torch.cat(batches)
+    with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
+        np.savez(file, quantize(samples).permute(0, 2, 3, 1).numpy(), labels.numpy())
+    extractor = load_extractor("vgg16")  # not the encoder's own features: they would judge in their own cause
+    train = PackedImages(out / "data" / "train")
+    record = {
+        "reconstruction": evaluate_reconstruction(
+            tokenizer, judged, extractor=extractor, lpips=load_perceptual("vgg"), batch_size=64
+        ),
+        "samples": evaluate_samples(
+            batches,
+            _Some(train, count),
+            extractor=extractor,
+            size=64,
+            batch_size=64,
+            facts={"seed": seed, "sampler": configs.to_dict(SAMPLER), **facts},
+        ),
+    }
+    write_json(out / "evaluation.json", record)
+    return record, samples, labels
+
+
+class _Some:
+    """Evenly chosen images of a source, so that a small evaluation sees all of it."""
+
+    def __init__(self, source: PackedImages, count: int) -> None:
+        self.source = source
+        self.rows = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64)
+        self.classes, self.labels = source.classes, source.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """As in the source."""
+        return self.source.name(int(self.rows[index]))
+
+    def read(self, index: int) -> Any:
+        """As in the source."""
+        return self.source.read(int(self.rows[index]))
+
+    def fingerprint(self) -> str:
+        """The source's, and how many of it."""
+        return f"{self.source.fingerprint()}/{len(self)}"
+
+
+def _report(
+    out: Path,
+    clock: _Clock,
+    tokenizer: PAE,
+    judged: PackedImages,
+    record: dict[str, Any],
+    samples: Tensor,
+    labels: Tensor,
+) -> Path:
+    pairs, generated = record["reconstruction"]["metrics"], record["samples"]["metrics"]
+    page = Page(
+        "openpae quickstart",
+        "A PAE tokenizer and a LightningDiT generator, trained on OpenMoji pictures (64 x 64, nine "
+        "categories) "
+        f"with a frozen, ImageNet-pretrained EfficientNet-Lite0, in {sum(clock.seconds.values()) / 60:.1f} "
+        "minutes.",
+    )
+    page.cards(
+        {
+            "PSNR of held-out emoji": f"{pairs['psnr']['value']:.1f} dB",
+            "LPIPS (VGG)": f"{pairs['lpips']['value']:.3f}",
+            "Frechet distance, reconstructions": f"{pairs['frechet']['value']:.1f}",
+            "Frechet distance, samples": f"{generated['frechet']['value']:.1f}",
+            "real against real": f"{generated['frechet_floor']['value']:.1f}",
+        }
+    )
+    _show_pictures(page, out, tokenizer, judged, samples, labels)
+    page.heading("Training")
+    page.charts(
+        _curves(out / "tokenizer", "autoencoder", ("l1", "lpips"), ("psnr",)), "steps of the tokenizer"
+    )
+    page.charts(
+        _curves(out / "generator", "generator", ("mse", "cosine"), ("mse",)), "steps of the generator"
+    )
+    page.heading("All metrics")
+    page.table(
+        ["metric", "value", "standard error", "over"],
+        [*_rows("reconstruction", pairs), *_rows("samples", generated)],
+    )
+    page.text(
+        "Frechet distances are taken in pooled VGG16 relu5_3 features (512-d), against held-out emoji for "
+        "the "
+        "reconstructions and against training pictures for the samples. They do not compare with a "
+        "published FID. "
+        "At such sample counts they are biased upwards: read them beside the distance of real to real "
+        "pictures."
+    )
+    page.heading("Time and settings")
+    page.table(["stage", "seconds"], [(name, f"{value:.0f}") for name, value in clock.seconds.items()])
+    for name in ("tokenizer", "generator"):
+        page.fold(f"{name}/config.yaml", (out / name / "config.yaml").read_text(encoding="utf-8"))
+    page.fold("sampler", yaml.safe_dump(configs.to_dict(SAMPLER), sort_keys=False))
+    facts = {key: value for key, value in record["samples"].items() if key not in ("metrics", "kind")}
+    page.fold("what the numbers were measured with", yaml.safe_dump(facts, sort_keys=False))
+    page.text(
+        "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
+    )
+    page.write(out / "report.html")
+    return out / "report.html"
+
+
+def _show_pictures(
+    page: Page, out: Path, tokenizer: PAE, judged: PackedImages, samples: Tensor, labels: Tensor
+) -> None:
+    """Reconstructions, latents and samples; the grids are also kept as PNG files."""
+    chosen = np.linspace(0, len(judged) - 1, 24).round().astype(np.int64)
+    x = judged.shards.gather(chosen).float() / 255
+    with torch.no_grad():
+        z = tokenizer.encode(x)
+        y = tokenizer.decode(z).clamp(0, 1)
+    colours = pca_pictures(z, x.shape[-1])
+    rows = [part for i in range(0, 24, 12) for part in (x[i : i + 12], y[i : i + 12], colours[i : i + 12])]
+    pairs = image_grid(torch.cat(rows), 12)
+    page.heading("Reconstruction of emoji that training never saw")
+    page.picture(
+        pairs, "Rows of three: picture, its reconstruction, its latent (first three principal components)."
+    )
+    columns = 12
+    by_class = [samples[labels == k][:columns] for k in range(len(CATEGORIES))]
+    grid = image_grid(torch.cat(by_class), columns)
+    page.heading("Generated")
+    page.picture(grid, f"One row per category: {', '.join(CATEGORIES)}.")
+    for name, picture in (("reconstructions.png", pairs), ("samples.png", grid)):
+        with whole_file(out / name) as partial:
+            partial.write_bytes(png_bytes(picture))
+
+
+def _curves(
+    run_dir: Path, player: str, terms: tuple[str, ...], judged: tuple[str, ...]
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    lines = read_log(run_dir)
+
+    def points(key: str) -> list[tuple[float, float]]:
+        return [(line["step"], line[key]) for line in lines if key in line]
+
+    curves = {term: {"training": points(f"{player}/{term}")} for term in terms}
+    for term in judged:
+        curves.setdefault(f"{term} of held-out images", {})["held out"] = points(f"eval/{term}")
+    return curves
+
+
+def _rows(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            f"{kind}: {name}",
+            f"{metric['value']:.4g}",
+            "" if metric["stderr"] is None else f"{metric['stderr']:.2g}",
+            f"{metric['n']:,} {metric['over']}",
+        )
+        for name, metric in metrics.items()
+    ]
