@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Layout, Shards, ShardWriter
@@ -50,6 +53,74 @@ def bench_loader(
         torch.set_num_threads(threads)
     rate = seen / passed
     return {"latents_per_second": rate, "gigabytes_per_second": rate * 2 * float(np.prod(shape)) / 1e9}
+
+
+def bench_metrics(
+    *, samples: int = 50_000, features: int = 2048, block: int = 250
+) -> dict[str, float | None]:
+    """Time and memory of the Frechet distance between two sets of features that are at hand.
+
+    Args:
+        samples: N of each set; features are made block by block and not timed.
+        features: F.
+        block: rows per block, as they would come from an extractor.
+
+    Returns:
+        statistics_seconds (of both sets), distance_seconds, peak_gib (of the process, with torch in it); and
+        beside them torch_fidelity_seconds, torch_fidelity_peak_gib and relative_difference, None where
+        torch-fidelity is not installed.
+    """
+    from openpae.eval.frechet import Moments, frechet_distance
+
+    gaussians, statistics = [], 0.0
+    for seed in (0, 1):
+        moments = Moments()
+        for rows in _random_features(seed, samples, features, block):
+            start = time.perf_counter()
+            moments.update(rows)
+            statistics += time.perf_counter() - start
+        start = time.perf_counter()
+        gaussians.append(moments.gaussian())
+        statistics += time.perf_counter() - start
+    start = time.perf_counter()
+    distance = frechet_distance(*gaussians)
+    result: dict[str, float | None] = {
+        "statistics_seconds": statistics,
+        "distance_seconds": time.perf_counter() - start,
+        "peak_gib": _peak_gib(),
+        "torch_fidelity_seconds": None,
+        "torch_fidelity_peak_gib": None,
+        "relative_difference": None,
+    }
+    if importlib.util.find_spec("torch_fidelity") is not None:
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+        theirs, seconds = [], 0.0
+        for seed in (0, 1):
+            x = torch.cat(list(_random_features(seed, samples, features, block)))
+            start = time.perf_counter()
+            theirs.append(fid_features_to_statistics(x))
+            seconds += time.perf_counter() - start
+        start = time.perf_counter()
+        value = fid_statistics_to_metric(*theirs, False)["frechet_inception_distance"]
+        result["torch_fidelity_seconds"] = seconds + time.perf_counter() - start
+        result["torch_fidelity_peak_gib"] = _peak_gib()
+        result["relative_difference"] = abs(distance - float(value)) / float(value)
+    return result
+
+
+def _random_features(seed: int, samples: int, features: int, block: int) -> Iterator[Tensor]:
+    """Rows as an extractor might give them: not negative, with the mean of the sets apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, samples, block):
+        rows = torch.randn(min(block, samples - start), features, generator=generator)
+        yield rows.abs_() + 0.01 * seed
+
+
+def _peak_gib() -> float:
+    import resource  # there is none on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def _random_latents(folder: Path, rows: int, shape: tuple[int, int, int]) -> Shards:

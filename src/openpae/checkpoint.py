@@ -5,7 +5,6 @@ Also the import of the authors' released weights, by a written map of names.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,7 +73,9 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
     """
     path = model_folder(folder)
     config = configs.load(PAEConfig, path / "config.yaml")
-    state, identity = _load(path, configs.to_dict(config))
+    state, identity = _load(path)
+    if decode_only and encoder is None:  # a finetuned encoder is among the weights
+        state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
     if encoder is None and not decode_only:
         encoder = load_encoder(config.encoder, config.encoder_source, trainable=config.fusion == "finetune")
     model = PAE(config, encoder)
@@ -100,7 +101,7 @@ def load_generator(folder: str | Path) -> LightningDiT:
     """
     path = model_folder(folder)
     config = configs.load(LightningDiTConfig, path / "config.yaml")
-    state, _ = _load(path, configs.to_dict(config))
+    state, _ = _load(path)
     model = LightningDiT(config)
     load_strict(model, state, f"weights in {path}")
     return model.eval()
@@ -170,14 +171,16 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
-    """Fingerprint of a frozen encoder's weights.
+    """Fingerprint of a frozen encoder: its weights, and what its spec says of their input and output.
 
     Raises:
         TypeError: the encoder is no nn.Module, so it has no weights to name.
     """
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
-    return fingerprint(encoder.state_dict())
+    spec = encoder.spec
+    facts = (spec.stride, spec.num_prefix_tokens, spec.image_mean, spec.image_std)
+    return fingerprint(encoder.state_dict(), repr(facts))
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -220,7 +223,9 @@ def read_tensors(file: Path) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
         data = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the bytes of a damaged pickle can lead its reader to any of them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{file} is refused: damaged, or a pickle that holds more than tensors and plain values "
@@ -335,7 +340,9 @@ def _write(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: st
     (folder / "README.md").write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
 
 
-def _load(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], Identity]:
+def _load(path: Path) -> tuple[dict[str, Tensor], Identity]:
+    # The config as it stands in the file: a field that a later version adds must not change old fingerprints.
+    config = configs.read_yaml(path / "config.yaml")
     identity = identity_of(path)
     try:
         state = dict(load_file(path / WEIGHTS))
@@ -351,7 +358,7 @@ def _load(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], Ide
 
 def _print_of(state: Mapping[str, Tensor], config: Mapping[str, Any], made_with: str) -> str:
     # Where the encoder's weights come from is no part of what the model is.
-    facts = {key: value for key, value in config.items() if key != "encoder_source"}
+    facts = {key: value for key, value in config.items() if key not in ("kind", "encoder_source")}
     return fingerprint(state, repr(sorted(facts.items())), made_with)
 
 

@@ -322,6 +322,78 @@ def evaluate(
         write_json(out, record)
 
 
+def profile(
+    tokenizers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKENIZER")],
+    /,
+    images: Path,
+    out: Path,
+    label_maps: Path | None = None,
+    label_images: Path | None = None,
+    label_count: int = 500,
+    ignore: int | None = None,
+    scenes: int = 0,
+    size: int | None = None,
+    count: int = 5000,
+    lpc_count: int = 200,
+    lpips: Literal["vgg", "alex", "random"] = "vgg",
+    extractor: Literal["vgg16", "efficientnet-lite0", "dinov2", "random", "none"] = "vgg16",
+    batch_size: int = 32,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank), and compare them in profile.html.
+
+    A tokenizer is a folder of ours or of diffusers, diffusers:OWNER/NAME, encoder:NAME for the bare features
+    of a VFM (encoder:NAME/8 with a token per 8 pixels), or python:FILE.py with your own encode and decode.
+
+    Args:
+        tokenizers: what to measure, one or several.
+        images: folder of images, best with one subfolder per class (GSQ needs it), or packed images.
+        out: folder for profile.json and profile.html.
+        label_maps: for SSC: a folder of index PNGs named as their images, or a COCO panoptic JSON.
+        label_images: the images of the label maps, if they are others than IMAGES.
+        label_count: images with label maps to take, evenly spread.
+        ignore: label that does not count, such as that of unlabelled pixels.
+        scenes: for SSC without label maps: render so many emoji scenes, whose label maps are exact.
+        size: side in pixels of all images; by default the first tokenizer's own.
+        count: images to take, evenly spread.
+        lpc_count: of these, images for LPC: each is decoded nine times.
+        lpips: network of LPIPS.
+        extractor: features of the Frechet distances; none leaves them out.
+        batch_size: images per forward pass; lower it if memory runs out.
+        seed: of directions, classes, clusters and scenes.
+        device: auto takes a GPU if there is one.
+    """
+    from openpae.eval.measure import MeasureConfig
+    from openpae.profile import run_profile
+    from openpae.train.engine import pick_device
+
+    with _progress("measuring", "img") as progress:
+        found = run_profile(
+            tokenizers,
+            images,
+            out,
+            label_maps=label_maps,
+            label_images=label_images,
+            label_count=label_count,
+            ignore=ignore,
+            scenes=scenes,
+            size=size,
+            lpips=lpips,
+            extractor=extractor,
+            config=MeasureConfig(count=count, lpc_count=lpc_count, batch_size=batch_size, seed=seed),
+            device=pick_device(device),
+            progress=progress,
+        )
+    for one in found:
+        print(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
+        for estimate in one.metrics.values():
+            print(f"  {estimate}")
+        for name, reason in one.undefined.items():
+            print(f"  {name} not defined: {reason}")
+    print(f"open {out / 'profile.html'} in a browser")
+
+
 def info(folder: Folder, /, verify: bool = False) -> None:
     """Say what a folder is: a run, a model, a cache, packed images or a folder of images.
 
@@ -335,17 +407,19 @@ def info(folder: Folder, /, verify: bool = False) -> None:
         print(f"{name:16} {value}")
 
 
-def bench(what: Literal["loader"], /, out: Path | None = None) -> None:
+def bench(what: Literal["loader", "metrics"], /, out: Path | None = None) -> None:
     """Measure how fast a part is on this machine.
 
     Args:
-        what: loader: latents per second and core from a warm cache.
+        what: loader: latents per second and core from a warm cache; metrics: the Frechet distance of 50,000
+            images, beside torch-fidelity's if that is installed.
         out: also write the result (JSON) here.
     """
-    from openpae.bench import bench_loader
+    from openpae.bench import bench_loader, bench_metrics
     from openpae.storage import write_json
 
-    result = {"loader": bench_loader}[what]()
+    benches: dict[str, Callable[[], dict[str, Any]]] = {"loader": bench_loader, "metrics": bench_metrics}
+    result = benches[what]()
     print(json.dumps(result, indent=1))
     if out is not None:
         write_json(out, result)
@@ -445,6 +519,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": _command(sample, "sample"),
     "reconstruct": _command(reconstruct, "reconstruct"),
     "evaluate": _command(evaluate, "evaluate"),
+    "profile": _command(profile, "profile"),
     "info": _command(info, "info"),
     "bench": _command(bench, "bench"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -160,23 +161,28 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         return from_dict(typing.cast(type, hint), value, at)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{at} must be a finite number, got {value!r}")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if type(value) is not hint:
         message = f"{at} must be {hint.__name__}, got {value!r} ({_type_name(value)})"
         if hint in (int, float) and isinstance(value, str) and (number := _number(value)) is not None:
             # YAML 1.1 wants a dot in the mantissa: 2e-4 is text, 2.0e-4 a number.
-            written = repr(number) if "e" not in repr(number) or "." in repr(number) else f"{number:.1e}"
-            message += f"; in YAML write {written}"
+            if hint is float:
+                message += f"; in YAML write {yaml.safe_dump(number).split()[0]}"
+            elif number.is_integer():
+                message += f"; in YAML write {int(number)}"
         raise TypeError(message)
     return value
 
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _to_plain(value: Any) -> Any:

@@ -46,12 +46,13 @@ class LightningDiTConfig:
     """RMS-normalise queries and keys: off in the 80-epoch recipe, on in the 800-epoch one."""
 
     def __post_init__(self) -> None:
+        for name in ("latent_dim", "grid_size", "patch_size", "hidden_dim", "num_layers", "num_classes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
         if self.grid_size % self.patch_size:
             raise ValueError(f"patch_size must divide grid_size, got {self.patch_size} and {self.grid_size}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout must lie in [0, 1], got {self.class_dropout}")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be >= 1, got {self.num_classes}")
         check_heads(self.hidden_dim, self.num_heads)
 
     @classmethod
@@ -212,7 +213,21 @@ class LightningDiT(nn.Module):
         return unpatchify(tokens, h, w, self.config.patch_size)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take the per-channel mean and standard deviation (C,) of the latents that are to be generated."""
+        """Take the per-channel mean and standard deviation (C,) of the latents that are to be generated.
+
+        Raises:
+            ValueError: not one of each per channel, or a channel that does not vary.
+        """
+        if mean.shape != std.shape or mean.shape != (self.config.latent_dim,):
+            raise ValueError(
+                f"mean and std must be ({self.config.latent_dim},), "
+                f"got {tuple(mean.shape)} and {tuple(std.shape)}"
+            )
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ValueError(
+                f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
+                "a latent channel that never varies can not be generated"
+            )
         self.latent_mean.copy_(mean.view(-1, 1, 1))
         self.latent_std.copy_(std.view(-1, 1, 1))
 

@@ -171,8 +171,9 @@ def _load_transformers(spec: EncoderSpec, source: str) -> nn.Module:
     import transformers  # half a second and 100 MB that only this family needs
 
     try:
+        # Mismatched sizes are left to the report: the package's own error does not name them.
         model, report = getattr(transformers, spec.model_class).from_pretrained(
-            source, output_loading_info=True
+            source, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except OSError as error:
         raise FileNotFoundError(
@@ -182,6 +183,11 @@ def _load_transformers(spec: EncoderSpec, source: str) -> nn.Module:
     if report["missing_keys"] or report["mismatched_keys"]:
         faults = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
         raise ValueError(f"weights at {source!r} do not fit {spec.model_class}: {', '.join(faults[:5])}")
+    if model.config.hidden_size != spec.dim:
+        raise ValueError(
+            f"weights at {source!r} are of width {model.config.hidden_size}, but the encoder's row says "
+            f"{spec.dim}; name the row of their size"
+        )
     drop_norm_affine(model, spec.final_norm)
     backbone: nn.Module = model
     return backbone

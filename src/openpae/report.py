@@ -5,14 +5,20 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from openpae.storage import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 :root { --ink: #1c2024; --soft: #60646c; --line: #e3e5e8; --paper: #ffffff; --tint: #f6f7f9;
@@ -46,6 +52,12 @@ th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var
 th { color: var(--soft); font-weight: 550; }
 td { font-variant-numeric: tabular-nums; }
 pre { background: var(--tint); padding: 14px 16px; border-radius: 8px; overflow-x: auto; font-size: 13px; }
+.rows { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 14px;
+  align-items: center; }
+.rows span { color: var(--soft); font-size: 13.5px; text-align: right; max-width: 15ch;
+  overflow-wrap: break-word; }
+.rows img { width: 100%; border-radius: 4px; }
+.radar { max-width: 560px; } .radar svg { width: 100%; height: auto; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--mark); }
 """
 
@@ -86,17 +98,40 @@ class Page:
 
     def picture(self, image: Image.Image, caption: str, scale: int = 1) -> None:
         """A picture with its caption, drawn `scale` times as large as it is."""
-        data = base64.b64encode(png_bytes(image)).decode()
         alt = html.escape(caption, quote=True)
         self.parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" width="{image.width * scale}" alt="{alt}">'
+            f'<figure><img src="{_data_url(image)}" width="{image.width * scale}" alt="{alt}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
-    def charts(self, charts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str) -> None:
-        """Line charts side by side: title -> name of the line -> points (x, y)."""
-        drawn = (_line_chart(title, lines, x_label) for title, lines in charts.items() if lines)
+    def rows(self, pictures: Mapping[str, Image.Image], caption: str) -> None:
+        """Pictures of one width below each other, each with its name to the left."""
+        cells = "".join(
+            f"<span>{html.escape(name)}</span>"
+            f'<img src="{_data_url(image)}" alt="{html.escape(name, quote=True)}">'
+            for name, image in pictures.items()
+        )
+        self.parts.append(
+            f'<figure><div class="rows">{cells}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
+
+    def charts(
+        self,
+        charts: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+        x_label: str,
+        *,
+        log: bool = False,
+    ) -> None:
+        """Line charts side by side: title -> name of the line -> points (x, y); log scales the y axis."""
+        drawn = (_line_chart(title, lines, x_label, log) for title, lines in charts.items() if lines)
         self.parts.append(f'<div class="charts">{"".join(drawn)}</div>')
+
+    def radar(self, axes: Sequence[str], scores: Mapping[str, Sequence[float | None]], caption: str) -> None:
+        """A radar plot: name of a shape -> its score on each axis, in [0, 1], None where it has none."""
+        self.parts.append(
+            f'<figure class="radar">{_radar_chart(axes, scores)}'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
 
     def fold(self, summary: str, text: str) -> None:
         """Preformatted text behind a click."""
@@ -155,6 +190,42 @@ def pca_pictures(z: Tensor, size: int) -> Tensor:
     return torch.nn.functional.interpolate(pictures, size=(size, size), mode="nearest")
 
 
+def label_pictures(labels: Tensor, size: int) -> Tensor:
+    """Label maps (B, h, w) as colours, (B, 3, size, size) in [0, 1]: 20 in turn, white where negative."""
+    from matplotlib import colormaps
+
+    table = [colormaps["tab20"](k % 20)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)]]
+    colours = torch.tensor([*table, (1.0, 1.0, 1.0)])
+    index = torch.where(labels < 0, len(table), labels.remainder(len(table)))
+    return torch.nn.functional.interpolate(
+        colours[index].permute(0, 3, 1, 2), size=(size, size), mode="nearest"
+    )
+
+
+def thumbnails(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], scaled to (B, 3, size, size)."""
+    x = images.detach().float().cpu()
+    if x.shape[-2:] == (size, size):
+        return x
+    scaled = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
+    return scaled.clamp(0, 1)
+
+
+def framed(images: Tensor, colours: Sequence[str], width: int = 4) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], each with a frame over its border in its colour, such as "#2f9e6e"."""
+    framed = images.detach().float().cpu().clone()
+    for image, colour in zip(framed, colours, strict=True):
+        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])[:, None, None]
+        inner = image[:, width:-width, width:-width].clone()
+        image[:] = rgb
+        image[:, width:-width, width:-width] = inner
+    return framed
+
+
+def _data_url(image: Image.Image) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """An image as the content of a PNG file."""
     buffer = io.BytesIO()
@@ -162,22 +233,55 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str) -> str:
+PALETTE = ("#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f", "#7a5cc9", "#c0392b", "#16869c", "#8a6d1f")
+"""Colours of lines and shapes, in their order; they repeat after the last."""
+
+
+def _line_chart(
+    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, log: bool = False
+) -> str:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    for (name, points), colour in zip(
-        lines.items(), ["#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f"] * 3, strict=False
-    ):
+    for (name, points), colour in zip(lines.items(), itertools.cycle(PALETTE), strict=False):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=8)
+    if log:
+        axes.set_yscale("log")
     axes.tick_params(labelsize=8)
     axes.grid(color="#e3e5e8", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _radar_chart(names: Sequence[str], scores: Mapping[str, Sequence[float | None]]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot(projection="polar")
+    axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]
+    axes.set_theta_direction(-1)  # type: ignore[attr-defined]
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+    for (name, values), colour in zip(scores.items(), itertools.cycle(PALETTE), strict=False):
+        heights = [math.nan if value is None else value for value in values]
+        closed = ([*angles, angles[0]], [*heights, heights[0]])
+        axes.plot(*closed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
+        if None not in values:
+            axes.fill(*closed, color=colour, alpha=0.1)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
+    axes.set_xticks(angles, labels=list(names), fontsize=9)
+    axes.grid(color="#cdd1d6", linewidth=0.7)
+    axes.spines["polar"].set_color("#cdd1d6")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -36,8 +36,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     absent; nothing half-written is ever seen there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    if old.exists() and not path.exists():  # killed in that instant: until the block ends, the old one counts
+        os.rename(old, path)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -45,8 +48,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
             _sync(file)
         _sync(partial)
         if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.rename(path, old)
             os.rename(partial, path)
             shutil.rmtree(old)
@@ -89,12 +90,10 @@ def fingerprint(state: Mapping[str, Tensor], *facts: str) -> str:
 
     The order of the entries, the device and the file format do not matter; one changed bit does.
     """
-    digest = hashlib.sha256()
-    for fact in facts:
-        digest.update(fact.encode() + b"\0")
+    digest = hashlib.sha256(repr(facts).encode())  # quoted, so that no fact can pass for two, or for a tensor
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 

@@ -3,7 +3,7 @@ paper)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from openpae.layers import (
     Mlp,
     SelfAttention,
     TransformerBlock,
+    check_heads,
     init_vit,
     resize_positions,
     sincos_2d,
@@ -41,6 +42,12 @@ class DecoderConfig:
     """Width inside the MLPs."""
     patch_size: int = 16
     """Pixels per token and axis: image_size / patch_size is the side of the latent grid."""
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            if (value := getattr(self, part.name)) < 1:
+                raise ValueError(f"decoder.{part.name} must be >= 1, got {value}")
+        check_heads(self.hidden_dim, self.num_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +303,10 @@ class PAE(nn.Module):
         """Images in [0, 1], (B, 3, H, W), as the VFM wants them: (B, 3, h stride, w stride), normalised.
 
         Raises:
-            ValueError: H or W is not a multiple of the decoder's patch size.
+            ValueError: integer pixels, or H or W is not a multiple of the decoder's patch size.
         """
+        if not images.is_floating_point():
+            raise ValueError(f"images must be float in [0, 1], got {images.dtype}; divide uint8 by 255")
         patch, stride = self.config.decoder.patch_size, self.spec.stride
         height, width = images.shape[-2:]
         if images.shape[1] != 3 or height % patch or width % patch:
@@ -339,7 +348,7 @@ class PAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents z (B, C, h, w): around [0, 1], not clamped, float32."""
-        tokens = self.deprojector(z)
+        tokens = self.deprojector(z.float())  # cached ones come in bfloat16
         normalised: Tensor = self.decoder(tokens, *z.shape[-2:])
         return normalised.float() * self.std + self.mean
 

@@ -96,7 +96,7 @@ class ImageFolder:
     def fingerprint(self) -> str:
         """Over names and sizes of the files: quick, and changes with any replaced file of another size."""
         lines = (f"{self.name(i)} {file.stat().st_size}\n" for i, file in enumerate(self.files))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
 
 
 class PackedImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,7 @@ def loader(dataset: Dataset[Any], sampler: StepBatches, num_workers: int, *, pin
         pin_memory=pin,
         persistent_workers=num_workers > 0,
         multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=_leave_interrupts if num_workers else None,
     )
 
 
@@ -55,9 +57,10 @@ def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.
 
 def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """64 random bits per position, a pure function of (seed, position): two rounds of splitmix64."""
-    x = positions.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(0x9E3779B97F4A7C15)
+    golden = 0x9E3779B97F4A7C15
+    x = positions.astype(np.uint64) + np.uint64(seed * golden % 2**64)  # Python's int: NumPy's would overflow
     for _ in range(2):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = x + np.uint64(golden)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
@@ -66,6 +69,11 @@ def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the loop alone decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 _LAST_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}

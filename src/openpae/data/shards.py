@@ -9,6 +9,7 @@ index.json    shards, statistics and attributes, written last: with it the folde
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ class ShardWriter:
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
         else:
-            if folder.exists() and any(folder.iterdir()):
+            # A kill inside write_json leaves its partial file, and nothing else.
+            if folder.exists() and any(path.name != ".header.json.partial" for path in folder.iterdir()):
                 raise ValueError(f"{folder} is not empty and holds no {layout.kind}; name a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             write_json(header, layout.as_header())
@@ -110,7 +112,7 @@ class ShardWriter:
             skipped: source items that could not be read.
 
         Raises:
-            ValueError: the counts or shapes do not agree with the layout.
+            ValueError: the counts or shapes do not agree with the layout, or a value is not finite.
         """
         expected = len(self.layout.span(shard))
         if (
@@ -123,6 +125,11 @@ class ShardWriter:
                 f"{tuple(rows.shape)}, {len(labels)} labels and {len(skipped)} skipped"
             )
         rows = rows.to(_TYPES[self.layout.dtype]).cpu().contiguous()
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"shard {shard} of {self.folder} would hold values that are not finite in "
+                f"{self.layout.dtype}; the network that made them has diverged"
+            )
         info: dict[str, Any] = {"rows": len(rows), "labels": list(map(int, labels)), "skipped": list(skipped)}
         if self.layout.kind == "latents":
             info |= _channel_sums(rows)
@@ -137,12 +144,16 @@ class ShardWriter:
         """Write labels and index. Calling it again changes nothing.
 
         Raises:
-            ValueError: shards are missing.
+            ValueError: shards are missing, or every source item was skipped.
         """
         if missing := self.missing():
             raise ValueError(f"{self.folder} lacks {len(missing)} of {self.layout.num_shards} shards")
         if not (self.folder / "index.json").is_file():
             infos = [read_json(self.folder / f"{n:05d}.json") for n in range(self.layout.num_shards)]
+            if not any(info["rows"] for info in infos):
+                raise ValueError(
+                    f"{self.folder} would hold no rows: all {self.layout.sources} items were skipped"
+                )
             labels = np.array([label for info in infos for label in info["labels"]], dtype=np.int64)
             with whole_file(self.folder / "labels.npy") as partial, partial.open("wb") as file:
                 np.save(file, labels)
@@ -220,10 +231,13 @@ class Shards:
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name the content: a hash of the shards' checksums."""
-        import hashlib
+        """16 hexadecimal digits that name the content: a hash of the shards' checksums and of the labels."""
+        content = "".join(self.index["sha256"]).encode() + self.labels.astype("<i8").tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
-        return hashlib.sha256("".join(self.index["sha256"]).encode()).hexdigest()[:16]
+    def __reduce__(self) -> tuple[type[Shards], tuple[Path]]:
+        # A process that reads data opens the maps anew: pickled, they would carry the whole content.
+        return Shards, (self.folder,)
 
     def verify(self) -> None:
         """Read everything and compare it with the checksums.

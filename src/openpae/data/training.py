@@ -34,7 +34,7 @@ class ImageData:
     resize: int = 384
     """Shorter side before the random crop."""
     skip_broken: bool = False
-    """Put the next readable image in the place of a file that can not be decoded, and name it in the log."""
+    """Put the next readable image in the place of a file that can not be decoded, and warn of it by name."""
     feature_cache: Path | None = None
     """Folder for the VFM's features of packed images, made on first use; null computes them at every step."""
 

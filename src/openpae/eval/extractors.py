@@ -105,6 +105,7 @@ class EfficientNetFeatures(nn.Module):
     def features(self, images: Tensor) -> Features:
         """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 1280)."""
         pixels = (255 * _resize(images, 128) - 127) / 128
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         grid: Tensor = self.network.extract_features(pixels)  # type: ignore[operator]
         return Features(pooled=grid.mean(dim=(2, 3)))
 

@@ -46,15 +46,15 @@ class OptimConfig:
     """Largest norm of the gradient; null clips nothing."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr must be > 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr must be > 0 and finite, got {self.lr}")
         if self.final_lr is not None and not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"optim.final_lr must lie in [0, lr = {self.lr}], got {self.final_lr}")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip must be > 0 or null, got {self.clip}")
 
 
@@ -130,6 +130,11 @@ class Task(Protocol):
     @property
     def optimizers(self) -> Mapping[str, Optimizer]:
         """The optimizer of each player."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Fingerprints of what it trains on, by name: a run goes on only where they are the same."""
         ...
 
     def batches(self, steps: range) -> Iterable[Any]:
@@ -293,8 +298,9 @@ def fit(
         The last evaluation.
 
     Raises:
-        FloatingPointError: a loss or a term is not finite; the message names step, player and term. On a GPU
-            this is read with the log, and never after a checkpoint was written.
+        FloatingPointError: a loss or a gradient is not finite; the message names step, player and term. On
+            a GPU this is read with the log, and never after a checkpoint was written.
+        ValueError: the checkpoint was trained on other data than the task now finds.
         Stopped: SIGINT or SIGTERM came; a checkpoint of the last step is written.
     """
     device = next(next(iter(task.players.values())).parameters()).device
@@ -388,13 +394,15 @@ def _train_step(
             log.add(step, update)
             (update.loss / count).backward()  # type: ignore[no-untyped-call]
             if micro == count - 1:
-                _step(task.optimizers[update.player], optim.clip, update.player, log)
+                _step(task.optimizers[update.player], optim.clip, update.player, step, log)
 
 
-def _step(optimizer: Optimizer, clip: float | None, player: str, log: _Log) -> None:
+def _step(optimizer: Optimizer, clip: float | None, player: str, step: int, log: _Log) -> None:
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     limit = math.inf if clip is None else clip
-    log.keep(f"{player}/grad_norm", torch.nn.utils.clip_grad_norm_(weights, limit))
+    norm = torch.nn.utils.clip_grad_norm_(weights, limit)
+    log.check(step, norm, {f"{player}/grad_norm": norm})  # a finite loss can have a gradient that is not
+    log.keep(f"{player}/grad_norm", norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -441,7 +449,7 @@ def _save(run_dir: Path, task: Task, ema: Ema | None, step: int, loop: LoopConfi
         weights = exported.state_dict() | (ema.average if ema and loop.export == "ema" else {})
         task.write(folder, weights)
         torch.save(state, folder / "state.pt")
-        facts = {"step": step, "images_seen": step * loop.global_batch_size}
+        facts = {"step": step, "images_seen": step * loop.global_batch_size, "inputs": dict(task.inputs)}
         write_json(folder / "checkpoint.json", facts | {"sha256": file_hash(folder / "state.pt")})
     for old in checkpoint_steps(run_dir)[: -loop.keep_last]:
         shutil.rmtree(checkpoint_path(run_dir, old))
@@ -449,14 +457,24 @@ def _save(run_dir: Path, task: Task, ema: Ema | None, step: int, loop: LoopConfi
 
 def _resume(run_dir: Path, task: Task, ema: Ema | None) -> int:
     """Load the newest sound checkpoint into task and ema; returns the step to go on from, 0 for a new run."""
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written
+        shutil.rmtree(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = checkpoint_path(run_dir, step)
         try:
-            if file_hash(folder / "state.pt") != read_json(folder / "checkpoint.json")["sha256"]:
+            facts = read_json(folder / "checkpoint.json")
+            inputs = facts["inputs"]
+            if file_hash(folder / "state.pt") != facts["sha256"]:
                 raise ValueError("its checksum is wrong")
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(f"checkpoint {folder} is damaged and was passed over: {error}", stacklevel=3)
             continue
+        if inputs != task.inputs:
+            changed = sorted(name for name, _ in inputs.items() ^ task.inputs.items())
+            raise ValueError(
+                f"{run_dir} was trained with other {', '.join(dict.fromkeys(changed))}: what its config "
+                "names has changed since; bring it back or name another run folder"
+            )
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         for name, module in task.players.items():
             trained = module.state_dict() | state["players"][name]
@@ -507,7 +525,6 @@ class _Log:
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     first_bad: Tensor | None = None
-    bad_player: str = ""
 
     def __enter__(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -517,7 +534,7 @@ class _Log:
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
             with whole_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start or None)
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start + 1)
         self.clock, self.clock_step = time.perf_counter(), self.start
 
     def __exit__(self, *_: object) -> None:
@@ -525,15 +542,20 @@ class _Log:
 
     def add(self, step: int, update: Update) -> None:
         """Take in an update before its step; on a CPU a loss that is not finite stops here."""
-        terms = {"loss": update.loss.detach(), **update.logs}
-        if update.loss.device.type == "cpu":
-            if not update.loss.isfinite():
-                raise _not_finite(step, update.player, terms)
-        else:
-            bad = torch.where(update.loss.detach().isfinite(), math.inf, float(step))
-            self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
+        terms = {f"{update.player}/{name}": value for name, value in update.logs.items()}
+        terms = {f"{update.player}/loss": update.loss.detach(), **terms}
+        self.check(step, update.loss.detach(), terms)
         for name, value in terms.items():
-            self.keep(f"{update.player}/{name}", value)
+            self.keep(name, value)
+
+    def check(self, step: int, value: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Stop if a value is not finite: on a CPU now, on a GPU with the next line, as nothing may wait."""
+        if value.device.type == "cpu":
+            if not value.isfinite():
+                raise _not_finite(step, terms)
+        else:
+            bad = torch.where(value.isfinite(), math.inf, float(step))
+            self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
 
     def keep(self, name: str, value: Tensor) -> None:
         """Add to the mean of the next line."""
@@ -551,7 +573,7 @@ class _Log:
         self.counts.clear()
         if self.first_bad is not None and math.isfinite(bad := self.first_bad.item()):
             broken = {name: torch.tensor(value) for name, value in means.items()}
-            raise _not_finite(int(bad), "a", broken)
+            raise _not_finite(int(bad), broken)
         now = time.perf_counter()
         images = (step - self.clock_step) * self.loop.global_batch_size
         rate = {"lr": lr, "images_per_second": images / (now - self.clock)}
@@ -579,9 +601,9 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _not_finite(step: int, player: str, terms: Mapping[str, Tensor]) -> FloatingPointError:
+def _not_finite(step: int, terms: Mapping[str, Tensor]) -> FloatingPointError:
     named = [f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite()]
     return FloatingPointError(
-        f"{player} loss is not finite at step {step}: {', '.join(named) or 'no single term'}; "
+        f"training is not finite at step {step}: {', '.join(named) or 'no single term'}; "
         "nothing was saved after it: lower optim.lr, set optim.clip, or use loop.precision fp32"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import checkpoint_steps, identity_of, write_generator
+from openpae.checkpoint import write_generator
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
@@ -69,6 +69,10 @@ class GeneratorTask:
         self.model = LightningDiT(run.model)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
         self.model.to(self.device)
+        self.inputs: Mapping[str, str] = {
+            "latents": self.latents.fingerprint(),
+            "tokenizer": self.latents.attributes["tokenizer"],
+        }
         self.players: Mapping[str, nn.Module] = {"generator": self.model}
         self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.model, run.optim)}
         if run.loop.compile:
@@ -129,16 +133,7 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
         The last evaluation.
     """
     open_run(run_dir, run)
-    task = GeneratorTask(run)
-    if checkpoint_steps(run_dir):  # the folder of latents may have been made anew since
-        began, now = identity_of(run_dir).made_with, task.latents.attributes["tokenizer"]
-        if began != now:
-            raise ValueError(
-                f"{run_dir} was begun on latents of the tokenizer {began}, but {run.latents} now holds "
-                f"those of {now}; "
-                "name another run folder"
-            )
-    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(GeneratorTask(run), run_dir, run.optim, run.loop, quiet=quiet)
 
 
 def _open_latents(folder: Path, model: LightningDiTConfig) -> Shards:

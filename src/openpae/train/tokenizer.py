@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,10 @@ class TokenizerRun:
     loop: LoopConfig
     """How long it is trained."""
 
+    def __post_init__(self) -> None:
+        if self.data.feature_cache is not None and self.model.fusion == "finetune":
+            raise ValueError("data.feature_cache can not serve model.fusion finetune: the features change")
+
 
 class TokenizerTask:
     """L1 + LPIPS between image and reconstruction.
@@ -90,6 +95,7 @@ class TokenizerTask:
         )
         self.lpips = load_perceptual(run.loss.lpips_net).to(self.device) if run.loss.lpips else None
         self.held_out = self._held_out()
+        self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_print}
         self.players: Mapping[str, nn.Module] = {"autoencoder": self.model}
         self.optimizers: Mapping[str, Optimizer] = {"autoencoder": adamw(self.model, run.optim)}
         if run.loop.compile:
@@ -105,6 +111,8 @@ class TokenizerTask:
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """L = L1(x_r, x) + w LPIPS(x_r, x)."""
+        for broken in batch.skipped:
+            warnings.warn(f"{broken}; another image takes its place", stacklevel=2)
         x = batch.images.float() / 255
         x_r = self.model.decode(self.model.encode(x, batch.features))
         loss = F.l1_loss(x_r, x)

@@ -1,0 +1,168 @@
+"""Images with a label for every pixel: index PNGs, COCO panoptic, or rendered scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from openpae.data.images import EXTENSIONS, center_crop, read_image, resize_shorter
+from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
+from openpae.storage import fingerprint, read_json
+
+PANOPTIC_VOID = 0
+"""Id of the pixels that COCO's panoptic maps leave unlabelled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmented:
+    """Square images and the segment of each of their pixels."""
+
+    name: str
+    images: Tensor
+    """uint8 RGB, (B, 3, S, S)."""
+    labels: Tensor
+    """int64, (B, S, S)."""
+    ignore: int | None
+    """Label of pixels that do not count; None if all count."""
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name exactly these pixels and labels."""
+        return fingerprint({"images": self.images, "labels": self.labels}, repr(self.ignore))
+
+
+def read_segmented(
+    images: Path, maps: Path, *, size: int, count: int | None = None, ignore: int | None = None
+) -> Segmented:
+    """Images and their label maps, both centre-cropped alike; the labels by nearest neighbour.
+
+    Args:
+        images: folder of images.
+        maps: a folder of index PNGs, each named as its image (a/1.png for a/1.jpg), or COCO's panoptic JSON
+            with its folder of PNGs beside it (panoptic_val2017.json, panoptic_val2017/). It may be the folder
+            of the images itself, where those are no PNGs.
+        size: side S in pixels.
+        count: take this many, evenly spread; None takes all.
+        ignore: label that does not count, of index PNGs; panoptic maps say it themselves.
+
+    Raises:
+        FileNotFoundError: no folder, no maps, or a map without its image.
+        ValueError: a map of another shape than its image, without one number per pixel, or a broken JSON.
+        BrokenImage: a file can not be decoded.
+    """
+    if not images.is_dir():
+        raise FileNotFoundError(f"no image folder at {images}")
+    panoptic = maps.is_file()
+    if panoptic and ignore is not None:
+        raise ValueError(
+            f"ignore must be left out for the panoptic maps of {maps}, whose void is {PANOPTIC_VOID}"
+        )
+    pairs = list(_panoptic_pairs(images, maps) if panoptic else _index_pairs(images, maps))
+    if not pairs:
+        raise FileNotFoundError(
+            f"no label maps in {maps}; it must be a folder of PNGs or a COCO panoptic JSON"
+        )
+    if count is not None and count < len(pairs):
+        pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, count).round().astype(int)]
+    pixels, labels = [], []
+    for image_file, map_file in pairs:
+        image = read_image(image_file)
+        label = _panoptic_map(map_file) if panoptic else _index_map(map_file)
+        if label.shape != (image.height, image.width):
+            raise ValueError(
+                f"{map_file} must have the size of {image_file.name}, {image.width} x {image.height}, "
+                f"got {label.shape[1]} x {label.shape[0]}"
+            )
+        pixels.append(center_crop(image, size))
+        labels.append(_crop_labels(label, image, size))
+    return Segmented(
+        name=str(maps),
+        images=torch.from_numpy(np.stack(pixels)),
+        labels=torch.from_numpy(np.stack(labels)).long(),
+        ignore=PANOPTIC_VOID if panoptic else ignore,
+    )
+
+
+def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
+    """Scenes of held-out OpenMoji emoji with their exact panoptic labels (0 is the background, and counts).
+
+    Args:
+        count: scenes.
+        size: side S in pixels, >= 16.
+        seed: of the scenes.
+
+    Raises:
+        ValueError: count below 1, or size below 16.
+        FileNotFoundError: the emoji can not be had.
+    """
+    if count < 1:
+        raise ValueError(f"scenes must be at least 1, got {count}")
+    _, held_out = split_catalog(emoji_catalog())
+    scenes = [render_scene(held_out, seed=seed, index=index, size=size) for index in range(count)]
+    return Segmented(
+        name=f"OpenMoji scenes, seed {seed}",
+        images=torch.stack([scene.image for scene in scenes]),
+        labels=torch.stack([scene.segments.long() for scene in scenes]),
+        ignore=None,
+    )
+
+
+def _index_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
+    found = {
+        file.relative_to(images).with_suffix(""): file
+        for file in sorted(images.rglob("*"))
+        if file.suffix.lower() in EXTENSIONS and not (images == maps and file.suffix.lower() == ".png")
+    }
+    for file in sorted(maps.rglob("*.png")):
+        stem = file.relative_to(maps).with_suffix("")
+        if stem not in found:
+            raise FileNotFoundError(
+                f"no image for the label map {file}: {images / stem} with any image ending"
+            )
+        yield found[stem], file
+
+
+def _panoptic_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
+    content = read_json(maps)
+    try:
+        names = {entry["id"]: entry["file_name"] for entry in content["images"]}
+        rows = [(names[entry["image_id"]], entry["file_name"]) for entry in content["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{maps} is no COCO panoptic JSON: it lacks {error}") from None
+    for image, label in sorted(rows):
+        pair = (images / image, maps.with_suffix("") / label)
+        if missing := [file for file in pair if not file.is_file()]:
+            raise FileNotFoundError(f"{maps} names {missing[0]}, which does not exist")
+        yield pair
+
+
+def _index_map(file: Path) -> NDArray[np.int32]:
+    with Image.open(file) as image:
+        array = np.asarray(image)
+        if array.ndim != 2:
+            raise ValueError(
+                f"{file} must hold one number per pixel (a grey or palette PNG), got mode {image.mode}; for "
+                "COCO's panoptic maps give the JSON file"
+            )
+    return array.astype(np.int32)
+
+
+def _panoptic_map(file: Path) -> NDArray[np.int32]:
+    """Segment ids, R + 256 G + 256^2 B."""
+    rgb = np.asarray(read_image(file)).astype(np.int32)
+    ids: NDArray[np.int32] = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
+    return ids
+
+
+def _crop_labels(label: NDArray[np.int32], image: Image.Image, size: int) -> NDArray[np.int32]:
+    """The crop of `center_crop(image, size)`, by nearest neighbour: (S, S)."""
+    width, height = resize_shorter(image, size).size
+    scaled = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(scaled)[top : top + size, left : left + size]

@@ -1,0 +1,146 @@
+"""LightningDiT: zero at the start, every label and position counts, statistics travel with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import shaken
+from openpae.dit import Attention, LightningDiT, LightningDiTConfig, SwiGLU
+from openpae.layers import rope_2d
+
+
+def test_the_untrained_velocity_is_zero(tiny_dit_config: LightningDiTConfig) -> None:
+    model = LightningDiT(tiny_dit_config)
+    x = torch.randn(3, *tiny_dit_config.latent_shape)
+    assert not model(x, torch.rand(3), torch.tensor([0, 1, 2])).any()
+
+
+def test_untrained_blocks_are_the_identity(tiny_dit_config: LightningDiTConfig) -> None:
+    model = LightningDiT(tiny_dit_config)
+    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    for block in model.blocks:
+        assert torch.equal(block(x, c, model.rope_cos, model.rope_sin), x)
+
+
+def test_class_time_and_place_change_the_velocity(tiny_dit: LightningDiT) -> None:
+    x = torch.randn(1, *tiny_dit.config.latent_shape)
+    x = x.expand(3, -1, -1, -1)
+    by_class = tiny_dit(x, torch.full((3,), 0.5), torch.tensor([0, 1, tiny_dit.null_label]))
+    by_time = tiny_dit(x, torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.long))
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (by_class[a] - by_class[b]).abs().max() > 1e-3
+        assert (by_time[a] - by_time[b]).abs().max() > 1e-3
+    moved = tiny_dit(x[:1].roll(1, dims=-1), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long))
+    still = by_time[1:2].roll(1, dims=-1)
+    assert (moved - still).abs().max() > 1e-3  # positions are told apart
+
+
+def test_samples_of_a_batch_do_not_meet(tiny_dit: LightningDiT) -> None:
+    x, t = torch.randn(3, *tiny_dit.config.latent_shape), torch.rand(3)
+    labels = torch.tensor([0, 1, 2])
+    together = tiny_dit(x, t, labels)
+    for i in range(3):
+        torch.testing.assert_close(
+            together[i : i + 1], tiny_dit(x[i : i + 1], t[i : i + 1], labels[i : i + 1])
+        )
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_gradients_reach_every_weight(tiny_dit_config: LightningDiTConfig, patch: int, qk_norm: bool) -> None:
+    model = shaken(LightningDiT(replace(tiny_dit_config, patch_size=patch, qk_norm=qk_norm)))
+    x = torch.randn(3, *tiny_dit_config.latent_shape)
+    out = model(x, torch.rand(3), torch.arange(3))
+    assert out.shape == x.shape
+    out.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_normed_queries_and_keys_forget_their_scale() -> None:
+    """With QK-norm, attention does not sharpen when queries and keys grow."""
+    x, (cos, sin) = torch.randn(1, 16, 32), rope_2d(4, 4, 16)
+    for qk_norm in (False, True):
+        attention = Attention(32, 2, qk_norm=qk_norm)
+        before = attention(x, cos, sin)
+        with torch.no_grad():
+            attention.qkv.weight[:64] *= 10
+            attention.qkv.bias[:64] *= 10
+        assert torch.allclose(attention(x, cos, sin), before, atol=1e-5) == qk_norm
+
+
+def test_swiglu_is_its_formula() -> None:
+    layer, x = SwiGLU(6, 10), torch.randn(2, 6)
+    w1, w2 = layer.w12.weight.chunk(2)
+    b1, b2 = layer.w12.bias.chunk(2)
+    gate = x @ w1.T + b1
+    torch.testing.assert_close(layer(x), layer.w3(gate * gate.sigmoid() * (x @ w2.T + b2)))
+
+
+def test_the_paper_s_hidden_width_of_swiglu() -> None:
+    with torch.device("meta"):
+        model = LightningDiT(replace(LightningDiTConfig(), num_layers=1))
+    assert model.get_submodule("blocks.0.mlp.w3").in_features == 3072
+
+
+def test_normalising_and_its_inverse(tiny_dit: LightningDiT) -> None:
+    mean, std = torch.randn(8), torch.rand(8) + 0.5
+    tiny_dit.set_statistics(mean, std)
+    z = torch.randn(5, 8, 4, 4) * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    x = tiny_dit.normalise(z)
+    torch.testing.assert_close(x[:, 3], (z[:, 3] - mean[3]) / std[3])
+    torch.testing.assert_close(tiny_dit.denormalise(x), z)
+    assert tiny_dit.normalise(z.bfloat16()).dtype == torch.float32
+    other = LightningDiT(tiny_dit.config)
+    other.load_state_dict(tiny_dit.state_dict())
+    assert torch.equal(other.normalise(z), x)  # they travel with the weights
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (torch.zeros(1), torch.ones(1), r"must be \(8,\), got \(1,\) and \(1,\)"),
+        (torch.zeros(8), torch.ones(1), r"must be \(8,\), got \(8,\) and \(1,\)"),
+        (torch.zeros(8), torch.tensor([1.0] * 7 + [0.0]), "a latent channel that never varies"),
+        (torch.full((8,), torch.nan), torch.ones(8), "statistics must be finite"),
+    ],
+)
+def test_statistics_that_would_ruin_every_latent_are_refused(
+    tiny_dit: LightningDiT, mean: torch.Tensor, std: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_dit.set_statistics(mean, std)
+    assert (tiny_dit.latent_std == 1).all()
+
+
+def test_half_precision_changes_little(tiny_dit: LightningDiT) -> None:
+    x, t, labels = torch.randn(3, 8, 4, 4), torch.rand(3), torch.arange(3)
+    exact = tiny_dit(x, t, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = tiny_dit(x, t, labels)
+    assert nn.functional.cosine_similarity(low.float().flatten(1), exact.flatten(1)).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "patch_size must divide grid_size, got 3 and 4"),
+        ({"patch_size": 0}, "patch_size must be >= 1, got 0"),
+        ({"num_heads": 5}, "got 5 heads for a width of 32"),
+        ({"num_classes": 0}, "num_classes must be >= 1, got 0"),
+        ({"class_dropout": 1.5}, r"class_dropout must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_sizes_that_can_not_be_are_named(
+    tiny_dit_config: LightningDiTConfig, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(tiny_dit_config, **changes)
+
+
+def test_an_unknown_size_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown size 'xxl'; known: s, b, l, xl, 1p0b, 1p6b"):
+        LightningDiTConfig.of_size("xxl")

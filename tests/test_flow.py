@@ -1,0 +1,137 @@
+"""The straight path: its ends, its velocity, and solvers that are exact where they must be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openpae.flow import euler, guide, interpolate, shift_time, time_grid, training_times, velocity_loss
+
+shifts = st.floats(0.05, 20)
+
+
+def test_the_path_starts_at_noise_and_ends_at_data() -> None:
+    x_1, x_0 = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    x_t = interpolate(x_1, x_0, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(x_t[0], x_0[0])
+    assert torch.equal(x_t[1], x_1[1])
+    torch.testing.assert_close(x_t[2], 0.25 * x_1[2] + 0.75 * x_0[2])
+
+
+def test_the_velocity_is_the_derivative_of_the_path() -> None:
+    x_1, x_0 = torch.randn(2, 4, 2, 2).double(), torch.randn(2, 4, 2, 2).double()
+    t, h = torch.rand(2).double(), 1e-3
+    slope = (interpolate(x_1, x_0, t + h) - interpolate(x_1, x_0, t - h)) / (2 * h)
+    torch.testing.assert_close(slope, x_1 - x_0)
+
+
+@given(shift=shifts)
+def test_shifting_keeps_order_and_ends(shift: float) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    shifted = shift_time(t, shift)
+    assert shifted[0] == 0
+    assert shifted[-1] == pytest.approx(1, abs=1e-12)
+    assert (shifted.diff() > 0).all()
+    torch.testing.assert_close(shift_time(shifted, 1 / shift), t)
+    assert bool((shifted <= t + 1e-12).all()) == (shift <= 1)
+
+
+def test_shifting_is_the_formula_of_the_paper() -> None:
+    t = torch.rand(9, dtype=torch.float64)
+    torch.testing.assert_close(shift_time(t, 0.4), 0.4 * t / (1 - 0.6 * t))
+
+
+def test_training_positions_are_logit_normal() -> None:
+    """The median of sigmoid(n) is 1/2, of its shift s / (1 + s); a logit is shifted by log s."""
+    normal = torch.randn(20_000)
+    t = training_times(normal, 0.7)
+    assert t.min() > 0
+    assert t.max() < 1
+    assert t.median() == pytest.approx(0.7 / 1.7, abs=0.01)
+    torch.testing.assert_close(torch.logit(t), normal + math.log(0.7), atol=1e-3, rtol=1e-3)
+
+
+def test_loss_is_zero_for_the_true_velocity_only() -> None:
+    x_1, x_0 = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    mse, cosine = velocity_loss(x_1 - x_0, x_1, x_0)
+    assert mse == 0
+    assert cosine.abs() < 1e-6
+    mse, cosine = velocity_loss(x_0 - x_1, x_1, x_0)
+    torch.testing.assert_close(mse, 4 * (x_1 - x_0).square().mean())
+    assert cosine == pytest.approx(2, abs=1e-6)
+    mse, cosine = velocity_loss(3 * (x_1 - x_0), x_1, x_0)
+    assert cosine.abs() < 1e-6 < mse  # direction is right, length is not
+
+
+def test_cosine_runs_over_the_channels_of_each_token() -> None:
+    target = torch.zeros(1, 2, 1, 2)
+    target[0, 0] = 1.0
+    wrong_at_one = target.clone()
+    wrong_at_one[0, :, 0, 1] = torch.tensor([0.0, 5.0])
+    _, cosine = velocity_loss(wrong_at_one, target, torch.zeros_like(target))
+    assert cosine == pytest.approx(0.5)
+
+
+def test_loss_of_half_precision_is_computed_in_full() -> None:
+    x_1, x_0 = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    mse, cosine = velocity_loss(torch.randn(3, 8, 4, 4).bfloat16(), x_1, x_0)
+    assert mse.dtype == cosine.dtype == torch.float32
+
+
+@given(points=st.integers(2, 300), shift=shifts)
+def test_a_time_grid_runs_from_noise_to_data(points: int, shift: float) -> None:
+    grid = time_grid(points, shift)
+    assert grid.shape == (points,)
+    assert grid.dtype == torch.float64
+    assert grid[0] == 0
+    assert grid[-1] == pytest.approx(1)
+    assert (grid.diff() > 0).all()
+
+
+def test_guidance_is_linear_and_one_is_none() -> None:
+    c, u = torch.randn(2, 3), torch.randn(2, 3)
+    torch.testing.assert_close(guide(c, u, 1.0), c)
+    torch.testing.assert_close(guide(c, u, 0.0), u)
+    torch.testing.assert_close(guide(c, u, 2.5), 2.5 * c - 1.5 * u)
+
+
+@given(points=st.integers(2, 12), shift=shifts)
+def test_euler_is_exact_on_straight_lines(points: int, shift: float) -> None:
+    x_0, x_1 = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
+    x = euler(lambda x, t: x_1 - x_0, x_0, time_grid(points, shift))
+    torch.testing.assert_close(x, x_1, atol=1e-5, rtol=1e-5)
+
+
+def test_euler_converges_with_first_order() -> None:
+    """dx/dt = x: the error to e x_0 halves with the step."""
+    x_0 = torch.ones(1, 1, 1, 1)
+    errors = [abs(float(euler(lambda x, t: x, x_0, time_grid(n + 1, 1.0))) - math.e) for n in (50, 100, 200)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+
+
+def test_euler_calls_the_velocity_once_per_step_with_the_positions_before_each() -> None:
+    seen: list[torch.Tensor] = []
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    grid = time_grid(5, 0.4)
+    euler(velocity, torch.zeros(3, 1, 1, 1), grid)
+    assert torch.equal(torch.stack(seen), grid[:-1].float()[:, None].expand(4, 3))
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_a_shift_that_is_not_positive_is_refused(shift: float) -> None:
+    with pytest.raises(ValueError, match=rf"shift must be > 0 \(1 changes nothing\), got {shift}"):
+        shift_time(torch.rand(2), shift)
+
+
+def test_a_grid_of_one_point_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 2 points \(1 step\), got 1"):
+        time_grid(1, 1.0)
