@@ -141,7 +141,7 @@ def test_other_images_are_refused(
     fill(model, packed, tmp_path / "cache")
     copy = Path(shutil.copytree(image_folder, tmp_path / "copy"))
     (copy / "boxes" / "5.png").rename(copy / "discs" / "5.png")  # same images in the same order, other labels
-    relabelled = pack_images(ImageFolder(copy), tmp_path / "packed", size=32)
+    relabelled = pack_images(ImageFolder(copy), tmp_path / "packed", size=32, per_shard=4)
     with pytest.raises(ValueError, match=r"begun with another attributes.images"):
         fill(model, relabelled, tmp_path / "cache")
 

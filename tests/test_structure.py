@@ -15,7 +15,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each module may import only itself and what stands before it. A new module must be given its place here.
 ORDER = [
     *("config", "storage", "assets", "layers", "encoders", "priors", "tokenizer", "dit", "flow", "losses"),
-    *("critics", "discriminator", "data", "checkpoint", "sampling", "eval", "train", "report", "profile_page", "profile"),
+    *("critics", "discriminator", "data", "checkpoint", "sampling", "eval", "train", "report", "profile_page",
+    "profile"),
     *("bench", "study", "describe"),
     *("quickstart", "cli", "__main__"),
 ]

@@ -242,7 +242,7 @@ def test_colours_are_restored_by_the_encoders_mean_and_std(tiny_pae: PAE) -> Non
     nn.init.zeros_(tiny_pae.decoder.to_pixels.weight)
     nn.init.zeros_(tiny_pae.decoder.to_pixels.bias)
     decoded = tiny_pae.decode(torch.randn(1, 8, 4, 4))
-    torch.testing.assert_close(decoded, tiny_pae.mean.expand_as(decoded))
+    torch.testing.assert_close(decoded, tiny_pae.encoder_input.mean.expand_as(decoded))
 
 
 @pytest.mark.parametrize(

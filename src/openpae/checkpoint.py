@@ -20,6 +20,7 @@ from openpae import config as configs
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.encoders import Encoder, load_encoder
 from openpae.layers import rope_2d, sincos_2d
+from openpae.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
 from openpae.storage import fingerprint
 from openpae.tokenizer import PAE, PAEConfig
 
@@ -33,7 +34,7 @@ class Identity:
     fingerprint: str
     """Of these weights and their config."""
     made_with: str
-    """Of the frozen encoder (for a tokenizer), or of the tokenizer whose latents it makes (for a
+    """Of the frozen encoder (for a tokenizer or a refiner), or of the tokenizer whose latents it makes (for a
     generator)."""
 
 
@@ -105,6 +106,37 @@ def load_generator(folder: str | Path) -> LightningDiT:
     model = LightningDiT(config)
     load_strict(model, state, f"weights in {path}")
     return model.eval()
+
+
+def write_prior(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: RefinerConfig | LinearTargetsConfig,
+    encoder_print: str,
+) -> None:
+    """Write a refiner's files (or raw targets') into an existing folder; encoder_print names the encoder
+    whose
+    features it refines."""
+    _write(folder, state, config, encoder_print, "openpae.load_prior")
+
+
+def load_prior(folder: str | Path) -> FrozenPrior:
+    """The fixed targets of SSR and SCR: a refiner, or raw targets, that never changes.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another kind of folder, damaged or unfitting weights.
+    """
+    path = model_folder(folder)
+    kind = configs.read_yaml(path / "config.yaml").get("kind")
+    targets: Refiner | LinearTargets
+    if kind == "LinearTargetsConfig":
+        targets = LinearTargets(configs.load(LinearTargetsConfig, path / "config.yaml"))
+    else:
+        targets = Refiner(configs.load(RefinerConfig, path / "config.yaml"))
+    state, _ = _load(path)
+    load_strict(targets, state, f"weights in {path}")
+    return FrozenPrior(targets)
 
 
 def identity_of(folder: str | Path) -> Identity:

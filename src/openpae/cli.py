@@ -85,6 +85,16 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     _tell_run(run_dir, metrics)
 
 
+def train_refiner(argv: Sequence[str]) -> None:
+    """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
+    from openpae.train.refiner import RefinerRun, train_refiner
+
+    run, run_dir = _run_of(RefinerRun, argv, "train-refiner")
+    with _progress("VFM features", "img") as progress:
+        metrics = train_refiner(run, run_dir, progress=progress)
+    _tell_run(run_dir, metrics)
+
+
 def train_generator(argv: Sequence[str]) -> None:
     """Train a generator on cached latents: pae train-generator CONFIG RUN_DIR [--field value ...]."""
     from openpae.train.generator import GeneratorRun, train_generator
@@ -298,7 +308,7 @@ def evaluate(
     source, features = open_images(images), records.load_extractor(extractor)
     if tokenizer is not None:
         model = checkpoint.load_tokenizer(tokenizer).to(pick_device(device))
-        distance = load_perceptual(lpips).to(model.mean.device)
+        distance = load_perceptual(lpips).to(model.device)
         record = records.evaluate_reconstruction(
             model, source, extractor=features, lpips=distance, count=count, batch_size=batch_size
         )
@@ -513,6 +523,7 @@ def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _command(quickstart, "quickstart"),
     "pack": _command(pack, "pack"),
+    "train-refiner": train_refiner,
     "train-tokenizer": train_tokenizer,
     "cache-latents": _command(cache_latents, "cache-latents"),
     "train-generator": train_generator,

@@ -111,6 +111,43 @@ class FrozenEncoder(nn.Module):
             return tokens[:, self.spec.num_prefix_tokens :]
 
 
+class EncoderInput(nn.Module):
+    """Images as a VFM wants them: resized so that each patch of the decoder is one token, and normalised.
+
+    Args:
+        spec: the VFM's facts.
+        patch_size: pixels per token and axis of the images.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: EncoderSpec, patch_size: int) -> None:
+        super().__init__()
+        self.stride, self.patch_size = spec.stride, patch_size
+        for name, values in (("mean", spec.image_mean), ("std", spec.image_std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images in [0, 1]: (B, 3, H, W). Returns pixels: (B, 3, h stride, w stride), normalised.
+
+        Raises:
+            ValueError: integer pixels, or H or W is not a multiple of the patch size.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"images must be float in [0, 1], got {images.dtype}; divide uint8 by 255")
+        height, width = images.shape[-2:]
+        if images.shape[1] != 3 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images must be (B, 3, H, W) with H and W multiples of {self.patch_size}, "
+                f"got {tuple(images.shape)}"
+            )
+        size = (height // self.patch_size * self.stride, width // self.patch_size * self.stride)
+        if size != (height, width):
+            images = F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False)
+        return (images - self.mean) / self.std
+
+
 def encoder_spec(name: str) -> EncoderSpec:
     """A row of the table.
 

@@ -279,6 +279,11 @@ class FrozenPrior(nn.Module):
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
 
+    @property
+    def latent_dim(self) -> int:
+        """Channels C of the targets."""
+        return self.targets.config.latent_dim
+
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """features H_vfm: (B, N, D). Returns targets: (B, N, C), on the sphere."""

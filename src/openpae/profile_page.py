@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import Tokenizer
 from openpae.eval.estimate import Estimate
 from openpae.eval.geometry import RADII, majority_labels, perturb, spectral_clusters, unit_directions
-from openpae.eval.measure import MeasureConfig, Measured, chosen_rows
+from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, spread
 from openpae.report import Page, framed, image_grid, label_pictures, pca_pictures, thumbnails
 
 
@@ -78,7 +80,7 @@ METRICS = {
 """In the order of the page."""
 
 _SHOWN = 8  # images in a row
-_SIDE = 128  # side of each, in pixels
+_SIDE = 128  # side of each, in pixels; smaller images stay as they are
 
 
 def profile_page(
@@ -111,12 +113,12 @@ def profile_page(
     if several:
         _show_radar(page, found)
     rows = chosen_rows(source, config.count)
-    pixels = _read(source, rows[_spread(len(rows), _SHOWN)], size)
+    pixels = _read(source, rows[spread(len(rows), _SHOWN)], size)
     with torch.no_grad():
         _show_latents(page, spaces, pixels)
         if segmented is not None:
             _show_segments(page, spaces, segmented, config)
-        _show_moves(page, spaces, pixels[_spread(len(pixels), 3)], config)
+        _show_moves(page, spaces, pixels[spread(len(pixels), 3)], config)
     _show_neighbours(page, found, source, rows, size)
     _show_spectrum(page, found)
     page.heading("Settings")
@@ -149,8 +151,10 @@ def _show_numbers(page: Page, found: Sequence[Measured], facts: Mapping[str, Any
 def _number(estimate: Estimate | None) -> str:
     if estimate is None:
         return "not defined"
-    error = "" if estimate.stderr is None else f" ± {estimate.stderr:.2g}"
-    return f"{estimate.value:.4g}{error}"
+    if not estimate.stderr:
+        return f"{estimate.value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(estimate.stderr)))  # two of the error
+    return f"{estimate.value:.{digits}f} ± {estimate.stderr:.{digits}f}"
 
 
 def _reasons(found: Sequence[Measured]) -> dict[str, list[str]]:
@@ -196,24 +200,28 @@ def _show_radar(page: Page, found: Sequence[Measured]) -> None:
 
 def _show_latents(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor) -> None:
     page.heading("Latents")
-    rows = {"image": _row(thumbnails(pixels, _SIDE))}
+    rows = {"image": _row(_small(pixels))}
     for space in spaces:
-        z = space.encode(pixels)
-        rows[space.name] = _row(pca_pictures(z.cpu(), _SIDE))
+        z = space.encode(pixels).cpu()
+        rows[space.name] = _row(pca_pictures(z - z.mean(dim=(2, 3), keepdim=True), _SIDE))
         if space.decode is not None:
-            rows[f"{space.name}, decoded"] = _row(thumbnails(space.decode(z), _SIDE))
-    page.rows(rows, "Latents: the first three principal components of the row's tokens as red, green, blue.")
+            rows[f"{space.name}, decoded"] = _row(_small(space.decode(z)))
+    page.rows(
+        rows,
+        "Latents: the first three principal components of the row's tokens as red, green and blue, after the "
+        "mean of each image is taken off.",
+    )
 
 
 def _show_segments(
     page: Page, spaces: Sequence[Tokenizer], segmented: Segmented, config: MeasureConfig
 ) -> None:
     page.heading("Clusters of the tokens beside the label maps")
-    chosen = _spread(len(segmented.images), _SHOWN)
+    chosen = spread(len(segmented.images), _SHOWN)
     pixels = segmented.images[chosen].float() / 255
     labels = _numbered(segmented.labels[chosen], segmented.ignore)
     rows = {
-        "image": _row(thumbnails(pixels, _SIDE)),
+        "image": _row(_small(pixels)),
         "label map": _row(label_pictures(labels, _SIDE)),
     }
     for space in spaces:
@@ -254,15 +262,16 @@ def _clusters(latent: Tensor, truth: Tensor, config: MeasureConfig) -> Tensor:
 
 def _show_moves(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor, config: MeasureConfig) -> None:
     rows = {}
-    for space in spaces:
-        if space.decode is None:
-            continue
-        for number, (image, z) in enumerate(zip(pixels, space.encode(pixels).cpu(), strict=True)):
+    for number, image in enumerate(pixels):
+        for space in spaces:
+            if space.decode is None:
+                continue
+            z = space.encode(image[None]).cpu()[0]
             u = unit_directions(z, 1, seed=config.seed, image=number)[0]
             moved = perturb(z, u, RADII)  # +, -, +, -, ...
             strip = torch.cat([moved[1::2].flip(0), z[None], moved[0::2]])  # from -2 to 2
-            decoded = thumbnails(space.decode(strip), _SIDE)
-            rows[f"{space.name}, {number + 1}"] = _row(torch.cat([thumbnails(image[None], _SIDE), decoded]))
+            decoded = space.decode(strip).cpu()
+            rows[f"{number + 1}, {space.name}"] = _row(_small(torch.cat([image[None], decoded])))
     if not rows:
         return
     steps = ", ".join(f"{radius:g}" for radius in (*(-rho for rho in reversed(RADII)), 0, *RADII))
@@ -275,20 +284,19 @@ def _show_moves(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor, config:
 def _show_neighbours(
     page: Page, found: Sequence[Measured], source: ImageSource, rows: NDArray[np.int64], size: int
 ) -> None:
-    queries = _spread(len(rows), 4)
     pictures = {}
-    for one in found:
-        x = F.normalize(one.pooled.double() - one.pooled.double().mean(dim=0), dim=1)
-        similarity = x[queries] @ x.T
-        similarity[torch.arange(len(queries)), queries] = -torch.inf
-        nearest = similarity.topk(min(_SHOWN - 1, len(rows) - 1)).indices.numpy()
-        for number, (query, near) in enumerate(zip(queries, nearest, strict=True), start=1):
-            members = rows[np.array([query, *near])]
+    for number, query in enumerate(spread(len(rows), 4), start=1):
+        for one in found:
+            x = F.normalize(one.pooled.double() - one.pooled.double().mean(dim=0), dim=1)
+            similarity = x @ x[query]
+            similarity[query] = torch.inf  # itself first
+            members = rows[similarity.topk(min(_SHOWN, len(rows))).indices.numpy()]
             same = source.labels[members] == source.labels[members[0]]
             colours = ["#1c2024", *("#2f9e6e" if agrees else "#d4493b" for agrees in same[1:])]
-            pictures[f"{one.name}, {number}"] = _row(
-                framed(thumbnails(_read(source, members, size), _SIDE), colours)
+            strip = framed(
+                _small(_read(source, members, size)), colours, width=max(2, min(size, _SIDE) // 32)
             )
+            pictures[f"{number}, {one.name}"] = _row(strip)
     page.heading("Nearest neighbours")
     page.rows(
         pictures,
@@ -301,19 +309,18 @@ def _show_spectrum(page: Page, found: Sequence[Measured]) -> None:
     lines = {}
     for one in found:
         shares = (one.spectrum / one.spectrum[0]).tolist()
-        lines[one.name] = [(i / len(shares), s) for i, s in enumerate(shares, start=1) if s > 1e-6]
+        lines[one.name] = [(i / max(1, len(shares) - 1), s) for i, s in enumerate(shares) if s > 1e-6]
     page.heading("Singular values")
-    page.charts({"singular value / largest": lines}, "share of the singular values", log=True)
+    page.charts({"singular value / largest": lines}, "rank, as a share of all", log=True)
     page.text("Of the pooled latents, not centred. The flatter the curve, the higher eRank.")
 
 
-def _row(images: Tensor) -> Any:
+def _row(images: Tensor) -> Image.Image:
     return image_grid(images, len(images))
 
 
-def _spread(total: int, count: int) -> NDArray[np.int64]:
-    """`count` of `total` numbers, evenly spread."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+def _small(images: Tensor) -> Tensor:
+    return thumbnails(images, min(_SIDE, images.shape[-1]))
 
 
 def _read(source: ImageSource, rows: NDArray[np.int64], size: int) -> Tensor:

@@ -45,7 +45,7 @@ figure { margin: 18px 0 26px; }
 figure img { max-width: 100%; height: auto; border-radius: 8px; display: block; }
 figcaption { color: var(--soft); font-size: 14px; margin-top: 8px; max-width: 80ch; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 18px; }
-.charts svg { width: 100%; height: auto; }
+.charts svg { width: 100%; max-width: 560px; height: auto; }
 table { border-collapse: collapse; font-size: 14.5px; margin: 12px 0 22px; min-width: 50%; }
 th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
@@ -269,12 +269,13 @@ def _radar_chart(names: Sequence[str], scores: Mapping[str, Sequence[float | Non
     for (name, values), colour in zip(scores.items(), itertools.cycle(PALETTE), strict=False):
         heights = [math.nan if value is None else value for value in values]
         closed = ([*angles, angles[0]], [*heights, heights[0]])
-        axes.plot(*closed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
+        axes.plot(*closed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
         if None not in values:
             axes.fill(*closed, color=colour, alpha=0.1)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
     axes.set_xticks(angles, labels=list(names), fontsize=9)
+    axes.tick_params(axis="x", pad=9)
     axes.grid(color="#cdd1d6", linewidth=0.7)
     axes.spines["polar"].set_color("#cdd1d6")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)

@@ -3,14 +3,14 @@ paper)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from openpae.encoders import Encoder, EncoderSpec, encoder_spec, load_encoder
+from openpae.encoders import Encoder, EncoderInput, EncoderSpec, encoder_spec, load_encoder
 from openpae.layers import (
     CrossAttention,
     Mlp,
@@ -278,9 +278,6 @@ class PAE(nn.Module):
         ValueError: config.encoder names no row of the table and no encoder is given.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: PAEConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.config = config
@@ -296,27 +293,32 @@ class PAE(nn.Module):
         self.projector = Projector(dim, heads, config.latent_dim)
         self.deprojector = Deprojector(dim, heads, config.latent_dim)
         self.decoder = PixelDecoder(dim, config.decoder, grid)
-        for name, values in (("mean", self.spec.image_mean), ("std", self.spec.image_std)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.encoder_input = EncoderInput(self.spec, config.decoder.patch_size)
+
+    def forward(
+        self,
+        images: Tensor,
+        features: Tensor | None = None,
+        further: Callable[[Tensor], Sequence[Tensor]] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode, and decode the latents together with others made from them: what a training step needs.
+
+        Args:
+            images: in [0, 1], (B, 3, H, W).
+            features: as for `encode`.
+            further: makes more latents (B, C, h, w) from z; they pass the decoder in one batch with it.
+
+        Returns:
+            z, and the decodes (B, 3, H, W) of z and of the further latents, in order.
+        """
+        z = self.encode(images, features)
+        latents = [z, *(further(z) if further else [])]
+        return z, list(self.decode(torch.cat(latents)).chunk(len(latents)))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images in [0, 1], (B, 3, H, W), as the VFM wants them: (B, 3, h stride, w stride), normalised.
-
-        Raises:
-            ValueError: integer pixels, or H or W is not a multiple of the decoder's patch size.
-        """
-        if not images.is_floating_point():
-            raise ValueError(f"images must be float in [0, 1], got {images.dtype}; divide uint8 by 255")
-        patch, stride = self.config.decoder.patch_size, self.spec.stride
-        height, width = images.shape[-2:]
-        if images.shape[1] != 3 or height % patch or width % patch:
-            raise ValueError(
-                f"images must be (B, 3, H, W) with H and W multiples of {patch}, got {tuple(images.shape)}"
-            )
-        size = (height // patch * stride, width // patch * stride)
-        if size != (height, width):
-            images = F.interpolate(images.float(), size=size, mode="bicubic", align_corners=False)
-        return (images - self.mean) / self.std
+        """Images in [0, 1], (B, 3, H, W), as the VFM wants them; see `EncoderInput`."""
+        pixels: Tensor = self.encoder_input(images)
+        return pixels
 
     def features(self, images: Tensor) -> Tensor:
         """Features H_vfm of images in [0, 1], (B, 3, H, W): (B, N, D).
@@ -350,11 +352,16 @@ class PAE(nn.Module):
         """Images (B, 3, H, W) of latents z (B, C, h, w): around [0, 1], not clamped, float32."""
         tokens = self.deprojector(z.float())  # cached ones come in bfloat16
         normalised: Tensor = self.decoder(tokens, *z.shape[-2:])
-        return normalised.float() * self.std + self.mean
+        return normalised.float() * self.encoder_input.std + self.encoder_input.mean
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (B, 3, H, W), encoded, decoded and clamped to [0, 1]."""
         return self.decode(self.encode(images)).clamp(0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.encoder_input.mean.device
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Everything that training changes: all but the frozen VFM."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.data.images import BrokenImage, ImageSource, PackedImages, center_crop
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shards import TYPES, Layout, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
 
@@ -67,7 +67,7 @@ def cache_latents(
 
 def cache_features(
     features: Callable[[Tensor], Tensor],
-    source: PackedImages,
+    source: ImageSource,
     folder: Path,
     *,
     image_size: int,
@@ -75,7 +75,7 @@ def cache_features(
     encoder_print: str,
     flips: bool,
     batch_size: int = 32,
-    per_shard: int = 4096,
+    per_shard: int = 1024,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Shards:
@@ -96,8 +96,10 @@ def cache_features(
         progress: called with (done, all) images.
 
     Raises:
-        ValueError: the folder was begun with another encoder or other images.
+        ValueError: the images are not packed, or the folder was begun with another encoder or other images.
     """
+    if not isinstance(source, PackedImages):
+        raise ValueError("data.feature_cache needs packed images; make them with: pae pack IMAGES OUT")
     attributes = {"encoder": encoder_print, "image_size": image_size}
     layout = _layout(
         "features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes
@@ -105,6 +107,53 @@ def cache_features(
     return _fill(
         ShardWriter(folder, layout), features, source, image_size, batch_size, False, device, progress
     )
+
+
+@torch.no_grad()
+def cache_targets(
+    prior: Callable[[Tensor], Tensor],
+    features: Shards,
+    folder: Path,
+    *,
+    prior_print: str,
+    latent_dim: int,
+    batch_size: int = 64,
+    per_shard: int = 4096,
+    device: torch.device | str = "cpu",
+) -> Shards:
+    """Write the refined targets of cached features, float16: they are fixed, so one pass serves all epochs.
+
+    Args:
+        prior: features (B, N, D) to targets (B, N, C).
+        features: the cache of `cache_features`; row i of the result belongs to its row i.
+        folder: where; an interrupted run goes on.
+        prior_print: fingerprint of the prior.
+        latent_dim: C.
+        batch_size: images per forward pass.
+        per_shard: images per shard.
+        device: where `prior` wants its features.
+
+    Raises:
+        ValueError: the folder was begun with another prior or other features.
+    """
+    versions, tokens, _ = features.shape
+    layout = Layout(
+        kind="targets",
+        dtype="float16",
+        shape=(versions, tokens, latent_dim),
+        sources=len(features),
+        per_shard=per_shard,
+        attributes={**features.attributes, "prior": prior_print},
+    )
+    writer = ShardWriter(folder, layout)
+    for shard in writer.missing():
+        rows = np.arange(layout.span(shard).start, layout.span(shard).stop)
+        parts = []
+        for part in np.split(rows, range(batch_size, len(rows), batch_size)):
+            flat = features.gather(part).to(device).flatten(0, 1)
+            parts.append(prior(flat).to(torch.float16).cpu().view(len(part), *layout.shape))
+        writer.write(shard, torch.cat(parts), features.labels[rows].tolist())
+    return writer.finish()
 
 
 def _layout(
@@ -167,7 +216,7 @@ def _fill(
 def _both_ways(function: Callable[[Tensor], Tensor], images: Tensor, layout: Layout) -> Tensor:
     x = images.float() / 255
     versions = [x, x.flip(-1)][: layout.shape[0]]
-    return torch.stack([function(version).float().cpu() for version in versions], dim=1)
+    return torch.stack([function(version).to(TYPES[layout.dtype]).cpu() for version in versions], dim=1)
 
 
 def _decode(

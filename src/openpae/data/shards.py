@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openpae.storage import file_hash, read_json, whole_file, write_json
 
-_TYPES = {
+TYPES = {
     "uint8": torch.uint8,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -37,7 +37,7 @@ class Layout:
     """What the rows of a folder are."""
 
     kind: str
-    """images, features or latents."""
+    """images, features, targets or latents."""
     dtype: str
     """uint8, float16, bfloat16 or float32."""
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class ShardWriter:
                 f"shard {shard} must hold {expected} rows of {self.layout.shape} with as many labels, got "
                 f"{tuple(rows.shape)}, {len(labels)} labels and {len(skipped)} skipped"
             )
-        rows = rows.to(_TYPES[self.layout.dtype]).cpu().contiguous()
+        rows = rows.to(TYPES[self.layout.dtype]).cpu().contiguous()
         if not rows.isfinite().all():
             raise ValueError(
                 f"shard {shard} of {self.folder} would hold values that are not finite in "
@@ -198,7 +198,7 @@ class Shards:
             raise ValueError(f"{self.folder} holds {self.index['kind']}, but {kind} are needed here")
         self.attributes: dict[str, Any] = self.index["attributes"]
         self.shape: tuple[int, ...] = tuple(self.index["shape"])
-        self.dtype = _TYPES[self.index["dtype"]]
+        self.dtype = TYPES[self.index["dtype"]]
         self.labels: NDArray[np.int64] = np.load(self.folder / "labels.npy")
         self.ends = np.cumsum(self.index["rows"])
         self._maps = [self._open(number, rows) for number, rows in enumerate(self.index["rows"])]

@@ -56,6 +56,8 @@ class ImageBatch(NamedTuple):
     """int64, (B,)."""
     features: Tensor | None = None
     """Cached VFM features, float16, (B, N, D)."""
+    prior: Tensor | None = None
+    """Cached refined targets, float16, (B, N, C)."""
     skipped: tuple[str, ...] = ()
     """Broken files whose places others took."""
 
@@ -72,6 +74,7 @@ class TrainingImages(Dataset[ImageBatch]):
         resize: see "crop".
         skip_broken: put the next readable image in the place of a broken one, and say so.
         features: cached VFM features of a packed source, one row an image.
+        targets: cached refined targets of these features, one row an image.
 
     Raises:
         ValueError: resize is smaller than size, or features are asked for that do not fit source and
@@ -88,14 +91,16 @@ class TrainingImages(Dataset[ImageBatch]):
         resize: int | None = None,
         skip_broken: bool = False,
         features: Shards | None = None,
+        targets: Shards | None = None,
     ) -> None:
         if augment == "crop" and (resize is None or resize < size):
             raise ValueError(f"augment 'crop' needs resize >= {size}, got {resize}")
-        if features is not None:
-            check_features(features, source, augment)
+        for cached in (features, targets):
+            if cached is not None:
+                check_features(cached, source, augment)
         self.source, self.size, self.seed = source, size, seed
         self.augment, self.resize = augment, resize
-        self.skip_broken, self.features = skip_broken, features
+        self.skip_broken, self.features, self.targets = skip_broken, features, targets
 
     def __getitems__(self, positions: list[int]) -> ImageBatch:
         """The batch of these positions (images seen before each)."""
@@ -114,8 +119,12 @@ class TrainingImages(Dataset[ImageBatch]):
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
         turn = torch.from_numpy(flips)
         images = torch.where(turn.view(-1, 1, 1, 1), images.flip(-1), images) if flips.any() else images
-        features = None if self.features is None else self.features.gather(rows, flips.astype(np.int64))
-        return ImageBatch(images, torch.from_numpy(self.source.labels[rows]), features, tuple(skipped))
+        features, prior = (
+            None if cached is None else cached.gather(rows, flips.astype(np.int64))
+            for cached in (self.features, self.targets)
+        )
+        labels = torch.from_numpy(self.source.labels[rows])
+        return ImageBatch(images, labels, features, prior, tuple(skipped))
 
     def _read(self, row: int, bits: int, skipped: list[str]) -> tuple[int, NDArray[np.uint8]]:
         for offset in range(len(self.source)):

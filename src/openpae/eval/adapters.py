@@ -172,7 +172,7 @@ def _diffusers(where: str, device: torch.device) -> LatentSpace:
     common scale changes no metric of ours, and the shift is not the tokenizer's.
     """
     model, config = _load_diffusers(where)
-    model = model.to(device, torch.float32).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
     low, span = (0.0, 1.0) if config["_class_name"] in _UNIT_RANGE else (-1.0, 2.0)
 
     def encode(images: Tensor) -> Tensor:
@@ -220,6 +220,7 @@ def _load_diffusers(where: str) -> tuple[Any, dict[str, Any]]:
         model, report = kind.from_pretrained(
             source,
             subfolder=subfolder,
+            torch_dtype=torch.float32,
             output_loading_info=True,
             low_cpu_mem_usage=False,
             ignore_mismatched_sizes=True,
@@ -274,7 +275,7 @@ def _encoder(where: str, device: torch.device) -> LatentSpace:
         return to_grid(encoder((pixels - mean) / std), h, w)
 
     return LatentSpace(
-        name=f"{name} features",
+        name=f"{name} (VFM)",
         kind="encoder",
         fingerprint=encoder_fingerprint(encoder),
         image_size=16 * patch,

@@ -89,7 +89,12 @@ class Measured:
 
 def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:
     """Which images are measured: `count` of the source, evenly spread, or all of them; in order."""
-    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64)
+    return spread(len(source), count)
+
+
+def spread(total: int, count: int) -> NDArray[np.int64]:
+    """`count` of the numbers below `total`, evenly spread so that every class has its share; or all of them."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def features_of(
@@ -147,7 +152,7 @@ def measure_tokenizer(
             undefined |= dict.fromkeys(("lpc", "lpips"), "no LPIPS network was given")
         else:
             metrics["lpc"] = latent_perturbation_consistency(
-                latents[: config.lpc_count],
+                latents[spread(len(latents), config.lpc_count)],
                 tokenizer.decode,
                 lpips,
                 directions=config.directions,

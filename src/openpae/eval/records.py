@@ -74,7 +74,7 @@ def evaluate_reconstruction(
     Returns:
         The record: metric -> value, standard error, n and settings; and what it was measured with.
     """
-    device = tokenizer.mean.device
+    device = tokenizer.device
     size = tokenizer.config.image_size
     pairs = ReconstructionMetrics(lpips)
     real, decoded = (FeatureSet(extractor), FeatureSet(extractor)) if extractor else (None, None)

@@ -1,0 +1,171 @@
+"""Stage (a): train the refiner, whose targets SSR and SCR compare the latent with (Sec. 3.3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from openpae.checkpoint import encoder_fingerprint, write_prior
+from openpae.data.caches import Progress, cache_features
+from openpae.data.images import open_images
+from openpae.data.order import StepBatches, loader
+from openpae.data.training import ImageBatch, ImageData, TrainingImages
+from openpae.encoders import Encoder, EncoderInput, load_encoder
+from openpae.losses import feature_reconstruction, gram_alignment
+from openpae.priors import LowPassConfig, Refiner, RefinerConfig, load_anyup, reference_features
+from openpae.train.engine import Draws, LoopConfig, OptimConfig, Update, adamw, fit, open_run, pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerRun:
+    """One training run of a refiner."""
+
+    model: RefinerConfig = field(default_factory=RefinerConfig)
+    """The refiner."""
+    encoder: str = "dinov2-l"
+    """The VFM, a row of openpae.encoders.ENCODERS."""
+    encoder_source: str | None = None
+    """Hub name or local folder of its weights; null takes the row's own."""
+    image_size: int = 256
+    """Side of the training images in pixels; divided by model.grid_size it gives the tokenizer's patch."""
+    data: ImageData
+    """Its images."""
+    upsampler: Literal["anyup", "jbu", "bilinear"] = "jbu"
+    """How H_ref is brought to the image's size: anyup (the paper's; weights from torch hub), joint bilateral
+    upsampling (image-guided, training-free) or bilinear."""
+    low_pass: LowPassConfig = field(default_factory=LowPassConfig)
+    """The low-pass behind it."""
+    reconstruction: float = 1.0
+    """Weight l_rep of ||H^ - H_vfm||^2."""
+    gram: float = 1.0
+    """Weight l_gram of the Gram match to H_ref."""
+    optim: OptimConfig
+    """How it is trained."""
+    loop: LoopConfig
+    """How long it is trained."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.model.grid_size:
+            raise ValueError(
+                f"image_size must be a multiple of model.grid_size = {self.model.grid_size}, "
+                f"got {self.image_size}"
+            )
+        for name in ("reconstruction", "gram"):
+            if (weight := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be >= 0 (0 switches it off), got {weight}")
+
+
+class RefinerTask:
+    """L = l_rep ||H^ - H_vfm||^2 + l_gram ||Gram(Z_T) - Gram(H_ref)||^2.
+
+    Args:
+        run: the config.
+        encoder: the frozen VFM, or None to load the one that the config names.
+        progress: called with (done, all) while features are cached.
+
+    Raises:
+        ValueError: model.feature_dim is not the encoder's width.
+    """
+
+    def __init__(
+        self, run: RefinerRun, encoder: Encoder | None = None, progress: Progress | None = None
+    ) -> None:
+        self.run = run
+        self.device = pick_device(run.loop.device)
+        source = open_images(run.data.images)
+        encoder = encoder or load_encoder(run.encoder, run.encoder_source)
+        if encoder.spec.dim != run.model.feature_dim:
+            raise ValueError(
+                f"model.feature_dim must be the encoder's width {encoder.spec.dim}, got "
+                f"{run.model.feature_dim}"
+            )
+        self.encoder_print = encoder_fingerprint(encoder)
+        patch = run.image_size // run.model.grid_size
+        self.encoder_input = EncoderInput(encoder.spec, patch).to(self.device)
+        self.encoder = encoder.to(self.device) if isinstance(encoder, nn.Module) else encoder
+        torch.manual_seed(run.loop.seed)
+        self.model = Refiner(run.model).to(self.device)
+        features = None
+        if run.data.feature_cache is not None:
+            features = cache_features(
+                self.features,
+                source,
+                run.data.feature_cache,
+                image_size=run.image_size,
+                shape=(run.model.grid_size**2, encoder.spec.dim),
+                encoder_print=self.encoder_print,
+                flips=run.data.augment == "flip",
+                device=self.device,
+                progress=progress,
+            )
+        self.images = TrainingImages(
+            source,
+            size=run.image_size,
+            seed=run.loop.seed,
+            augment=run.data.augment,
+            resize=run.data.resize,
+            skip_broken=run.data.skip_broken,
+            features=features,
+        )
+        self.upsampler = load_anyup().to(self.device) if run.upsampler == "anyup" else run.upsampler
+        self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_print}
+        self.players: Mapping[str, nn.Module] = {"refiner": self.model}
+        self.optimizers: Mapping[str, Optimizer] = {"refiner": adamw(self.model, run.optim)}
+        if run.loop.compile:
+            self.model.compile()
+
+    def batches(self, steps: range) -> Iterable[ImageBatch]:
+        """Device batches of images, in the order of (seed, images seen)."""
+        loop = self.run.loop
+        sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
+        return loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
+
+    def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
+        """One update of the refiner."""
+        for broken in batch.skipped:
+            warnings.warn(f"{broken}; another image takes its place", stacklevel=2)
+        images = batch.images.float() / 255
+        features = self.features(images) if batch.features is None else batch.features.float()
+        side = self.run.model.grid_size
+        reference = reference_features(features, images, side, side, self.upsampler, self.run.low_pass)
+        prior, reconstructed = self.model(features)
+        terms = {
+            "reconstruction": feature_reconstruction(reconstructed, features),
+            "gram": gram_alignment(prior, reference),
+        }
+        loss = self.run.reconstruction * terms["reconstruction"] + self.run.gram * terms["gram"]
+        yield Update("refiner", loss, {name: term.detach() for name, term in terms.items()})
+
+    def features(self, images: Tensor) -> Tensor:
+        """H_vfm of images in [0, 1], (B, 3, S, S): (B, N, D)."""
+        return self.encoder(self.encoder_input(images))
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Nothing: the refiner is judged by what it does to the tokenizer."""
+        return {}
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a refiner folder."""
+        write_prior(folder, weights, self.run.model, self.encoder_print)
+
+
+def train_refiner(
+    run: RefinerRun, run_dir: Path, *, quiet: bool = False, progress: Progress | None = None
+) -> dict[str, float]:
+    """Train a refiner, or go on where an interrupted run of the same folder stopped.
+
+    Args:
+        run: the config; run_dir keeps it and refuses another.
+        run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
+        quiet: no progress bar.
+        progress: called with (done, all) while features are cached.
+    """
+    open_run(run_dir, run)
+    return fit(RefinerTask(run, progress=progress), run_dir, run.optim, run.loop, quiet=quiet)
