@@ -36,6 +36,7 @@ from openpae.checkpoint import (
 from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.shards import Shards, ShardWriter
 from openpae.data.training import ImageData, TrainingLatents
+from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
 from openpae.encoders import load_encoder
 from openpae.storage import file_hash, write_json
@@ -235,6 +236,35 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert same(state_of(tmp_path / "resumed"), state_of(tmp_path / "whole"))
     assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
     assert identity_of(tmp_path / "resumed") == identity_of(tmp_path / "whole")
+
+
+def test_a_resumed_run_of_all_losses_equals_the_uninterrupted_one(
+    tokenizer_run: TokenizerRun, tmp_path: Path
+) -> None:
+    """A second player that joins later, a third that shares an optimizer, perturbations and augmentation."""
+    loss = replace(
+        tokenizer_run.loss,
+        gan=0.5,
+        gan_weight="adaptive",
+        gan_start=0.6,
+        discriminator=DiscriminatorConfig(kind="patch", width=4, num_layers=2),
+        discriminator_start=0.3,
+        mcr=0.5,
+        kl=1e-6,
+        diffusion=0.1,
+        gradients_every=3,
+    )
+    run = replace(tokenizer_run, loss=loss)
+    train(run, tmp_path / "whole")
+    train_until(run, tmp_path / "resumed", 3)
+    train_until(run, tmp_path / "resumed", 5)
+    train(run, tmp_path / "resumed")
+    whole = state_of(tmp_path / "whole")
+    assert same(state_of(tmp_path / "resumed"), whole)
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
+    assert whole["players"].keys() == {"autoencoder", "denoiser", "discriminator"}
+    terms = {key.removeprefix("autoencoder/") for key in curve(tmp_path / "whole")[-2]}
+    assert {"l1", "lpips", "gan", "mcr", "kl", "diffusion"} <= terms
 
 
 def test_a_tokenizer_killed_in_the_middle_of_saving_goes_on(
@@ -822,6 +852,15 @@ def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_one(tmp_path: P
         facts = json.loads((checkpoint_path(tmp_path / str(keep), 5) / "checkpoint.json").read_text())
         assert facts["images_seen"] == 20
         assert facts["sha256"] == file_hash(checkpoint_path(tmp_path / str(keep), 5) / "state.pt")
+
+
+def test_what_a_kill_left_of_a_step_that_is_not_saved_again_is_cleared_away(tmp_path: Path) -> None:
+    """A signal may save any step; killed in it, the next run saves others."""
+    left = tmp_path / "run" / "checkpoints" / ".step-00000003.partial"
+    left.mkdir(parents=True)
+    (left / "state.pt").write_bytes(b"half")
+    tiny_run(tmp_path / "run")
+    assert not left.exists()
 
 
 def test_a_step_can_be_timed_before_a_run(runs: dict[str, Any]) -> None:

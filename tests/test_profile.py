@@ -20,7 +20,14 @@ from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import open_tokenizer
 from openpae.eval.estimate import Estimate
 from openpae.eval.geometry import effective_rank, global_semantic_quality, spatial_structure_consistency
-from openpae.eval.measure import MeasureConfig, Measured, features_of, measure_tokenizer, work_of
+from openpae.eval.measure import (
+    METRIC_NAMES,
+    MeasureConfig,
+    Measured,
+    features_of,
+    measure_tokenizer,
+    work_of,
+)
 from openpae.eval.records import load_extractor, source_batches
 from openpae.profile import run_profile
 from openpae.profile_page import radar_scores
@@ -29,9 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:eRank of"),
     pytest.mark.filterwarnings("ignore:.*classes hold one image"),
 ]
-EVERY_METRIC = {
-    "ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet",
-}  # fmt: skip
+EVERY_METRIC = set(METRIC_NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,38 @@
-"""Prior-Aligned AutoEncoders (arXiv:2605.07915): train, measure and generate with diffusion-friendly
-latents."""
+"""Prior-Aligned AutoEncoders (arXiv:2605.07915): tokenizers whose latents a diffusion model learns fast."""
+
+from openpae.checkpoint import (
+    import_generator,
+    import_tokenizer,
+    load_generator,
+    load_prior,
+    load_tokenizer,
+)
+from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.encoders import ENCODERS, Encoder, EncoderSpec, FrozenEncoder, load_encoder
+from openpae.sampling import SamplerConfig, balanced_labels, sample_images, sample_latents
+from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ENCODERS",
+    "PAE",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderSpec",
+    "FrozenEncoder",
+    "LightningDiT",
+    "LightningDiTConfig",
+    "PAEConfig",
+    "SamplerConfig",
+    "balanced_labels",
+    "build_tokenizer",
+    "import_generator",
+    "import_tokenizer",
+    "load_encoder",
+    "load_generator",
+    "load_prior",
+    "load_tokenizer",
+    "sample_images",
+    "sample_latents",
+]

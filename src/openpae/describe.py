@@ -15,12 +15,21 @@ from openpae.checkpoint import (
     checkpoint_steps,
     identity_of,
     load_generator,
+    load_prior,
     load_tokenizer,
 )
 from openpae.data.images import ImageFolder, read_image
 from openpae.data.shards import Shards
 from openpae.storage import read_json
 from openpae.train.engine import read_log
+
+_KINDS = {
+    "PAEConfig": ("a tokenizer", "encoder"),
+    "LightningDiTConfig": ("a generator", "made for"),
+    "RefinerConfig": ("a refiner", "encoder"),
+    "LinearTargetsConfig": ("raw targets", "encoder"),
+}
+"""What a model folder's config says it is, and what its second fingerprint names."""
 
 
 def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
@@ -89,23 +98,30 @@ def _shards(folder: Path, verify: bool) -> dict[str, str]:
 
 def _model(folder: Path, verify: bool) -> dict[str, str]:
     data = configs.read_yaml(folder / "config.yaml")
-    kind = data.get("kind")
+    kind = str(data.get("kind"))
+    if kind not in _KINDS:
+        raise ValueError(f"{folder / 'config.yaml'} is of kind {kind!r}; known: {', '.join(_KINDS)}")
     identity = identity_of(folder)
     with safe_open(folder / WEIGHTS, "pt") as file:
         sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
     count = sum(_product(size) for size in sizes)
-    tokenizer = kind == "PAEConfig"
+    what, relation = _KINDS[kind]
     facts = {
-        "what": "a tokenizer" if tokenizer else "a generator",
+        "what": what,
         "parameters": f"{count:,} in {len(sizes)} tensors",
         "fingerprint": identity.fingerprint,
-        "encoder" if tokenizer else "made for": identity.made_with,
+        relation: identity.made_with,
         **{key: _short(value) for key, value in data.items() if key != "kind"},
     }
     if (folder / "checkpoint.json").is_file():
         facts["step"] = f"{read_json(folder / 'checkpoint.json')['step']:,}"
     if verify:
-        load_tokenizer(folder, decode_only=True) if tokenizer else load_generator(folder)
+        if kind == "PAEConfig":
+            load_tokenizer(folder, decode_only=True)
+        elif kind == "LightningDiTConfig":
+            load_generator(folder)
+        else:
+            load_prior(folder)
         facts["verified"] = "weights and config give the fingerprint"
     return facts
 

@@ -284,6 +284,8 @@ def _show_moves(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor, config:
 def _show_neighbours(
     page: Page, found: Sequence[Measured], source: ImageSource, rows: NDArray[np.int64], size: int
 ) -> None:
+    several = len(np.unique(source.labels[rows])) > 1
+    agreement = {True: "#2f9e6e", False: "#d4493b"} if several else {True: "#cdd1d6"}
     pictures = {}
     for number, query in enumerate(spread(len(rows), 4), start=1):
         for one in found:
@@ -292,7 +294,7 @@ def _show_neighbours(
             similarity[query] = torch.inf  # itself first
             members = rows[similarity.topk(min(_SHOWN, len(rows))).indices.numpy()]
             same = source.labels[members] == source.labels[members[0]]
-            colours = ["#1c2024", *("#2f9e6e" if agrees else "#d4493b" for agrees in same[1:])]
+            colours = ["#1c2024", *(agreement[bool(agrees)] for agrees in same[1:])]
             strip = framed(
                 _small(_read(source, members, size)), colours, width=max(2, min(size, _SIDE) // 32)
             )
@@ -300,8 +302,8 @@ def _show_neighbours(
     page.heading("Nearest neighbours")
     page.rows(
         pictures,
-        "An image (dark frame) and its nearest ones by the cosine of centred, pooled latents, as GSQ counts "
-        "them: green of the same class, red of another.",
+        "An image (dark frame) and its nearest ones by the cosine of centred, pooled latents"
+        + (", as GSQ counts them: green of the same class, red of another." if several else "."),
     )
 
 

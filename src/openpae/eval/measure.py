@@ -30,6 +30,9 @@ from openpae.eval.reconstruction import ReconstructionMetrics
 from openpae.eval.records import source_batches
 from openpae.eval.reference import FeatureSet
 
+METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
+"""In the order in which they are told."""
+
 Tick = Callable[[int], None]
 """Told how many more images have been worked on."""
 
@@ -78,7 +81,7 @@ class Measured:
     fingerprint: str
     latent_shape: tuple[int, int, int]
     metrics: dict[str, Estimate]
-    """ssc, lpc, gsq, erank, psnr, ssim, lpips, frechet, interpolated_frechet, where they are defined."""
+    """Those of `METRIC_NAMES` that are defined."""
     undefined: dict[str, str]
     """Each metric that is missing, and why."""
     pooled: Tensor
@@ -93,7 +96,7 @@ def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:
 
 
 def spread(total: int, count: int) -> NDArray[np.int64]:
-    """`count` of the numbers below `total`, evenly spread so that every class has its share; or all of them."""
+    """`count` of the numbers below `total`, evenly spread, so that every class has its share; or all."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
@@ -170,8 +173,8 @@ def measure_tokenizer(
         name=tokenizer.name,
         fingerprint=tokenizer.fingerprint,
         latent_shape=tokenizer.latent_shape(size),
-        metrics=metrics,
-        undefined=undefined,
+        metrics={name: metrics[name] for name in METRIC_NAMES if name in metrics},
+        undefined={name: undefined[name] for name in METRIC_NAMES if name in undefined},
         pooled=pooled,
         spectrum=singular_values(pooled),
     )

@@ -1,0 +1,91 @@
+"""What the README says runs: its Python, its commands, its links, and the command that CI calls."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from openpae import cli, quickstart
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^pae (.*)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)), re.M)
+
+
+@pytest.mark.assets
+def test_the_python_runs_on_what_the_quickstart_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole quickstart on a few emoji, then the README's ten lines on its result."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/quickstart")
+    report = quickstart.run_quickstart(out, 1.0, limit=30)
+    page = report.read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 2
+    assert page.count("<svg") >= 4
+    assert "http" not in re.sub(
+        r'xmlns[:\w]*="[^"]*"|http://www.w3.org[^"]*|https://matplotlib.org', "", page
+    )
+    for text in (
+        "PSNR",
+        "Frechet distance",
+        "OpenMoji",
+        "CC BY-SA 4.0",
+        "train tokenizer",
+        "global_batch_size",
+    ):
+        assert text in page
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert tuple(names["z"].shape) == (4, 32, 8, 8)  # type: ignore[attr-defined]
+    assert tuple(names["again"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
+    assert tuple(names["pictures"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
+    before = (out / "tokenizer" / "config.yaml").read_bytes()
+    quickstart.run_quickstart(out, 1.0, limit=30)  # again: nothing is trained anew
+    assert (out / "tokenizer" / "config.yaml").read_bytes() == before
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_line_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed as typed; the work itself is cut off by the first file that is not there."""
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(line)
+    if arguments[0] == "quickstart":
+        monkeypatch.setattr(quickstart, "run_quickstart", lambda *_, **__: Path("report.html"))
+        cli.main(arguments)
+        return
+    with pytest.raises((FileNotFoundError, SystemExit)) as stop:
+        cli.main([*arguments, "--debug"])
+    if isinstance(stop.value, SystemExit):
+        assert stop.value.code == 2
+        pytest.fail(f"pae {line} does not parse")
+
+
+def test_every_link_leads_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(targets) >= 5
+    for target in targets:
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), f"README links to {target}"
+
+
+def test_ci_runs_the_test_command_of_the_readme_and_nothing_else() -> None:
+    (command,) = re.findall(r"<!-- test command -->\n```bash\n(.*?)```", README, re.S)
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "pytest -W error" in command
+    assert "pytest" not in script  # it reads the command from here
+    assert "<!-- test command -->" in script
+
+
+def test_every_file_of_the_package_stands_in_the_readme() -> None:
+    for path in (ROOT / "src" / "openpae").iterdir():
+        if path.suffix == ".py" and not path.name.startswith("_"):
+            assert f"`{path.name}`" in README, f"{path.name} is not in the README's table"
