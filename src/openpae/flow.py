@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A generator starts at velocity 0, where a cosine has slope 1 / eps. At PyTorch's 1e-8 the first gradient is 1e8
-# times too large and Adam's second moment needs 700 steps to forget it. Real velocities are 60 times longer.
+# A generator starts at velocity 0, where a cosine has slope 1 / eps. At PyTorch's 1e-8 the first gradient is
+# 1e8 times too large, and Adam's second moment (0.95 a step) needs hundreds of steps to forget it. Real
+# velocities are some 60 times longer than this.
 _SHORTEST = 0.1
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.checkpoint import check_pair, identity_of, load_generator, load_tokenizer
 from openpae.data.caches import cache_latents
-from openpae.data.images import PackedImages
+from openpae.data.images import PackedImages, Subset
 from openpae.data.openmoji import CATEGORIES, Emoji, emoji_catalog, render_dataset, split_catalog
 from openpae.data.shards import Layout, ShardWriter
 from openpae.eval.reconstruction import quantize
@@ -222,13 +222,14 @@ def _measure(
         np.savez(file, quantize(samples).permute(0, 2, 3, 1).numpy(), labels.numpy())
     extractor = load_extractor("vgg16")  # not the encoder's own features: they would judge in their own cause
     train = PackedImages(out / "data" / "train")
+    chosen = np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(int).tolist()
     record = {
         "reconstruction": evaluate_reconstruction(
             tokenizer, judged, extractor=extractor, lpips=load_perceptual("vgg"), batch_size=64
         ),
         "samples": evaluate_samples(
             batches,
-            _Some(train, count),
+            Subset(train, chosen),
             extractor=extractor,
             size=64,
             batch_size=64,
@@ -237,30 +238,6 @@ def _measure(
     }
     write_json(out / "evaluation.json", record)
     return record, samples, labels
-
-
-class _Some:
-    """Evenly chosen images of a source, so that a small evaluation sees all of it."""
-
-    def __init__(self, source: PackedImages, count: int) -> None:
-        self.source = source
-        self.rows = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64)
-        self.classes, self.labels = source.classes, source.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, index: int) -> str:
-        """As in the source."""
-        return self.source.name(int(self.rows[index]))
-
-    def read(self, index: int) -> Any:
-        """As in the source."""
-        return self.source.read(int(self.rows[index]))
-
-    def fingerprint(self) -> str:
-        """The source's, and how many of it."""
-        return f"{self.source.fingerprint()}/{len(self)}"
 
 
 def _report(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.data.images import BrokenImage, ImageSource, PackedImages, center_crop
+from openpae.data.images import ImageSource, PackedImages, decode_batch
 from openpae.data.shards import TYPES, Layout, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
@@ -193,14 +192,14 @@ def _fill(
             span = layout.span(shard)
             starts = range(span.start, span.stop, batch_size)
             batches = [range(start, min(start + batch_size, span.stop)) for start in starts]
-            pending = pool.submit(_decode, source, batches[0], size, skip_broken)
+            pending = pool.submit(decode_batch, source, batches[0], size, skip_broken)
             rows: list[Tensor] = []
             labels: list[int] = []
             skipped: list[str] = []
             for number, _ in enumerate(batches):
                 images, kept, broken = pending.result()
                 if number + 1 < len(batches):
-                    pending = pool.submit(_decode, source, batches[number + 1], size, skip_broken)
+                    pending = pool.submit(decode_batch, source, batches[number + 1], size, skip_broken)
                 skipped += broken
                 labels += source.labels[kept].tolist()
                 if kept:
@@ -217,25 +216,3 @@ def _both_ways(function: Callable[[Tensor], Tensor], images: Tensor, layout: Lay
     x = images.float() / 255
     versions = [x, x.flip(-1)][: layout.shape[0]]
     return torch.stack([function(version).to(TYPES[layout.dtype]).cpu() for version in versions], dim=1)
-
-
-def _decode(
-    source: ImageSource, indices: Sequence[int], size: int, skip_broken: bool
-) -> tuple[Tensor, list[int], list[str]]:
-    if isinstance(source, PackedImages) and source.image_size == size:
-        return source.shards.gather(np.asarray(indices)), list(indices), []
-    pixels: list[NDArray[np.uint8]] = []
-    kept: list[int] = []
-    broken: list[str] = []
-    for index in indices:
-        try:
-            pixels.append(center_crop(source.read(index), size))
-            kept.append(index)
-        except BrokenImage as error:
-            if not skip_broken:
-                raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
-            broken.append(str(error))
-    images = (
-        torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8)
-    )
-    return images, kept, broken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from openpae.data.shards import Layout, Shards, ShardWriter
 
@@ -132,6 +133,34 @@ class PackedImages:
         return self.shards.fingerprint()
 
 
+class Subset:
+    """Some images of a source, by number.
+
+    Args:
+        source: where they come from.
+        rows: which, in order.
+    """
+
+    def __init__(self, source: ImageSource, rows: Sequence[int]) -> None:
+        self.source, self.rows = source, list(rows)
+        self.classes, self.labels = source.classes, source.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """As in the source."""
+        return self.source.name(self.rows[index])
+
+    def read(self, index: int) -> Image.Image:
+        """As in the source."""
+        return self.source.read(self.rows[index])
+
+    def fingerprint(self) -> str:
+        """Over the source's and the rows."""
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.rows}".encode()).hexdigest()[:16]
+
+
 def open_images(path: str | Path) -> ImageFolder | PackedImages:
     """The images at a path, whichever of the two forms it is.
 
@@ -231,6 +260,39 @@ def pack_images(
                 progress(span.stop, len(source))
     writer.finish()
     return PackedImages(folder)
+
+
+def decode_batch(
+    source: ImageSource, indices: Sequence[int], size: int, skip_broken: bool = False
+) -> tuple[Tensor, list[int], list[str]]:
+    """Centre-cropped images by number.
+
+    Args:
+        source: where they come from; packed images of this size are copied as they are.
+        indices: which.
+        size: side S.
+        skip_broken: leave out files that can not be decoded.
+
+    Returns:
+        uint8 images (B, 3, S, S), the indices that they are of, and what was wrong with the others.
+
+    Raises:
+        BrokenImage: a file can not be decoded and skip_broken is off.
+    """
+    if isinstance(source, PackedImages) and source.image_size == size:
+        return source.shards.gather(np.asarray(indices, dtype=np.int64)), list(indices), []
+    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
+    kept: list[int] = []
+    broken: list[str] = []
+    for index in indices:
+        try:
+            images[len(kept)] = torch.from_numpy(center_crop(source.read(index), size))
+            kept.append(index)
+        except BrokenImage as error:
+            if not skip_broken:
+                raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
+            broken.append(str(error))
+    return images[: len(kept)], kept, broken
 
 
 def _images_in(folder: Path) -> list[Path]:

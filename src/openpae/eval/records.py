@@ -8,12 +8,11 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from openpae.critics import LPIPS, load_lpips
-from openpae.data.images import ImageSource, center_crop
+from openpae.data.images import ImageSource, decode_batch
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import FeatureExtractor, VggFeatures, load_dinov2, load_efficientnet
 from openpae.eval.fid import Evaluation, EvaluationConfig, GenerationMetrics, frechet_floor
@@ -48,8 +47,7 @@ def source_batches(
     """Centre-cropped images of a source, (B, 3, size, size) in [0, 1], in order."""
     rows = list(range(len(source)) if indices is None else indices)
     for start in range(0, len(rows), batch_size):
-        pixels = [center_crop(source.read(i), size) for i in rows[start : start + batch_size]]
-        yield torch.from_numpy(np.stack(pixels)).float() / 255
+        yield decode_batch(source, rows[start : start + batch_size], size)[0].float() / 255
 
 
 def evaluate_reconstruction(
