@@ -274,7 +274,8 @@ def evaluate(
     /,
     tokenizer: Path | None = None,
     samples: Path | None = None,
-    extractor: Literal["vgg16", "efficientnet-lite0", "dinov2", "random"] = "vgg16",
+    extractor: Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"] = "vgg16",
+    extractor_weights: Path | None = None,
     lpips: Literal["vgg", "alex", "random"] = "vgg",
     count: int | None = None,
     batch_size: int = 32,
@@ -288,7 +289,9 @@ def evaluate(
         tokenizer: judge its reconstructions of them: PSNR, SSIM, LPIPS, Frechet distance.
         samples: judge these (samples.npz of pae sample) against them: Frechet distance, KID, precision,
             recall.
-        extractor: features of the Frechet distance; distances of two extractors do not compare.
+        extractor: features of the Frechet distance; distances of two extractors do not compare. inception
+            is that of published FIDs.
+        extractor_weights: inception: its weights file; dinov2: a local folder in place of the hub's.
         lpips: network of LPIPS.
         count: real images to take for the reconstructions, from the first on; all by default.
         batch_size: images per forward pass.
@@ -305,7 +308,7 @@ def evaluate(
     from openpae.train.engine import pick_device
     from openpae.train.tokenizer import load_perceptual
 
-    source, features = open_images(images), records.load_extractor(extractor)
+    source, features = open_images(images), records.load_extractor(extractor, extractor_weights)
     if tokenizer is not None:
         model = checkpoint.load_tokenizer(tokenizer).to(pick_device(device))
         distance = load_perceptual(lpips).to(model.device)
@@ -417,7 +420,7 @@ def info(folder: Folder, /, verify: bool = False) -> None:
         print(f"{name:16} {value}")
 
 
-def bench(what: Literal["loader", "metrics"], /, out: Path | None = None) -> None:
+def bench(what: Literal["loader", "metrics", "tokenizer"], /, out: Path | None = None) -> None:
     """Measure how fast a part is on this machine.
 
     Args:
@@ -425,10 +428,14 @@ def bench(what: Literal["loader", "metrics"], /, out: Path | None = None) -> Non
             images, beside torch-fidelity's if that is installed.
         out: also write the result (JSON) here.
     """
-    from openpae.bench import bench_loader, bench_metrics
+    from openpae.bench import bench_loader, bench_metrics, bench_tokenizer
     from openpae.storage import write_json
 
-    benches: dict[str, Callable[[], dict[str, Any]]] = {"loader": bench_loader, "metrics": bench_metrics}
+    benches: dict[str, Callable[[], dict[str, Any]]] = {
+        "loader": bench_loader,
+        "metrics": bench_metrics,
+        "tokenizer": bench_tokenizer,
+    }
     result = benches[what]()
     print(json.dumps(result, indent=1))
     if out is not None:

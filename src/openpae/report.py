@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,24 +15,49 @@ from torch import Tensor
 from openpae.critics import LPIPS, load_lpips
 from openpae.data.images import ImageSource, decode_batch
 from openpae.eval.estimate import Estimate
-from openpae.eval.extractors import FeatureExtractor, VggFeatures, load_dinov2, load_efficientnet
+from openpae.eval.extractors import (
+    FeatureExtractor,
+    VggFeatures,
+    load_dinov2,
+    load_efficientnet,
+    load_inception,
+)
 from openpae.eval.fid import Evaluation, EvaluationConfig, GenerationMetrics, frechet_floor
 from openpae.eval.reconstruction import ReconstructionMetrics
 from openpae.eval.reference import FeatureSet, reference_of
 from openpae.tokenizer import PAE
 
-ExtractorName = Literal["vgg16", "efficientnet-lite0", "dinov2", "random"]
-"""vgg16 (512-d) and efficientnet-lite0 (1,280-d) need no hub; dinov2 is FD-DINOv2; random is for trials."""
+ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]
+"""inception gives the FID that is published; dinov2 is FD-DINOv2; vgg16 (512-d) and efficientnet-lite0
+(1,280-d)
+need no hub; random is for trials."""
 
 
-def load_extractor(name: ExtractorName) -> FeatureExtractor:
+def load_extractor(name: ExtractorName, weights: Path | None = None) -> FeatureExtractor:
     """A feature extractor with its weights; "random" has fixed random ones and means nothing.
+
+    Args:
+        name: which.
+        weights: inception: the file pt_inception-2015-12-05; dinov2: a local folder. The others take none.
 
     Raises:
         FileNotFoundError: the weights can not be had.
+        ValueError: weights are missing, or given to an extractor that takes none.
     """
+    if name == "inception":
+        if weights is None:
+            raise ValueError(
+                "extractor inception needs --extractor-weights, the file "
+                "pt_inception-2015-12-05-6726825d.pth "
+                "(a release file of the repository mseitzer/pytorch-fid)"
+            )
+        return load_inception(weights)
     if name == "dinov2":
-        return load_dinov2()
+        return load_dinov2() if weights is None else load_dinov2(str(weights))
+    if weights is not None:
+        raise ValueError(
+            f"extractor {name} takes its weights from a package, so --extractor-weights must be left out"
+        )
     if name == "efficientnet-lite0":
         return load_efficientnet()
     if name == "vgg16":
@@ -94,6 +120,16 @@ def evaluate_reconstruction(
     return _record("reconstruction", metrics, record)
 
 
+def features_of(
+    source: ImageSource, extractor: FeatureExtractor, size: int, batch_size: int = 32
+) -> FeatureSet:
+    """Features of all images of a source, centre-cropped to `size`: a reference that can serve many times."""
+    real = FeatureSet(extractor)
+    for batch in source_batches(source, size, batch_size):
+        real.update(batch)
+    return real
+
+
 def evaluate_samples(
     batches: Iterable[Tensor],
     source: ImageSource,
@@ -101,6 +137,7 @@ def evaluate_samples(
     extractor: FeatureExtractor,
     size: int,
     batch_size: int = 32,
+    real: FeatureSet | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Frechet distance (gFID's kind), KID, precision and recall of generated images against real ones.
@@ -115,11 +152,11 @@ def evaluate_samples(
         extractor: of the features.
         size: side of the images.
         batch_size: real images per forward pass.
+        real: what `features_of` made of the source, where it is at hand.
         facts: what else the record should say (sampler, seed, fingerprints).
     """
-    real, fake = FeatureSet(extractor), FeatureSet(extractor)
-    for batch in source_batches(source, size, batch_size):
-        real.update(batch)
+    real = real or features_of(source, extractor, size, batch_size)
+    fake = FeatureSet(extractor)
     for batch in batches:
         fake.update(batch.cpu())
     result = _compare(fake, real, source.fingerprint())

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import write_generator
+from openpae.checkpoint import identity_of, load_tokenizer, write_generator
+from openpae.data.images import open_images
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.eval.records import evaluate_samples, features_of, load_extractor
 from openpae.flow import interpolate, training_times, velocity_loss
+from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.train.engine import Draws, LoopConfig, OptimConfig, Update, adamw, fit, open_run, pick_device
 
 
@@ -29,7 +33,17 @@ class GeneratorRun:
     latents: Path
     """Cached latents (pae cache-latents)."""
     held_out_latents: Path | None = None
-    """Latents of other images, for the loss that evaluation reports; null evaluates nothing."""
+    """Latents of other images, for the loss that evaluation reports; null leaves it out."""
+    tokenizer: Path | None = None
+    """Decodes samples for the Frechet distance that evaluation reports; null leaves it out."""
+    evaluation_images: Path | None = None
+    """Real images that the samples are compared with; needed beside `tokenizer`."""
+    evaluation_samples: int = 1000
+    """How many samples."""
+    extractor: Literal["dinov2", "vgg16", "efficientnet-lite0", "random"] = "vgg16"
+    """Features of that distance."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the samples are drawn."""
     time_shift: float = 0.7
     """Shift of the training positions: t' = s t / (1 + (s - 1) t) of a logit-normal t."""
     cosine: float = 1.0
@@ -42,6 +56,10 @@ class GeneratorRun:
     def __post_init__(self) -> None:
         if self.time_shift <= 0:
             raise ValueError(f"time_shift must be > 0 (1 changes nothing), got {self.time_shift}")
+        if (self.tokenizer is None) != (self.evaluation_images is None):
+            raise ValueError("tokenizer and evaluation_images are needed both, or neither")
+        if self.evaluation_samples < 2:
+            raise ValueError(f"evaluation_samples must be >= 2, got {self.evaluation_samples}")
         if self.cosine < 0:
             raise ValueError(f"cosine must be >= 0 (0 switches it off), got {self.cosine}")
 
@@ -65,6 +83,7 @@ class GeneratorTask:
         )
         if self.held_out and self.held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
             raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
+        self.judge: _Judge | None = None
         torch.manual_seed(run.loop.seed)
         self.model = LightningDiT(run.model)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
@@ -94,7 +113,29 @@ class GeneratorTask:
         yield Update("generator", loss, {"mse": mse.detach(), "cosine": cosine.detach()})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The loss's terms on held-out latents, with the same noise and positions every time."""
+        """The loss's terms on held-out latents, with the same noise and positions every time, and the metrics
+        of samples by the function that `pae evaluate` calls."""
+        return self._held_out_losses() | self._sample_metrics()
+
+    def _sample_metrics(self) -> dict[str, float]:
+        run = self.run
+        if run.tokenizer is None or run.evaluation_images is None:
+            return {}
+        if self.judge is None:
+            self.judge = _Judge(run, self.device, self.latents.attributes["tokenizer"])
+        labels = balanced_labels(run.evaluation_samples, run.model.num_classes)
+        size = run.loop.device_batch_size or run.loop.global_batch_size
+        images = sample_images(self.judge.tokenizer, self.model, labels, run.sampler, batch_size=size)
+        record = evaluate_samples(
+            images,
+            self.judge.source,
+            extractor=self.judge.extractor,
+            size=self.judge.tokenizer.config.image_size,
+            real=self.judge.real,
+        )
+        return {name: metric["value"] for name, metric in record["metrics"].items()}
+
+    def _held_out_losses(self) -> dict[str, float]:
         if self.held_out is None:
             return {}
         count = min(1024, len(self.held_out))
@@ -119,6 +160,23 @@ class GeneratorTask:
         t = training_times(draws.normal("t"), self.run.time_shift)
         velocity = self.model(interpolate(x_1, x_0, t), t, labels)
         return velocity_loss(velocity, x_1, x_0)
+
+
+class _Judge:
+    """What judges samples: decoder, extractor and the features of the real images, made once."""
+
+    def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_print: str) -> None:
+        assert run.tokenizer is not None
+        assert run.evaluation_images is not None
+        found = identity_of(run.tokenizer).fingerprint
+        if found != tokenizer_print:
+            raise ValueError(
+                f"{run.tokenizer} is the tokenizer {found}, but the latents are those of {tokenizer_print}"
+            )
+        self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
+        self.extractor = load_extractor(run.extractor)
+        self.source = open_images(run.evaluation_images)
+        self.real = features_of(self.source, self.extractor, self.tokenizer.config.image_size)
 
 
 def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) -> dict[str, float]:

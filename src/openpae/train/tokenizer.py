@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from openpae.checkpoint import encoder_fingerprint, identity_of, load_prior, write_tokenizer
 from openpae.critics import LPIPS, load_lpips
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, center_crop, open_images
+from openpae.data.images import ImageSource, open_images
 from openpae.data.order import StepBatches, loader
 from openpae.data.training import ImageBatch, ImageData, TrainingImages
 from openpae.discriminator import (
@@ -30,7 +29,7 @@ from openpae.discriminator import (
     frozen,
 )
 from openpae.encoders import Encoder, load_encoder
-from openpae.eval.reconstruction import ReconstructionMetrics
+from openpae.eval.records import evaluate_reconstruction
 from openpae.layers import to_tokens
 from openpae.losses import (
     adaptive_weight,
@@ -180,7 +179,7 @@ class TokenizerTask:
         self.lpips = load_perceptual(loss.lpips_net).to(self.device) if loss.lpips or loss.mcr else None
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
         self.gan_from = math.ceil(loss.gan_start * steps)
-        self.held_out = self._held_out()
+        self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
             self.model.decoder.compile()
@@ -226,15 +225,19 @@ class TokenizerTask:
             yield Update("discriminator", discriminator_hinge(real, fake), {"accuracy": accuracy.detach()})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """PSNR (dB), SSIM and LPIPS of held-out images; nothing where there are none."""
-        if self.held_out is None:
+        """PSNR (dB), SSIM and LPIPS of held-out images, by the function that `pae evaluate` calls."""
+        if self.judged is None:
             return {}
-        metrics = ReconstructionMetrics(self.lpips)
         part = self.run.loop.device_batch_size or self.run.loop.global_batch_size
-        for images in torch.split(self.held_out, part):
-            x = images.to(self.device).float() / 255
-            metrics.update(x, self.model.reconstruct(x).float())
-        return {name: estimate.value for name, estimate in metrics.compute().items()}
+        record = evaluate_reconstruction(
+            self.model,
+            self.judged,
+            extractor=None,
+            lpips=self.lpips,
+            count=self.run.data.evaluation_images,
+            batch_size=part,
+        )
+        return {name: metric["value"] for name, metric in record["metrics"].items()}
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
@@ -392,14 +395,6 @@ class TokenizerTask:
             features=features,
             targets=targets,
         )
-
-    def _held_out(self) -> Tensor | None:
-        data, size = self.run.data, self.run.model.image_size
-        if data.evaluation is None:
-            return None
-        source = open_images(data.evaluation)
-        count = min(data.evaluation_images, len(source))
-        return torch.from_numpy(np.stack([center_crop(source.read(i), size) for i in range(count)]))
 
 
 def train_tokenizer(
