@@ -23,12 +23,14 @@ from openpae.data.openmoji import CATEGORIES, Emoji, emoji_catalog, render_datas
 from openpae.data.shards import Layout, ShardWriter
 from openpae.eval.reconstruction import quantize
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples, load_extractor
+from openpae.losses import perturb
 from openpae.report import Page, image_grid, pca_pictures, png_bytes
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.storage import read_json, whole_file, write_json
 from openpae.tokenizer import PAE
 from openpae.train.engine import LoopConfig, read_log, seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
+from openpae.train.refiner import RefinerRun, RefinerTask, train_refiner
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask, load_perceptual, train_tokenizer
 
 T = TypeVar("T")
@@ -77,10 +79,14 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
         images = _render(out / "data" / "train", train, pictures, seed)
         judged = _render(out / "data" / "held-out", held_out, 2, seed + 1)
 
+    with clock.stage("train refiner"):
+        run_dir = out / "refiner"
+        train_refiner(_planned(RefinerRun, run_dir, lambda: _plan_refiner(out, clock, seed)), run_dir)
+
     with clock.stage("train tokenizer"):
         run_dir = out / "tokenizer"
         run = _planned(TokenizerRun, run_dir, lambda: _plan_tokenizer(out, clock, seed))
-        train_tokenizer(run, run_dir, progress=_line("VFM features"))
+        train_tokenizer(run, run_dir)
     tokenizer = load_tokenizer(out / "tokenizer")
 
     with clock.stage("cache latents"):
@@ -167,6 +173,15 @@ def _planned(kind: type[T], run_dir: Path, plan: Callable[[], T]) -> T:
     return configs.load(kind, file) if file.is_file() else plan()
 
 
+def _plan_refiner(out: Path, clock: _Clock, seed: int) -> RefinerRun:
+    run = configs.load(RefinerRun, "refiner/quickstart")
+    data = dataclasses.replace(run.data, images=out / "data" / "train", feature_cache=out / "features")
+    run = dataclasses.replace(run, data=data, loop=dataclasses.replace(run.loop, seed=seed))
+    task = RefinerTask(run, progress=_line("VFM features"))
+    each = seconds_per_step(task, run.optim, run.loop)
+    return dataclasses.replace(run, loop=_fitted(run.loop, 0.05 * _for_training(clock) / each))
+
+
 def _plan_tokenizer(out: Path, clock: _Clock, seed: int) -> TokenizerRun:
     run = configs.load(TokenizerRun, "tokenizer/quickstart")
     data = dataclasses.replace(
@@ -175,10 +190,16 @@ def _plan_tokenizer(out: Path, clock: _Clock, seed: int) -> TokenizerRun:
         evaluation=out / "data" / "held-out",
         feature_cache=out / "features",
     )
-    run = dataclasses.replace(run, data=data, loop=dataclasses.replace(run.loop, seed=seed))
-    task = TokenizerTask(run, progress=_line("VFM features"))
-    each = seconds_per_step(task, run.optim, run.loop)
-    return dataclasses.replace(run, loop=_fitted(run.loop, 0.48 * _for_training(clock) / each))
+    loop = dataclasses.replace(run.loop, seed=seed)
+    run = dataclasses.replace(run, prior=out / "refiner", data=data, loop=loop)
+    # Two kinds of steps: the discriminator joins in the second part of the training.
+    early = dataclasses.replace(run, loss=dataclasses.replace(run.loss, gan=0.0))
+    late = dataclasses.replace(
+        run, loss=dataclasses.replace(run.loss, gan_start=0.0, discriminator_start=0.0)
+    )
+    alone, joined = (seconds_per_step(TokenizerTask(each), run.optim, loop) for each in (early, late))
+    each = alone + (1 - run.loss.gan_start) * (joined - alone)
+    return dataclasses.replace(run, loop=_fitted(loop, 0.52 * _for_training(clock) / each))
 
 
 def _plan_generator(out: Path, clock: _Clock, seed: int) -> GeneratorRun:
@@ -199,9 +220,9 @@ def _for_training(clock: _Clock) -> float:
 
 
 def _fitted(loop: LoopConfig, steps: float) -> LoopConfig:
-    """A loop of so many steps, evaluated eight times."""
+    """A loop of so many steps, evaluated five times."""
     steps = max(10, int(steps) // 10 * 10)
-    return dataclasses.replace(loop, steps=steps, evaluate_every=max(10, steps // 8))
+    return dataclasses.replace(loop, steps=steps, evaluate_every=max(10, steps // 5))
 
 
 def _measure(
@@ -268,9 +289,9 @@ def _report(
     )
     _show_pictures(page, out, tokenizer, judged, samples, labels)
     page.heading("Training")
-    page.charts(
-        _curves(out / "tokenizer", "autoencoder", ("l1", "lpips"), ("psnr",)), "steps of the tokenizer"
-    )
+    page.charts(_curves(out / "refiner", "refiner", ("reconstruction", "gram"), ()), "steps of the refiner")
+    terms = ("l1", "lpips", "gan", "ssr", "mcr", "scr")
+    page.charts(_curves(out / "tokenizer", "autoencoder", terms, ("psnr",)), "steps of the tokenizer")
     page.charts(
         _curves(out / "generator", "generator", ("mse", "cosine"), ("mse",)), "steps of the generator"
     )
@@ -289,7 +310,7 @@ def _report(
     )
     page.heading("Time and settings")
     page.table(["stage", "seconds"], [(name, f"{value:.0f}") for name, value in clock.seconds.items()])
-    for name in ("tokenizer", "generator"):
+    for name in ("refiner", "tokenizer", "generator"):
         page.fold(f"{name}/config.yaml", (out / name / "config.yaml").read_text(encoding="utf-8"))
     page.fold("sampler", yaml.safe_dump(configs.to_dict(SAMPLER), sort_keys=False))
     facts = {key: value for key, value in record["samples"].items() if key not in ("metrics", "kind")}
@@ -317,6 +338,16 @@ def _show_pictures(
     page.picture(
         pairs, "Rows of three: picture, its reconstruction, its latent (first three principal components)."
     )
+    direction = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(0))
+    medium, large = _angles(out)
+    with torch.no_grad():
+        moved = [tokenizer.decode(perturb(z[:12], direction, angle)).clamp(0, 1) for angle in (medium, large)]
+    page.heading("Small moves on the sphere change little")
+    page.picture(
+        image_grid(torch.cat([x[:12], y[:12], *moved]), 12),
+        f"Picture x, its decode x_r, and the decodes x_m and x_l of its latent moved by {medium} and {large} "
+        "degrees along one random direction: what MCR compares.",
+    )
     columns = 12
     by_class = [samples[labels == k][:columns] for k in range(len(CATEGORIES))]
     grid = image_grid(torch.cat(by_class), columns)
@@ -325,6 +356,11 @@ def _show_pictures(
     for name, picture in (("reconstructions.png", pairs), ("samples.png", grid)):
         with whole_file(out / name) as partial:
             partial.write_bytes(png_bytes(picture))
+
+
+def _angles(out: Path) -> tuple[float, float]:
+    """The medium and the large angle that the tokenizer was trained with, in degrees."""
+    return configs.load(TokenizerRun, out / "tokenizer" / "config.yaml").loss.mcr_angles
 
 
 def _curves(

@@ -306,14 +306,15 @@ class PAE(nn.Module):
         Args:
             images: in [0, 1], (B, 3, H, W).
             features: as for `encode`.
-            further: makes more latents (B, C, h, w) from z; they pass the decoder in one batch with it.
+            further: makes more latents (any batch sizes) from z; they pass the decoder in one batch with it.
 
         Returns:
-            z, and the decodes (B, 3, H, W) of z and of the further latents, in order.
+            z, (B, C, h, w), and the decodes of z and of the further latents, in order.
         """
         z = self.encode(images, features)
         latents = [z, *(further(z) if further else [])]
-        return z, list(self.decode(torch.cat(latents)).chunk(len(latents)))
+        decoded = self.decode(torch.cat(latents))
+        return z, list(torch.split(decoded, [len(latent) for latent in latents]))
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (B, 3, H, W), as the VFM wants them; see `EncoderInput`."""

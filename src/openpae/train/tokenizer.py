@@ -79,6 +79,8 @@ class TokenizerLoss:
     """Which decodes are compared (Table 7); for none set mcr to 0."""
     mcr_angles: tuple[float, float] = (42.5, 85.0)
     """Medium and large angle of the perturbation in degrees."""
+    mcr_share: float = 1.0
+    """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
     scr: float = 1.0
     """Semantic consistency: pooled latent and tokens (Eq. 5). Needs a prior."""
     scr_tokens: Literal["pooled", "tokens", "both"] = "both"
@@ -102,8 +104,9 @@ class TokenizerLoss:
                 f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
-        if not 0 < self.lpips_share <= 1:
-            raise ValueError(f"loss.lpips_share must lie in (0, 1], got {self.lpips_share}")
+        for name in ("lpips_share", "mcr_share"):
+            if not 0 < (share := getattr(self, name)) <= 1:
+                raise ValueError(f"loss.{name} must lie in (0, 1], got {share}")
         medium, large = self.mcr_angles
         if not 0 < medium < large < 90:
             raise ValueError(f"loss.mcr_angles must be 0 < medium < large < 90, got {self.mcr_angles}")
@@ -257,7 +260,8 @@ class TokenizerTask:
             if not wanted:
                 return []
             # One direction a sample for every angle: the perturbed latents lie on one arc.
-            direction = draws.normal("mcr direction", *z.shape[1:])
+            z = z[: math.ceil(loss.mcr_share * len(z))]
+            direction = draws.normal("mcr direction", *z.shape[1:])[: len(z)]
             moved = {name: perturb(z, direction, angles[name], self.run.model.sphere) for name in wanted}
             logs.update({f"angle_{name}": reached_angle(z, latent) for name, latent in moved.items()})
             return list(moved.values())
@@ -271,17 +275,20 @@ class TokenizerTask:
         if self.lpips is None:
             return terms
         seen = math.ceil(self.run.loss.lpips_share * len(x))
-        maps = self.lpips.features(torch.cat([images[:seen] for images in decoded.values()]))
-        perceived = {name: [m[i * seen : (i + 1) * seen] for m in maps] for i, name in enumerate(decoded)}
+        shown = {name: images[:seen] for name, images in decoded.items()}
+        sizes = [len(images) for images in shown.values()]
+        maps = [torch.split(stage, sizes) for stage in self.lpips.features(torch.cat(list(shown.values())))]
+        perceived = {name: [stage[i] for stage in maps] for i, name in enumerate(shown)}
         if self.run.loss.lpips:
             with torch.no_grad():
                 target = self.lpips.features(x[:seen])
             terms["lpips"] = self.lpips.distance(perceived["r"], target).mean()
         if self.run.loss.mcr:
-            brackets = [
-                consistency(decoded[a], decoded[b], perceived[a], perceived[b], self.lpips.distance)
-                for a, b in compared_pairs(self.run.loss.mcr_design)
-            ]
+            brackets = []
+            for a, b in compared_pairs(self.run.loss.mcr_design):
+                nearer = [stage[: len(shown[a])] for stage in perceived[b]]
+                pixels = decoded[b][: len(decoded[a])]
+                brackets.append(consistency(decoded[a], pixels, perceived[a], nearer, self.lpips.distance))
             terms["mcr"] = torch.stack(brackets).sum()
         return terms
 
