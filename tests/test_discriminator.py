@@ -24,7 +24,7 @@ from openpae.discriminator import (
     frozen,
 )
 from openpae.losses import denoising_loss, discriminator_hinge, generator_hinge
-from openpae.train.engine import Draws
+from openpae.train.task import Draws
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ from openpae.checkpoint import load_prior, load_tokenizer
 from openpae.data.images import PackedImages
 from openpae.data.training import ImageBatch
 from openpae.discriminator import DiscriminatorConfig
-from openpae.train.engine import Draws, LoopConfig, Update
 from openpae.train.refiner import RefinerRun, train_refiner
+from openpae.train.settings import LoopConfig
+from openpae.train.task import Draws, Update
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask, train_tokenizer
 
 FULL: dict[str, Any] = {

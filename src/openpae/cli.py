@@ -127,7 +127,8 @@ def cache_latents(
     from openpae import checkpoint
     from openpae.data import caches
     from openpae.data.images import open_images
-    from openpae.train.engine import autocast, pick_device
+    from openpae.train.engine import autocast
+    from openpae.train.settings import pick_device
 
     where = pick_device(device)
     model = checkpoint.load_tokenizer(tokenizer).to(where)
@@ -179,7 +180,7 @@ def reconstruct(
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.eval.records import source_batches
     from openpae.report import to_image
-    from openpae.train.engine import pick_device
+    from openpae.train.settings import pick_device
 
     where = pick_device(device)
     model = load_tokenizer(tokenizer).to(where)
@@ -243,7 +244,7 @@ def sample(
     from openpae.report import image_grid
     from openpae.sampling import SamplerConfig, balanced_labels, sample_images
     from openpae.storage import whole_file, write_json
-    from openpae.train.engine import pick_device
+    from openpae.train.settings import pick_device
 
     facts = check_pair(tokenizer, generator)
     where = pick_device(device)
@@ -305,7 +306,7 @@ def evaluate(
     from openpae.eval import records
     from openpae.eval.reference import npz_images
     from openpae.storage import read_json, write_json
-    from openpae.train.engine import pick_device
+    from openpae.train.settings import pick_device
     from openpae.train.tokenizer import load_perceptual
 
     source, features = open_images(images), records.load_extractor(extractor, extractor_weights)
@@ -379,7 +380,7 @@ def profile(
     """
     from openpae.eval.measure import MeasureConfig
     from openpae.profile import run_profile
-    from openpae.train.engine import pick_device
+    from openpae.train.settings import pick_device
 
     with _progress("measuring", "img") as progress:
         found = run_profile(

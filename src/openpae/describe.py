@@ -21,7 +21,7 @@ from openpae.checkpoint import (
 from openpae.data.images import ImageFolder, read_image
 from openpae.data.shards import Shards
 from openpae.storage import read_json
-from openpae.train.engine import read_log
+from openpae.train.journal import read_log
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),

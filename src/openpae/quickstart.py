@@ -28,9 +28,11 @@ from openpae.report import Page, image_grid, pca_pictures, png_bytes
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.storage import read_json, whole_file, write_json
 from openpae.tokenizer import PAE
-from openpae.train.engine import LoopConfig, read_log, seconds_per_step
+from openpae.train.engine import seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
+from openpae.train.journal import read_log
 from openpae.train.refiner import RefinerRun, RefinerTask, train_refiner
+from openpae.train.settings import LoopConfig
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask, load_perceptual, train_tokenizer
 
 T = TypeVar("T")

@@ -21,7 +21,9 @@ from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.eval.records import evaluate_samples, features_of, load_extractor
 from openpae.flow import interpolate, training_times, velocity_loss
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
-from openpae.train.engine import Draws, LoopConfig, OptimConfig, Update, adamw, fit, open_run, pick_device
+from openpae.train.engine import fit, open_run
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
+from openpae.train.task import Draws, Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,9 @@ from openpae.data.training import ImageBatch, ImageData, TrainingImages
 from openpae.encoders import Encoder, EncoderInput, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import LowPassConfig, Refiner, RefinerConfig, load_anyup, reference_features
-from openpae.train.engine import Draws, LoopConfig, OptimConfig, Update, adamw, fit, open_run, pick_device
+from openpae.train.engine import fit, open_run
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
+from openpae.train.task import Draws, Update
 
 
 @dataclass(frozen=True, kw_only=True)

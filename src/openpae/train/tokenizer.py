@@ -45,7 +45,9 @@ from openpae.losses import (
     semantic_alignment,
 )
 from openpae.tokenizer import PAE, PAEConfig
-from openpae.train.engine import Draws, LoopConfig, OptimConfig, Update, adamw, fit, open_run, pick_device
+from openpae.train.engine import fit, open_run
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
+from openpae.train.task import Draws, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,9 @@ class TokenizerLoss:
     """Which decodes are compared (Table 7); for none set mcr to 0."""
     mcr_angles: tuple[float, float] = (42.5, 85.0)
     """Medium and large angle of the perturbation in degrees."""
+    mcr_start: float = 0.0
+    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes a decoder that is
+    asked for continuity before it can see settles on one grey image (docs/log.md)."""
     mcr_share: float = 1.0
     """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
     scr: float = 1.0
@@ -96,7 +101,7 @@ class TokenizerLoss:
         for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion"):
             if (weight := getattr(self, name)) < 0:
                 raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
-        for name in ("gan_start", "discriminator_start"):
+        for name in ("gan_start", "discriminator_start", "mcr_start"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"loss.{name} must lie in [0, 1], got {share}")
         if self.gan_start < self.discriminator_start:
@@ -181,6 +186,7 @@ class TokenizerTask:
         loss, steps = run.loss, run.loop.steps
         self.lpips = load_perceptual(loss.lpips_net).to(self.device) if loss.lpips or loss.mcr else None
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
+        self.mcr_from = math.ceil(loss.mcr_start * steps)
         self.gan_from = math.ceil(loss.gan_start * steps)
         self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
@@ -206,7 +212,7 @@ class TokenizerTask:
         features = batch.features
         if features is None and self.prior is not None:
             features = self.model.features(x)  # once, for the encoder's path and for the prior
-        z, decoded, logs = self._decode(x, features, draws)
+        z, decoded, logs = self._decode(x, features, draws, step)
         terms = self._image_terms(x, decoded) | self._latent_terms(z, features, batch.prior, draws)
         weights = self._weights()
         augment = draws.uniform("augment", AUGMENT_DRAWS) if self.discriminator is not None else x
@@ -247,12 +253,13 @@ class TokenizerTask:
         write_tokenizer(folder, weights, self.run.model, self.encoder_print)
 
     def _decode(
-        self, x: Tensor, features: Tensor | None, draws: Draws
+        self, x: Tensor, features: Tensor | None, draws: Draws, step: int
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Latents, their decodes r, m, l as far as the design needs them (one batch), and the angles
         reached."""
         loss = self.run.loss
-        wanted = [farther for farther, _ in compared_pairs(loss.mcr_design)] if loss.mcr else []
+        due = loss.mcr > 0 and step >= self.mcr_from
+        wanted = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
         angles = dict(zip("ml", loss.mcr_angles, strict=True))
         logs: dict[str, Tensor] = {}
 
@@ -283,7 +290,7 @@ class TokenizerTask:
             with torch.no_grad():
                 target = self.lpips.features(x[:seen])
             terms["lpips"] = self.lpips.distance(perceived["r"], target).mean()
-        if self.run.loss.mcr:
+        if len(decoded) > 1:
             brackets = []
             for a, b in compared_pairs(self.run.loss.mcr_design):
                 nearer = [stage[: len(shown[a])] for stage in perceived[b]]

@@ -1,0 +1,122 @@
+"""How a run is optimized, how long, and what it keeps: the settings that all three stages share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float
+    """Learning rate at its highest."""
+    final_lr: float | None = None
+    """Learning rate at the last step, reached by half a cosine; null keeps `lr`."""
+    warmup_steps: int = 0
+    """Steps of linear rise from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float | None = None
+    """Largest norm of the gradient; null clips nothing."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr must be > 0 and finite, got {self.lr}")
+        if self.final_lr is not None and not 0 <= self.final_lr <= self.lr:
+            raise ValueError(f"optim.final_lr must lie in [0, lr = {self.lr}], got {self.final_lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"optim.clip must be > 0 or null, got {self.clip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how much at once, and what is kept."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Images per optimizer step: the number that matters."""
+    device_batch_size: int | None = None
+    """Images per forward pass, to fit memory; null takes the whole batch. It does not change the result."""
+    seed: int = 0
+    """Of initial weights, data order, augmentation and noise."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast around the losses; weights, optimizer and EMA stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    compile: bool = False
+    """Whole-module torch.compile."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights per step; null keeps none."""
+    export: Literal["ema", "raw"] = "ema"
+    """Which weights a checkpoint offers for use, and evaluation judges; without an average the raw ones."""
+    log_every: int = 20
+    """Steps between log lines; each is the mean since the last."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step always leaves one."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    evaluate_every: int = 0
+    """Steps between evaluations under the weights that are exported; 0 evaluates only at the end."""
+    num_workers: int = 0
+    """Processes that read data; 0 reads in this one, best where the data are packed or cached."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} must be >= 0, got {getattr(self, name)}")
+        part = self.device_batch_size
+        if part is not None and (part < 1 or self.global_batch_size % part):
+            raise ValueError(
+                f"loop.device_batch_size must divide global_batch_size = {self.global_batch_size}, got {part}"
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"loop.ema_decay must lie in [0, 1) or be null, got {self.ema_decay}")
+
+
+def lr_at(step: int, optim: OptimConfig, steps: int) -> float:
+    """Learning rate of a step: linear warm-up from lr / warmup_steps, then constant or half a cosine to
+    final_lr."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.final_lr is None:
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)
+    return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def adamw(modules: nn.Module | Sequence[nn.Parameter], optim: OptimConfig) -> Optimizer:
+    """AdamW over the parameters that require a gradient."""
+    parameters = modules.parameters() if isinstance(modules, nn.Module) else modules
+    trained = [p for p in parameters if p.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a config means.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
