@@ -100,3 +100,17 @@ def test_the_papers_generator_runs_last_as_long_as_they_say(name: str, steps: in
     loop = configs.load(GeneratorRun, f"generator/{name}").loop
     assert loop.steps == steps
     assert steps * loop.global_batch_size / 1_281_167 == pytest.approx(epochs, rel=0.01)
+
+
+def test_the_reference_of_the_docs_is_up_to_date() -> None:
+    """Run `python docs/make_config.py` after a change of a config."""
+    import importlib.util
+    from pathlib import Path
+
+    docs = Path(__file__).parent.parent / "docs"
+    spec = importlib.util.spec_from_file_location("make_config", docs / "make_config.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (docs / "config.md").read_text(encoding="utf-8") == module.page()

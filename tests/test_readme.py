@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -45,6 +46,33 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     before = (out / "tokenizer" / "config.yaml").read_bytes()
     quickstart.run_quickstart(out, 1.0, limit=30)  # again: nothing is trained anew
     assert (out / "tokenizer" / "config.yaml").read_bytes() == before
+
+
+def test_the_python_of_extending_runs() -> None:
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+
+
+def test_the_table_of_the_paper_names_code_that_exists() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text[text.index("## Paper -> code") : text.index("## Decisions")]
+    names = re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", table)
+    assert len(names) > 30
+    for name in names:
+        parts = name.split(".")
+        for split in range(len(parts), 0, -1):
+            try:
+                found: object = importlib.import_module("openpae." + ".".join(parts[:split]))
+            except ModuleNotFoundError:
+                continue
+            for part in parts[split:]:
+                found = getattr(found, part)
+            break
+        else:
+            pytest.fail(f"design.md names {name}, which is not there")
 
 
 def test_there_are_commands_to_check() -> None:

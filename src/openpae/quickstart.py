@@ -194,14 +194,23 @@ def _plan_tokenizer(out: Path, clock: _Clock, seed: int) -> TokenizerRun:
     )
     loop = dataclasses.replace(run.loop, seed=seed)
     run = dataclasses.replace(run, prior=out / "refiner", data=data, loop=loop)
-    # Two kinds of steps: the discriminator joins in the second part of the training.
-    early = dataclasses.replace(run, loss=dataclasses.replace(run.loss, gan=0.0))
-    late = dataclasses.replace(
-        run, loss=dataclasses.replace(run.loss, gan_start=0.0, discriminator_start=0.0)
-    )
-    alone, joined = (seconds_per_step(TokenizerTask(each), run.optim, loop) for each in (early, late))
-    each = alone + (1 - run.loss.gan_start) * (joined - alone)
-    return dataclasses.replace(run, loop=_fitted(loop, 0.52 * _for_training(clock) / each))
+    # The perturbed decodes and the discriminator join late: each part is timed and counts for its share.
+    seconds = []
+    for mcr, gan in ((False, False), (True, False), (True, True)):
+        loss = dataclasses.replace(
+            run.loss,
+            mcr=run.loss.mcr if mcr else 0.0,
+            gan=run.loss.gan if gan else 0.0,
+            mcr_start=0.0,
+            gan_start=0.0,
+            discriminator_start=0.0,
+        )
+        task = TokenizerTask(dataclasses.replace(run, loss=loss))
+        seconds.append(seconds_per_step(task, run.optim, loop, steps=5))
+    first, moved, judged = seconds
+    late, later = 1 - run.loss.mcr_start, 1 - run.loss.discriminator_start
+    each = first + late * max(0.0, moved - first) + later * max(0.0, judged - moved)
+    return dataclasses.replace(run, loop=_fitted(loop, 0.50 * _for_training(clock) / each))
 
 
 def _plan_generator(out: Path, clock: _Clock, seed: int) -> GeneratorRun:
