@@ -28,7 +28,9 @@ from openpae.storage import read_json, write_json
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
-OFF = {"gan": 0.0, "ssr": 0.0, "mcr": 0.0, "scr": 0.0}
+# The paper's weights, not the quickstart's; AlexNet in place of VGG16, for a CPU.
+PAPER = {"lpips": 1.0, "lpips_share": 1.0, "mcr_share": 1.0, "mcr_start": 0.0, "gan": 0.0}
+OFF = {"ssr": 0.0, "mcr": 0.0, "scr": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
     "SSR": {"ssr": 0.2},
@@ -45,7 +47,7 @@ def main(
     held_out: Path,
     out: Path,
     every: int = 10,
-    steps: int = 1500,
+    steps: int = 1200,
     refiner_steps: int = 400,
     batch_size: int = 16,
     variants: tuple[str, ...] = tuple(VARIANTS),
@@ -81,7 +83,7 @@ def main(
         if name in results:
             continue
         start = time.perf_counter()
-        weights = OFF | VARIANTS[name]
+        weights = PAPER | OFF | VARIANTS[name]
         if ssr is not None and weights["ssr"]:
             weights["ssr"] = ssr
         run = configs.load(TokenizerRun, "tokenizer/quickstart")
@@ -90,7 +92,9 @@ def main(
             prior=out / "refiner" if weights["ssr"] or weights["scr"] else None,
             data=dataclasses.replace(run.data, evaluation=None, **data),
             loss=dataclasses.replace(run.loss, **weights),
-            loop=dataclasses.replace(run.loop, steps=steps, global_batch_size=batch_size, save_every=10**6),
+            loop=dataclasses.replace(
+                run.loop, steps=steps, global_batch_size=batch_size, evaluate_every=0, save_every=400
+            ),
         )
         train_tokenizer(run, out / name.replace(" ", "-"))
         seconds = time.perf_counter() - start

@@ -108,15 +108,18 @@ def test_reconstruct_keeps_the_names(line: Path, image_folder: Path, tmp_path: P
 def test_evaluate_writes_a_record(line: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "record.json"
     random = ["--extractor", "random", "--lpips", "random"]
-    run("evaluate", line / "packed", "--tokenizer", line / "tokenizer", *random, "--out", record)
+    with pytest.warns(UserWarning, match="only 10 samples"):
+        run("evaluate", line / "packed", "--tokenizer", line / "tokenizer", *random, "--out", record)
     printed = capsys.readouterr().out
     content = json.loads(record.read_text())
     for name in ("psnr", "ssim", "lpips", "frechet"):
         assert name in printed
         assert np.isfinite(content["metrics"][name]["value"])
     assert content["images"] == 10
-    run("evaluate", line / "packed", "--samples", line / "samples" / "samples.npz", *random, "--out", record)
-    content = json.loads(record.read_text())
+    with pytest.warns(UserWarning, match="only 6 samples"):
+        run("evaluate", line / "packed", "--samples", line / "samples" / "samples.npz", *random)
+    content = json.loads((line / "samples" / "evaluation.json").read_text())
+    assert content["sampler"]["nfe"] >= 3
     assert content["samples"] == 6
     assert content["sampler"]["seed"] == 0
     assert content["metrics"]["frechet_floor"]["value"] < content["metrics"]["frechet"]["value"]

@@ -23,13 +23,20 @@ from openpae.train.tokenizer import load_perceptual
 
 def test_a_record_says_what_the_numbers_stand_on(tiny_pae: PAE, packed: PackedImages) -> None:
     extractor = load_extractor("random")
-    record = evaluate_reconstruction(tiny_pae, packed, extractor=extractor, lpips=load_perceptual("random"))
+    record = evaluate_reconstruction(
+        tiny_pae, packed, extractor=extractor, lpips=load_perceptual("random"), min_samples=2
+    )
     assert record["images"] == len(packed)
     assert record["data"] == packed.fingerprint()
     assert record["extractor_weights"] == extractor.weights
     assert {"torch", "openpae", "python"} <= record["versions"].keys()
     assert {"psnr", "ssim", "lpips", "frechet"} <= record["metrics"].keys()
     json.dumps(record)  # as it stands
+
+
+def test_few_samples_are_warned_of(packed: PackedImages) -> None:
+    with pytest.warns(UserWarning, match="only 6 samples"):
+        evaluate_samples([torch.rand(6, 3, 32, 32)], packed, extractor=load_extractor("random"), size=32)
 
 
 def test_the_batch_size_does_not_move_a_metric(tiny_pae: PAE, packed: PackedImages) -> None:
@@ -43,7 +50,7 @@ def test_the_batch_size_does_not_move_a_metric(tiny_pae: PAE, packed: PackedImag
 
 def test_real_images_against_themselves_have_distance_zero(packed: PackedImages) -> None:
     batches = packed.shards.gather(torch.arange(len(packed)).numpy()).float() / 255
-    record = evaluate_samples([batches], packed, extractor=load_extractor("random"), size=32)
+    record = evaluate_samples([batches], packed, extractor=load_extractor("random"), size=32, min_samples=2)
     assert record["metrics"]["frechet"]["value"] == pytest.approx(0, abs=1e-6)
     assert record["metrics"]["precision"]["value"] == 1
 
@@ -51,10 +58,10 @@ def test_real_images_against_themselves_have_distance_zero(packed: PackedImages)
 def test_a_reference_made_before_gives_the_same_record(packed: PackedImages) -> None:
     extractor = load_extractor("random")
     samples = [torch.rand(6, 3, 32, 32)]
-    fresh = evaluate_samples(samples, packed, extractor=extractor, size=32)
+    fresh = evaluate_samples(samples, packed, extractor=extractor, size=32, min_samples=2)
     real = features_of(packed, extractor, 32)
     assert isinstance(real, FeatureSet)
-    kept = evaluate_samples(samples, packed, extractor=extractor, size=32, real=real)
+    kept = evaluate_samples(samples, packed, extractor=extractor, size=32, real=real, min_samples=2)
     assert kept["metrics"] == fresh["metrics"]
 
 
@@ -83,7 +90,7 @@ def test_training_judges_samples_as_the_command_does(
     inside = task.evaluate(0)
     assert task.judge is not None
     images = sample_images(task.judge.tokenizer, task.model, balanced_labels(6, 2), run.sampler, batch_size=8)
-    offline = evaluate_samples(images, packed, extractor=load_extractor("random"), size=32)
+    offline = evaluate_samples(images, packed, extractor=load_extractor("random"), size=32, min_samples=2)
     assert inside["frechet"] == pytest.approx(offline["metrics"]["frechet"]["value"], rel=1e-6)
 
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from openpae.dit import LightningDiT
 from openpae.flow import time_grid
-from openpae.sampling import SamplerConfig, balanced_labels, initial_noise, sample_images, sample_latents
+from openpae.sampling import (
+    SamplerConfig,
+    balanced_labels,
+    evaluations,
+    initial_noise,
+    sample_images,
+    sample_latents,
+)
 from openpae.tokenizer import PAE
 
 SHAPE = (8, 4, 4)
@@ -124,3 +131,20 @@ def test_unknown_labels_are_refused(tiny_dit: LightningDiT, label: int) -> None:
 def test_settings_that_can_not_be_are_named(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("guidance", "start"), [(1.0, 0.0), (2.5, 0.0), (2.5, 0.25), (2.5, 1.0)])
+def test_evaluations_count_what_the_sampler_calls(
+    tiny_dit: LightningDiT, monkeypatch: pytest.MonkeyPatch, guidance: float, start: float
+) -> None:
+    config = SamplerConfig(steps=12, guidance=guidance, guidance_start=start)
+    rows: list[int] = []
+    forward = tiny_dit.forward
+
+    def counted(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        rows.append(len(x))
+        return forward(x, t, labels)
+
+    monkeypatch.setattr(tiny_dit, "forward", counted)
+    sample_latents(tiny_dit, torch.tensor([1]), initial_noise(0, [0], (8, 4, 4)), config)
+    assert sum(rows) == evaluations(config)

@@ -242,7 +242,7 @@ def sample(
     from openpae.checkpoint import check_pair, load_generator, load_tokenizer
     from openpae.eval.reconstruction import quantize
     from openpae.report import image_grid
-    from openpae.sampling import SamplerConfig, balanced_labels, sample_images
+    from openpae.sampling import SamplerConfig, balanced_labels, evaluations, sample_images
     from openpae.storage import whole_file, write_json
     from openpae.train.settings import pick_device
 
@@ -266,7 +266,17 @@ def sample(
     with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
         np.savez(file, quantize(pictures).permute(0, 2, 3, 1).numpy(), labels.numpy())
     image_grid(pictures, columns).save(out / "grid.png")
-    write_json(out / "samples.json", {"count": count, "seed": seed, **configs.to_dict(config), **facts})
+    record = {
+        "count": count,
+        "seed": seed,
+        "labels": "class-balanced" if classes is None else list(classes),
+        "solver": "euler",
+        "nfe": evaluations(config),
+        "precision": "fp32",
+        **configs.to_dict(config),
+        **facts,
+    }
+    write_json(out / "samples.json", record)
     print(f"{count} samples in {out / 'samples.npz'}, picture in {out / 'grid.png'}")
 
 
@@ -296,7 +306,7 @@ def evaluate(
         lpips: network of LPIPS.
         count: real images to take for the reconstructions, from the first on; all by default.
         batch_size: images per forward pass.
-        out: also write the record (JSON) here.
+        out: where the record (JSON) goes; by default evaluation.json beside what is judged.
         device: auto takes a GPU if there is one.
     """
     if (tokenizer is None) == (samples is None):
@@ -332,8 +342,10 @@ def evaluate(
     for name, metric in record["metrics"].items():
         error = "" if metric["stderr"] is None else f" +- {metric['stderr']:.2g}"
         print(f"{name:20} {metric['value']:.5g}{error}")
-    if out is not None:
-        write_json(out, record)
+    judged = tokenizer if tokenizer is not None else samples.parent  # type: ignore[union-attr]
+    target = judged / "evaluation.json" if out is None else out
+    write_json(target, record)
+    print(f"record in {target}")
 
 
 def profile(

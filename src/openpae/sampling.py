@@ -35,6 +35,13 @@ class SamplerConfig:
             raise ValueError(f"guidance_start must lie in [0, 1], got {self.guidance_start}")
 
 
+def evaluations(config: SamplerConfig) -> int:
+    """Generator evaluations per sample (NFE): one a step, two where it is guided."""
+    starts = time_grid(config.steps + 1, config.shift)[:-1].float()
+    guided = 0 if config.guidance == 1 else int((starts >= config.guidance_start).sum())
+    return config.steps + guided
+
+
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Noise of the samples with these indices, (B, C, h, w), float32 on the CPU.
 

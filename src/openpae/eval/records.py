@@ -84,6 +84,7 @@ def evaluate_reconstruction(
     lpips: LPIPS | None,
     count: int | None = None,
     batch_size: int = 32,
+    min_samples: int = 10_000,
 ) -> dict[str, Any]:
     """PSNR, SSIM, LPIPS, and the Frechet distance of reconstructions to their originals (rFID's kind).
 
@@ -94,6 +95,7 @@ def evaluate_reconstruction(
         lpips: None leaves it out.
         count: images to take, from the first on; None takes all.
         batch_size: images per forward pass.
+        min_samples: fewer images than this make a Frechet distance that is warned of.
 
     Returns:
         The record: metric -> value, standard error, n and settings; and what it was measured with.
@@ -114,7 +116,7 @@ def evaluate_reconstruction(
     metrics = pairs.compute()
     record: dict[str, Any] = {"images": len(rows), "image_size": size, "data": source.fingerprint()}
     if extractor is not None and real is not None and decoded is not None:
-        result = _compare(decoded, real, source.fingerprint())
+        result = _compare(decoded, real, source.fingerprint(), min_samples)
         metrics = metrics | dict(result.metrics)
         record |= {"extractor": extractor.name, "extractor_weights": extractor.weights}
     return _record("reconstruction", metrics, record)
@@ -138,6 +140,7 @@ def evaluate_samples(
     size: int,
     batch_size: int = 32,
     real: FeatureSet | None = None,
+    min_samples: int = 10_000,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Frechet distance (gFID's kind), KID, precision and recall of generated images against real ones.
@@ -153,13 +156,14 @@ def evaluate_samples(
         size: side of the images.
         batch_size: real images per forward pass.
         real: what `features_of` made of the source, where it is at hand.
+        min_samples: fewer samples than this are warned of: the distance is then much too large.
         facts: what else the record should say (sampler, seed, fingerprints).
     """
     real = real or features_of(source, extractor, size, batch_size)
     fake = FeatureSet(extractor)
     for batch in batches:
         fake.update(batch.cpu())
-    result = _compare(fake, real, source.fingerprint())
+    result = _compare(fake, real, source.fingerprint(), min_samples)
     metrics = dict(result.metrics)
     if real.n >= 4:
         metrics["frechet_floor"] = frechet_floor(real.features(), min(fake.n, real.n // 2))
@@ -178,10 +182,9 @@ def evaluate_samples(
     return _record("samples", metrics, record)
 
 
-def _compare(fake: FeatureSet, real: FeatureSet, name: str) -> GenerationMetrics:
+def _compare(fake: FeatureSet, real: FeatureSet, name: str, min_samples: int) -> GenerationMetrics:
     n = min(fake.n, real.n)
-    # As many as there are: the record says how many, and the floor beside it what that many are worth.
-    config = EvaluationConfig(kid_subset_size=max(2, min(1000, n)), min_samples=2)
+    config = EvaluationConfig(kid_subset_size=max(2, min(1000, n)), min_samples=max(2, min_samples))
     evaluation = Evaluation(fake.extractor, reference_of(real, name), config)
     evaluation.samples = fake
     return evaluation.compute()
