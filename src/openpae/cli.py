@@ -311,6 +311,8 @@ def evaluate(
     """
     if (tokenizer is None) == (samples is None):
         raise ValueError("evaluate needs either --tokenizer or --samples")
+    import torch
+
     from openpae import checkpoint
     from openpae.data.images import open_images
     from openpae.eval import records
@@ -319,10 +321,13 @@ def evaluate(
     from openpae.train.settings import pick_device
     from openpae.train.tokenizer import load_perceptual
 
+    where = pick_device(device)
     source, features = open_images(images), records.load_extractor(extractor, extractor_weights)
+    if isinstance(features, torch.nn.Module):
+        features = features.to(where)
     if tokenizer is not None:
-        model = checkpoint.load_tokenizer(tokenizer).to(pick_device(device))
-        distance = load_perceptual(lpips).to(model.device)
+        model = checkpoint.load_tokenizer(tokenizer).to(where)
+        distance = load_perceptual(lpips).to(where)
         record = records.evaluate_reconstruction(
             model, source, extractor=features, lpips=distance, count=count, batch_size=batch_size
         )

@@ -122,7 +122,7 @@ class DeepFeatures(Protocol):
         ...
 
 
-class VggFeatures:
+class VggFeatures(nn.Module):
     """relu5_3 of VGG16, pooled, at the images' own size. Not comparable with published FID.
 
     Args:
@@ -132,8 +132,13 @@ class VggFeatures:
     name = "vgg16-relu5_3"
 
     def __init__(self, lpips: DeepFeatures) -> None:
+        super().__init__()
         self.lpips = lpips
         self.weights = fingerprint(lpips.state_dict())
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:

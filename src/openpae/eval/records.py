@@ -162,7 +162,7 @@ def evaluate_samples(
     real = real or features_of(source, extractor, size, batch_size)
     fake = FeatureSet(extractor)
     for batch in batches:
-        fake.update(batch.cpu())
+        fake.update(batch)
     result = _compare(fake, real, source.fingerprint(), min_samples)
     metrics = dict(result.metrics)
     if real.n >= 4:

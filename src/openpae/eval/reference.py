@@ -51,7 +51,7 @@ class FeatureSet:
         """Add a batch.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], all of one size, on the extractor's device.
+            images: (B, 3, H, W) in [0, 1], all of one size, on any device; the extractor's is where they go.
             index: number of each image among all images of all processes; by default they count on.
 
         Raises:
@@ -75,7 +75,7 @@ class FeatureSet:
             raise ValueError(
                 f"index must number each of the {len(images)} images, got {len(numbers)} numbers"
             )
-        found = self.extractor.features(levels.float() / 255)
+        found = self.extractor.features((levels.float() / 255).to(_device(self.extractor)))
         self.pooled.update(found.pooled.cpu())
         self.rows.append(found.pooled.float().cpu())
         if found.spatial is not None:

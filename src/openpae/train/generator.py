@@ -178,6 +178,8 @@ class _Judge:
             )
         self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
         self.extractor = load_extractor(run.extractor)
+        if isinstance(self.extractor, nn.Module):
+            self.extractor.to(device)
         self.source = open_images(run.evaluation_images)
         self.real = features_of(self.source, self.extractor, self.tokenizer.config.image_size)
 
