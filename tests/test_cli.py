@@ -182,6 +182,10 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["quickstart", "--budget", "soon"], ("12min", "'soon'")),
         (["quickstart", "--budget", "3s"], ("at least 60s",)),
         (["sample", "no", "where", "out"], ("no model at no",)),
+        (["sample", "no", "where", "out", "--columns", "0"], ("--columns must be at least 1, got 0",)),
+        (["cache-latents", "a", "b", "c", "--batch-size", "0"], ("--batch-size must be at least 1",)),
+        (["train-tokenizer", "tokenizer/tiny", "out", "--data.images", "nowhere"], ("no image folder at
+        nowhere",)),
     ],
 )  # fmt: skip
 def test_what_can_not_be_done_is_one_line(
@@ -219,6 +223,32 @@ def test_broken_images_stop_or_are_skipped_by_name(
     assert "9 images" in printed
     assert "left out 1 broken files" in printed
     assert "3.png" in printed
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_stops_training_with_its_name(
+    image_folder: Path, tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, also out of a worker process."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, file in enumerate(sorted(image_folder.rglob("*.png"))[:4]):
+        (folder / f"{number}.png").write_bytes(file.read_bytes())
+    (folder / "2.png").write_bytes(b"no image")
+    common = ["train-tokenizer", "tokenizer/tiny", tmp_path / "run", "--data.images", folder, *SMALL]
+    message = fails(capsys, *common, "--loop.num-workers", workers)
+    assert "2.png" in message.splitlines()[-1]
+    assert "--data.skip-broken" in message.splitlines()[-1]
+
+
+def test_a_wrong_path_leaves_no_run_folder_behind(
+    line: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corrected command must not be refused as another config."""
+    common = ["train-generator", "generator/tiny", tmp_path / "run", *SMALL]
+    fails(capsys, *common, "--latents", tmp_path / "typo")
+    run(*common, "--latents", line / "latents")
+    assert checkpoint_steps(tmp_path / "run")
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(line: Path, tmp_path: Path) -> None:

@@ -199,6 +199,11 @@ def test_the_prior_must_fit(packed: PackedImages, refiner: Path) -> None:
         dataclasses.replace(run, prior=None)
 
 
+def test_compiling_refuses_a_second_backward(packed: PackedImages, refiner: Path) -> None:
+    with pytest.raises(ValueError, match=r"loop\.compile can not be combined"):
+        a_run(packed, refiner, {"compile": True}, gradients_every=10)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

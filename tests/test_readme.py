@@ -43,6 +43,8 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     assert tuple(names["z"].shape) == (4, 32, 8, 8)  # type: ignore[attr-defined]
     assert tuple(names["again"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
     assert tuple(names["pictures"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"holds a quickstart with budget 1\.0"):
+        quickstart.run_quickstart(out, 2.0, limit=30)
     before = (out / "tokenizer" / "config.yaml").read_bytes()
     quickstart.run_quickstart(out, 1.0, limit=30)  # again: nothing is trained anew
     assert (out / "tokenizer" / "config.yaml").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         sys.exit(_fail(str(error)))
+    except RuntimeError as error:
+        if debug or "out of memory" not in str(error):
+            raise
+        sys.exit(_fail(f"{error}; lower --batch-size or loop.device_batch_size"))
 
 
 def pack(
@@ -67,6 +72,7 @@ def pack(
         size: side in pixels.
         skip_broken: leave out files that can not be decoded, and name them.
     """
+    _at_least_one(size=size)
     from openpae.data.images import ImageFolder, pack_images
 
     with _progress("packing", "img") as progress:
@@ -124,6 +130,7 @@ def cache_latents(
         device: auto takes a GPU if there is one.
         skip_broken: leave out files that can not be decoded, and name them.
     """
+    _at_least_one(batch_size=batch_size)
     from openpae import checkpoint
     from openpae.data import caches
     from openpae.data.images import open_images
@@ -173,6 +180,7 @@ def reconstruct(
         batch_size: images per forward pass; lower it if memory runs out.
         device: auto takes a GPU if there is one.
     """
+    _at_least_one(count=count, batch_size=batch_size)
     import torch
 
     from openpae.checkpoint import load_tokenizer
@@ -236,6 +244,7 @@ def sample(
         columns: of the grid.
         device: auto takes a GPU if there is one.
     """
+    _at_least_one(count=count, batch_size=batch_size, columns=columns)
     import numpy as np
     import torch
 
@@ -265,7 +274,7 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
         np.savez(file, quantize(pictures).permute(0, 2, 3, 1).numpy(), labels.numpy())
-    image_grid(pictures, columns).save(out / "grid.png")
+    image_grid(pictures[:256], columns).save(out / "grid.png")  # a picture that can still be looked at
     record = {
         "count": count,
         "seed": seed,
@@ -309,6 +318,7 @@ def evaluate(
         out: where the record (JSON) goes; by default evaluation.json beside what is judged.
         device: auto takes a GPU if there is one.
     """
+    _at_least_one(count=count, batch_size=batch_size)
     if (tokenizer is None) == (samples is None):
         raise ValueError("evaluate needs either --tokenizer or --samples")
     import torch
@@ -334,13 +344,15 @@ def evaluate(
         record["tokenizer"] = checkpoint.identity_of(tokenizer).fingerprint
     else:
         assert samples is not None
-        batches = list(npz_images(samples, batch_size))
+        stream = npz_images(samples, batch_size)
+        if (first := next(stream, None)) is None:
+            raise ValueError(f"{samples} holds no images")
         beside = samples.with_name("samples.json")
         record = records.evaluate_samples(
-            batches,
+            itertools.chain([first], stream),
             source,
             extractor=features,
-            size=batches[0].shape[-1],
+            size=first.shape[-1],
             batch_size=batch_size,
             facts={"sampler": read_json(beside)} if beside.is_file() else None,
         )
@@ -530,6 +542,12 @@ def _tell_run(run_dir: Path, metrics: dict[str, float]) -> None:
 def _tell_skipped(names: Sequence[str]) -> None:
     if names:
         print(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+def _at_least_one(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
 
 
 def _fail(message: str) -> int:

@@ -75,6 +75,7 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
         The report, an HTML file.
     """
     clock = _Clock(out, budget)
+    _same_plan(out, {"budget": budget, "seed": seed, "limit": limit})
     train, held_out = (side[:limit] for side in split_catalog(emoji_catalog()))
     pictures = max(1, min(8, round(budget / 240)))
     with clock.stage("render emoji"):
@@ -111,6 +112,20 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     with clock.stage("sample and measure"):
         record, samples, labels = _measure(out, tokenizer, judged, budget, seed)
     return _report(out, clock, tokenizer, judged, record, samples, labels)
+
+
+def _same_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Keep what was asked for, or see that it is the same.
+
+    Raises:
+        ValueError: the folder holds a quickstart with another budget, seed or limit.
+    """
+    file = out / "plan.json"
+    if not file.is_file():
+        write_json(file, plan)
+    elif (begun := read_json(file)) != plan:
+        shown = ", ".join(f"{name} {begun.get(name)}" for name in plan if begun.get(name) != plan[name])
+        raise ValueError(f"{out} holds a quickstart with {shown}; go on with that, or name another --out")
 
 
 class _Clock:

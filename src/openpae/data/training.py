@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -60,6 +61,8 @@ class ImageBatch(NamedTuple):
     """Cached refined targets, float16, (B, N, C)."""
     skipped: tuple[str, ...] = ()
     """Broken files whose places others took."""
+    broken: str = ""
+    """What is wrong with a file that may not be skipped; then the batch is empty."""
 
 
 class TrainingImages(Dataset[ImageBatch]):
@@ -114,7 +117,10 @@ class TrainingImages(Dataset[ImageBatch]):
             assert isinstance(self.source, PackedImages)  # for the type checker: `packed` says so
             images = self.source.shards.gather(rows)
         else:
-            taken = [self._read(int(row), int(bit), skipped) for row, bit in zip(rows, bits, strict=True)]
+            try:
+                taken = [self._read(int(row), int(bit), skipped) for row, bit in zip(rows, bits, strict=True)]
+            except BrokenImage as error:  # told by `sound`: a worker process would add its traceback
+                return ImageBatch(torch.empty(0), torch.empty(0), broken=str(error))
             rows = np.array([row for row, _ in taken])
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
         turn = torch.from_numpy(flips)
@@ -145,6 +151,18 @@ class TrainingImages(Dataset[ImageBatch]):
         across, down = ((bits >> shift) % 2**20 / 2**20 for shift in (8, 32))
         left, top = int(across * (image.width - self.size + 1)), int(down * (image.height - self.size + 1))
         return crop(image, self.size, left, top)
+
+
+def sound(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+    """The batches, until one holds a broken image.
+
+    Raises:
+        BrokenImage: a file can not be decoded and may not be skipped.
+    """
+    for batch in batches:
+        if batch.broken:
+            raise BrokenImage(batch.broken)
+        yield batch
 
 
 class LatentBatch(NamedTuple):

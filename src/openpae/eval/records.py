@@ -183,8 +183,8 @@ def evaluate_samples(
 
 
 def _compare(fake: FeatureSet, real: FeatureSet, name: str, min_samples: int) -> GenerationMetrics:
-    n = min(fake.n, real.n)
-    config = EvaluationConfig(kid_subset_size=max(2, min(1000, n)), min_samples=max(2, min_samples))
+    n = min(fake.n, real.n)  # KID's subsets hold at most half of them: equal subsets would have no spread
+    config = EvaluationConfig(kid_subset_size=max(2, min(1000, n // 2)), min_samples=max(2, min_samples))
     evaluation = Evaluation(fake.extractor, reference_of(real, name), config)
     evaluation.samples = fake
     return evaluation.compute()

@@ -74,8 +74,8 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def open_run(run_dir: Path, config: Any) -> None:
-    """Make a run folder that holds this config, or accept one that already does.
+def check_run(run_dir: Path, config: Any) -> bool:
+    """Whether a run folder already holds this config; False where it holds none.
 
     Raises:
         ValueError: the folder belongs to a run with another config; the message lists the differences.
@@ -88,9 +88,21 @@ def open_run(run_dir: Path, config: Any) -> None:
                 f"{run_dir} belongs to a run with another config ({'; '.join(changed[:5])}); "
                 "name another run folder, or pass its own config.yaml to go on"
             )
-    else:
+        return True
+    return False
+
+
+def open_run(run_dir: Path, config: Any) -> None:
+    """Make a run folder that holds this config, or accept one that already does.
+
+    Call it once the task stands: a path that is not there must not leave a run folder behind.
+
+    Raises:
+        ValueError: see `check_run`.
+    """
+    if not check_run(run_dir, config):
         run_dir.mkdir(parents=True, exist_ok=True)
-        configs.save(config, file)
+        configs.save(config, run_dir / "config.yaml")
 
 
 def fit(
@@ -159,6 +171,8 @@ def _fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, quiet:
                 log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
             if save:
                 _save(run_dir, task, ema, done, loop)
+            if judge or save:
+                log.clock = time.perf_counter()  # images/s are those of training
             if caught and not last:
                 raise Stopped(caught[0], done)
     if start >= loop.steps and not metrics:

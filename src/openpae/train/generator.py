@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.dit import LightningDiT, LightningDiTConfig
-from openpae.eval.records import evaluate_samples, features_of, load_extractor
+from openpae.eval.records import ExtractorName, evaluate_samples, features_of, load_extractor
 from openpae.flow import interpolate, training_times, velocity_loss
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
-from openpae.train.engine import fit, open_run
+from openpae.train.engine import check_run, fit, open_run
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
 from openpae.train.task import Draws, Update
 
@@ -42,8 +41,10 @@ class GeneratorRun:
     """Real images that the samples are compared with; needed beside `tokenizer`."""
     evaluation_samples: int = 1000
     """How many samples."""
-    extractor: Literal["dinov2", "vgg16", "efficientnet-lite0", "random"] = "vgg16"
+    extractor: ExtractorName = "vgg16"
     """Features of that distance."""
+    extractor_weights: Path | None = None
+    """inception: its weights file; dinov2: a local folder in place of the hub's."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How the samples are drawn."""
     time_shift: float = 0.7
@@ -85,7 +86,7 @@ class GeneratorTask:
         )
         if self.held_out and self.held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
             raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
-        self.judge: _Judge | None = None
+        self.judge = None if run.tokenizer is None else _Judge(run, self.device, self._tokenizer_print())
         torch.manual_seed(run.loop.seed)
         self.model = LightningDiT(run.model)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
@@ -121,10 +122,8 @@ class GeneratorTask:
 
     def _sample_metrics(self) -> dict[str, float]:
         run = self.run
-        if run.tokenizer is None or run.evaluation_images is None:
-            return {}
         if self.judge is None:
-            self.judge = _Judge(run, self.device, self.latents.attributes["tokenizer"])
+            return {}
         labels = balanced_labels(run.evaluation_samples, run.model.num_classes)
         size = run.loop.device_batch_size or run.loop.global_batch_size
         images = sample_images(self.judge.tokenizer, self.model, labels, run.sampler, batch_size=size)
@@ -155,7 +154,10 @@ class GeneratorTask:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a generator folder."""
-        write_generator(folder, weights, self.run.model, self.latents.attributes["tokenizer"])
+        write_generator(folder, weights, self.run.model, self._tokenizer_print())
+
+    def _tokenizer_print(self) -> str:
+        return str(self.latents.attributes["tokenizer"])
 
     def _losses(self, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         x_1 = self.model.normalise(z)
@@ -170,14 +172,14 @@ class _Judge:
 
     def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_print: str) -> None:
         assert run.tokenizer is not None
-        assert run.evaluation_images is not None
+        assert run.evaluation_images is not None  # GeneratorRun takes both or neither
         found = identity_of(run.tokenizer).fingerprint
         if found != tokenizer_print:
             raise ValueError(
                 f"{run.tokenizer} is the tokenizer {found}, but the latents are those of {tokenizer_print}"
             )
         self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
-        self.extractor = load_extractor(run.extractor)
+        self.extractor = load_extractor(run.extractor, run.extractor_weights)
         if isinstance(self.extractor, nn.Module):
             self.extractor.to(device)
         self.source = open_images(run.evaluation_images)
@@ -195,8 +197,10 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     Returns:
         The last evaluation.
     """
+    check_run(run_dir, run)
+    task = GeneratorTask(run)
     open_run(run_dir, run)
-    return fit(GeneratorTask(run), run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
 
 
 def _open_latents(folder: Path, model: LightningDiTConfig) -> Shards:

@@ -16,11 +16,11 @@ from openpae.checkpoint import encoder_fingerprint, write_prior
 from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches, loader
-from openpae.data.training import ImageBatch, ImageData, TrainingImages
+from openpae.data.training import ImageBatch, ImageData, TrainingImages, sound
 from openpae.encoders import Encoder, EncoderInput, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import LowPassConfig, Refiner, RefinerConfig, load_anyup, reference_features
-from openpae.train.engine import fit, open_run
+from openpae.train.engine import check_run, fit, open_run
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
 from openpae.train.task import Draws, Update
 
@@ -127,7 +127,7 @@ class RefinerTask:
         """Device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
-        return loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
+        return sound(loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda"))
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """One update of the refiner."""
@@ -169,5 +169,7 @@ def train_refiner(
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
     """
+    check_run(run_dir, run)
+    task = RefinerTask(run, progress=progress)
     open_run(run_dir, run)
-    return fit(RefinerTask(run, progress=progress), run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)

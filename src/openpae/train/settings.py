@@ -51,7 +51,8 @@ class LoopConfig:
     global_batch_size: int
     """Images per optimizer step: the number that matters."""
     device_batch_size: int | None = None
-    """Images per forward pass, to fit memory; null takes the whole batch. It does not change the result."""
+    """Images per forward pass, to fit memory; null takes the whole batch. It changes the result only where a
+    loss looks at the device batch: kl, gan_weight adaptive, lpips_share or mcr_share below 1."""
     seed: int = 0
     """Of initial weights, data order, augmentation and noise."""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -19,7 +19,7 @@ from openpae.critics import LPIPS, load_lpips
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, open_images
 from openpae.data.order import StepBatches, loader
-from openpae.data.training import ImageBatch, ImageData, TrainingImages
+from openpae.data.training import ImageBatch, ImageData, TrainingImages, sound
 from openpae.discriminator import (
     AUGMENT_DRAWS,
     DiscriminatorConfig,
@@ -45,7 +45,7 @@ from openpae.losses import (
     semantic_alignment,
 )
 from openpae.tokenizer import PAE, PAEConfig
-from openpae.train.engine import fit, open_run
+from openpae.train.engine import check_run, fit, open_run
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
 from openpae.train.task import Draws, Update
 
@@ -58,7 +58,7 @@ class TokenizerLoss:
     lpips: float = 1.0
     """Perceptual distance of reconstruction and image."""
     lpips_net: Literal["vgg", "alex", "random"] = "vgg"
-    """Its network: vgg as in the paper; alex costs a CPU a tenth of it; random needs no weights (for
+    """Its network: vgg as in the paper; alex costs a CPU 25 times less; random needs no weights (for
     trials)."""
     lpips_share: float = 1.0
     """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and
@@ -150,6 +150,12 @@ class TokenizerRun:
                 "train-refiner, "
                 "or set both to 0"
             )
+        if self.loop.compile and (self.loss.gradients_every or self.loss.gan_weight == "adaptive"):
+            raise ValueError(
+                "loop.compile can not be combined with loss.gradients_every or loss.gan_weight adaptive: "
+                "both run "
+                "backward twice, and a compiled graph gives its buffers away after the first"
+            )
         if self.loss.needs_prior and self.model.fusion == "finetune":
             raise ValueError(
                 "loss.ssr and loss.scr need a frozen VFM; model.fusion finetune moves its features"
@@ -199,7 +205,7 @@ class TokenizerTask:
         """Device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
-        return loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
+        return sound(loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda"))
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """Autoencoder, then discriminator; one decode of all latents serves both.
@@ -425,8 +431,10 @@ def train_tokenizer(
     Returns:
         The last evaluation.
     """
+    check_run(run_dir, run)
+    task = TokenizerTask(run, progress=progress)
     open_run(run_dir, run)
-    return fit(TokenizerTask(run, progress=progress), run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
 
 
 def load_perceptual(net: Literal["vgg", "alex", "random"]) -> LPIPS:
