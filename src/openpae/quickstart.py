@@ -225,7 +225,7 @@ def _plan_tokenizer(out: Path, clock: _Clock, seed: int) -> TokenizerRun:
     first, moved, judged = seconds
     late, later = 1 - run.loss.mcr_start, 1 - run.loss.discriminator_start
     each = first + late * max(0.0, moved - first) + later * max(0.0, judged - moved)
-    return dataclasses.replace(run, loop=_fitted(loop, 0.56 * _for_training(clock) / each))
+    return dataclasses.replace(run, loop=_fitted(loop, 0.50 * _for_training(clock) / each))
 
 
 def _plan_generator(out: Path, clock: _Clock, seed: int) -> GeneratorRun:
@@ -242,7 +242,7 @@ def _plan_generator(out: Path, clock: _Clock, seed: int) -> GeneratorRun:
 
 def _for_training(clock: _Clock) -> float:
     """Seconds left when sampling, measuring and the report have had theirs."""
-    return max(10.0, clock.left() - 20 - 0.10 * clock.budget)
+    return max(10.0, clock.left() - 20 - 0.15 * clock.budget)
 
 
 def _fitted(loop: LoopConfig, steps: float) -> LoopConfig:
