@@ -25,7 +25,7 @@ from openpae.data.images import (
     read_image,
     resize_shorter,
 )
-from openpae.data.training import ImageData, TrainingImages
+from openpae.data.training import ImageData, TrainingImages, sound
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_random_crops_reach_every_place_and_stay_inside(tmp_path: Path) -> None:
 def test_training_stops_at_a_broken_file_and_says_what_to_do(spoiled: Path) -> None:
     images = TrainingImages(ImageFolder(spoiled), size=32, seed=0)
     with pytest.raises(BrokenImage, match=r"can not be decoded.*or pass --data.skip-broken"):
-        images.__getitems__(list(range(10)))
+        list(sound([images.__getitems__(list(range(10)))]))
 
 
 def test_training_puts_the_next_image_in_the_place_of_a_broken_one(
@@ -320,7 +320,7 @@ def test_a_folder_of_broken_files_is_an_error_even_when_they_are_skipped(tmp_pat
         (tmp_path / f"{number}.png").write_text("no image")
     images = TrainingImages(ImageFolder(tmp_path), size=32, seed=0, skip_broken=True)
     with pytest.raises(BrokenImage, match=r"not one of the 3 images can be decoded; the last: .*png"):
-        images.__getitems__([0])
+        list(sound([images.__getitems__([0])]))
 
 
 def test_settings_that_can_not_be_are_named(packed: PackedImages) -> None:

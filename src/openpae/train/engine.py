@@ -164,15 +164,16 @@ def _fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, quiet:
                 bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in list(shown.items())[:4]))
             judge = last or (loop.evaluate_every > 0 and done % loop.evaluate_every == 0)
             save = last or caught or done % loop.save_every == 0
-            if judge or save:  # nothing is judged or saved of steps that were not finite
+            if save:
                 log.flush(done, lr_at(step, optim, loop.steps))
+            log_paused = time.perf_counter()
             if judge:
+                log.require_finite()  # nothing is judged of weights that are not
                 metrics = _evaluate(task, ema, done, loop, device)
                 log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
             if save:
                 _save(run_dir, task, ema, done, loop)
-            if judge or save:
-                log.clock = time.perf_counter()  # images/s are those of training
+            log.clock += time.perf_counter() - log_paused  # images/s are those of training
             if caught and not last:
                 raise Stopped(caught[0], done)
     if start >= loop.steps and not metrics:

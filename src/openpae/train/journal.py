@@ -59,6 +59,12 @@ class Journal:
             bad = torch.where(value.isfinite(), math.inf, float(step))
             self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
 
+    def require_finite(self) -> None:
+        """Stop if a step since the last line was not finite; on a GPU this waits for the steps so far."""
+        if self.first_bad is not None and math.isfinite(bad := self.first_bad.item()):
+            means = {name: value / self.counts[name] for name, value in self.sums.items()}
+            raise _not_finite(int(bad), means)
+
     def keep(self, name: str, value: Tensor) -> None:
         """Add to the mean of the next line."""
         value = value.detach().float()
@@ -69,13 +75,11 @@ class Journal:
         """Write the means since the last line; one read from the device. Returns them."""
         if not self.sums:
             return {}
+        self.require_finite()
         values = torch.stack(list(self.sums.values())).tolist()
         means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
         self.sums.clear()
         self.counts.clear()
-        if self.first_bad is not None and math.isfinite(bad := self.first_bad.item()):
-            broken = {name: torch.tensor(value) for name, value in means.items()}
-            raise _not_finite(int(bad), broken)
         now = time.perf_counter()
         images = (step - self.clock_step) * self.loop.global_batch_size
         rate = {"lr": lr, "images_per_second": images / (now - self.clock)}
