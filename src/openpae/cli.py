@@ -152,6 +152,7 @@ def cache_latents(
             image_size=model.config.image_size,
             latent_shape=model.config.latent_shape,
             tokenizer_print=checkpoint.identity_of(tokenizer).fingerprint,
+            precision=precision,
             batch_size=batch_size,
             device=where,
             skip_broken=skip_broken,
@@ -224,6 +225,7 @@ def sample(
     guidance: float = 2.5,
     guidance_start: float = 0.25,
     batch_size: int = 32,
+    precision: Literal["fp32", "bf16"] = "fp32",
     columns: int = 8,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
@@ -241,6 +243,7 @@ def sample(
         guidance: strength of classifier-free guidance; 1 is none.
         guidance_start: guide only where t >= this (0 = noise, 1 = data).
         batch_size: images at once.
+        precision: of the networks; the path itself is followed in float32.
         columns: of the grid.
         device: auto takes a GPU if there is one.
     """
@@ -253,6 +256,7 @@ def sample(
     from openpae.report import image_grid
     from openpae.sampling import SamplerConfig, balanced_labels, evaluations, sample_images
     from openpae.storage import whole_file, write_json
+    from openpae.train.engine import autocast
     from openpae.train.settings import pick_device
 
     facts = check_pair(tokenizer, generator)
@@ -265,23 +269,25 @@ def sample(
     labels = balanced_labels(count, model.config.num_classes)
     if classes is not None:
         labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-    batches = []
-    with _progress("sampling", "img") as progress:
+    levels: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
+    with _progress("sampling", "img") as progress, autocast(where, precision):
         for images in sample_images(decoder, model, labels, config, seed=seed, batch_size=batch_size):
-            batches.append(images.cpu())
-            progress(sum(map(len, batches)), count)
-    pictures = torch.cat(batches)
+            levels.append(quantize(images).permute(0, 2, 3, 1).cpu())
+            if len(shown) * batch_size < 256:  # a picture that can still be looked at
+                shown.append(images.cpu())
+            progress(sum(map(len, levels)), count)
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
-        np.savez(file, quantize(pictures).permute(0, 2, 3, 1).numpy(), labels.numpy())
-    image_grid(pictures[:256], columns).save(out / "grid.png")  # a picture that can still be looked at
+        np.savez(file, torch.cat(levels).numpy(), labels.numpy())
+    image_grid(torch.cat(shown)[:256], columns).save(out / "grid.png")
     record = {
         "count": count,
         "seed": seed,
         "labels": "class-balanced" if classes is None else list(classes),
         "solver": "euler",
         "nfe": evaluations(config),
-        "precision": "fp32",
+        "precision": precision,
         **configs.to_dict(config),
         **facts,
     }

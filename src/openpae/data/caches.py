@@ -25,6 +25,7 @@ def cache_latents(
     image_size: int,
     latent_shape: tuple[int, int, int],
     tokenizer_print: str,
+    precision: str = "fp32",
     batch_size: int = 32,
     flips: bool = True,
     skip_broken: bool = False,
@@ -42,6 +43,7 @@ def cache_latents(
         image_size: S.
         latent_shape: (C, h, w).
         tokenizer_print: fingerprint of the tokenizer; generator training compares it.
+        precision: in which `encode` computes; kept, so that one cache does not mix two.
         batch_size: images per forward pass.
         flips: keep the mirror images too.
         skip_broken: leave out files that can not be decoded (their names are kept in index.json).
@@ -56,7 +58,7 @@ def cache_latents(
         BrokenImage: a file can not be decoded and skip_broken is off.
         ValueError: the folder was begun with another tokenizer or other images.
     """
-    attributes = {"tokenizer": tokenizer_print, "image_size": image_size}
+    attributes = {"tokenizer": tokenizer_print, "image_size": image_size, "precision": precision}
     shape = (2 if flips else 1, *latent_shape)
     layout = _layout("latents", "bfloat16", shape, source, batch_size, per_shard, attributes)
     return _fill(

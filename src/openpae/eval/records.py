@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openpae.critics import LPIPS, load_lpips
-from openpae.data.images import ImageSource, decode_batch
+from openpae.data.images import ImageSource, PackedImages, decode_batch
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import (
     FeatureExtractor,
@@ -70,7 +70,17 @@ def load_extractor(name: ExtractorName, weights: Path | None = None) -> FeatureE
 def source_batches(
     source: ImageSource, size: int, batch_size: int, indices: Iterable[int] | None = None
 ) -> Iterator[Tensor]:
-    """Centre-cropped images of a source, (B, 3, size, size) in [0, 1], in order."""
+    """Centre-cropped images of a source, (B, 3, size, size) in [0, 1], in order.
+
+    Raises:
+        ValueError: packed images are smaller than `size`.
+    """
+    if isinstance(source, PackedImages) and source.image_size < size:
+        raise ValueError(
+            f"{source.shards.folder} holds images of {source.image_size} pixels, {size} are needed; "
+            "enlarging them "
+            "would change every distance: pack them anew from the originals"
+        )
     rows = list(range(len(source)) if indices is None else indices)
     for start in range(0, len(rows), batch_size):
         yield decode_batch(source, rows[start : start + batch_size], size)[0].float() / 255

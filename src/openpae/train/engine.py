@@ -169,7 +169,7 @@ def _fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, quiet:
             log_paused = time.perf_counter()
             if judge:
                 log.require_finite()  # nothing is judged of weights that are not
-                metrics = _evaluate(task, ema, done, loop, device)
+                metrics = _evaluate(task, ema, done, loop)
                 log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
             if save:
                 _save(run_dir, task, ema, done, loop)
@@ -177,7 +177,7 @@ def _fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, quiet:
             if caught and not last:
                 raise Stopped(caught[0], done)
     if start >= loop.steps and not metrics:
-        metrics = _evaluate(task, ema, loop.steps, loop, device)
+        metrics = _evaluate(task, ema, loop.steps, loop)
     return metrics
 
 
@@ -252,16 +252,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return type(batch)(*moved)
 
 
-def _evaluate(
-    task: Task, ema: Ema | None, step: int, loop: LoopConfig, device: torch.device
-) -> dict[str, float]:
+def _evaluate(task: Task, ema: Ema | None, step: int, loop: LoopConfig) -> dict[str, float]:
     exported = next(iter(task.players.values()))
     exported.eval()
-    with (
-        ema.in_place() if ema and loop.export == "ema" else _nothing(),
-        torch.no_grad(),
-        autocast(device, loop.precision),
-    ):
+    # In float32, as the offline commands judge: a metric must not depend on where it was taken.
+    with ema.in_place() if ema and loop.export == "ema" else _nothing(), torch.no_grad():
         return task.evaluate(step)
 
 
