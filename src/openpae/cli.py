@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has left, such as head
+        sys.stderr.close()
+        sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if debug:
             raise
@@ -461,7 +464,8 @@ def bench(what: Literal["loader", "metrics", "tokenizer"], /, out: Path | None =
 
     Args:
         what: loader: latents per second and core from a warm cache; metrics: the Frechet distance of 50,000
-            images, beside torch-fidelity's if that is installed.
+            images, beside torch-fidelity's if that is installed; tokenizer: a step of the quickstart's full
+            objective beside one of L1 + LPIPS.
         out: also write the result (JSON) here.
     """
     from openpae.bench import bench_loader, bench_metrics, bench_tokenizer
