@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     *("config", "storage", "assets", "layers", "encoders", "priors", "tokenizer", "dit", "flow", "losses"),
     *("critics", "discriminator", "data", "checkpoint", "sampling", "eval", "train", "report"),
-    *("profile_page", "profile", "bench", "study", "describe", "quickstart", "cli", "__main__"),
+    *("profile_page", "profile", "bench", "study", "describe", "quickstart", "commands", "cli", "__main__"),
 ]
 
 

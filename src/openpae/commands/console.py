@@ -1,0 +1,81 @@
+"""What the commands share: their arguments' types, the progress bar, and what they say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from openpae import config as configs
+
+T = TypeVar("T")
+
+Images = Annotated[Path, tyro.conf.arg(metavar="IMAGES")]
+Out = Annotated[Path, tyro.conf.arg(metavar="OUT")]
+Tokenizer = Annotated[Path, tyro.conf.arg(metavar="TOKENIZER")]
+Generator = Annotated[Path, tyro.conf.arg(metavar="GENERATOR")]
+Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+
+def run_of(kind: type[T], argv: Sequence[str], command: str) -> tuple[T, Path]:
+    """Config file and run folder first, flags over the file."""
+    paths = [argument for argument in argv[:2] if not argument.startswith("-")]
+    if len(paths) < 2:
+        if any(argument in ("-h", "--help") for argument in argv) and not paths:
+            print(
+                f"usage: pae {command} CONFIG RUN_DIR [--field value ...]\n\n  with CONFIG, --help lists "
+                "the fields"
+            )
+            sys.exit(0)
+        if not paths:
+            raise ValueError(
+                f"pae {command} needs CONFIG and RUN_DIR: pae {command} CONFIG RUN_DIR [--field value]"
+            )
+    loaded = configs.load(kind, paths[0])
+    run = tyro.cli(kind, default=loaded, args=list(argv[len(paths) :]), prog=f"pae {command} CONFIG RUN_DIR")
+    if len(paths) < 2:
+        raise ValueError(
+            f"pae {command} needs a run folder after the config: pae {command} {paths[0]} RUN_DIR"
+        )
+    return run, Path(paths[1])
+
+
+class Progress:
+    """A progress bar as the callable (done, all) that the library takes."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=what, unit=unit, disable=None if sys.stderr.isatty() else True, file=sys.stderr)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self.update
+
+    def update(self, done: int, total: int) -> None:
+        """Move the bar to `done` of `total`."""
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def tell_run(run_dir: Path, metrics: dict[str, float]) -> None:
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"done: {run_dir}" + (f" ({shown})" if shown else ""))
+
+
+def tell_skipped(names: Sequence[str]) -> None:
+    if names:
+        print(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+def at_least_one(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")

@@ -1,0 +1,100 @@
+"""Commands that train, and that encode what the next stage trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from openpae.commands.console import (
+    Device,
+    Images,
+    Out,
+    Precision,
+    Progress,
+    Tokenizer,
+    at_least_one,
+    run_of,
+    tell_run,
+    tell_skipped,
+)
+
+
+def train_tokenizer(argv: Sequence[str]) -> None:
+    """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
+    from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+
+    run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
+    with Progress("VFM features", "img") as progress:
+        metrics = train_tokenizer(run, run_dir, progress=progress)
+    tell_run(run_dir, metrics)
+
+
+def train_refiner(argv: Sequence[str]) -> None:
+    """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
+    from openpae.train.refiner import RefinerRun, train_refiner
+
+    run, run_dir = run_of(RefinerRun, argv, "train-refiner")
+    with Progress("VFM features", "img") as progress:
+        metrics = train_refiner(run, run_dir, progress=progress)
+    tell_run(run_dir, metrics)
+
+
+def train_generator(argv: Sequence[str]) -> None:
+    """Train a generator on cached latents: pae train-generator CONFIG RUN_DIR [--field value ...]."""
+    from openpae.train.generator import GeneratorRun, train_generator
+
+    run, run_dir = run_of(GeneratorRun, argv, "train-generator")
+    tell_run(run_dir, train_generator(run, run_dir))
+
+
+def cache_latents(
+    tokenizer: Tokenizer,
+    images: Images,
+    out: Out,
+    /,
+    batch_size: int = 64,
+    precision: Precision = "bf16",
+    device: Device = "auto",
+    skip_broken: bool = False,
+) -> None:
+    """Encode images and their mirror images once; the generator trains on the result.
+
+    Args:
+        tokenizer: a tokenizer folder or a run folder of pae train-tokenizer.
+        images: folder of images, or packed images.
+        out: folder for the latents; an interrupted run goes on.
+        batch_size: images per forward pass.
+        precision: bf16 is quicker on most machines.
+        device: auto takes a GPU if there is one.
+        skip_broken: leave out files that can not be decoded, and name them.
+    """
+    at_least_one(batch_size=batch_size)
+    from openpae import checkpoint
+    from openpae.data import caches
+    from openpae.data.images import open_images
+    from openpae.train.engine import autocast
+    from openpae.train.settings import pick_device
+
+    where = pick_device(device)
+    model = checkpoint.load_tokenizer(tokenizer).to(where)
+
+    def encode(x: Any) -> Any:
+        with autocast(where, precision):
+            return model.encode(x)
+
+    with Progress("encoding", "img") as progress:
+        shards = caches.cache_latents(
+            encode,
+            open_images(images),
+            out,
+            image_size=model.config.image_size,
+            latent_shape=model.config.latent_shape,
+            tokenizer_print=checkpoint.identity_of(tokenizer).fingerprint,
+            precision=precision,
+            batch_size=batch_size,
+            device=where,
+            skip_broken=skip_broken,
+            progress=progress,
+        )
+    print(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
+    tell_skipped(shards.index["skipped"])
