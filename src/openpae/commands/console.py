@@ -23,7 +23,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def run_of(kind: type[T], argv: Sequence[str], command: str) -> tuple[T, Path]:
-    """Config file and run folder first, flags over the file."""
+    """The run of `pae COMMAND CONFIG RUN_DIR [--field value ...]`: flags over the file; and its folder."""
     paths = [argument for argument in argv[:2] if not argument.startswith("-")]
     if len(paths) < 2:
         if any(argument in ("-h", "--help") for argument in argv) and not paths:
@@ -66,16 +66,23 @@ class Progress:
 
 
 def tell_run(run_dir: Path, metrics: dict[str, float]) -> None:
+    """Say that a run is done, and its last metrics."""
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     print(f"done: {run_dir}" + (f" ({shown})" if shown else ""))
 
 
 def tell_skipped(names: Sequence[str]) -> None:
+    """Name the files that were left out."""
     if names:
         print(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
 def at_least_one(**numbers: int | None) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: names the flag.
+    """
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
