@@ -16,7 +16,19 @@ ROOT = Path(openpae.__path__[0])
 FILES = sorted(ROOT.rglob("*.py"))
 # Each module may import only itself and what stands before it. A new module must be given its place here.
 ORDER = [
-    *("config", "storage", "assets", "layers", "encoders", "priors", "tokenizer", "dit", "flow", "losses"),
+    *(
+        "config",
+        "storage",
+        "processes",
+        "assets",
+        "layers",
+        "encoders",
+        "priors",
+        "tokenizer",
+        "dit",
+        "flow",
+        "losses",
+    ),
     *("critics", "discriminator", "data", "checkpoint", "sampling", "eval", "train", "report"),
     *("profile_page", "profile", "bench", "study", "describe", "quickstart", "commands", "cli", "__main__"),
 ]
