@@ -1,6 +1,6 @@
 """The processes that work on one task: none but this one, or those that torchrun has started.
 
-A command joins the others once, with `joined`; the library asks `rank` and `world` and needs no argument for it.
+A command joins the others once, with `joined`; the library asks `rank` and `world`.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def own_rows(count: int) -> range:
 def joined(device: str = "auto") -> Iterator[None]:
     """Join the processes that torchrun has started, for as long as the block runs; alone it does nothing.
 
-    Each process of a machine takes the GPU of its local rank. Collectives go over NCCL and, for what lies on the
-    CPU, over gloo.
+    Each process of a machine takes the GPU of its local rank. Collectives go over NCCL and, for
+    what lies on the CPU, over gloo.
 
     Args:
         device: as in `LoopConfig.device`: cpu keeps off GPUs that are there.
