@@ -9,6 +9,7 @@ held-out images, and writes a table. An interrupted study goes on; a finished ru
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from openpae import config as configs
 from openpae.checkpoint import load_prior, load_tokenizer
 from openpae.critics import load_lpips
 from openpae.data.images import ImageFolder, PackedImages, Subset, pack_images
-from openpae.eval.geometry import global_semantic_quality
+from openpae.eval.geometry import global_semantic_quality, latent_perturbation_consistency
 from openpae.eval.reconstruction import psnr
 from openpae.layers import to_tokens
 from openpae.losses import gram_alignment, perturb
@@ -39,6 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"ssr": 0.2, "mcr": 0.5, "scr": 1.0},
     "MCR small": {"mcr": 0.5, "mcr_design": "small"},
     "MCR large": {"mcr": 0.5, "mcr_design": "large"},
+    "SSR + SCR": {"ssr": 0.2, "scr": 1.0},
+    "full, MCR small": {"ssr": 0.2, "mcr": 0.5, "mcr_design": "small", "scr": 1.0},
+    "full, MCR large": {"ssr": 0.2, "mcr": 0.5, "mcr_design": "large", "scr": 1.0},
+    "SSR at weight 2": {"ssr": 2.0},
 }
 
 
@@ -51,7 +56,7 @@ def main(
     refiner_steps: int = 400,
     batch_size: int = 16,
     variants: tuple[str, ...] = tuple(VARIANTS),
-    ssr: float | None = None,
+    seeds: tuple[int, ...] = (0,),
 ) -> None:
     """Train, measure, write table.md and results.json.
 
@@ -64,7 +69,7 @@ def main(
         refiner_steps: of the refiner.
         batch_size: images per step.
         variants: which to run.
-        ssr: another weight of SSR than the paper's 0.2, for a look at its scale.
+        seeds: of initial weights, data order and noise; the refiner has one.
     """
     out.mkdir(parents=True, exist_ok=True)
     sources = ImageFolder(train), ImageFolder(held_out)
@@ -79,13 +84,12 @@ def main(
     )
     train_refiner(refiner, out / "refiner")
     results = read_json(out / "results.json") if (out / "results.json").is_file() else {}
-    for name in variants:
+    for seed, variant in itertools.product(seeds, variants):
+        name = variant if seed == 0 else f"{variant}, seed {seed}"
         if name in results:
             continue
         start = time.perf_counter()
-        weights = PAPER | OFF | VARIANTS[name]
-        if ssr is not None and weights["ssr"]:
-            weights["ssr"] = ssr
+        weights = PAPER | OFF | VARIANTS[variant]
         run = configs.load(TokenizerRun, "tokenizer/quickstart")
         run = dataclasses.replace(
             run,
@@ -93,12 +97,18 @@ def main(
             data=dataclasses.replace(run.data, evaluation=None, **data),
             loss=dataclasses.replace(run.loss, **weights),
             loop=dataclasses.replace(
-                run.loop, steps=steps, global_batch_size=batch_size, evaluate_every=0, save_every=400
+                run.loop,
+                steps=steps,
+                global_batch_size=batch_size,
+                evaluate_every=0,
+                save_every=400,
+                seed=seed,
             ),
         )
-        train_tokenizer(run, out / name.replace(" ", "-"))
+        folder = out / name.replace(",", "").replace(" ", "-")
+        train_tokenizer(run, folder)
         seconds = time.perf_counter() - start
-        results[name] = measure(out / name.replace(" ", "-"), out / "refiner", judged) | {"seconds": seconds}
+        results[name] = measure(folder, out / "refiner", judged) | {"seconds": seconds}
         write_json(out / "results.json", results)
         (out / "table.md").write_text(table(results), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))
@@ -106,7 +116,7 @@ def main(
 
 @torch.no_grad()
 def measure(tokenizer: Path, refiner: Path, judged: PackedImages) -> dict[str, float]:
-    """PSNR; Gram disagreement with the prior; LPIPS (VGG) under perturbation; GSQ. On held-out images."""
+    """PSNR, Gram disagreement with the prior, LPIPS (VGG) under perturbation, LPC, GSQ of held-out images."""
     model, prior, lpips = load_tokenizer(tokenizer), load_prior(refiner), load_lpips("vgg")
     values: dict[str, list[torch.Tensor]] = {"psnr": [], "gram": [], "lpips_42": [], "lpips_85": []}
     latents = []
@@ -134,8 +144,12 @@ def measure(tokenizer: Path, refiner: Path, judged: PackedImages) -> dict[str, f
         numbers = torch.cat(parts).double()
         result[name] = float(numbers.mean())
         result[f"{name}_stderr"] = float(numbers.std() / len(numbers) ** 0.5)
-    gsq = global_semantic_quality(torch.cat(latents), torch.from_numpy(judged.labels))
-    return result | {"gsq": gsq.value, "gsq_stderr": gsq.stderr or 0.0}
+    z = torch.cat(latents)
+    gsq = global_semantic_quality(z, torch.from_numpy(judged.labels))
+    lpc = latent_perturbation_consistency(z[::5], lambda z: model.decode(z).clamp(0, 1), lpips)
+    for estimate in (gsq, lpc):
+        result |= {estimate.name: estimate.value, f"{estimate.name}_stderr": estimate.stderr or 0.0}
+    return result
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -144,6 +158,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
         "gram": "Gram error (SSR), lower",
         "lpips_42": "LPIPS at 42.5 deg (MCR), lower",
         "lpips_85": "LPIPS at 85 deg (MCR), lower",
+        "lpc": "LPC, lower",
         "gsq": "GSQ (SCR), higher",
         "psnr": "PSNR, dB",
     }
