@@ -13,13 +13,14 @@ from typing import Any
 from openpae.data.training import ImageData
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
-from openpae.priors import LowPassConfig, RefinerConfig
+from openpae.priors import RefinerConfig
 from openpae.sampling import SamplerConfig
 from openpae.tokenizer import DecoderConfig, PAEConfig
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
 from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun
+from openpae.upsampling import LowPassConfig
 
 RUNS = (RefinerRun, TokenizerRun, GeneratorRun)
 PARTS = (

@@ -12,24 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae import priors
+from openpae import upsampling
 from openpae.layers import to_grid, to_tokens
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import (
     FrozenPrior,
     LinearTargets,
     LinearTargetsConfig,
-    LowPassConfig,
     Prior,
     Refiner,
     RefinerConfig,
-    bilateral_weights,
     fit_pca,
-    load_anyup,
-    low_pass_down,
     random_targets,
-    reference_features,
 )
+from openpae.upsampling import LowPassConfig, bilateral_weights, load_anyup, low_pass_down, reference_features
 
 TINY = RefinerConfig(
     feature_dim=24, latent_dim=8, grid_size=4, num_heads=2, decoder_layers=1, decoder_dim=32, decoder_heads=2
@@ -258,7 +254,7 @@ def test_bilateral_weights_are_local_and_sum_to_one() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, images = torch.randn(2, 16, 6), torch.rand(2, 3, 16, 16)
     whole = reference_features(features, images, 4, 4, "jbu")
-    monkeypatch.setattr(priors, "_CHUNK", 2 * 16 * 16 * 3)  # 3 rows at a time, the last chunk has one
+    monkeypatch.setattr(upsampling, "_CHUNK", 2 * 16 * 16 * 3)  # 3 rows at a time, the last chunk has one
     torch.testing.assert_close(reference_features(features, images, 4, 4, "jbu"), whole)
 
 

@@ -23,6 +23,7 @@ ORDER = [
         "assets",
         "layers",
         "encoders",
+        "upsampling",
         "priors",
         "tokenizer",
         "dit",

@@ -19,10 +19,11 @@ from openpae.data.order import StepBatches, loader
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, sound
 from openpae.encoders import Encoder, EncoderInput, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
-from openpae.priors import LowPassConfig, Refiner, RefinerConfig, load_anyup, reference_features
+from openpae.priors import Refiner, RefinerConfig
 from openpae.train.engine import check_run, fit, open_run
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
 from openpae.train.task import Draws, Update
+from openpae.upsampling import LowPassConfig, load_anyup, reference_features
 
 
 @dataclass(frozen=True, kw_only=True)
