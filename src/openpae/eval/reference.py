@@ -85,8 +85,7 @@ class FeatureSet:
             self.logit_rows.append(found.logits.float().cpu())
         self.image_size = size
         self.index.extend(numbers)
-        pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        self.hashes.extend(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels)
+        self.hashes.extend(hashes_of(levels))
 
     def merge(self, other: FeatureSet) -> None:
         """Add what another process has seen.
@@ -153,7 +152,7 @@ class FeatureSet:
 
     def sha256(self) -> str:
         """Hash of all images, whatever their order."""
-        return hashlib.sha256(b"".join(sorted(self.hashes))).hexdigest()
+        return hash_of_all(self.hashes)
 
     def _order(self) -> Tensor:
         return torch.tensor(self.index).argsort()
@@ -161,6 +160,17 @@ class FeatureSet:
     def _check_filled(self) -> None:
         if not self.index:
             raise ValueError("no images were given; call update first")
+
+
+def hashes_of(levels: Tensor) -> list[bytes]:
+    """What names each image: 16 bytes over its pixels, uint8 (B, 3, H, W), channels last."""
+    pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
+
+
+def hash_of_all(hashes: Iterable[bytes]) -> str:
+    """SHA-256 over what `hashes_of` gave, whatever the order of the images."""
+    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
