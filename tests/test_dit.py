@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from conftest import shaken
-from openpae.dit import Attention, LightningDiT, LightningDiTConfig, SwiGLU
+from openpae.dit import SIZES, Attention, LightningDiT, LightningDiTConfig, SwiGLU
 from openpae.layers import rope_2d
 
 
@@ -21,7 +22,7 @@ def test_the_untrained_velocity_is_zero(tiny_dit_config: LightningDiTConfig) -> 
 
 def test_untrained_blocks_are_the_identity(tiny_dit_config: LightningDiTConfig) -> None:
     model = LightningDiT(tiny_dit_config)
-    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    x, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     for block in model.blocks:
         assert torch.equal(block(x, c, model.rope_cos, model.rope_sin), x)
 
@@ -144,3 +145,74 @@ def test_sizes_that_can_not_be_are_named(
 def test_an_unknown_size_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown size 'xxl'; known: s, b, l, xl, 1p0b, 1p6b"):
         LightningDiTConfig.of_size("xxl")
+
+
+def by_formula(config: LightningDiTConfig) -> int:
+    """Parameters counted by hand, layer by layer."""
+    d, c, k = config.hidden_dim, config.latent_dim * config.patch_size**2, config.num_classes + 1
+    hidden = 8 * d // 3
+    attention = 3 * d * d + 3 * d + d * d + d + (2 * d // config.num_heads if config.qk_norm else 0)
+    mlp = 2 * (d * hidden + hidden) + hidden * d + d
+    block = attention + mlp + 2 * d + 6 * d * d + 6 * d
+    ends = (c * d + d) + (256 * d + d + d * d + d) + k * d + (d + 2 * d * d + 2 * d) + (d * c + c)
+    return config.num_layers * block + ends
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("s", 33), ("b", 130), ("l", 458), ("xl", 675), ("1p0b", 1028), ("1p6b", 1632)],
+)
+def test_every_size_has_its_parameters(size: str, millions: int, patch_size: int, qk_norm: bool) -> None:
+    """675 M is the paper's count of XL/1; 1p0B and 1p6B are named for theirs."""
+    config = LightningDiTConfig.of_size(size, patch_size=patch_size, qk_norm=qk_norm)
+    with torch.device("meta"):
+        model = LightningDiT(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == by_formula(config)
+    assert count / 1e6 == pytest.approx(millions, rel=0.005)
+    assert set(SIZES) == {"s", "b", "l", "xl", "1p0b", "1p6b"}
+
+
+def gradients(model: LightningDiT) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    x, t = torch.randn(3, *model.config.latent_shape), torch.rand(3)
+    model.zero_grad()
+    model(x, t, torch.arange(3)).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 9])
+def test_checkpointed_blocks_change_no_bit_of_a_gradient(tiny_dit: LightningDiT, blocks: int) -> None:
+    plain = gradients(tiny_dit)
+    tiny_dit.checkpoint_blocks = blocks
+    again = gradients(tiny_dit)
+    assert plain.keys() == again.keys() == dict(tiny_dit.named_parameters()).keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_checkpointed_blocks_keep_less(tiny_dit_config: LightningDiTConfig) -> None:
+    """What waits for the backward pass shrinks with every block, and only where a gradient is asked for."""
+    model = shaken(LightningDiT(replace(tiny_dit_config, num_layers=4)))
+    x, t, labels = torch.randn(3, *tiny_dit_config.latent_shape), torch.rand(3), torch.arange(3)
+
+    def kept(blocks: int) -> int:
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        model.checkpoint_blocks = blocks
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(x, t, labels)
+        return sum(sizes)
+
+    counts = [kept(blocks) for blocks in range(5)]
+    assert counts == sorted(counts, reverse=True)
+    steps = [before - after for before, after in itertools.pairwise(counts)]
+    assert len(set(steps)) == 1  # the same for every block
+    assert steps[0] > 0.2 * counts[0]
+    with torch.no_grad():
+        assert kept(4) == kept(0) == 0

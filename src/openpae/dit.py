@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from openpae.layers import check_heads, rope_2d, rotate, sincos_2d, timestep_features, to_tokens, unpatchify
 
@@ -20,6 +21,17 @@ SIZES = {
     "1p6b": (28, 1792, 28),
 }
 """num_layers, hidden_dim, num_heads of the named sizes."""
+
+
+def size_fields(size: str) -> dict[str, int]:
+    """num_layers, hidden_dim and num_heads of a named size.
+
+    Raises:
+        ValueError: no such size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
+    return dict(zip(("num_layers", "hidden_dim", "num_heads"), SIZES[size], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +74,7 @@ class LightningDiTConfig:
         Raises:
             ValueError: no such size.
         """
-        if size not in SIZES:
-            raise ValueError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
-        num_layers, hidden_dim, num_heads = SIZES[size]
-        return cls(num_layers=num_layers, hidden_dim=hidden_dim, num_heads=num_heads, **changes)
+        return cls(**size_fields(size), **changes)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -126,11 +135,51 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (B, N, D); c: silu of the condition, (B, D). Returns (B, N, D)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c)[:, None].chunk(6, dim=-1)
+        """x: (B, N, D); c: silu of the condition, (B, 1, D) or one for each token, (B, N, D). Returns
+        (B, N, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
         x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, cos, sin)
         out: Tensor = x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
         return out
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, checkpointed: int
+) -> Tensor:
+    """Tokens x (B, N, D) through `DiTBlock`s, one after the other.
+
+    Args:
+        blocks: the blocks.
+        x, c, cos, sin: what a block takes.
+        checkpointed: how many blocks, from the first on, keep only their input for the backward pass and
+            compute the rest again: the same gradients for a third more work in these blocks, and almost none
+            of their memory.
+    """
+    for number, block in enumerate(blocks):
+        if number < checkpointed and torch.is_grad_enabled():
+            # Nothing in a block is random, and to keep a generator's state would wait for the GPU.
+            x = checkpoint(block, x, c, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, c, cos, sin)
+    return x
+
+
+def checked_statistics(mean: Tensor, std: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation of latents, (C,), as (C, 1, 1) each.
+
+    Raises:
+        ValueError: not one of each per channel, or a channel that does not vary.
+    """
+    if mean.shape != std.shape or mean.shape != (channels,):
+        raise ValueError(
+            f"mean and std must be ({channels},), got {tuple(mean.shape)} and {tuple(std.shape)}"
+        )
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise ValueError(
+            f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
+            "a latent channel that never varies can not be generated"
+        )
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 class LightningDiT(nn.Module):
@@ -141,6 +190,7 @@ class LightningDiT(nn.Module):
 
     Args:
         config: its sizes.
+        checkpoint_blocks: see `run_blocks`; it changes what training costs, not what the model is.
     """
 
     positions: Tensor
@@ -149,9 +199,10 @@ class LightningDiT(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: LightningDiTConfig) -> None:
+    def __init__(self, config: LightningDiTConfig, *, checkpoint_blocks: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_blocks = checkpoint_blocks
         dim, patch, side = config.hidden_dim, config.patch_size, config.grid_size // config.patch_size
         self.patch_embed = nn.Conv2d(config.latent_dim, dim, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -205,10 +256,9 @@ class LightningDiT(nn.Module):
         """
         h = w = self.config.grid_size // self.config.patch_size
         tokens = to_tokens(self.patch_embed(x)) + self.positions
-        c = F.silu(self.time_mlp(timestep_features(t)) + self.class_embed(labels))
-        for block in self.blocks:
-            tokens = block(tokens, c, self.rope_cos, self.rope_sin)
-        shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
+        c = F.silu(self.time_mlp(timestep_features(t)) + self.class_embed(labels))[:, None]
+        tokens = run_blocks(self.blocks, tokens, c, self.rope_cos, self.rope_sin, self.checkpoint_blocks)
+        shift, scale = self.final_modulation(c).chunk(2, dim=-1)
         tokens = self.to_velocity(self.final_norm(tokens) * (1 + scale) + shift)
         return unpatchify(tokens, h, w, self.config.patch_size)
 
@@ -218,18 +268,9 @@ class LightningDiT(nn.Module):
         Raises:
             ValueError: not one of each per channel, or a channel that does not vary.
         """
-        if mean.shape != std.shape or mean.shape != (self.config.latent_dim,):
-            raise ValueError(
-                f"mean and std must be ({self.config.latent_dim},), "
-                f"got {tuple(mean.shape)} and {tuple(std.shape)}"
-            )
-        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-            raise ValueError(
-                f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
-                "a latent channel that never varies can not be generated"
-            )
-        self.latent_mean.copy_(mean.view(-1, 1, 1))
-        self.latent_std.copy_(std.view(-1, 1, 1))
+        mean, std = checked_statistics(mean, std, self.config.latent_dim)
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latents as the tokenizer gives them to latents of zero mean and unit variance per channel."""
