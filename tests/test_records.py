@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openpae import config as configs
-from openpae.critics import LPIPS
+from openpae.critics import LPIPS, load_perceptual
 from openpae.data.images import PackedImages, Subset
 from openpae.data.shards import Shards
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples, features_of, load_extractor
@@ -18,7 +18,6 @@ from openpae.eval.reference import FeatureSet
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.tokenizer import PAE
 from openpae.train.generator import GeneratorRun, GeneratorTask
-from openpae.train.tokenizer import load_perceptual
 
 
 def test_a_record_says_what_the_numbers_stand_on(tiny_pae: PAE, packed: PackedImages) -> None:

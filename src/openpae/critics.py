@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from openpae.assets import fetch
 
 LPIPSNet = Literal["vgg", "alex"]
+PerceptualNet = Literal["vgg", "alex", "random"]
+"""What a run may ask for: LPIPS as published, or for trials with fixed random weights."""
 
 # Each stage ends where LPIPS looks: its convolutions as (out, kernel, stride, padding), a ReLU after each.
 # _POOLED are the stages, counted from 0 as in the published heads, that begin with max pooling (stride 2).
@@ -178,6 +180,19 @@ def load_lpips(net: LPIPSNet) -> LPIPS:
     arrays = _read_arrays(fetch("lpips") / {"vgg": "vgg16.ckpt", "alex": "alexnet.ckpt"}[net])
     _load(model, _from_flax(net, arrays))
     return model
+
+
+def load_perceptual(net: PerceptualNet) -> LPIPS:
+    """LPIPS with the published weights, or AlexNet with fixed random ones for trials without a download.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load_lpips`.
+    """
+    if net != "random":
+        return load_lpips(net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LPIPS("alex")
 
 
 def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:

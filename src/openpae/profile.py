@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from openpae.critics import LPIPS
+from openpae.critics import LPIPS, load_perceptual
 from openpae.data.images import ImageSource, open_images
 from openpae.data.label_maps import Segmented, read_segmented, render_segmented
 from openpae.eval.adapters import LatentSpace, open_tokenizer
@@ -31,7 +31,6 @@ from openpae.eval.records import ExtractorName, load_extractor
 from openpae.eval.reference import FeatureSet
 from openpae.profile_page import profile_page
 from openpae.storage import fingerprint, write_json
-from openpae.train.tokenizer import load_perceptual
 
 
 def run_profile(

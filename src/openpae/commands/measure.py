@@ -48,12 +48,12 @@ def evaluate(
     import torch
 
     from openpae import checkpoint
+    from openpae.critics import load_perceptual
     from openpae.data.images import open_images
     from openpae.eval import records
     from openpae.eval.reference import npz_images
     from openpae.storage import read_json, write_json
     from openpae.train.settings import pick_device
-    from openpae.train.tokenizer import load_perceptual
 
     where = pick_device(device)
     source, features = open_images(images), records.load_extractor(extractor, extractor_weights)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from openpae.checkpoint import encoder_fingerprint, identity_of, load_prior, write_tokenizer
-from openpae.critics import LPIPS, load_lpips
+from openpae.critics import PerceptualNet, load_perceptual
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, open_images
 from openpae.data.order import StepBatches, loader
@@ -57,7 +57,7 @@ class TokenizerLoss:
 
     lpips: float = 1.0
     """Perceptual distance of reconstruction and image."""
-    lpips_net: Literal["vgg", "alex", "random"] = "vgg"
+    lpips_net: PerceptualNet = "vgg"
     """Its network: vgg as in the paper; alex costs a CPU 25 times less; random needs no weights (for
     trials)."""
     lpips_share: float = 1.0
@@ -435,15 +435,6 @@ def train_tokenizer(
     task = TokenizerTask(run, progress=progress)
     open_run(run_dir, run)
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
-
-
-def load_perceptual(net: Literal["vgg", "alex", "random"]) -> LPIPS:
-    """LPIPS with the published weights, or AlexNet with fixed random ones for trials without a download."""
-    if net != "random":
-        return load_lpips(net)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LPIPS("alex")
 
 
 def _gradient_shares(
