@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpae.checkpoint import identity_of, load_tokenizer
+from openpae.checkpoint import load_tokenizer
 from openpae.encoders import load_encoder
 from openpae.eval.adapters import LatentSpace, Tokenizer, check_tokenizer, open_tokenizer
+from openpae.folders import identity_of
 
 needs_diffusers = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed"

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpae.checkpoint import identity_of, load_tokenizer
+from openpae.checkpoint import load_tokenizer
 from openpae.data.caches import cache_features, cache_latents
 from openpae.data.images import BrokenImage, ImageFolder, PackedImages, pack_images
 from openpae.data.shards import Shards
 from openpae.data.training import TrainingImages, TrainingLatents
+from openpae.folders import identity_of
 from openpae.tokenizer import PAE
 
 

@@ -19,6 +19,8 @@ ORDER = [
     *(
         "config",
         "storage",
+        "weights",
+        "folders",
         "processes",
         "assets",
         "layers",
@@ -30,7 +32,7 @@ ORDER = [
         "flow",
         "losses",
     ),
-    *("critics", "discriminator", "data", "checkpoint", "sampling", "eval", "train", "report"),
+    *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train", "report"),
     *("profile_page", "profile", "bench", "study", "describe", "quickstart", "commands", "cli", "__main__"),
 ]
 

@@ -1,14 +1,9 @@
 """Prior-Aligned AutoEncoders (arXiv:2605.07915): tokenizers whose latents a diffusion model learns fast."""
 
-from openpae.checkpoint import (
-    import_generator,
-    import_tokenizer,
-    load_generator,
-    load_prior,
-    load_tokenizer,
-)
+from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.encoders import ENCODERS, Encoder, EncoderSpec, FrozenEncoder, load_encoder
+from openpae.official import import_generator, import_tokenizer
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images, sample_latents
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
 

@@ -9,17 +9,10 @@ from typing import Any
 from safetensors import safe_open
 
 from openpae import config as configs
-from openpae.checkpoint import (
-    WEIGHTS,
-    checkpoint_path,
-    checkpoint_steps,
-    identity_of,
-    load_generator,
-    load_prior,
-    load_tokenizer,
-)
+from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.data.images import ImageFolder, read_image
 from openpae.data.shards import Shards
+from openpae.folders import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import read_json
 from openpae.train.journal import read_log
 

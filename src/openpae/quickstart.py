@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.checkpoint import check_pair, identity_of, load_generator, load_tokenizer
+from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.critics import load_perceptual
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages, Subset
@@ -24,6 +24,7 @@ from openpae.data.openmoji import CATEGORIES, Emoji, emoji_catalog, render_datas
 from openpae.data.shards import Layout, ShardWriter
 from openpae.eval.reconstruction import quantize
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples, load_extractor
+from openpae.folders import identity_of
 from openpae.losses import perturb
 from openpae.report import Page, image_grid, pca_pictures, png_bytes
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images

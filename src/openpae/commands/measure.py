@@ -52,6 +52,7 @@ def evaluate(
     from openpae.data.images import open_images
     from openpae.eval import records
     from openpae.eval.reference import npz_images
+    from openpae.folders import identity_of
     from openpae.storage import read_json, write_json
     from openpae.train.settings import pick_device
 
@@ -65,7 +66,7 @@ def evaluate(
         record = records.evaluate_reconstruction(
             model, source, extractor=features, lpips=distance, count=count, batch_size=batch_size
         )
-        record["tokenizer"] = checkpoint.identity_of(tokenizer).fingerprint
+        record["tokenizer"] = identity_of(tokenizer).fingerprint
     else:
         assert samples is not None
         stream = npz_images(samples, batch_size)

@@ -72,6 +72,7 @@ def cache_latents(
     from openpae import checkpoint
     from openpae.data import caches
     from openpae.data.images import open_images
+    from openpae.folders import identity_of
     from openpae.train.engine import autocast
     from openpae.train.settings import pick_device
 
@@ -89,7 +90,7 @@ def cache_latents(
             out,
             image_size=model.config.image_size,
             latent_shape=model.config.latent_shape,
-            tokenizer_print=checkpoint.identity_of(tokenizer).fingerprint,
+            tokenizer_print=identity_of(tokenizer).fingerprint,
             precision=precision,
             batch_size=batch_size,
             device=where,

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.checkpoint import encoder_fingerprint, identity_of, load_tokenizer
+from openpae.checkpoint import encoder_fingerprint, load_tokenizer
 from openpae.encoders import ENCODERS, load_encoder
 from openpae.eval.geometry import Decode
 from openpae.eval.reconstruction import check_images
+from openpae.folders import identity_of
 from openpae.layers import to_grid
 from openpae.storage import file_hash, fingerprint
 

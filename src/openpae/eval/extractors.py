@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.assets import fetch
-from openpae.checkpoint import load_strict, read_tensors
 from openpae.encoders import IMAGENET_MEAN, IMAGENET_STD
 from openpae.eval.inception import Inception2015
 from openpae.eval.reconstruction import quantize
 from openpae.storage import fingerprint
+from openpae.weights import load_strict, read_tensors
 
 INCEPTION = "inception-2015"
 """Name of the extractor that published FID, sFID and IS rest on."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from openpae import config as configs
-from openpae.checkpoint import checkpoint_path, checkpoint_steps
+from openpae.folders import checkpoint_path, checkpoint_steps
 from openpae.storage import file_hash, read_json, whole_folder, write_json
 from openpae.train.journal import Journal
 from openpae.train.settings import LoopConfig, OptimConfig, lr_at

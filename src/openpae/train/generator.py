@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import identity_of, load_tokenizer, write_generator
+from openpae.checkpoint import load_tokenizer, write_generator
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
@@ -19,6 +19,7 @@ from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.eval.records import ExtractorName, evaluate_samples, features_of, load_extractor
 from openpae.flow import interpolate, training_times, velocity_loss
+from openpae.folders import identity_of
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.train.engine import check_run, fit, open_run
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from openpae.checkpoint import encoder_fingerprint, identity_of, load_prior, write_tokenizer
+from openpae.checkpoint import encoder_fingerprint, load_prior, write_tokenizer
 from openpae.critics import PerceptualNet, load_perceptual
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, open_images
@@ -30,6 +30,7 @@ from openpae.discriminator import (
 )
 from openpae.encoders import Encoder, load_encoder
 from openpae.eval.records import evaluate_reconstruction
+from openpae.folders import identity_of
 from openpae.layers import to_tokens
 from openpae.losses import (
     adaptive_weight,
