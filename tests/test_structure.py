@@ -29,6 +29,7 @@ ORDER = [
         "priors",
         "tokenizer",
         "dit",
+        "ditdh",
         "flow",
         "losses",
     ),

@@ -23,7 +23,7 @@ SIZES = {
 """num_layers, hidden_dim, num_heads of the named sizes."""
 
 
-def size_fields(size: str) -> dict[str, int]:
+def size_fields(size: str) -> dict[str, Any]:
     """num_layers, hidden_dim and num_heads of a named size.
 
     Raises:
@@ -58,14 +58,7 @@ class LightningDiTConfig:
     """RMS-normalise queries and keys: off in the 80-epoch recipe, on in the 800-epoch one."""
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "grid_size", "patch_size", "hidden_dim", "num_layers", "num_classes"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.grid_size % self.patch_size:
-            raise ValueError(f"patch_size must divide grid_size, got {self.patch_size} and {self.grid_size}")
-        if not 0 <= self.class_dropout <= 1:
-            raise ValueError(f"class_dropout must lie in [0, 1], got {self.class_dropout}")
-        check_heads(self.hidden_dim, self.num_heads)
+        check_generator(self)
 
     @classmethod
     def of_size(cls, size: str, **changes: Any) -> LightningDiTConfig:
@@ -80,6 +73,22 @@ class LightningDiTConfig:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
         return (self.latent_dim, self.grid_size, self.grid_size)
+
+
+def check_generator(config: Any) -> None:
+    """Check the fields that the configs of all generators share.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name in ("latent_dim", "grid_size", "patch_size", "hidden_dim", "num_layers", "num_classes"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if config.grid_size % config.patch_size:
+        raise ValueError(f"patch_size must divide grid_size, got {config.patch_size} and {config.grid_size}")
+    if not 0 <= config.class_dropout <= 1:
+        raise ValueError(f"class_dropout must lie in [0, 1], got {config.class_dropout}")
+    check_heads(config.hidden_dim, config.num_heads)
 
 
 class Attention(nn.Module):
@@ -164,22 +173,21 @@ def run_blocks(
     return x
 
 
-def checked_statistics(mean: Tensor, std: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of latents, (C,), as (C, 1, 1) each.
+def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents, each in one of the shapes, ready to be broadcast to (C, h, w).
 
     Raises:
-        ValueError: not one of each per channel, or a channel that does not vary.
+        ValueError: another shape, or a channel that does not vary.
     """
-    if mean.shape != std.shape or mean.shape != (channels,):
-        raise ValueError(
-            f"mean and std must be ({channels},), got {tuple(mean.shape)} and {tuple(std.shape)}"
-        )
+    if mean.shape != std.shape or tuple(mean.shape) not in shapes:
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"mean and std must be {allowed}, got {tuple(mean.shape)} and {tuple(std.shape)}")
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise ValueError(
             f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
             "a latent channel that never varies can not be generated"
         )
-    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+    return (mean.view(-1, 1, 1), std.view(-1, 1, 1)) if mean.ndim == 1 else (mean, std)
 
 
 class LightningDiT(nn.Module):
@@ -268,7 +276,7 @@ class LightningDiT(nn.Module):
         Raises:
             ValueError: not one of each per channel, or a channel that does not vary.
         """
-        mean, std = checked_statistics(mean, std, self.config.latent_dim)
+        mean, std = checked_statistics(mean, std, (self.config.latent_dim,))
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
