@@ -10,14 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from openpae.encoders import (
-    ENCODERS,
-    EncoderSpec,
-    FrozenEncoder,
-    drop_norm_affine,
-    encoder_spec,
-    load_encoder,
-)
+from openpae.backbones import drop_norm_affine
+from openpae.encoders import ENCODERS, EncoderSpec, FrozenEncoder, encoder_spec, load_encoder
 
 SPEC = EncoderSpec(stride=8, dim=6, num_heads=2, num_prefix_tokens=2)
 
@@ -80,7 +74,7 @@ def test_prefix_tokens_are_dropped() -> None:
 
 
 def test_frozen_means_no_gradient_and_trainable_means_one() -> None:
-    pixels = torch.randn(1, 3, 8, 8, requires_grad=True)
+    pixels = torch.randn(1, 3, 16, 8, requires_grad=True)
     frozen, trained = (FrozenEncoder(SPEC, Dropping(), trainable=value) for value in (False, True))
     assert not frozen(pixels).requires_grad
     assert not any(parameter.requires_grad for parameter in frozen.parameters())

@@ -24,6 +24,7 @@ ORDER = [
         "processes",
         "assets",
         "layers",
+        "backbones",
         "encoders",
         "upsampling",
         "priors",

@@ -13,7 +13,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from openpae.encoders import ENCODERS, EncoderSpec, FrozenEncoder, drop_norm_affine, load_encoder
+from openpae.backbones import drop_norm_affine
+from openpae.encoders import ENCODERS, EncoderSpec, FrozenEncoder, load_encoder
 from openpae.layers import sincos_2d
 from openpae.official import import_tokenizer
 from openpae.tokenizer import (

