@@ -52,6 +52,22 @@ class Sample:
     """A config or nothing."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Other:
+    """Another part, for fields that choose."""
+
+    name: str = "x"
+    """A text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A field that takes one of two configs."""
+
+    part: Inner | Other = field(default_factory=Inner)
+    """Either."""
+
+
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 inners = st.builds(Inner, rate=numbers, steps=st.integers(0, 10**30))
 samples = st.builds(
@@ -110,6 +126,42 @@ def test_flags_leave_what_they_do_not_name(sample: Sample) -> None:
     assert tyro.cli(Sample, args=[], default=sample) == sample
     changed = tyro.cli(Sample, args=["--inner.rate", "2e-4", "--flag"], default=sample)
     assert changed == replace(sample, flag=True, inner=replace(sample.inner, rate=2e-4))
+
+
+@pytest.mark.parametrize("part", [Inner(steps=7), Other(name="kind")])
+def test_a_field_that_chooses_says_which(part: Inner | Other, tmp_path: Path) -> None:
+    plain = configs.to_dict(Choice(part=part))
+    assert plain["part"]["kind"] == type(part).__name__
+    configs.save(Choice(part=part), tmp_path / "choice.yaml")
+    assert configs.load(Choice, tmp_path / "choice.yaml") == Choice(part=part)
+
+
+def test_a_field_that_chooses_takes_the_first_unless_told() -> None:
+    assert configs.from_dict(Choice, {"part": {"steps": 2}}) == Choice(part=Inner(steps=2))
+    old, new = Choice(), Choice(part=Other())
+    assert "part.kind: Inner -> Other" in configs.differences(old, new)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"kind": "Third"}, ValueError, "part.kind must be one of Inner, Other, got 'Third'"),
+        ({"kind": "Other", "steps": 1}, ValueError, "unknown key part.steps; known keys: name"),
+        ({"kind": None}, ValueError, "part.kind must be one of Inner, Other, got None"),
+        (3, TypeError, "part must be a mapping of keys, got 3 (int)"),
+    ],
+)
+def test_a_wrong_choice_is_named(data: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        configs.from_dict(Choice, {"part": data})
+    assert str(caught.value) == message
+
+
+def test_a_file_of_one_of_several_kinds(tmp_path: Path) -> None:
+    configs.save(Other(name="y"), tmp_path / "part.yaml")
+    assert configs.load_one_of((Inner, Other), tmp_path / "part.yaml") == Other(name="y")
+    with pytest.raises(ValueError, match="is of kind 'Other', but a Inner or a Choice is needed here"):
+        configs.load_one_of((Inner, Choice), tmp_path / "part.yaml")
 
 
 def test_saving_replaces_the_file_in_one_move(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from openpae import config as configs
 from openpae.dit import SIZES, LightningDiT, LightningDiTConfig
+from openpae.ditdh import DiTDHConfig, build_generator
+from openpae.flow import dimension_shift
 from openpae.priors import Refiner
 from openpae.tokenizer import PAE, PAEConfig
 from openpae.train.generator import GeneratorRun
@@ -25,10 +28,10 @@ KINDS: dict[str, Any] = {
     "TokenizerRun": TokenizerRun,
     "GeneratorRun": GeneratorRun,
 }
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, Callable[[Any], nn.Module]] = {
     "RefinerRun": Refiner,
     "TokenizerRun": PAE,
-    "GeneratorRun": LightningDiT,
+    "GeneratorRun": build_generator,
 }
 
 
@@ -40,7 +43,7 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def on_meta(model: type[nn.Module], config: Any) -> nn.Module:
+def on_meta(model: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     """Built without memory."""
     with torch.device("meta"):
         return model(config)
@@ -88,9 +91,16 @@ def test_the_papers_generator_has_the_papers_size(name: str) -> None:
 
 
 def test_named_sizes_grow() -> None:
-    counts = [count(on_meta(LightningDiT, LightningDiTConfig.of_size(size))) for size in SIZES]
-    assert counts == sorted(counts)
-    assert LightningDiTConfig.of_size("xl") == LightningDiTConfig()
+    for cls in (LightningDiTConfig, DiTDHConfig):
+        counts = [count(on_meta(build_generator, cls.of_size(size))) for size in SIZES]
+        assert counts == sorted(counts)
+        assert cls.of_size("xl") == cls()
+
+
+def test_the_baseline_of_the_paper_is_rae_s_generator() -> None:
+    run = configs.load(GeneratorRun, "generator/dit-dh-xl")
+    assert run.model == DiTDHConfig()
+    assert dimension_shift(run.model.latent_shape) == pytest.approx(run.sampler.shift, rel=1e-12)
 
 
 @pytest.mark.parametrize(

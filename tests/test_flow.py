@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openpae.flow import euler, guide, interpolate, shift_time, time_grid, training_times, velocity_loss
+from openpae.flow import (
+    dimension_shift,
+    euler,
+    guide,
+    interpolate,
+    shift_time,
+    time_grid,
+    training_times,
+    velocity_loss,
+)
 
 shifts = st.floats(0.05, 20)
 
@@ -43,6 +52,21 @@ def test_shifting_keeps_order_and_ends(shift: float) -> None:
 def test_shifting_is_the_formula_of_the_paper() -> None:
     t = torch.rand(9, dtype=torch.float64)
     torch.testing.assert_close(shift_time(t, 0.4), 0.4 * t / (1 - 0.6 * t))
+
+
+@given(m=st.integers(1, 64), t=st.floats(0, 1))
+def test_the_shift_by_dimension_is_raes_seen_from_the_noise(m: int, t: float) -> None:
+    """RAE: t = 1 is noise, t' = a t / (1 + (a - 1) t), a = sqrt(dimensions / 4096)."""
+    a = math.sqrt(m * 16 * 16 / 4096)
+    theirs = a * t / (1 + (a - 1) * t)
+    ours = shift_time(torch.tensor(1 - t, dtype=torch.float64), dimension_shift((m, 16, 16)))
+    assert ours.item() == pytest.approx(1 - theirs, abs=1e-12)
+
+
+def test_the_shift_of_raes_own_latents() -> None:
+    """768 x 16 x 16 dimensions of DINOv2-B: a = sqrt(48)."""
+    assert dimension_shift((768, 16, 16)) == pytest.approx(1 / math.sqrt(48))
+    assert dimension_shift((16, 16, 16)) == 1
 
 
 def test_training_positions_are_logit_normal() -> None:

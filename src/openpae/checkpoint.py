@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from openpae import config as configs
-from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.ditdh import GENERATORS, Generator, GeneratorConfig, build_generator
 from openpae.encoders import Encoder, load_encoder
 from openpae.folders import WEIGHTS as WEIGHTS
 from openpae.folders import checkpoint_path as checkpoint_path
@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path, state: Mapping[str, Tensor], config: PAEConfig
 
 
 def write_generator(
-    folder: Path, state: Mapping[str, Tensor], config: LightningDiTConfig, tokenizer_print: str
+    folder: Path, state: Mapping[str, Tensor], config: GeneratorConfig, tokenizer_print: str
 ) -> None:
     """Write a generator's files into an existing folder; tokenizer_print names the tokenizer of its
     latents."""
@@ -76,17 +76,17 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
     return model.eval()
 
 
-def load_generator(folder: str | Path) -> LightningDiT:
-    """A generator in evaluation mode, with the statistics of its latents.
+def load_generator(folder: str | Path) -> Generator:
+    """A generator in evaluation mode, of the class that its config says, with the statistics of its latents.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: another kind of folder, damaged or unfitting weights.
     """
     path = model_folder(folder)
-    config = configs.load(LightningDiTConfig, path / "config.yaml")
+    config = configs.load_one_of(GENERATORS, path / "config.yaml")
     state, _ = read_model(path)
-    model = LightningDiT(config)
+    model = build_generator(config)
     load_strict(model, state, f"weights in {path}")
     return model.eval()
 

@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -24,7 +24,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
 
     Args:
         cls: a frozen dataclass whose fields are bool, int, float, str, Path, Literal, a tuple of those,
-            another config, or one of these | None.
+            another config, or one of these | None. A field can also take one of several configs: its key
+            `kind` then names which, by default the first.
         data: one key per field; fields with a default may be left out.
         at: where in the file `data` stands ("optim"), for messages.
 
@@ -53,7 +54,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain data of a config: `from_dict(type(config), to_dict(config)) == config`."""
-    return {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(type(config))
+    plain = {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    for name in plain:
+        if len(_configs_of(hints[name])) > 1:
+            plain[name] = {"kind": type(getattr(config, name)).__name__, **plain[name]}
+    return plain
 
 
 def load(cls: type[T], path: str | Path) -> T:
@@ -67,13 +73,19 @@ def load(cls: type[T], path: str | Path) -> T:
         FileNotFoundError: neither a file nor a preset.
         ValueError, TypeError: not YAML, another kind, or any fault that `from_dict` finds.
     """
+    return load_one_of([cls], path)
+
+
+def load_one_of(classes: Sequence[type[T]], path: str | Path) -> T:
+    """As `load`, where the caller can use configs of several classes."""
     file = find(path)
     data = read_yaml(file)
     kind = data.pop("kind", None)
-    if kind != cls.__name__:
-        raise ValueError(f"{file} is of kind {kind!r}, but a {cls.__name__} is needed here")
+    known = {cls.__name__: cls for cls in classes}
+    if kind not in known:
+        raise ValueError(f"{file} is of kind {kind!r}, but a {' or a '.join(known)} is needed here")
     try:
-        return from_dict(cls, data)
+        return from_dict(known[kind], data)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{file}: {error}") from None
 
@@ -142,6 +154,8 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
+        if len(choices := _configs_of(hint)) > 1:
+            return _one_of(choices, value, at)
         (inner,) = (arg for arg in args if arg is not type(None))
         return _convert(inner, value, at)
     if origin is Literal:
@@ -175,6 +189,22 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
                 message += f"; in YAML write {int(number)}"
         raise TypeError(message)
     return value
+
+
+def _configs_of(hint: Any) -> list[type]:
+    """The configs among which a field of this type chooses; fewer than two where it does not choose."""
+    args = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else ()
+    return [arg for arg in args if isinstance(arg, type) and dataclasses.is_dataclass(arg)]
+
+
+def _one_of(choices: list[type], value: Any, at: str) -> Any:
+    known = {cls.__name__: cls for cls in choices}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{at} must be a mapping of keys, got {value!r} ({_type_name(value)})")
+    kind = value.get("kind", choices[0].__name__)
+    if kind not in known:
+        raise ValueError(f"{_join(at, 'kind')} must be one of {', '.join(known)}, got {kind!r}")
+    return from_dict(known[kind], {key: item for key, item in value.items() if key != "kind"}, at)
 
 
 def _number(text: str) -> float | None:

@@ -12,6 +12,7 @@ from openpae import config as configs
 from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.data.images import ImageFolder, read_image
 from openpae.data.shards import Shards
+from openpae.ditdh import GENERATORS
 from openpae.folders import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import read_json
 from openpae.train.journal import read_log
@@ -19,6 +20,7 @@ from openpae.train.journal import read_log
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
     "LightningDiTConfig": ("a generator", "made for"),
+    "DiTDHConfig": ("a generator with a wide head", "made for"),
     "RefinerConfig": ("a refiner", "encoder"),
     "LinearTargetsConfig": ("raw targets", "encoder"),
 }
@@ -111,7 +113,7 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
     if verify:
         if kind == "PAEConfig":
             load_tokenizer(folder, decode_only=True)
-        elif kind == "LightningDiTConfig":
+        elif kind in [config.__name__ for config in GENERATORS]:
             load_generator(folder)
         else:
             load_prior(folder)

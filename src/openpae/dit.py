@@ -74,6 +74,11 @@ class LightningDiTConfig:
         """(C, h, w)."""
         return (self.latent_dim, self.grid_size, self.grid_size)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that `run_blocks` can checkpoint."""
+        return self.num_layers
+
 
 def check_generator(config: Any) -> None:
     """Check the fields that the configs of all generators share.

@@ -87,6 +87,11 @@ class DiTDHConfig:
         """(C, h, w)."""
         return (self.latent_dim, self.grid_size, self.grid_size)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that `dit.run_blocks` can checkpoint: those of the DiT and of the head."""
+        return self.num_layers + self.head.num_layers
+
 
 class DiTDH(nn.Module):
     """Velocity of noisy latents: v(x_t, t, class), by a DiT M and a wide head H.
@@ -224,6 +229,8 @@ Generator = LightningDiT | DiTDH
 """What training, sampling and checkpoints work with."""
 GeneratorConfig = LightningDiTConfig | DiTDHConfig
 """The config of either."""
+GENERATORS: tuple[type[GeneratorConfig], ...] = (LightningDiTConfig, DiTDHConfig)
+"""The classes of configs that `build_generator` takes."""
 
 
 def build_generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> Generator:

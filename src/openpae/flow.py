@@ -5,6 +5,7 @@ Position t: 0 = noise, 1 = data. Everything here is a pure function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,6 +44,20 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     if shift <= 0:
         raise ValueError(f"shift must be > 0 (1 changes nothing), got {shift}")
     return shift * t / (1 + (shift - 1) * t)
+
+
+def dimension_shift(latent_shape: tuple[int, int, int]) -> float:
+    """The shift of positions for latents of many dimensions (Sec. 4.2 of arXiv:2510.11690).
+
+        s = sqrt(4096 / (C h w))
+
+    Among many dimensions noise of one level hides less than among few, so positions move towards it. RAE
+    counts them from data (0) to noise (1) and shifts by 1 / s: counted from noise, that is `shift_time` by s.
+
+    Args:
+        latent_shape: (C, h, w).
+    """
+    return math.sqrt(4096 / math.prod(latent_shape))
 
 
 def training_times(normal: Tensor, shift: float) -> Tensor:

@@ -22,8 +22,17 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 
 
-def run_of(kind: type[T], argv: Sequence[str], command: str) -> tuple[T, Path]:
-    """The run of `pae COMMAND CONFIG RUN_DIR [--field value ...]`: flags over the file; and its folder."""
+def run_of(
+    kind: type[T], argv: Sequence[str], command: str, change: Callable[[T], T] | None = None
+) -> tuple[T, Path]:
+    """The run of `pae COMMAND CONFIG RUN_DIR [--field value ...]`: flags over the file; and its folder.
+
+    Args:
+        kind: class of the run.
+        argv: what follows the command's name.
+        command: its name.
+        change: what a flag that stands for several fields does to the file's run, before the other flags.
+    """
     paths = [argument for argument in argv[:2] if not argument.startswith("-")]
     if len(paths) < 2:
         if any(argument in ("-h", "--help") for argument in argv) and not paths:
@@ -37,12 +46,40 @@ def run_of(kind: type[T], argv: Sequence[str], command: str) -> tuple[T, Path]:
                 f"pae {command} needs CONFIG and RUN_DIR: pae {command} CONFIG RUN_DIR [--field value]"
             )
     loaded = configs.load(kind, paths[0])
-    run = tyro.cli(kind, default=loaded, args=list(argv[len(paths) :]), prog=f"pae {command} CONFIG RUN_DIR")
+    loaded = loaded if change is None else change(loaded)
+    run = tyro.cli(
+        kind,
+        default=loaded,
+        args=list(argv[len(paths) :]),
+        prog=f"pae {command} CONFIG RUN_DIR",
+        config=(tyro.conf.AvoidSubcommands,),  # which of several configs a field holds, the file says
+    )
     if len(paths) < 2:
         raise ValueError(
             f"pae {command} needs a run folder after the config: pae {command} {paths[0]} RUN_DIR"
         )
     return run, Path(paths[1])
+
+
+def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without `NAME VALUE` (or `NAME=VALUE`), and the value; None where it is not given.
+
+    Raises:
+        ValueError: the value is missing, or the option stands twice.
+    """
+    rest, values = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == name or argument.startswith(f"{name}="):
+            value = argument.partition("=")[2] if "=" in argument else next(arguments, "")
+            if not value:
+                raise ValueError(f"{name} needs a value")
+            values.append(value)
+        else:
+            rest.append(argument)
+    if len(values) > 1:
+        raise ValueError(f"{name} is given twice: {', '.join(values)}")
+    return rest, values[0] if values else None
 
 
 class Progress:

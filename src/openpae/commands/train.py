@@ -14,6 +14,7 @@ from openpae.commands.console import (
     Tokenizer,
     at_least_one,
     run_of,
+    take_option,
     tell_run,
     tell_skipped,
 )
@@ -40,10 +41,22 @@ def train_refiner(argv: Sequence[str]) -> None:
 
 
 def train_generator(argv: Sequence[str]) -> None:
-    """Train a generator on cached latents: pae train-generator CONFIG RUN_DIR [--field value ...]."""
+    """Train a generator on cached latents: pae train-generator CONFIG RUN_DIR [--field value ...].
+
+    --model.size s, b, l, xl, 1p0b or 1p6b sets layers, width and heads together.
+    """
+    import dataclasses
+
+    from openpae.dit import size_fields
     from openpae.train.generator import GeneratorRun, train_generator
 
-    run, run_dir = run_of(GeneratorRun, argv, "train-generator")
+    argv, size = take_option(argv, "--model.size")
+
+    def sized(run: GeneratorRun) -> GeneratorRun:
+        fields = {} if size is None else size_fields(size)
+        return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
+
+    run, run_dir = run_of(GeneratorRun, argv, "train-generator", sized)
     tell_run(run_dir, train_generator(run, run_dir))
 
 

@@ -1,10 +1,11 @@
-"""Stage (c): train LightningDiT on cached latents."""
+"""Stage (c): train a generator on cached latents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from openpae.data.images import open_images
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
-from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.dit import LightningDiTConfig
+from openpae.ditdh import GeneratorConfig, build_generator
 from openpae.eval.records import ExtractorName, evaluate_samples, features_of, load_extractor
-from openpae.flow import interpolate, training_times, velocity_loss
+from openpae.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.folders import identity_of
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.train.engine import check_run, fit, open_run
@@ -30,8 +32,11 @@ from openpae.train.task import Draws, Update
 class GeneratorRun:
     """One training run of a generator."""
 
-    model: LightningDiTConfig = field(default_factory=LightningDiTConfig)
-    """The generator."""
+    model: GeneratorConfig = field(default_factory=LightningDiTConfig)
+    """The generator; `kind` DiTDHConfig makes it RAE's, with a wide head."""
+    checkpoint_blocks: int = 0
+    """Blocks, from the first on, whose activations are computed again in the backward pass instead of kept:
+    less memory for a third more work in them. The result is the same."""
     latents: Path
     """Cached latents (pae cache-latents)."""
     held_out_latents: Path | None = None
@@ -48,8 +53,11 @@ class GeneratorRun:
     """inception: its weights file; dinov2: a local folder in place of the hub's."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How the samples are drawn."""
-    time_shift: float = 0.7
-    """Shift of the training positions: t' = s t / (1 + (s - 1) t) of a logit-normal t."""
+    times: Literal["logit-normal", "uniform"] = "logit-normal"
+    """How training positions t are drawn, before the shift; uniform is RAE's."""
+    time_shift: float | None = 0.7
+    """Shift of the training positions: t' = s t / (1 + (s - 1) t). Null takes it from the number of
+    dimensions, s = sqrt(4096 / (C h w)), as RAE does."""
     cosine: float = 1.0
     """Weight of the cosine term beside the mean squared error."""
     optim: OptimConfig
@@ -58,8 +66,15 @@ class GeneratorRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
-        if self.time_shift <= 0:
-            raise ValueError(f"time_shift must be > 0 (1 changes nothing), got {self.time_shift}")
+        if not 0 <= self.checkpoint_blocks <= self.model.num_blocks:
+            raise ValueError(
+                f"checkpoint_blocks must lie in [0, {self.model.num_blocks}], the number of blocks, got "
+                f"{self.checkpoint_blocks}"
+            )
+        if self.time_shift is not None and self.time_shift <= 0:
+            raise ValueError(
+                f"time_shift must be > 0 (1 changes nothing, null takes it from C h w), got {self.time_shift}"
+            )
         if (self.tokenizer is None) != (self.evaluation_images is None):
             raise ValueError("tokenizer and evaluation_images are needed both, or neither")
         if self.evaluation_samples < 2:
@@ -89,7 +104,7 @@ class GeneratorTask:
             raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
         self.judge = None if run.tokenizer is None else _Judge(run, self.device, self._tokenizer_print())
         torch.manual_seed(run.loop.seed)
-        self.model = LightningDiT(run.model)
+        self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
         self.model.to(self.device)
         self.inputs: Mapping[str, str] = {
@@ -163,7 +178,15 @@ class GeneratorTask:
     def _losses(self, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         x_1 = self.model.normalise(z)
         x_0 = draws.normal("noise", *x_1.shape[1:])
-        t = training_times(draws.normal("t"), self.run.time_shift)
+        shift = (
+            dimension_shift(self.run.model.latent_shape)
+            if self.run.time_shift is None
+            else self.run.time_shift
+        )
+        if self.run.times == "uniform":
+            t = shift_time(draws.uniform("t"), shift)
+        else:
+            t = training_times(draws.normal("t"), shift)
         velocity = self.model(interpolate(x_1, x_0, t), t, labels)
         return velocity_loss(velocity, x_1, x_0)
 
@@ -204,7 +227,7 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
 
 
-def _open_latents(folder: Path, model: LightningDiTConfig) -> Shards:
+def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:
     shards = Shards(folder, kind="latents")
     if shards.shape[1:] != model.latent_shape:
         raise ValueError(
