@@ -21,6 +21,8 @@ ORDER = [
         "storage",
         "weights",
         "folders",
+        "card",
+        "hub",
         "processes",
         "assets",
         "layers",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openpae import config as configs
 from openpae.ditdh import GENERATORS, Generator, GeneratorConfig, build_generator
 from openpae.encoders import Encoder, load_encoder
+from openpae.folders import CONFIG
 from openpae.folders import WEIGHTS as WEIGHTS
 from openpae.folders import checkpoint_path as checkpoint_path
 from openpae.folders import checkpoint_steps as checkpoint_steps
@@ -56,7 +57,7 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
         ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
     """
     path = model_folder(folder)
-    config = configs.load(PAEConfig, path / "config.yaml")
+    config = configs.load(PAEConfig, path / CONFIG)
     state, identity = read_model(path)
     if decode_only and encoder is None:  # a finetuned encoder is among the weights
         state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
@@ -77,18 +78,18 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
 
 
 def load_generator(folder: str | Path) -> Generator:
-    """A generator in evaluation mode, of the class that its config says, with the statistics of its latents.
+    """A generator in evaluation mode, with the statistics of its latents.
+
+    Args:
+        folder: a generator folder, a training checkpoint, or a run folder (its newest checkpoint).
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: another kind of folder, damaged or unfitting weights.
     """
     path = model_folder(folder)
-    config = configs.load_one_of(GENERATORS, path / "config.yaml")
-    state, _ = read_model(path)
-    model = build_generator(config)
-    load_strict(model, state, f"weights in {path}")
-    return model.eval()
+    kind = configs.read_yaml(path / CONFIG).get("kind")
+    return DiTDH.from_pretrained(path) if kind == "DiTDHConfig" else LightningDiT.from_pretrained(path)
 
 
 def write_prior(
@@ -111,12 +112,12 @@ def load_prior(folder: str | Path) -> FrozenPrior:
         ValueError: another kind of folder, damaged or unfitting weights.
     """
     path = model_folder(folder)
-    kind = configs.read_yaml(path / "config.yaml").get("kind")
+    kind = configs.read_yaml(path / CONFIG).get("kind")
     targets: Refiner | LinearTargets
     if kind == "LinearTargetsConfig":
-        targets = LinearTargets(configs.load(LinearTargetsConfig, path / "config.yaml"))
+        targets = LinearTargets(configs.load(LinearTargetsConfig, path / CONFIG))
     else:
-        targets = Refiner(configs.load(RefinerConfig, path / "config.yaml"))
+        targets = Refiner(configs.load(RefinerConfig, path / CONFIG))
     state, _ = read_model(path)
     load_strict(targets, state, f"weights in {path}")
     return FrozenPrior(targets)

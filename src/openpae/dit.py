@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from openpae import hub
 from openpae.layers import check_heads, rope_2d, rotate, sincos_2d, timestep_features, to_tokens, unpatchify
 
 SIZES = {
@@ -211,6 +213,8 @@ class LightningDiT(nn.Module):
     rope_sin: Tensor
     latent_mean: Tensor
     latent_std: Tensor
+    made_with: str | None = None
+    """Fingerprint of the tokenizer whose latents it makes, where it was loaded; it can not be saved without."""
 
     def __init__(self, config: LightningDiTConfig, *, checkpoint_blocks: int = 0) -> None:
         super().__init__()
@@ -292,3 +296,35 @@ class LightningDiT(nn.Module):
     def denormalise(self, x: Tensor) -> Tensor:
         """Inverse of `normalise`."""
         return x.float() * self.latent_std + self.latent_mean
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> LightningDiT:
+        """A saved generator in evaluation mode, with the statistics of its latents.
+
+        Args:
+            name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
+            revision: branch, tag or commit of the hub.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a name that the hub has, or it can not be reached.
+            ValueError: another kind of model, or damaged or unfitting weights.
+        """
+        model, made_with = hub.load_saved(cls, LightningDiTConfig, name_or_folder, revision)
+        model.made_with = made_with
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
+        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
+
+        Args:
+            folder: where; replaced if it holds nothing but a saved model.
+            precision: of the parameters in the file.
+
+        Raises:
+            ValueError: `made_with` is not known, or the folder holds something else.
+        """
+        hub.save(self, folder, made_with=self.made_with, precision=precision)
+
+    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
+        """Save and upload to the hub; see `hub.push`. Returns the address."""
+        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)

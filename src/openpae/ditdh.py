@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openpae import hub
 from openpae.dit import (
     DiTBlock,
     LightningDiT,
@@ -115,6 +117,8 @@ class DiTDH(nn.Module):
     head_sin: Tensor
     latent_mean: Tensor
     latent_std: Tensor
+    made_with: str | None = None
+    """Fingerprint of the tokenizer whose latents it makes, where it was loaded; it can not be saved without."""
 
     def __init__(self, config: DiTDHConfig, *, checkpoint_blocks: int = 0) -> None:
         super().__init__()
@@ -218,6 +222,38 @@ class DiTDH(nn.Module):
     def denormalise(self, x: Tensor) -> Tensor:
         """Inverse of `normalise`."""
         return x.float() * self.latent_std + self.latent_mean
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> DiTDH:
+        """A saved generator in evaluation mode, with the statistics of its latents.
+
+        Args:
+            name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
+            revision: branch, tag or commit of the hub.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a name that the hub has, or it can not be reached.
+            ValueError: another kind of model, or damaged or unfitting weights.
+        """
+        model, made_with = hub.load_saved(cls, DiTDHConfig, name_or_folder, revision)
+        model.made_with = made_with
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
+        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
+
+        Args:
+            folder: where; replaced if it holds nothing but a saved model.
+            precision: of the parameters in the file.
+
+        Raises:
+            ValueError: `made_with` is not known, or the folder holds something else.
+        """
+        hub.save(self, folder, made_with=self.made_with, precision=precision)
+
+    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
+        """Save and upload to the hub; see `hub.push`. Returns the address."""
+        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
 
     def _fourier(self, level: Tensor) -> Tensor:
         """Noise levels (B,) in [0, 1] to sines and cosines at the fixed random frequencies: (B, 512)."""

@@ -5,8 +5,9 @@ A folder says who it is (a fingerprint of weights and config) and with what it w
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.storage import fingerprint
+from openpae.storage import fingerprint, whole_folder
+from openpae.weights import some
 
 WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+README = "README.md"
+ENCODER = "encoder.json"
+"""Architecture of an encoder whose weights are saved with the tokenizer's."""
+RECORD = "evaluation.json"
+"""What pae evaluate found."""
+PARTS = ("tokenizer", "generator")
+"""Subfolders of a folder that holds a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +55,8 @@ def write_model(folder: Path, state: Mapping[str, Tensor], config: Any, made_wit
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     identity = {"fingerprint": _print_of(weights, configs.to_dict(config), made_with), "made_with": made_with}
     save_file(weights, folder / WEIGHTS, metadata=identity)
-    configs.save(config, folder / "config.yaml")
-    (folder / "README.md").write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
+    configs.save(config, folder / CONFIG)
+    (folder / README).write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
@@ -57,7 +67,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
         ValueError: damaged or edited: weights and config do not give the fingerprint.
     """
     # The config as it stands in the file: a field that a later version adds must not change old fingerprints.
-    config = configs.read_yaml(path / "config.yaml")
+    config = configs.read_yaml(path / CONFIG)
     identity = identity_of(path)
     try:
         state = dict(load_file(path / WEIGHTS))
@@ -104,6 +114,28 @@ def model_folder(folder: str | Path) -> Path:
         f"no model at {path}: neither {WEIGHTS} nor checkpoints/ in it; train one with pae train-tokenizer "
         "or pae train-generator"
     )
+
+
+@contextlib.contextmanager
+def new_model_folder(path: Path) -> Iterator[Path]:
+    """`storage.whole_folder` for a saved model or pair; it replaces nothing but such.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    known = {WEIGHTS, CONFIG, README, ENCODER, RECORD}
+    strange = [
+        str(file.relative_to(path))
+        for file in sorted(path.rglob("*"))
+        if not (file.is_file() and file.name in known) and str(file.relative_to(path)) not in PARTS
+    ]
+    if strange or path.is_file():
+        raise ValueError(
+            f"{path} holds something else than a saved model ({some(strange) or 'a file'}), so it is not "
+            "replaced; name a new folder"
+        )
+    with whole_folder(path) as partial:
+        yield partial
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
