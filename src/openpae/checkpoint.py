@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from openpae import config as configs
-from openpae.ditdh import GENERATORS, Generator, GeneratorConfig, build_generator
+from openpae.dit import LightningDiT
+from openpae.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
 from openpae.encoders import Encoder, load_encoder
-from openpae.folders import CONFIG
+from openpae.folders import CONFIG, model_folder, read_model, write_model
 from openpae.folders import WEIGHTS as WEIGHTS
 from openpae.folders import checkpoint_path as checkpoint_path
 from openpae.folders import checkpoint_steps as checkpoint_steps
 from openpae.folders import identity_of as identity_of
-from openpae.folders import model_folder, read_model, write_model
 from openpae.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
 from openpae.storage import fingerprint
 from openpae.tokenizer import PAE, PAEConfig
@@ -88,8 +88,9 @@ def load_generator(folder: str | Path) -> Generator:
         ValueError: another kind of folder, damaged or unfitting weights.
     """
     path = model_folder(folder)
-    kind = configs.read_yaml(path / CONFIG).get("kind")
-    return DiTDH.from_pretrained(path) if kind == "DiTDHConfig" else LightningDiT.from_pretrained(path)
+    config = configs.load_one_of(GENERATORS, path / CONFIG)
+    kind = DiTDH if isinstance(config, DiTDHConfig) else LightningDiT
+    return kind.from_pretrained(path)
 
 
 def write_prior(
