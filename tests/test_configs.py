@@ -14,6 +14,7 @@ from torch import nn
 from openpae import config as configs
 from openpae.dit import SIZES, LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDHConfig, build_generator
+from openpae.encoders import ENCODERS
 from openpae.flow import dimension_shift
 from openpae.priors import Refiner
 from openpae.tokenizer import PAE, PAEConfig
@@ -79,6 +80,85 @@ def test_the_papers_tokenizer_has_the_papers_size() -> None:
     run = configs.load(TokenizerRun, "tokenizer/dinov2-l-d32")
     assert count(on_meta(PAE, run.model)) == count(model) == 416_627_488
     assert run.model.latent_shape == (32, 16, 16)
+
+
+# VFM -> its width and the pixels of its patch (SPEC section 1): the four of the paper.
+PAPERS_ENCODERS = {
+    "dinov2-l": (1024, 14),
+    "dinov3-l": (1024, 16),
+    "siglip2-so": (1152, 16),
+    "mae-l": (1024, 16),
+}
+FULL_LAYER = 12  # D^2 of attention (4) and of an MLP of four times the width (8)
+
+
+@pytest.mark.parametrize("name", PAPERS_ENCODERS)
+def test_the_papers_encoders_have_tokenizers_of_their_own_width(name: str) -> None:
+    """Counted by hand: D the VFM's width, 6 modulator layers, C = 32, ViT-L of width W with patches of 16."""
+    (d, patch), c, w = PAPERS_ENCODERS[name], 32, 1024
+    norm = 2 * d
+    attention = 4 * (d * d + d)  # queries, keys, values, output, each with a bias
+    modulator = (3 * patch**2 * d + d) + 6 * (4 * norm + 2 * attention + 8 * d * d + 5 * d)
+    fusion = 2 * d * d + 2 * d + norm
+    projectors = 2 * (4 * d * d + d + 9 * c * d) + c + d  # only the outputs of their attentions have a bias
+    block = 2 * 2 * w + 4 * (w * w + w) + 8 * w * w + 5 * w
+    decoder = (d * w + w) + w + 24 * block + 2 * w + (w + 1) * 3 * 16**2
+    run = configs.load(TokenizerRun, f"tokenizer/{name}-d32")
+    assert run.model.encoder == name
+    assert run.model.latent_shape == (32, 16, 16)
+    assert count(on_meta(PAE, run.model)) == modulator + fusion + projectors + decoder
+
+
+@pytest.mark.parametrize("name", PAPERS_ENCODERS)
+def test_the_papers_encoders_have_refiners_that_fit_their_tokenizers(name: str) -> None:
+    (d, _), c, w = PAPERS_ENCODERS[name], 32, 1024
+    projector = FULL_LAYER * d * d + 13 * d + (d + 1) * c
+    decoder = (c + 1) * w + 4 * (FULL_LAYER * w * w + 13 * w) + 2 * w + (w + 1) * d
+    run = configs.load(RefinerRun, f"refiner/{name}")
+    assert count(on_meta(Refiner, run.model)) == projector + decoder
+    tokenizer = configs.load(TokenizerRun, f"tokenizer/{name}-d32")
+    assert run.encoder == tokenizer.model.encoder == name
+    assert run.model.feature_dim == ENCODERS[name].dim
+    assert run.model.num_heads == ENCODERS[name].num_heads
+    assert (run.model.latent_dim, run.model.grid_size) == tokenizer.model.latent_shape[:2]
+    assert run.image_size == tokenizer.model.image_size
+    assert tokenizer.prior == Path(f"runs/refiner-{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dinov3-l-d32", {"model.encoder", "prior"}),
+        ("siglip2-so-d32", {"model.encoder", "prior"}),
+        ("mae-l-d32", {"model.encoder", "prior"}),
+        ("ablation-25ep-dinov2-l-d32", {"loop.steps"}),
+        ("ablation-25ep-no-prior", {"loop.steps", "prior", "loss.ssr", "loss.mcr", "loss.scr"}),
+    ],
+)
+def test_tokenizer_presets_differ_from_the_main_one_only_in_what_they_say(
+    name: str, fields: set[str]
+) -> None:
+    main, other = (configs.load(TokenizerRun, f"tokenizer/{preset}") for preset in ("dinov2-l-d32", name))
+    assert {line.split(":")[0] for line in configs.differences(main, other)} == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [("dinov2-l-d32", 50), ("ablation-25ep-dinov2-l-d32", 25), ("ablation-25ep-no-prior", 25)],
+)
+def test_tokenizer_presets_last_as_long_as_they_say(name: str, epochs: int) -> None:
+    loop = configs.load(TokenizerRun, f"tokenizer/{name}").loop
+    assert loop.steps * loop.global_batch_size / 1_281_167 == pytest.approx(epochs, rel=1e-3)
+
+
+@pytest.mark.parametrize("ssr", ["0", "0.2"])
+@pytest.mark.parametrize("mcr", ["0", "0.5"])
+@pytest.mark.parametrize("scr", ["0", "1.0"])
+def test_flags_reach_every_row_of_table_2a(ssr: str, mcr: str, scr: str) -> None:
+    base = configs.load(TokenizerRun, "tokenizer/ablation-25ep-dinov2-l-d32")
+    flags = [f"--loss.{name}={value}" for name, value in (("ssr", ssr), ("mcr", mcr), ("scr", scr))]
+    run = tyro.cli(TokenizerRun, args=flags, default=base)
+    assert (run.loss.ssr, run.loss.mcr, run.loss.scr) == (float(ssr), float(mcr), float(scr))
 
 
 @pytest.mark.parametrize("name", ["generator/xl-80ep", "generator/xl-800ep"])
