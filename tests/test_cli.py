@@ -181,7 +181,7 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["train-tokenizer", "generator/tiny", "out"], ("of kind 'GeneratorRun'", "TokenizerRun")),
         (["evaluate", "images"], ("either --tokenizer or --samples",)),
         (["quickstart", "--budget", "soon"], ("12min", "'soon'")),
-        (["quickstart", "--budget", "3s"], ("at least 60s",)),
+        (["quickstart", "--budget", "3s"], ("at least 3min",)),
         (["sample", "no", "where", "out"], ("no model at no",)),
         (["sample", "no", "where", "out", "--columns", "0"], ("--columns must be at least 1, got 0",)),
         (["cache-latents", "a", "b", "c", "--batch-size", "0"], ("--batch-size must be at least 1",)),

@@ -37,7 +37,18 @@ ORDER = [
         "losses",
     ),
     *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train", "report"),
-    *("profile_page", "profile", "bench", "study", "describe", "quickstart", "commands", "cli", "__main__"),
+    *(
+        "profile_page",
+        "profile",
+        "bench",
+        "study",
+        "describe",
+        "quickstart_page",
+        "quickstart",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 ]
 
 

@@ -91,8 +91,15 @@ def load_one_of(classes: Sequence[type[T]], path: str | Path) -> T:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a config as YAML that `load` reads back, whole or not at all."""
-    text = yaml.safe_dump({"kind": type(config).__name__, **to_dict(config)}, sort_keys=False, width=100)
+    """Write a config as YAML that `load` reads back, whole or not at all.
+
+    Raises:
+        TypeError: the config has a field `kind`, the key that names its class in the file.
+    """
+    data = to_dict(config)
+    if "kind" in data:
+        raise TypeError(f"{type(config).__name__} can not be saved with a field 'kind'; rename the field")
+    text = yaml.safe_dump({"kind": type(config).__name__, **data}, sort_keys=False, width=100)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -36,7 +36,9 @@ class RefinerConfig:
     latent_dim: int = 32
     """Channels C of the targets: those of the tokenizer's latent."""
     grid_size: int = 16
-    """Side of the token grid, h = w: that of the tokenizer's latent."""
+    """Side of the token grid, or its height h where grid_width is set: that of the tokenizer's latent."""
+    grid_width: int | None = None
+    """Width w of the token grid where it is not square; null: as grid_size."""
     num_heads: int = 16
     """Attention heads of P_t: those of the VFM."""
     decoder_layers: int = 4
@@ -50,12 +52,18 @@ class RefinerConfig:
         for name in ("feature_dim", "latent_dim", "grid_size", "decoder_layers", "decoder_dim"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.grid_width is not None and self.grid_width < 1:
+            raise ValueError(f"grid_width must be >= 1 or null, got {self.grid_width}")
         for name, width in (("num_heads", self.feature_dim), ("decoder_heads", self.decoder_dim)):
             if (heads := getattr(self, name)) < 1 or width % heads:
                 raise ValueError(f"{name} must divide the width {width}, got {heads}")
         if self.decoder_dim % 4:
             raise ValueError(f"decoder_dim must be a multiple of 4 for its positions, got {self.decoder_dim}")
 
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(h, w)."""
+        return (self.grid_size, self.grid_width or self.grid_size)
 
 class TargetProjector(nn.Module):
     """P_t: one transformer block on the features, a linear layer D -> C, the sphere norm.
@@ -82,9 +90,9 @@ class FeatureDecoder(nn.Module):
 
     def __init__(self, config: RefinerConfig) -> None:
         super().__init__()
-        width, side = config.decoder_dim, config.grid_size
+        width = config.decoder_dim
         self.embed = nn.Linear(config.latent_dim, width)
-        self.register_buffer("positions", sincos_2d(side, side, width)[None], persistent=False)
+        self.register_buffer("positions", sincos_2d(*config.grid_shape, width)[None], persistent=False)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, config.decoder_heads, 4 * width, norm_eps=1e-6)
             for _ in range(config.decoder_layers)
@@ -143,7 +151,7 @@ class Refiner(nn.Module):
         Raises:
             ValueError: not the N tokens or the C channels of the config.
         """
-        expected = (self.config.grid_size**2, self.config.latent_dim)
+        expected = (math.prod(self.config.grid_shape), self.config.latent_dim)
         if tuple(prior.shape[1:]) != expected:
             raise ValueError(f"prior must be (B, N, C) with (N, C) = {expected}, got {tuple(prior.shape)}")
         features: Tensor = self.decoder(prior)
@@ -154,7 +162,7 @@ class Refiner(nn.Module):
 class LinearTargetsConfig:
     """A fixed linear map of the features: the raw targets of Table 2(b)."""
 
-    kind: Literal["pca", "random"] = "pca"
+    projection: Literal["pca", "random"] = "pca"
     """How the map was found."""
     feature_dim: int = 1024
     """Width D of the VFM's features."""
@@ -227,7 +235,7 @@ def fit_pca(features: Iterable[Tensor], latent_dim: int) -> LinearTargets:
     if count <= latent_dim:
         raise ValueError(f"{latent_dim} principal components need more than {latent_dim} tokens, got {count}")
     targets = LinearTargets(
-        LinearTargetsConfig(kind="pca", feature_dim=len(offset), latent_dim=latent_dim)
+        LinearTargetsConfig(projection="pca", feature_dim=len(offset), latent_dim=latent_dim)
     ).to(offset.device)
     shift = total / count
     _, directions = torch.linalg.eigh(scatter / count - shift.outer(shift))  # variances ascending
@@ -245,7 +253,7 @@ def random_targets(feature_dim: int, latent_dim: int, seed: int = 0) -> LinearTa
         ValueError: C is larger than D.
     """
     targets = LinearTargets(
-        LinearTargetsConfig(kind="random", feature_dim=feature_dim, latent_dim=latent_dim)
+        LinearTargetsConfig(projection="random", feature_dim=feature_dim, latent_dim=latent_dim)
     )
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(feature_dim, latent_dim, generator=generator, dtype=torch.float64)

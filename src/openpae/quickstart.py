@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from openpae import config as configs
@@ -25,14 +24,12 @@ from openpae.data.shards import Layout, ShardWriter
 from openpae.eval.reconstruction import quantize
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples, load_extractor
 from openpae.folders import identity_of
-from openpae.losses import perturb
-from openpae.report import Page, image_grid, pca_pictures, png_bytes
+from openpae.quickstart_page import quickstart_report
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.storage import read_json, whole_file, write_json
 from openpae.tokenizer import PAE
 from openpae.train.engine import seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
-from openpae.train.journal import read_log
 from openpae.train.refiner import RefinerRun, RefinerTask, train_refiner
 from openpae.train.settings import LoopConfig
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask, train_tokenizer
@@ -44,18 +41,18 @@ SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of a duration such as "90s", "12min" or "2h".
+    """Seconds of a duration such as "200s", "12min" or "2h".
 
     Raises:
-        ValueError: not such a text, or less than a minute.
+        ValueError: not such a text, or less than three minutes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
     if not match:
         raise ValueError(f"budget must be a number and s, min or h (12min, 2h), got {text!r}")
     seconds = float(match[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600}[match[2]]
-    if seconds < 60:
+    if seconds < 180:
         raise ValueError(
-            f"budget must be at least 60s, got {text!r}; the preparation alone takes half of that"
+            f"budget must be at least 3min, got {text!r}; preparing and measuring alone take half of that"
         )
     return seconds
 
@@ -113,7 +110,7 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
 
     with clock.stage("sample and measure"):
         record, samples, labels = _measure(out, tokenizer, judged, budget, seed)
-    return _report(out, clock, tokenizer, judged, record, samples, labels)
+    return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
 
 
 def _same_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -288,131 +285,3 @@ def _measure(
     }
     write_json(out / "evaluation.json", record)
     return record, samples, labels
-
-
-def _report(
-    out: Path,
-    clock: _Clock,
-    tokenizer: PAE,
-    judged: PackedImages,
-    record: dict[str, Any],
-    samples: Tensor,
-    labels: Tensor,
-) -> Path:
-    pairs, generated = record["reconstruction"]["metrics"], record["samples"]["metrics"]
-    page = Page(
-        "openpae quickstart",
-        "A PAE tokenizer and a LightningDiT generator, trained on OpenMoji pictures (64 x 64, nine "
-        "categories) "
-        f"with a frozen, ImageNet-pretrained EfficientNet-Lite0, in {sum(clock.seconds.values()) / 60:.1f} "
-        "minutes.",
-    )
-    page.cards(
-        {
-            "PSNR of held-out emoji": f"{pairs['psnr']['value']:.1f} dB",
-            "LPIPS (VGG)": f"{pairs['lpips']['value']:.3f}",
-            "Frechet distance, reconstructions": f"{pairs['frechet']['value']:.1f}",
-            "Frechet distance, samples": f"{generated['frechet']['value']:.1f}",
-            "real against real": f"{generated['frechet_floor']['value']:.1f}",
-        }
-    )
-    _show_pictures(page, out, tokenizer, judged, samples, labels)
-    page.heading("Training")
-    page.charts(_curves(out / "refiner", "refiner", ("reconstruction", "gram"), ()), "steps of the refiner")
-    terms = ("l1", "lpips", "gan", "ssr", "mcr", "scr")
-    page.charts(_curves(out / "tokenizer", "autoencoder", terms, ("psnr",)), "steps of the tokenizer")
-    page.charts(
-        _curves(out / "generator", "generator", ("mse", "cosine"), ("mse",)), "steps of the generator"
-    )
-    page.heading("All metrics")
-    page.table(
-        ["metric", "value", "standard error", "over"],
-        [*_rows("reconstruction", pairs), *_rows("samples", generated)],
-    )
-    page.text(
-        "Frechet distances are taken in pooled VGG16 relu5_3 features (512-d), against held-out emoji for "
-        "the "
-        "reconstructions and against training pictures for the samples. They do not compare with a "
-        "published FID. "
-        "At such sample counts they are biased upwards: read them beside the distance of real to real "
-        "pictures."
-    )
-    page.heading("Time and settings")
-    page.table(["stage", "seconds"], [(name, f"{value:.0f}") for name, value in clock.seconds.items()])
-    for name in ("refiner", "tokenizer", "generator"):
-        page.fold(f"{name}/config.yaml", (out / name / "config.yaml").read_text(encoding="utf-8"))
-    page.fold("sampler", yaml.safe_dump(configs.to_dict(SAMPLER), sort_keys=False))
-    facts = {key: value for key, value in record["samples"].items() if key not in ("metrics", "kind")}
-    page.fold("what the numbers were measured with", yaml.safe_dump(facts, sort_keys=False))
-    page.text(
-        "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
-    )
-    page.write(out / "report.html")
-    return out / "report.html"
-
-
-def _show_pictures(
-    page: Page, out: Path, tokenizer: PAE, judged: PackedImages, samples: Tensor, labels: Tensor
-) -> None:
-    """Reconstructions, latents and samples; the grids are also kept as PNG files."""
-    chosen = np.linspace(0, len(judged) - 1, 24).round().astype(np.int64)
-    x = judged.shards.gather(chosen).float() / 255
-    with torch.no_grad():
-        z = tokenizer.encode(x)
-        y = tokenizer.decode(z).clamp(0, 1)
-    colours = pca_pictures(z, x.shape[-1])
-    rows = [part for i in range(0, 24, 12) for part in (x[i : i + 12], y[i : i + 12], colours[i : i + 12])]
-    pairs = image_grid(torch.cat(rows), 12)
-    page.heading("Reconstruction of emoji that training never saw")
-    page.picture(
-        pairs, "Rows of three: picture, its reconstruction, its latent (first three principal components)."
-    )
-    direction = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(0))
-    medium, large = _angles(out)
-    with torch.no_grad():
-        moved = [tokenizer.decode(perturb(z[:12], direction, angle)).clamp(0, 1) for angle in (medium, large)]
-    page.heading("Small moves on the sphere change little")
-    page.picture(
-        image_grid(torch.cat([x[:12], y[:12], *moved]), 12),
-        f"Picture x, its decode x_r, and the decodes x_m and x_l of its latent moved by {medium} and {large} "
-        "degrees along one random direction: what MCR compares.",
-    )
-    columns = 12
-    by_class = [samples[labels == k][:columns] for k in range(len(CATEGORIES))]
-    grid = image_grid(torch.cat(by_class), columns)
-    page.heading("Generated")
-    page.picture(grid, f"One row per category: {', '.join(CATEGORIES)}.")
-    for name, picture in (("reconstructions.png", pairs), ("samples.png", grid)):
-        with whole_file(out / name) as partial:
-            partial.write_bytes(png_bytes(picture))
-
-
-def _angles(out: Path) -> tuple[float, float]:
-    """The medium and the large angle that the tokenizer was trained with, in degrees."""
-    return configs.load(TokenizerRun, out / "tokenizer" / "config.yaml").loss.mcr_angles
-
-
-def _curves(
-    run_dir: Path, player: str, terms: tuple[str, ...], judged: tuple[str, ...]
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    lines = read_log(run_dir)
-
-    def points(key: str) -> list[tuple[float, float]]:
-        return [(line["step"], line[key]) for line in lines if key in line]
-
-    curves = {term: {"training": points(f"{player}/{term}")} for term in terms}
-    for term in judged:
-        curves.setdefault(f"{term} of held-out images", {})["held out"] = points(f"eval/{term}")
-    return curves
-
-
-def _rows(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    return [
-        (
-            f"{kind}: {name}",
-            f"{metric['value']:.4g}",
-            "" if metric["stderr"] is None else f"{metric['stderr']:.2g}",
-            f"{metric['n']:,} {metric['over']}",
-        )
-        for name, metric in metrics.items()
-    ]

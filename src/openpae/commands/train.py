@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from openpae.commands.console import (
     Device,
@@ -112,3 +112,66 @@ def cache_latents(
         )
     print(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
     tell_skipped(shards.index["skipped"])
+
+
+def fit_targets(
+    encoder: str,
+    images: Images,
+    out: Out,
+    /,
+    kind: Literal["pca", "random"] = "pca",
+    latent_dim: int = 32,
+    image_size: int = 256,
+    patch_size: int = 16,
+    count: int = 10_000,
+    batch_size: int = 32,
+    seed: int = 0,
+    encoder_source: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Make raw targets of SSR and SCR: PCA or random projection of VFM features, unrefined (Table 2b).
+
+    Args:
+        encoder: the VFM, a row of the encoder table, such as dinov2-l.
+        images: folder of images, or packed images.
+        out: folder for the targets; train-tokenizer takes it as --prior.
+        kind: principal components, or a random subspace, which looks at no image.
+        latent_dim: channels; those of the tokenizer's latent.
+        image_size: side in pixels; that of the tokenizer.
+        patch_size: pixels per token and axis; that of the tokenizer's decoder.
+        count: images to take, evenly spread.
+        batch_size: images per forward pass.
+        seed: of the random subspace.
+        encoder_source: hub name or local folder of the VFM's weights; the row's own by default.
+        device: auto takes a GPU if there is one.
+    """
+    at_least_one(
+        latent_dim=latent_dim,
+        image_size=image_size,
+        patch_size=patch_size,
+        count=count,
+        batch_size=batch_size,
+    )
+    from openpae.data.images import open_images
+    from openpae.encoders import load_encoder
+    from openpae.train import targets
+    from openpae.train.settings import pick_device
+
+    with Progress("VFM features", "img") as progress:
+        targets.fit_targets(
+            load_encoder(encoder, encoder_source),
+            open_images(images),
+            out,
+            kind=kind,
+            latent_dim=latent_dim,
+            image_size=image_size,
+            patch_size=patch_size,
+            count=count,
+            batch_size=batch_size,
+            seed=seed,
+            device=pick_device(device),
+            progress=progress,
+        )
+    print(
+        f"raw targets ({kind}, {latent_dim} channels) in {out}; pass them to train-tokenizer as --prior {out}"
+    )
