@@ -103,6 +103,35 @@ def test_fusions_are_the_formulas_of_their_docstring() -> None:
     torch.testing.assert_close(concat(u, d), concat.norm(concat.proj(torch.cat([u, d], -1))))
 
 
+@torch.no_grad()
+def test_without_fusion_the_latent_is_the_features(tiny_config: PAEConfig) -> None:
+    """RAE: the features, which the VFM's last norm has put on the sphere, and a decoder of them."""
+    model = build_tokenizer(replace(tiny_config, fusion="none", latent_dim=48))
+    images = torch.rand(2, 3, 32, 40)
+    features = model.features(images)
+    z = model.encode(images)
+    assert z.shape == (2, 48, 4, 5)
+    torch.testing.assert_close(z.flatten(2).mT, features, atol=1e-4, rtol=1e-4)
+    expected = model.decoder(features, 4, 5) * model.encoder_input.std + model.encoder_input.mean
+    torch.testing.assert_close(model.decode(z), expected, atol=1e-3, rtol=1e-3)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_dim": 8}, "latent_dim must be 48, got 8"),
+        ({"latent_dim": 48, "width": 32}, "width must be null, got 32"),
+    ],
+)
+def test_without_fusion_no_width_is_chosen(
+    tiny_config: PAEConfig, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_tokenizer(replace(tiny_config, fusion="none", **changes))
+
+
 def test_latents_lie_on_the_sphere_and_are_deterministic(tiny_pae: PAE) -> None:
     images = torch.rand(2, 3, 32, 32)
     z = tiny_pae.train().encode(images)

@@ -67,8 +67,9 @@ class PAEConfig:
     width: int | None = None
     """Width of modulator and projectors; null is the VFM's own, as in the paper. Otherwise one linear layer
     behind the VFM narrows its features (our choice, for sizes that a CPU can train)."""
-    fusion: Literal["modulate", "add", "concat", "finetune"] = "modulate"
-    """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM."""
+    fusion: Literal["modulate", "add", "concat", "finetune", "none"] = "modulate"
+    """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
+    the RAE of arXiv:2510.11690: the features themselves are the latent, and only the decoder is trained."""
     sphere: Literal["token", "sample"] = "token"
     """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole
     sample."""
@@ -84,6 +85,10 @@ class PAEConfig:
         for name in ("latent_dim", "width"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.fusion == "none" and self.width is not None:
+            raise ValueError(
+                f"fusion none keeps the VFM's features as they are, so width must be null, got {self.width}"
+            )
         if self.modulator_layers < 0:
             raise ValueError(f"modulator_layers must be >= 0, got {self.modulator_layers}")
 
@@ -275,7 +280,8 @@ class PAE(nn.Module):
             else from the facts of the table: enough to train on cached features, to decode, to count.
 
     Raises:
-        ValueError: config.encoder names no row of the table and no encoder is given.
+        ValueError: config.encoder names no row of the table and no encoder is given, or fusion none is to
+            make latents of another width than the features.
     """
 
     def __init__(self, config: PAEConfig, encoder: Encoder | None = None) -> None:
@@ -284,14 +290,20 @@ class PAE(nn.Module):
         self.spec: EncoderSpec = encoder_spec(config.encoder) if encoder is None else encoder.spec
         self.encoder = encoder
         dim, heads, grid = config.width or self.spec.dim, self.spec.num_heads, config.grid_size
+        bare = config.fusion == "none"
+        if bare and config.latent_dim != dim:
+            raise ValueError(
+                f"fusion none makes latents of the width of the features, so latent_dim must be {dim}, got "
+                f"{config.latent_dim}"
+            )
         self.narrow = nn.Linear(self.spec.dim, dim) if config.width else nn.Identity()
         self.modulator = (
             DetailModulator(dim, heads, config.modulator_layers, self.spec.stride, grid, config.fusion)
-            if config.fusion != "finetune"
+            if config.fusion != "finetune" and config.fusion != "none"
             else None
         )
-        self.projector = Projector(dim, heads, config.latent_dim)
-        self.deprojector = Deprojector(dim, heads, config.latent_dim)
+        self.projector = None if bare else Projector(dim, heads, config.latent_dim)
+        self.deprojector = None if bare else Deprojector(dim, heads, config.latent_dim)
         self.decoder = PixelDecoder(dim, config.decoder, grid)
         self.encoder_input = EncoderInput(self.spec, config.decoder.patch_size)
 
@@ -300,6 +312,7 @@ class PAE(nn.Module):
         images: Tensor,
         features: Tensor | None = None,
         further: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode, and decode the latents together with others made from them: what a training step needs.
 
@@ -307,12 +320,13 @@ class PAE(nn.Module):
             images: in [0, 1], (B, 3, H, W).
             features: as for `encode`.
             further: makes more latents (any batch sizes) from z; they pass the decoder in one batch with it.
+            noise: what is added to z before it is decoded, (B, C, h, w).
 
         Returns:
             z, (B, C, h, w), and the decodes of z and of the further latents, in order.
         """
         z = self.encode(images, features)
-        latents = [z, *(further(z) if further else [])]
+        latents = [z if noise is None else z + noise, *(further(z) if further else [])]
         decoded = self.decode(torch.cat(latents))
         return z, list(torch.split(decoded, [len(latent) for latent in latents]))
 
@@ -347,11 +361,13 @@ class PAE(nn.Module):
         tokens: Tensor = self.narrow(features.float())  # cached ones come in float16
         if self.modulator is not None:
             tokens = self.modulator(pixels, tokens)
-        return to_sphere(self.projector(tokens, h, w), self.config.sphere)
+        z = to_grid(tokens, h, w) if self.projector is None else self.projector(tokens, h, w)
+        return to_sphere(z, self.config.sphere)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents z (B, C, h, w): around [0, 1], not clamped, float32."""
-        tokens = self.deprojector(z.float())  # cached ones come in bfloat16
+        z = z.float()  # cached ones come in bfloat16
+        tokens = to_tokens(z) if self.deprojector is None else self.deprojector(z)
         normalised: Tensor = self.decoder(tokens, *z.shape[-2:])
         return normalised.float() * self.encoder_input.std + self.encoder_input.mean
 
