@@ -30,6 +30,7 @@ ORDER = [
         "encoders",
         "upsampling",
         "priors",
+        "modulator",
         "tokenizer",
         "dit",
         "ditdh",

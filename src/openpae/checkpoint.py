@@ -5,35 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from openpae import config as configs
 from openpae.dit import LightningDiT
 from openpae.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
-from openpae.encoders import Encoder, load_encoder
-from openpae.folders import CONFIG, model_folder, read_model, write_model
+from openpae.encoders import Encoder
+from openpae.encoders import encoder_fingerprint as encoder_fingerprint
+from openpae.folders import CONFIG, ENCODER, model_folder, read_model, write_model
 from openpae.folders import WEIGHTS as WEIGHTS
 from openpae.folders import checkpoint_path as checkpoint_path
 from openpae.folders import checkpoint_steps as checkpoint_steps
 from openpae.folders import identity_of as identity_of
 from openpae.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
-from openpae.storage import fingerprint
 from openpae.tokenizer import PAE, PAEConfig
 from openpae.weights import load_strict
 
 
-def write_tokenizer(folder: Path, state: Mapping[str, Tensor], config: PAEConfig, encoder_print: str) -> None:
+def write_tokenizer(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: PAEConfig,
+    encoder_print: str,
+    architecture: str | None = None,
+) -> None:
     """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
 
     Args:
         folder: where.
-        state: state dict of a `PAE`; the frozen encoder's weights are left out, they have their own home.
+        state: state dict of a `PAE`; a frozen encoder's weights are left out, they have their own home.
         config: of the tokenizer.
         encoder_print: fingerprint of the encoder, checked when the folder is loaded.
+        architecture: what `encoder_architecture` gives, kept with a finetuned encoder's weights.
     """
-    keep_encoder = config.fusion == "finetune"
-    own = {name: value for name, value in state.items() if keep_encoder or not name.startswith("encoder.")}
+    finetuned = config.fusion == "finetune"
+    own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
     write_model(folder, own, config, encoder_print, "openpae.load_tokenizer")
+    if finetuned and architecture is not None:
+        (folder / ENCODER).write_text(architecture, encoding="utf-8")
 
 
 def write_generator(
@@ -45,7 +54,7 @@ def write_generator(
 
 
 def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False) -> PAE:
-    """A tokenizer in evaluation mode.
+    """As `PAE.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
 
     Args:
         folder: a tokenizer folder, a training checkpoint, or a run folder (its newest checkpoint).
@@ -56,29 +65,11 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
         FileNotFoundError: no such folder, or the encoder's weights can not be had.
         ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
     """
-    path = model_folder(folder)
-    config = configs.load(PAEConfig, path / CONFIG)
-    state, identity = read_model(path)
-    if decode_only and encoder is None:  # a finetuned encoder is among the weights
-        state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
-    if encoder is None and not decode_only:
-        encoder = load_encoder(config.encoder, config.encoder_source, trainable=config.fusion == "finetune")
-    model = PAE(config, encoder)
-    if encoder is not None and config.fusion != "finetune":
-        found = encoder_fingerprint(encoder)
-        if found != identity.made_with:
-            raise ValueError(
-                f"{path} was trained with an encoder of fingerprint {identity.made_with}, but "
-                f"{config.encoder!r} "
-                f"now has {found}; point encoder_source to the weights it was trained with"
-            )
-        state |= {f"encoder.{name}": value for name, value in model.encoder.state_dict().items()}  # type: ignore[union-attr]
-    load_strict(model, state, f"weights in {path}")
-    return model.eval()
+    return PAE.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
 
 
 def load_generator(folder: str | Path) -> Generator:
-    """A generator in evaluation mode, with the statistics of its latents.
+    """As `from_pretrained` of either generator, but of local folders only.
 
     Args:
         folder: a generator folder, a training checkpoint, or a run folder (its newest checkpoint).
@@ -139,16 +130,3 @@ def check_pair(tokenizer: str | Path, generator: str | Path) -> dict[str, str]:
             "decode with the tokenizer that the generator was trained with"
         )
     return {"tokenizer": ours.fingerprint, "generator": theirs.fingerprint}
-
-
-def encoder_fingerprint(encoder: Encoder) -> str:
-    """Fingerprint of a frozen encoder: its weights, and what its spec says of their input and output.
-
-    Raises:
-        TypeError: the encoder is no nn.Module, so it has no weights to name.
-    """
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
-    spec = encoder.spec
-    facts = (spec.stride, spec.num_prefix_tokens, spec.image_mean, spec.image_std)
-    return fingerprint(encoder.state_dict(), repr(facts))

@@ -18,6 +18,8 @@ from openpae.backbones import (
     load_pretrained,
 )
 from openpae.layers import to_grid, to_tokens
+from openpae.storage import fingerprint
+from openpae.weights import load_strict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -300,13 +302,22 @@ def encoder_spec(name: str) -> EncoderSpec:
     return ENCODERS[name]
 
 
-def load_encoder(name: str, source: str | None = None, *, trainable: bool = False) -> FrozenEncoder:
+def load_encoder(
+    name: str,
+    source: str | None = None,
+    *,
+    trainable: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+) -> FrozenEncoder:
     """Build a VFM of the table with its pretrained weights.
 
     Args:
         name: a row of `ENCODERS`.
         source: hub name or local folder to take the weights from, in place of the row's own.
         trainable: let it be finetuned.
+        state: the backbone's weights, where they are at hand: the source (which may then also be a file of
+            what `encoder_architecture` gives) is asked for the architecture alone. Names of the hub's file,
+            of the class or of its earlier versions; the last norm's may be missing.
 
     Raises:
         ValueError: an unknown name, a source for a row that takes none, or weights that do not fit.
@@ -317,18 +328,47 @@ def load_encoder(name: str, source: str | None = None, *, trainable: bool = Fals
         raise ValueError(f"encoder {name!r} takes its weights from a package, so encoder_source must be null")
     backbone: nn.Module
     if spec.family == "transformers":
-        backbone = _pretrained(spec, source or spec.repo)
+        backbone = _pretrained(spec, source or spec.repo, state)
     elif spec.family == "efficientnet-lite0":
-        backbone = EfficientNetTokens()
+        backbone = EfficientNetTokens(pretrained=state is None)
     else:
         backbone = RandomViT(spec.dim, spec.stride, spec.num_heads)
+    if state is not None and spec.family != "transformers":
+        load_strict(backbone, state, f"weights of the encoder {name!r}")
     return FrozenEncoder(spec, backbone, trainable=trainable)
 
 
-def _pretrained(spec: EncoderSpec, source: str) -> nn.Module:
+def encoder_fingerprint(encoder: Encoder) -> str:
+    """Fingerprint of a frozen encoder: its weights, and what its spec says of their input and output.
+
+    The names of the weights do not count: the transformers package has renamed them more than once.
+
+    Raises:
+        TypeError: the encoder is no nn.Module, so it has no weights to name.
+    """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
+    spec = encoder.spec
+    facts = (spec.stride, spec.num_prefix_tokens, spec.image_mean, spec.image_std)
+    return fingerprint({}, repr(facts), *sorted(fingerprint({"": w}) for w in encoder.state_dict().values()))
+
+
+def encoder_architecture(encoder: Encoder | None) -> str | None:
+    """JSON of what the transformers package needs to build an encoder anew; None for the other families."""
+    if not isinstance(encoder, FrozenEncoder) or encoder.spec.family != "transformers":
+        return None
+    config: Any = encoder.backbone.config
+    return str(config.to_json_string(use_diff=False))
+
+
+def _pretrained(spec: EncoderSpec, source: str, state: Mapping[str, Tensor] | None) -> nn.Module:
+    if state is not None and spec.final_norm is not None:  # its scale and shift are dropped below
+        ones = torch.ones(spec.dim)
+        state = {**state, f"{spec.final_norm}.weight": ones, f"{spec.final_norm}.bias": 0 * ones}
     model = load_pretrained(
         spec.model_class,
         source,
+        state=state,
         options=spec.options,
         other_parts=spec.other_parts,
         convert=spec.convert,

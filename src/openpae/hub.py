@@ -121,6 +121,7 @@ def save(
     made_with: str | None,
     precision: Precision,
     leave_out: str | None = None,
+    architecture: str | None = None,
 ) -> None:
     """Write a model folder with a model card.
 
@@ -130,6 +131,7 @@ def save(
         made_with: see `folders.Identity`.
         precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs.
         leave_out: how the names begin that are not saved.
+        architecture: of an encoder whose weights are saved with the others.
 
     Raises:
         ValueError: made_with is not known, or the folder holds something else.
@@ -146,6 +148,8 @@ def save(
         state = {k: v.to(torch.bfloat16) if k in parameters else v for k, v in state.items()}
     with new_model_folder(Path(folder)) as partial:
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
+        if architecture is not None:
+            (partial / ENCODER).write_text(architecture, encoding="utf-8")
         (partial / README).write_text(model_card({"": partial}, str(folder), None), encoding="utf-8")
 
 

@@ -3,17 +3,28 @@ paper)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from openpae.encoders import Encoder, EncoderInput, EncoderSpec, encoder_spec, load_encoder
+from openpae import config as configs
+from openpae import hub
+from openpae.encoders import (
+    Encoder,
+    EncoderInput,
+    EncoderSpec,
+    FrozenEncoder,
+    encoder_architecture,
+    encoder_fingerprint,
+    encoder_spec,
+    load_encoder,
+)
+from openpae.folders import CONFIG, ENCODER, model_folder, read_model
 from openpae.layers import (
-    CrossAttention,
-    Mlp,
     SelfAttention,
     TransformerBlock,
     check_heads,
@@ -25,6 +36,8 @@ from openpae.layers import (
     to_tokens,
     unpatchify,
 )
+from openpae.modulator import DetailModulator
+from openpae.weights import load_strict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,108 +114,6 @@ class PAEConfig:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
         return (self.latent_dim, self.grid_size, self.grid_size)
-
-
-class ModulatorLayer(nn.Module):
-    """One layer of the modulator: self-attention, cross-attention to the VFM, MLP, each pre-norm and
-    residual.
-
-    d <- d + SA(LN d),   d <- d + CA(LN_q d, LN_kv u),   d <- d + MLP(LN d)
-    """
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm_self = nn.LayerNorm(dim)
-        self.self_attn = SelfAttention(dim, num_heads)
-        self.norm_query = nn.LayerNorm(dim)
-        self.norm_context = nn.LayerNorm(dim)
-        self.cross_attn = CrossAttention(dim, num_heads)
-        self.norm_mlp = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, detail: Tensor, features: Tensor) -> Tensor:
-        """detail d and features u: (B, N, D) each. Returns d: (B, N, D)."""
-        detail = detail + self.self_attn(self.norm_self(detail))
-        detail = detail + self.cross_attn(self.norm_query(detail), self.norm_context(features))
-        out: Tensor = detail + self.mlp(self.norm_mlp(detail))
-        return out
-
-
-class DetailFusion(nn.Module):
-    """Let pixel detail d change frozen features u (last step of the DAM; Table 3b compares the three).
-
-    modulate   LN(u (1 + gamma(d)) + beta(d))    starts at LN(u)
-    add        LN(u + W d)                       starts at LN(u)
-    concat     LN(W [u, d])
-    """
-
-    def __init__(self, dim: int, kind: Literal["modulate", "add", "concat"]) -> None:
-        super().__init__()
-        self.kind = kind
-        inputs, outputs = {"modulate": (dim, 2 * dim), "add": (dim, dim), "concat": (2 * dim, dim)}[kind]
-        self.proj = nn.Linear(inputs, outputs)
-        self.norm = nn.LayerNorm(dim)
-
-    def reset_parameters(self) -> None:
-        """Zero where the fusion is a change of u: training starts at the VFM's own features."""
-        if self.kind != "concat":
-            nn.init.zeros_(self.proj.weight)
-            nn.init.zeros_(self.proj.bias)
-
-    def forward(self, features: Tensor, detail: Tensor) -> Tensor:
-        """features u and detail d: (B, N, D) each. Returns (B, N, D)."""
-        if self.kind == "modulate":
-            gamma, beta = self.proj(detail).chunk(2, dim=-1)
-            fused = features * (1 + gamma) + beta
-        elif self.kind == "add":
-            fused = features + self.proj(detail)
-        else:
-            fused = self.proj(torch.cat([features, detail], dim=-1))
-        out: Tensor = self.norm(fused)
-        return out
-
-
-class DetailModulator(nn.Module):
-    """Detail-Aware Modulator (DAM): looks at the pixels again, led by the VFM (Sec. 3.1).
-
-    Args:
-        dim: width D.
-        num_heads: attention heads.
-        num_layers: layers K.
-        stride: pixels per token of the VFM's input.
-        grid_size: side of the token grid that the positions are made for; others are interpolated.
-        fusion: how the detail enters the features.
-    """
-
-    positions: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_layers: int,
-        stride: int,
-        grid_size: int,
-        fusion: Literal["modulate", "add", "concat"],
-    ) -> None:
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, dim, stride, stride=stride)
-        self.register_buffer("positions", sincos_2d(grid_size, grid_size, dim)[None], persistent=False)
-        self.layers = nn.ModuleList(ModulatorLayer(dim, num_heads) for _ in range(num_layers))
-        self.fusion = DetailFusion(dim, fusion)
-        init_vit(self)
-        self.fusion.reset_parameters()
-
-    def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """pixels as the VFM saw them: (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N,
-        D)."""
-        grid = self.patch_embed(pixels)
-        positions: Tensor = resize_positions(self.positions, *grid.shape[-2:])
-        detail = to_tokens(grid) + positions
-        for layer in self.layers:
-            detail = layer(detail, features)
-        out: Tensor = self.fusion(features, detail)
-        return out
 
 
 class Projector(nn.Module):
@@ -284,9 +195,15 @@ class PAE(nn.Module):
             make latents of another width than the features.
     """
 
+    made_with: str | None = None
+    """Fingerprint of its encoder, where it was loaded; else that of the encoder it holds."""
+    keeps_encoder: bool
+    """Whether the encoder's weights are saved with the others: they were finetuned, or came with them."""
+
     def __init__(self, config: PAEConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.config = config
+        self.keeps_encoder = config.fusion == "finetune"
         self.spec: EncoderSpec = encoder_spec(config.encoder) if encoder is None else encoder.spec
         self.encoder = encoder
         dim, heads, grid = config.width or self.spec.dim, self.spec.num_heads, config.grid_size
@@ -375,6 +292,82 @@ class PAE(nn.Module):
         """Images in [0, 1], (B, 3, H, W), encoded, decoded and clamped to [0, 1]."""
         return self.decode(self.encode(images)).clamp(0, 1)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        encoder: Encoder | None = None,
+        *,
+        decode_only: bool = False,
+        revision: str | None = None,
+    ) -> PAE:
+        """A saved tokenizer in evaluation mode.
+
+        Args:
+            name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
+            encoder: your own module, where the tokenizer was trained with one.
+            decode_only: leave the frozen encoder out: quicker, but `encode` then needs features.
+            revision: branch, tag or commit of the hub.
+
+        Raises:
+            FileNotFoundError: no such folder or name, or weights (the encoder's too) that can not be had.
+            ValueError: another kind of model, damaged or unfitting weights, or another encoder than in
+                training.
+        """
+        path = model_folder(hub.find_model(name_or_folder, revision))
+        config = configs.load(PAEConfig, path / CONFIG)
+        state, identity = read_model(path)
+        kept = {name: value for name, value in state.items() if name.startswith("encoder.")}
+        if decode_only and encoder is None:
+            state = {name: value for name, value in state.items() if name not in kept}
+        elif encoder is None:
+            encoder = _saved_encoder(path, config, kept)
+            state = {name: value for name, value in state.items() if name not in kept}
+        model = cls(config, encoder)
+        # What the file does not hold of the encoder is as it was built.
+        built = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
+        load_strict(model, built | state, f"weights in {path}")
+        model.made_with, model.keeps_encoder = identity.made_with, bool(kept)
+        if encoder is not None and config.fusion != "finetune":
+            found = encoder_fingerprint(encoder)
+            if found != identity.made_with:
+                raise ValueError(
+                    f"{path} was trained with an encoder of fingerprint {identity.made_with}, but "
+                    f"{config.encoder!r} now has {found}; point encoder_source to the weights that it was "
+                    "trained with"
+                )
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
+        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
+
+        The frozen encoder's weights are left out, unless they were finetuned or came with the tokenizer's.
+
+        Args:
+            folder: where; replaced if it holds nothing but a saved model.
+            precision: of the parameters in the file.
+
+        Raises:
+            ValueError: the encoder is not known, or the folder holds something else.
+        """
+        made_with = self.made_with
+        if made_with is None and self.encoder is not None:
+            made_with = encoder_fingerprint(self.encoder)
+        if self.keeps_encoder and self.encoder is None:
+            raise ValueError("this tokenizer was loaded without its own encoder; load it whole to save it")
+        hub.save(
+            self,
+            folder,
+            made_with=made_with,
+            precision=precision,
+            leave_out=None if self.keeps_encoder else "encoder.",
+            architecture=encoder_architecture(self.encoder) if self.keeps_encoder else None,
+        )
+
+    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
+        """Save and upload to the hub; see `hub.push`. Returns the address."""
+        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
+
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
@@ -402,3 +395,14 @@ def build_tokenizer(config: PAEConfig) -> PAE:
     """
     trainable = config.fusion == "finetune"
     return PAE(config, load_encoder(config.encoder, config.encoder_source, trainable=trainable))
+
+
+def _saved_encoder(path: Path, config: PAEConfig, kept: Mapping[str, Tensor]) -> FrozenEncoder:
+    """The encoder of a saved tokenizer: of the weights kept with it, or from its own home."""
+    trainable = config.fusion == "finetune"
+    if not kept:
+        return load_encoder(config.encoder, config.encoder_source, trainable=trainable)
+    state = {name.removeprefix("encoder.backbone."): value for name, value in kept.items()}
+    beside = path / ENCODER
+    source = str(beside) if beside.is_file() else config.encoder_source
+    return load_encoder(config.encoder, source, trainable=trainable, state=state)
