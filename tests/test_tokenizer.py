@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from openpae.backbones import drop_norm_affine
 from openpae.encoders import ENCODERS, EncoderSpec, FrozenEncoder, load_encoder
 from openpae.layers import sincos_2d
+from openpae.modulator import DetailFusion, DetailModulator
 from openpae.official import import_tokenizer
 from openpae.tokenizer import (
     PAE,
     DecoderConfig,
     Deprojector,
-    DetailFusion,
-    DetailModulator,
     PAEConfig,
     PixelDecoder,
     Projector,
