@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import kill_points
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shards import Layout, Part, Shards, ShardWriter
+from openpae.storage import read_json, write_json
 
 LATENTS = Layout(
     kind="latents",
@@ -184,9 +188,39 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_are_refused(
     tmp_path: Path, rows: Tensor, labels: list[int], skipped: list[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"shard 0 must hold 4 rows of \(2, 3, 2, 2\)") as caught:
+    with pytest.raises(ValueError, match=r"shard 0 of .* must hold 4 rows of \(2, 3, 2, 2\)") as caught:
         ShardWriter(tmp_path / "s", LATENTS).write(0, rows, labels, skipped)
     assert f"{tuple(rows.shape)}, {len(labels)} labels and {len(skipped)} skipped" in str(caught.value)
+
+
+@settings(max_examples=15)
+@given(cuts=st.lists(st.integers(0, 10), max_size=4))
+def test_it_does_not_matter_how_a_shard_is_cut_into_parts(
+    cuts: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rows, labels, sums and checksums are the same to the bit; the file is the one that np.save writes."""
+    layout, root = replace(LATENTS, per_shard=10), tmp_path_factory.getbasetemp()
+    rows, labels = rows_of(layout), [i % 2 for i in range(10)]
+    borders = [0, *sorted(cuts), 10]
+    for name, ends in (("whole", [0, 10]), ("cut", borders)):
+        shutil.rmtree(root / name, ignore_errors=True)
+        writer = ShardWriter(root / name, layout)
+        parts = [Part(rows=rows[a:b], labels=labels[a:b]) for a, b in itertools.pairwise(ends)]
+        writer.write_parts(0, parts)
+        writer.finish()
+    assert content(root / "cut") == content(root / "whole")
+    buffer = io.BytesIO()
+    np.save(buffer, rows.view(torch.uint16).numpy())
+    assert (root / "whole" / "00000.npy").read_bytes() == buffer.getvalue()
+
+
+def test_parts_that_do_not_make_up_the_shard_leave_nothing_behind(tmp_path: Path) -> None:
+    writer, rows = ShardWriter(tmp_path / "s", LATENTS), rows_of(LATENTS)
+    with pytest.raises(
+        ValueError, match=r"must hold 4 rows .*, got \(2, 2, 3, 2, 2\), 2 labels and 1 skipped"
+    ):
+        writer.write_parts(0, [Part(rows=rows[:2], labels=[0, 1], skipped=["x"])])
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["header.json"]
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("bfloat16", torch.nan), ("float16", 1e6)])
@@ -234,6 +268,76 @@ def test_one_changed_bit_is_found_and_mended_as_the_message_says(tmp_path: Path)
     mended = write(tmp_path / "s")
     mended.verify()
     assert mended.fingerprint() == shards.fingerprint()
+
+
+FILES = ["header.json", "index.json", "00000.json", "labels.npy", "00000.npy"]
+
+
+def verified(folder: Path) -> Shards | str:
+    """The shards if all is as it was written, otherwise what is said."""
+    try:
+        shards = Shards(folder)
+        shards.verify()
+    except ValueError as error:
+        return str(error)
+    return shards
+
+
+@pytest.mark.parametrize("every", [61, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FILES)
+def test_any_flipped_bit_is_found(tmp_path: Path, name: str, every: int) -> None:
+    """In data, labels, statistics and names; all but the few that change nothing, such as a line break."""
+    sound = write(tmp_path / "s")
+    file = tmp_path / "s" / name
+    content, passed = file.read_bytes(), 0
+    for bit in range(0, 8 * len(content), every):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        found = verified(tmp_path / "s")
+        if isinstance(found, str):
+            assert re.search(r"s/[a-z0-9]+\.(npy|json) is damaged", found)
+        else:
+            passed += 1
+            assert found.index == sound.index
+            assert found.fingerprint() == sound.fingerprint()
+            assert name not in ("header.json", "00000.npy")
+    assert passed < 0.01 * 8 * len(content) / every + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("index.json", {"dtype": "float8"}, "do not make up shards"),
+        ("index.json", {"rows": [4, 4]}, "do not make up shards"),
+        ("index.json", {"rows": [4, 4, -1]}, "do not make up shards"),
+        ("index.json", {"shape": ["2"]}, "do not make up shards"),
+        ("index.json", {"attributes": {"classes": 2}}, "do not make up shards"),
+        ("index.json", {"attributes": None, "sha256": 3}, "it has no fitting attributes, sha256"),
+        ("index.json", {"dtype": "float16"}, "00000.npy is damaged: it holds uint16, not float16"),
+        ("index.json", {"rows": [4, 4, 1]}, r"labels.npy is damaged: it holds \(10,\) int64, not 9 int64"),
+        ("index.json", {"attributes": {"classes": ["x"]}}, "labels must be 0 to 0, got 0 to 1"),
+    ],
+)
+def test_an_index_that_was_edited_is_refused_when_opened(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    write(tmp_path / "s")
+    file = tmp_path / "s" / name
+    write_json(file, read_json(file) | changes)
+    with pytest.raises(ValueError, match=message):
+        Shards(tmp_path / "s")
+
+
+def test_labels_without_a_class_are_refused_when_opened(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    for labels, message in (([2] * 10, "labels must be 0 to 1, got 2 to 2"), ([-1] * 10, "got -1 to -1")):
+        np.save(tmp_path / "s" / "labels.npy", np.array(labels))
+        with pytest.raises(ValueError, match=message):
+            Shards(tmp_path / "s")
+    np.save(tmp_path / "s" / "labels.npy", np.array([None] * 10), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"labels.npy is damaged or missing: Object arrays cannot be loaded"):
+        Shards(tmp_path / "s")
 
 
 def test_the_kind_is_checked(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,16 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""A full disk, a quota that is used up, and a file larger than the file system or a limit allows."""
+
+
+class DiskFull(OSError):
+    """There is no room for a file or folder; the message says how much was written and what to free."""
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; when the block ends well it becomes `path`, otherwise `path` stays as it was."""
+    """A path to write to; when the block ends well it becomes `path`, otherwise `path` stays as it was.
+
+    Raises:
+        DiskFull: there is no room for it.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+        with told_if_full(path, partial):
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -34,6 +48,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Between the removal of an old folder and the renaming of the new one lies an instant in which `path` is
     absent; nothing half-written is ever seen there.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
@@ -43,19 +60,81 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
-        for file in partial.rglob("*"):
-            _sync(file)
-        _sync(partial)
-        if path.exists():
-            os.rename(path, old)
-            os.rename(partial, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, path)
-        _sync(path.parent)
+        with told_if_full(path, partial):
+            yield partial
+            for file in partial.rglob("*"):
+                _sync(file)
+            _sync(partial)
+            if path.exists():
+                os.rename(path, old)
+                os.rename(partial, path)
+                shutil.rmtree(old)
+            else:
+                os.rename(partial, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def told_if_full(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn what libraries raise on a full disk into one error that says what to free; leave others alone.
+
+    Args:
+        path: what is being written.
+        partial: the file or folder that takes the bytes until it is whole, and is given up if it fails.
+
+    Raises:
+        DiskFull: a write in the block failed for want of room.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if not _is_full(error, partial):
+            raise
+        written, free = _size(partial or path), shutil.disk_usage(path.parent).free
+        raise DiskFull(
+            f"no room for {path}: the disk, a quota or a limit took {written:,} bytes of it and no more "
+            f"({free:,} bytes are free on that disk); free some, older checkpoints for one, and run the same "
+            "command again: what was complete is as it was"
+        ) from error
+
+
+def _is_full(error: BaseException, partial: Path | None) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        # safetensors gives the number in its text and removes the file.
+        told = re.search(r"\(os error (\d+)\)", str(cause))
+        if getattr(cause, "errno", None) in _FULL or (told and int(told[1]) in _FULL):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    # torch's and NumPy's own writers hide the number.
+    return partial is not None and isinstance(error, OSError | RuntimeError) and _takes_no_more(partial)
+
+
+def _takes_no_more(partial: Path) -> bool:
+    """Whether the file that was written last can not grow."""
+    files = _files(partial)
+    if not files:
+        return False
+    try:
+        with max(files, key=lambda file: file.stat().st_mtime_ns).open("ab") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in _FULL
+    return False
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in (path, *path.rglob("*")) if file.is_file()]
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -72,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of 5,000 digits
         raise ValueError(f"{path} is damaged: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is damaged: it must hold a mapping, got {type(data).__name__}")

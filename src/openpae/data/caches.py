@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openpae.data.images import ImageSource, PackedImages, decode_batch
-from openpae.data.shards import TYPES, Layout, Shards, ShardWriter
+from openpae.data.shards import TYPES, Layout, Part, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
 
@@ -147,13 +147,16 @@ def cache_targets(
         attributes={**features.attributes, "prior": prior_print},
     )
     writer = ShardWriter(folder, layout)
-    for shard in writer.missing():
-        rows = np.arange(layout.span(shard).start, layout.span(shard).stop)
-        parts = []
+
+    def parts(span: range) -> Iterator[Part]:
+        rows = np.arange(span.start, span.stop)
         for part in np.split(rows, range(batch_size, len(rows), batch_size)):
             flat = features.gather(part).to(device).flatten(0, 1)
-            parts.append(prior(flat).to(torch.float16).cpu().view(len(part), *layout.shape))
-        writer.write(shard, torch.cat(parts), features.labels[rows].tolist())
+            targets = prior(flat).to(torch.float16).cpu().view(len(part), *layout.shape)
+            yield Part(rows=targets, labels=features.labels[part].tolist())
+
+    for shard in writer.missing():
+        writer.write_parts(shard, parts(layout.span(shard)))
     return writer.finish()
 
 
@@ -189,27 +192,23 @@ def _fill(
     """Run images (and mirror images) through a network, shard by shard; the next batch is decoded
     meanwhile."""
     layout = writer.layout
+
+    def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
+        starts = range(span.start, span.stop, batch_size)
+        batches = [range(start, min(start + batch_size, span.stop)) for start in starts]
+        pending = pool.submit(decode_batch, source, batches[0], size, skip_broken)
+        for number, batch in enumerate(batches):
+            images, kept, broken = pending.result()
+            if number + 1 < len(batches):
+                pending = pool.submit(decode_batch, source, batches[number + 1], size, skip_broken)
+            rows = _both_ways(function, images.to(device), layout) if kept else torch.empty(0, *layout.shape)
+            yield Part(rows=rows, labels=source.labels[kept].tolist(), skipped=broken)
+            if progress:
+                progress(batch.stop, layout.sources)
+
     with ThreadPoolExecutor(max_workers=1) as pool:
         for shard in writer.missing():
-            span = layout.span(shard)
-            starts = range(span.start, span.stop, batch_size)
-            batches = [range(start, min(start + batch_size, span.stop)) for start in starts]
-            pending = pool.submit(decode_batch, source, batches[0], size, skip_broken)
-            rows: list[Tensor] = []
-            labels: list[int] = []
-            skipped: list[str] = []
-            for number, _ in enumerate(batches):
-                images, kept, broken = pending.result()
-                if number + 1 < len(batches):
-                    pending = pool.submit(decode_batch, source, batches[number + 1], size, skip_broken)
-                skipped += broken
-                labels += source.labels[kept].tolist()
-                if kept:
-                    rows.append(_both_ways(function, images.to(device), layout))
-                if progress:
-                    progress(batches[number].stop, layout.sources)
-            empty = torch.empty(0, *layout.shape)
-            writer.write(shard, torch.cat(rows) if rows else empty, labels, skipped)
+            writer.write_parts(shard, parts(layout.span(shard), pool))
     return writer.finish()
 
 

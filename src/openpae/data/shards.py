@@ -5,15 +5,19 @@ header.json   what the rows are, written first: an interrupted writer goes on on
 00000.json    its labels, checksum, sums and skipped files, written before the .npy
 labels.npy    all labels
 index.json    shards, statistics and attributes, written last: with it the folder is complete
+
+Opening a folder checks what costs nothing: that every shard has its size and type, and every label its class.
+`Shards.verify` (pae info --verify) reads everything and finds any other damage by checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -70,6 +74,18 @@ class Layout:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some rows of a shard, in order."""
+
+    rows: Tensor
+    """(R, *shape), on any device."""
+    labels: Sequence[int]
+    """(R,) class indices."""
+    skipped: Sequence[str] = ()
+    """Source items among these that could not be read."""
+
+
 class ShardWriter:
     """Fill a folder shard by shard; what is there already is kept, so an interrupted writer goes on.
 
@@ -103,42 +119,46 @@ class ShardWriter:
         return [shard for shard in range(self.layout.num_shards) if not self._file(shard).is_file()]
 
     def write(self, shard: int, rows: Tensor, labels: Sequence[int], skipped: Sequence[str] = ()) -> None:
-        """Write one shard, whole or not at all.
+        """Write one shard from rows that are all in memory; otherwise as `write_parts`."""
+        self.write_parts(shard, [Part(rows=rows, labels=labels, skipped=skipped)])
+
+    def write_parts(self, shard: int, parts: Iterable[Part]) -> None:
+        """Write one shard, whole or not at all; of its parts, only one at a time need be in memory.
 
         Args:
             shard: its number.
-            rows: (R, *shape), on any device; R + len(skipped) source items.
-            labels: (R,) class indices.
-            skipped: source items that could not be read.
+            parts: together R rows and as many labels; R and the skipped items make up the layout's span.
 
         Raises:
             ValueError: the counts or shapes do not agree with the layout, or a value is not finite.
+            DiskFull: there is no room for it.
         """
-        expected = len(self.layout.span(shard))
-        if (
-            len(rows) + len(skipped) != expected
-            or len(labels) != len(rows)
-            or rows.shape[1:] != self.layout.shape
-        ):
-            raise ValueError(
-                f"shard {shard} must hold {expected} rows of {self.layout.shape} with as many labels, got "
-                f"{tuple(rows.shape)}, {len(labels)} labels and {len(skipped)} skipped"
-            )
-        rows = rows.to(TYPES[self.layout.dtype]).cpu().contiguous()
-        if not rows.isfinite().all():
-            raise ValueError(
-                f"shard {shard} of {self.folder} would hold values that are not finite in "
-                f"{self.layout.dtype}; the network that made them has diverged"
-            )
-        info: dict[str, Any] = {"rows": len(rows), "labels": list(map(int, labels)), "skipped": list(skipped)}
-        if self.layout.kind == "latents":
-            info |= _channel_sums(rows)
-        bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+        labels: list[int] = []
+        skipped: list[str] = []
+        sums: list[NDArray[np.float64]] = []
         with whole_file(self._file(shard)) as partial:
             with partial.open("wb") as file:
-                np.save(file, bits.numpy())
+                self._write_header(file, 0)
+                for part in parts:
+                    rows = self._checked(shard, part)
+                    labels += map(int, part.labels)
+                    skipped += part.skipped
+                    if self.layout.kind == "latents":
+                        sums.append(_channel_sums(rows))
+                    bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+                    file.write(bits.numpy().data)
+                if len(labels) + len(skipped) != len(self.layout.span(shard)):
+                    raise self._unfit(shard, (len(labels), *self.layout.shape), len(labels), len(skipped))
+                file.seek(0)
+                self._write_header(file, len(labels))  # as long as the first: NumPy leaves room in it
+            info: dict[str, Any] = {"rows": len(labels), "labels": labels, "skipped": skipped}
+            if self.layout.kind == "latents":
+                # Summed row by row, so that it does not matter how the shard was cut into parts.
+                total = np.concatenate(sums).sum(axis=0) if sums else np.zeros((2, self.layout.shape[1]))
+                positions = len(labels) * self.layout.shape[0] * math.prod(self.layout.shape[2:])
+                info |= {"sum": total[0].tolist(), "square": total[1].tolist(), "count": [float(positions)]}
             info["sha256"] = file_hash(partial)
-            write_json(self.folder / f"{shard:05d}.json", info)
+            write_json(self._file(shard).with_suffix(".json"), info)
 
     def finish(self) -> Shards:
         """Write labels and index. Calling it again changes nothing.
@@ -149,7 +169,7 @@ class ShardWriter:
         if missing := self.missing():
             raise ValueError(f"{self.folder} lacks {len(missing)} of {self.layout.num_shards} shards")
         if not (self.folder / "index.json").is_file():
-            infos = [read_json(self.folder / f"{n:05d}.json") for n in range(self.layout.num_shards)]
+            infos = _read_infos(self.folder, self.layout.kind, self.layout.shape, self.layout.num_shards)
             if not any(info["rows"] for info in infos):
                 raise ValueError(
                     f"{self.folder} would hold no rows: all {self.layout.sources} items were skipped"
@@ -157,15 +177,30 @@ class ShardWriter:
             labels = np.array([label for info in infos for label in info["labels"]], dtype=np.int64)
             with whole_file(self.folder / "labels.npy") as partial, partial.open("wb") as file:
                 np.save(file, labels)
-            index: dict[str, Any] = self.layout.as_header() | {
-                "rows": [info["rows"] for info in infos],
-                "sha256": [info["sha256"] for info in infos],
-                "skipped": [name for info in infos for name in info["skipped"]],
-            }
-            if self.layout.kind == "latents":
-                index |= _statistics(infos)
-            write_json(self.folder / "index.json", index)
+            write_json(self.folder / "index.json", _index_of(self.layout.as_header(), infos))
         return Shards(self.folder)
+
+    def _checked(self, shard: int, part: Part) -> Tensor:
+        if part.rows.shape != (len(part.labels), *self.layout.shape):
+            raise self._unfit(shard, tuple(part.rows.shape), len(part.labels), len(part.skipped))
+        rows = part.rows.to(TYPES[self.layout.dtype]).cpu().contiguous()
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"shard {shard} of {self.folder} would hold values that are not finite in "
+                f"{self.layout.dtype}; the network that made them has diverged"
+            )
+        return rows
+
+    def _unfit(self, shard: int, shape: tuple[int, ...], labels: int, skipped: int) -> ValueError:
+        return ValueError(
+            f"shard {shard} of {self.folder} must hold {len(self.layout.span(shard))} rows of "
+            f"{self.layout.shape} with as many labels, got {shape}, {labels} labels and {skipped} skipped"
+        )
+
+    def _write_header(self, file: IO[bytes], rows: int) -> None:
+        descr = np.lib.format.dtype_to_descr(np.dtype(_STORED[self.layout.dtype]))
+        header = {"descr": descr, "fortran_order": False, "shape": (rows, *self.layout.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"
@@ -180,7 +215,7 @@ class Shards:
 
     Raises:
         FileNotFoundError: nothing there, or an interrupted writer's folder.
-        ValueError: it holds something else, or a shard is cut short.
+        ValueError: it holds something else, a shard is cut short or of another type, or a label has no class.
     """
 
     def __init__(self, folder: str | Path, kind: str | None = None) -> None:
@@ -193,13 +228,13 @@ class Shards:
                 else "does not exist"
             )
             raise FileNotFoundError(f"{kind or 'shard'} folder {self.folder} {state}")
-        self.index = read_json(self.folder / "index.json")
+        self.index = _read_index(self.folder / "index.json")
         if kind is not None and self.index["kind"] != kind:
             raise ValueError(f"{self.folder} holds {self.index['kind']}, but {kind} are needed here")
         self.attributes: dict[str, Any] = self.index["attributes"]
         self.shape: tuple[int, ...] = tuple(self.index["shape"])
         self.dtype = TYPES[self.index["dtype"]]
-        self.labels: NDArray[np.int64] = np.load(self.folder / "labels.npy")
+        self.labels = self._open_labels()
         self.ends = np.cumsum(self.index["rows"])
         self._maps = [self._open(number, rows) for number, rows in enumerate(self.index["rows"])]
 
@@ -240,39 +275,107 @@ class Shards:
         return Shards, (self.folder,)
 
     def verify(self) -> None:
-        """Read everything and compare it with the checksums.
+        """Read everything and compare it with the checksums, and what is written twice with itself.
 
         Raises:
-            ValueError: a shard was changed or damaged; the message names it.
+            ValueError: a file was changed or damaged; the message names it.
         """
         for number, expected in enumerate(self.index["sha256"]):
             if file_hash(self.folder / f"{number:05d}.npy") != expected:
-                raise ValueError(
-                    f"{self.folder / f'{number:05d}.npy'} is damaged: its checksum is not that of "
-                    "index.json; "
-                    "delete it together with index.json and run the command that made it again"
-                )
+                raise _damaged(self.folder / f"{number:05d}.npy", "its checksum is not that of index.json")
+        infos = _read_infos(self.folder, self.index["kind"], self.shape, len(self.index["rows"]))
+        if self.labels.tolist() != [label for info in infos for label in info["labels"]]:
+            raise _damaged(
+                self.folder / "labels.npy", "its labels are not those that the shards were written with"
+            )
+        if self.index != _index_of(read_json(self.folder / "header.json"), infos):
+            raise _damaged(
+                self.folder / "index.json", "it does not agree with header.json and the shards' .json"
+            )
 
     def _open(self, number: int, rows: int) -> NDArray[Any]:
         path = self.folder / f"{number:05d}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or missing: {error}") from None
+        array = _load(path, mmap_mode="r")
         if array.shape != (rows, *self.shape):
-            raise ValueError(f"{path} is damaged: it holds {array.shape}, not {(rows, *self.shape)}")
+            raise _damaged(path, f"it holds {array.shape}, not {(rows, *self.shape)}")
+        if array.dtype != _STORED[self.index["dtype"]] or not array.flags.c_contiguous:
+            raise _damaged(path, f"it holds {array.dtype}, not {self.index['dtype']} row by row")
         plain: NDArray[Any] = array.view(np.ndarray)
         return plain  # a plain array: the memmap class costs a microsecond an access
 
+    def _open_labels(self) -> NDArray[np.int64]:
+        path = self.folder / "labels.npy"
+        labels = _load(path)
+        if labels.dtype != np.int64 or labels.shape != (sum(self.index["rows"]),):
+            raise _damaged(
+                path, f"it holds {labels.shape} {labels.dtype}, not {sum(self.index['rows'])} int64"
+            )
+        classes = len(self.attributes["classes"]) if "classes" in self.attributes else None
+        if len(labels) and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
+            allowed = "at least 0" if classes is None else f"0 to {classes - 1}"
+            raise _damaged(path, f"labels must be {allowed}, got {labels.min()} to {labels.max()}")
+        return labels
 
-def _channel_sums(rows: Tensor) -> dict[str, list[float]]:
-    """Sum and sum of squares of (R, flips, C, h, w) per channel, in float64."""
-    x = rows.double().transpose(1, 2)  # (R, C, flips, h, w)
-    return {
-        "sum": x.sum(dim=(0, 2, 3, 4)).tolist(),
-        "square": x.square().sum(dim=(0, 2, 3, 4)).tolist(),
-        "count": [float(x[:, 0].numel())],
+
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except Exception as error:  # the bytes of a damaged header can lead NumPy's reader to any of them
+        raise ValueError(f"{path} is damaged or missing: {error}; {_MEND}") from None
+    return array
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {reason}; {_MEND}")
+
+
+_MEND = "delete it together with index.json and run the command that made it again"
+
+
+def _read_infos(folder: Path, kind: str, shape: Sequence[int], count: int) -> list[dict[str, Any]]:
+    """What the .json of each shard says of it."""
+    sums = {"sum": shape[1], "square": shape[1], "count": 1} if kind == "latents" else {}
+    infos = []
+    for number in range(count):
+        path = folder / f"{number:05d}.json"
+        info = _with_keys(path, rows=int, labels=list, skipped=list, sha256=str, **dict.fromkeys(sums, list))
+        if any(list(map(type, info[name])) != [float] * length for name, length in sums.items()):
+            raise _damaged(path, f"its {', '.join(sums)} are not one number per channel")
+        infos.append(info)
+    return infos
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    kinds = {"kind": str, "dtype": str, "shape": list, "attributes": dict, "rows": list, "sha256": list}
+    index = _with_keys(path, skipped=list, **kinds)
+    whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
+    named = type(index["attributes"].get("classes", [])) is list
+    if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
+        raise _damaged(path, "its types, rows and checksums do not make up shards")
+    return index
+
+
+def _with_keys(path: Path, **kinds: type) -> dict[str, Any]:
+    data = read_json(path)
+    if wrong := [name for name, kind in kinds.items() if type(data.get(name)) is not kind]:
+        raise _damaged(path, f"it has no fitting {', '.join(sorted(wrong))}")
+    return data
+
+
+def _index_of(header: Mapping[str, Any], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    index: dict[str, Any] = {
+        **header,
+        "rows": [info["rows"] for info in infos],
+        "sha256": [info["sha256"] for info in infos],
+        "skipped": [name for info in infos for name in info["skipped"]],
     }
+    return index | _statistics(infos) if header.get("kind") == "latents" else index
+
+
+def _channel_sums(rows: Tensor) -> NDArray[np.float64]:
+    """Sum and sum of squares of each row of (R, flips, C, h, w) per channel, in float64: (R, 2, C)."""
+    x = rows.double()
+    return torch.stack([x.sum(dim=(1, 3, 4)), x.square().sum(dim=(1, 3, 4))], dim=1).numpy()
 
 
 def _statistics(infos: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
