@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from openpae import config as configs
 from openpae.checkpoint import load_generator, load_prior, load_tokenizer
-from openpae.data.images import ImageFolder, read_image
+from openpae.data.images import ImageFolder
 from openpae.data.shards import Shards
 from openpae.ditdh import GENERATORS
 from openpae.folders import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
@@ -55,8 +55,8 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
         "fingerprint": source.fingerprint(),
     }
     if verify:
-        for file in source.files:
-            read_image(file)
+        for index in range(len(source)):
+            source.read(index)
         facts["verified"] = "every file can be decoded"
     return facts
 

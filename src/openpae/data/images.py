@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.listing import image_names
+from openpae.data.shards import Layout, Part, Shards, ShardWriter
 
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+R = TypeVar("R")
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, told by content and not by name. Pillow knows more, but its EPS starts Ghostscript."""
+MAX_ASPECT = 100
+"""Largest ratio of an image's sides: 1 x 60,000 pixels would fill gigabytes once the short side is 256."""
 
 
 class BrokenImage(ValueError):
@@ -52,52 +60,35 @@ class ImageFolder:
         root: the folder. Files are taken in the order of their names.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it.
-        ValueError: images both in the folder and in subfolders, or a class without images.
+        FileNotFoundError, ValueError, PermissionError: as `listing.image_names`.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no image folder at {self.root}")
-        flat = _images_in(self.root)
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = {folder.name: _images_below(folder) for folder in folders}
-        if flat and any(found.values()):
-            raise ValueError(
-                f"{self.root} holds images both directly and in subfolders "
-                f"({next(k for k in found if found[k])}); "
-                "keep one subfolder per class, or all images in one folder"
-            )
-        if not flat and not any(found.values()):
-            raise FileNotFoundError(
-                f"no images in {self.root}; known endings: {' '.join(sorted(EXTENSIONS))}"
-            )
-        if not flat and (empty := [name for name, files in found.items() if not files]):
-            raise ValueError(
-                f"{self.root} has {len(empty)} class folders without images: {', '.join(empty[:5])}"
-            )
-        groups = {"all": flat} if flat else found
+        groups = image_names(self.root)
         self.classes = list(groups)
-        self.files = [file for files in groups.values() for file in files]
-        counts = [len(files) for files in groups.values()]
+        self.names = [name for names in groups.values() for name in names]
+        counts = [len(names) for names in groups.values()]
         self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def name(self, index: int) -> str:
         """Path below the root."""
-        return self.files[index].relative_to(self.root).as_posix()
+        return self.names[index]
 
     def read(self, index: int) -> Image.Image:
         """The image, RGB. Raises BrokenImage if it can not be decoded."""
-        return read_image(self.files[index])
+        return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
         """Over names and sizes of the files: quick, and changes with any replaced file of another size."""
-        lines = (f"{self.name(i)} {file.stat().st_size}\n" for i, file in enumerate(self.files))
-        return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for name in self.names:
+            size = os.stat(os.path.join(self.root, name)).st_size
+            digest.update(os.fsencode(f"{name} {size}\n"))
+        return digest.hexdigest()[:16]
 
 
 class PackedImages:
@@ -171,17 +162,60 @@ def open_images(path: str | Path) -> ImageFolder | PackedImages:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB.
+    """Decode a still image to RGB as viewers show it: upright, transparent parts on white.
+
+    16 bits become 8 by their upper half. The format is told by the content, whatever the name says.
 
     Raises:
-        BrokenImage: it can not be decoded; the message names the file and the reason.
+        BrokenImage: it can not be decoded, or not without a guess: animated, 32-bit pixels of unknown range,
+            sides of more than 100 to 1, or more pixels than Pillow takes for honest (178,956,970). The
+            message names the file and the reason.
+    """
+    return decoded(path, _to_rgb)
+
+
+def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
+    """What a function makes of an image file.
+
+    Raises:
+        BrokenImage: the file can not be decoded, or the function raises; the message names the file.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BrokenImage(f"{path} can not be decoded: {reason}") from None
+        # Opened here, as Pillow leaves a file open that it can not read from.
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            return convert(image)
+    except UnidentifiedImageError:
+        reason = f"no known image format ({' '.join(FORMATS)})"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # the bytes of a damaged file can lead a decoder to any of them
+        reason = str(error) or type(error).__name__
+    raise BrokenImage(f"{path} can not be decoded: {reason}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # A phone's MPO holds further views or a gain map behind the picture that every viewer shows.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError(f"it has {image.n_frames} frames or pages, save one as a still image")  # type: ignore[attr-defined]
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        sides = f"{image.width} x {image.height}"
+        raise ValueError(f"its sides are {sides} pixels, more than {MAX_ASPECT} to 1; crop it")
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        # Pillow would clip all above 255 to white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {image.mode}) of unknown range, save 8 or 16 bits"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that can not be read says nothing of the orientation; the pixels are sound
+        turned = image
+    return turned.convert("RGB")
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
@@ -247,19 +281,31 @@ def pack_images(
                 raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
             return str(error)
 
+    def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
+        for index, result in zip(span, _in_order(pool, read, span), strict=True):
+            if isinstance(result, str):
+                yield Part(rows=torch.empty(0, 3, size, size), labels=[], skipped=[result])
+            else:
+                yield Part(rows=torch.from_numpy(result)[None], labels=[int(source.labels[index])])
+            if progress:
+                progress(index + 1, len(source))
+
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for shard in writer.missing():
-            span = layout.span(shard)
-            results = list(pool.map(read, span))
-            good = [i for i, result in zip(span, results, strict=True) if not isinstance(result, str)]
-            pixels = [result for result in results if not isinstance(result, str)]
-            broken = [result for result in results if isinstance(result, str)]
-            rows = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, size, size)
-            writer.write(shard, rows, source.labels[good].tolist(), broken)
-            if progress:
-                progress(span.stop, len(source))
+            writer.write_parts(shard, parts(layout.span(shard), pool))
     writer.finish()
     return PackedImages(folder)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[int], R], numbers: range, ahead: int = 64
+) -> Iterator[R]:
+    """As pool.map, but never more than `ahead` results wait: a shard of decoded images may not fit memory."""
+    todo = iter(numbers)
+    pending: deque[Future[R]] = deque(pool.submit(function, number) for number in islice(todo, ahead))
+    while pending:
+        yield pending.popleft().result()
+        pending.extend(pool.submit(function, number) for number in islice(todo, 1))
 
 
 def decode_batch(
@@ -293,20 +339,3 @@ def decode_batch(
                 raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
             broken.append(str(error))
     return images[: len(kept)], kept, broken
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
-
-
-def _images_below(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    seen: set[str] = set()
-    for root, folders, _ in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        files += _images_in(Path(root))
-    return sorted(files)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from openpae.data.images import EXTENSIONS, center_crop, read_image, resize_shorter
+from openpae.data.images import center_crop, decoded, read_image, resize_shorter
+from openpae.data.listing import EXTENSIONS
 from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
 from openpae.storage import fingerprint, read_json
 
@@ -114,11 +115,14 @@ def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
 
 
 def _index_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
-    found = {
-        file.relative_to(images).with_suffix(""): file
-        for file in sorted(images.rglob("*"))
-        if file.suffix.lower() in EXTENSIONS and not (images == maps and file.suffix.lower() == ".png")
-    }
+    found: dict[Path, Path] = {}
+    for file in sorted(images.rglob("*")):
+        if file.suffix.lower() in EXTENSIONS and not (images == maps and file.suffix.lower() == ".png"):
+            other = found.setdefault(file.relative_to(images).with_suffix(""), file)
+            if other != file:
+                raise ValueError(
+                    f"{other} and {file.name} would share one label map; rename one, and its map"
+                )
     for file in sorted(maps.rglob("*.png")):
         stem = file.relative_to(maps).with_suffix("")
         if stem not in found:
@@ -131,8 +135,8 @@ def _index_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
 def _panoptic_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
     content = read_json(maps)
     try:
-        names = {entry["id"]: entry["file_name"] for entry in content["images"]}
-        rows = [(names[entry["image_id"]], entry["file_name"]) for entry in content["annotations"]]
+        names = {entry["id"]: Path(entry["file_name"]) for entry in content["images"]}
+        rows = [(names[entry["image_id"]], Path(entry["file_name"])) for entry in content["annotations"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{maps} is no COCO panoptic JSON: it lacks {error}") from None
     for image, label in sorted(rows):
@@ -143,13 +147,16 @@ def _panoptic_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _index_map(file: Path) -> NDArray[np.int32]:
-    with Image.open(file) as image:
-        array = np.asarray(image)
-        if array.ndim != 2:
-            raise ValueError(
-                f"{file} must hold one number per pixel (a grey or palette PNG), got mode {image.mode}; for "
-                "COCO's panoptic maps give the JSON file"
-            )
+    return decoded(file, _indices)
+
+
+def _indices(image: Image.Image) -> NDArray[np.int32]:
+    array = np.asarray(image)
+    if array.ndim != 2 or array.dtype.kind == "f":
+        raise ValueError(
+            "a label map must hold one whole number per pixel (a grey or palette PNG), got mode "
+            f"{image.mode}; for COCO's panoptic maps give the JSON file"
+        )
     return array.astype(np.int32)
 
 
