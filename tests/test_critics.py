@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,6 +96,35 @@ def test_names_of_lpips_and_torchvision_load_the_same(net: Any) -> None:
         packaged[f"net.slice{slice_number}.{key}"] = value
     one, two = lpips_from_state(net, plain).state_dict(), lpips_from_state(net, packaged).state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one.keys() | two.keys())
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_usual_files_load_the_same(net: Any, tmp_path: Path) -> None:
+    """torchvision's file (with its classifier, and in the old format too) beside the package's heads, and the
+    package's whole state dict in one file."""
+    features, heads = torchvision_features(net), random_heads(net)
+    plain = {f"features.{key}": value for key, value in features.state_dict().items()}
+    expected = lpips_from_state(net, plain | heads).state_dict()
+    name = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}[net]
+    for zipped in (False, True):
+        classifier = {"classifier.0.weight": torch.zeros(1)}
+        torch.save(plain | classifier, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        torch.save(heads, tmp_path / f"{net}.pth")
+        found = load_lpips(net, tmp_path).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    save_file(plain | heads, tmp_path / "whole.safetensors")
+    found = load_lpips(net, tmp_path / "whole.safetensors").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    shutil.copy(tmp_path / f"{net}.pth", tmp_path / f"{net}-again.pth")
+    with pytest.raises(ValueError, match=rf"holds weights twice: {net}.pth has lin0.model.1.weight, "):
+        load_lpips(net, tmp_path)
+    (tmp_path / f"{net}-again.pth").unlink()
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"keys missing \(features"):
+        load_lpips(net, tmp_path)
+    (tmp_path / f"{net}.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no file is called {net}\*.pth"):
+        load_lpips(net, tmp_path)
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.assets import fetch
+from openpae.hub import find_folder
+from openpae.weights import read_tensors, some
 
 LPIPSNet = Literal["vgg", "alex"]
 PerceptualNet = Literal["vgg", "alex", "random"]
@@ -169,27 +171,43 @@ class LPIPS(nn.Module):
         return activations
 
 
-def load_lpips(net: LPIPSNet) -> LPIPS:
-    """LPIPS version 0.1 with the published weights, from the asset "lpips" (downloaded once).
+def load_lpips(net: LPIPSNet, weights: str | Path | None = None) -> LPIPS:
+    """LPIPS version 0.1 with the published weights.
+
+    Args:
+        net: "vgg" or "alex".
+        weights: where they are; None takes the asset "lpips" (downloaded once). A file with the state dict of
+            the `lpips` package; or a folder, or a name OWNER/NAME of the hub, with such a file or with those
+            that the package itself is made of: torchvision's (vgg16-*.pth, alexnet-*.pth) and the heads
+            (vgg.pth, alex.pth), under these names.
 
     Raises:
         ValueError: net is neither "vgg" nor "alex", or the weights do not fit.
-        FileNotFoundError: the weights are not in the cache and cannot be downloaded.
+        FileNotFoundError: the weights are not there and cannot be downloaded.
     """
+    if weights is not None:
+        return lpips_from_state(net, _usual_files(net, weights))
     model = LPIPS(net)
     arrays = _read_arrays(fetch("lpips") / {"vgg": "vgg16.ckpt", "alex": "alexnet.ckpt"}[net])
     _load(model, _from_flax(net, arrays))
     return model
 
 
-def load_perceptual(net: PerceptualNet) -> LPIPS:
+def load_perceptual(net: PerceptualNet, weights: str | Path | None = None) -> LPIPS:
     """LPIPS with the published weights, or AlexNet with fixed random ones for trials without a download.
 
+    Args:
+        net: "vgg", "alex" or "random".
+        weights: see `load_lpips`.
+
     Raises:
-        ValueError, FileNotFoundError: see `load_lpips`.
+        ValueError: weights for "random", or see `load_lpips`.
+        FileNotFoundError: see `load_lpips`.
     """
     if net != "random":
-        return load_lpips(net)
+        return load_lpips(net, weights)
+    if weights is not None:
+        raise ValueError(f"the perceptual network 'random' has no weights to load, got {str(weights)!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LPIPS("alex")
@@ -210,6 +228,27 @@ def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:
     model = LPIPS(net)
     _load(model, _from_torch(net, state))
     return model
+
+
+def _usual_files(net: LPIPSNet, where: str | Path) -> dict[str, Tensor]:
+    """What a file holds, or all files of a folder (or of the hub) whose names begin with the net's."""
+    path = Path(where)
+    if path.is_file():
+        return read_tensors(path)
+    suffixes = (".safetensors", ".pth", ".pt")
+    folder = find_folder(where, [f"{net}*{suffix}" for suffix in suffixes])
+    files = sorted(file for file in folder.iterdir() if file.name.startswith(net) and file.suffix in suffixes)
+    if not files:
+        raise FileNotFoundError(
+            f"no weights of LPIPS ({net}) in {folder}: no file is called {net}*.pth, .pt or .safetensors"
+        )
+    state: dict[str, Tensor] = {}
+    for file in files:
+        found = read_tensors(file)
+        if twice := sorted(found.keys() & state.keys()):
+            raise ValueError(f"{folder} holds weights twice: {file.name} has {some(twice)} of another too")
+        state |= found
+    return state
 
 
 def _to_unit_length(x: Tensor) -> Tensor:
@@ -273,14 +312,10 @@ def _renamed(state: Mapping[str, Any], names: dict[str, str]) -> dict[str, str]:
     missing, unknown = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
     if missing or unknown:
         raise ValueError(
-            f"these are no LPIPS weights of this network: {len(missing)} keys missing ({_some(missing)}), "
-            f"{len(unknown)} unexpected ({_some(unknown)})"
+            f"these are no LPIPS weights of this network: {len(missing)} keys missing "
+            f"({some(missing) or 'none'}), {len(unknown)} unexpected ({some(unknown) or 'none'})"
         )
     return names
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join([*keys[:3], "..."] if len(keys) > 3 else keys) or "none"
 
 
 def _load(model: LPIPS, state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -71,6 +71,19 @@ def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
         FileNotFoundError: neither a folder nor a name, or the hub does not have it or can not be reached.
         ValueError: a revision of a folder.
     """
+    places = ("", *(f"{part}/" for part in PARTS))
+    wanted = [f"{place}{file}" for place in places for file in (*_FILES, README)]
+    return find_folder(name_or_folder, wanted, revision)
+
+
+def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str | None = None) -> Path:
+    """As `find_model`, for other files of the hub.
+
+    Args:
+        name_or_folder: a folder, or a name OWNER/NAME of the hub.
+        wanted: patterns of the names of the files that are downloaded.
+        revision: branch, tag or commit of the hub; a folder has none.
+    """
     folder = Path(name_or_folder)
     if folder.is_dir():
         if revision is not None:
@@ -81,10 +94,8 @@ def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"no folder at {name}, and it is no name of the hub (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
-    places = ("", *(f"{part}/" for part in PARTS))
-    wanted = [f"{place}{file}" for place in places for file in (*_FILES, README)]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no folder at {name}, and the hub did not give it ({_one_line(error)}); name a folder, or on a "

@@ -45,6 +45,7 @@ def run_profile(
     scenes: int = 0,
     size: int | None = None,
     lpips: Literal["vgg", "alex", "random"] = "vgg",
+    lpips_weights: str | Path | None = None,
     extractor: ExtractorName | Literal["none"] = "vgg16",
     config: MeasureConfig | None = None,
     device: torch.device | str = "cpu",
@@ -63,6 +64,7 @@ def run_profile(
         scenes: take so many rendered OpenMoji scenes with exact label maps instead.
         size: side in pixels to which all images are brought; None takes the first tokenizer's own.
         lpips: network of LPIPS.
+        lpips_weights: where its weights are; see `critics.load_lpips`.
         extractor: features of the Frechet distances; "none" leaves them out.
         config: settings of the metrics.
         device: where to compute.
@@ -89,7 +91,7 @@ def run_profile(
         )
     elif scenes:
         segmented = render_segmented(scenes, size=size, seed=config.seed)
-    judge = load_perceptual(lpips).to(device)
+    judge = load_perceptual(lpips, lpips_weights).to(device)
     real = None if extractor == "none" else features_of(source, size, load_extractor(extractor), config)
     share = work_of(source, segmented, config)
     found = [

@@ -21,6 +21,7 @@ def evaluate(
     extractor: Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"] = "vgg16",
     extractor_weights: Path | None = None,
     lpips: Literal["vgg", "alex", "random"] = "vgg",
+    lpips_weights: str | None = None,
     count: int | None = None,
     batch_size: int = 32,
     out: Path | None = None,
@@ -37,6 +38,8 @@ def evaluate(
             is that of published FIDs.
         extractor_weights: inception: its weights file; dinov2: a local folder in place of the hub's.
         lpips: network of LPIPS.
+        lpips_weights: its weights, where the package registry can not be reached: a file or folder of the usual
+            ones (the lpips package's, torchvision's), or a name of the hub.
         count: real images to take for the reconstructions, from the first on; all by default.
         batch_size: images per forward pass.
         out: where the record (JSON) goes; by default evaluation.json beside what is judged.
@@ -62,7 +65,7 @@ def evaluate(
         features = features.to(where)
     if tokenizer is not None:
         model = checkpoint.load_tokenizer(tokenizer).to(where)
-        distance = load_perceptual(lpips).to(where)
+        distance = load_perceptual(lpips, lpips_weights).to(where)
         record = records.evaluate_reconstruction(
             model, source, extractor=features, lpips=distance, count=count, batch_size=batch_size
         )
@@ -104,6 +107,7 @@ def profile(
     count: int = 5000,
     lpc_count: int = 200,
     lpips: Literal["vgg", "alex", "random"] = "vgg",
+    lpips_weights: str | None = None,
     extractor: Literal["vgg16", "efficientnet-lite0", "dinov2", "random", "none"] = "vgg16",
     batch_size: int = 32,
     seed: int = 0,
@@ -127,6 +131,7 @@ def profile(
         count: images to take, evenly spread.
         lpc_count: of these, images for LPC: each is decoded nine times.
         lpips: network of LPIPS.
+        lpips_weights: its weights, as for pae evaluate.
         extractor: features of the Frechet distances; none leaves them out.
         batch_size: images per forward pass; lower it if memory runs out.
         seed: of directions, classes, clusters and scenes.
@@ -148,6 +153,7 @@ def profile(
             scenes=scenes,
             size=size,
             lpips=lpips,
+            lpips_weights=lpips_weights,
             extractor=extractor,
             config=MeasureConfig(count=count, lpc_count=lpc_count, batch_size=batch_size, seed=seed),
             device=pick_device(device),
