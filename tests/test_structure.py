@@ -37,7 +37,7 @@ ORDER = [
         "flow",
         "losses",
     ),
-    *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train", "report"),
+    *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train", "report", "pipeline"),
     *(
         "profile_page",
         "profile",

@@ -4,6 +4,7 @@ from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.encoders import ENCODERS, Encoder, EncoderSpec, FrozenEncoder, load_encoder
 from openpae.official import import_generator, import_tokenizer
+from openpae.pipeline import Pipeline
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images, sample_latents
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "LightningDiT",
     "LightningDiTConfig",
     "PAEConfig",
+    "Pipeline",
     "SamplerConfig",
     "balanced_labels",
     "build_tokenizer",
