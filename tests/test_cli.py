@@ -294,18 +294,6 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "usage: pae" in capsys.readouterr().out
 
 
-def test_bench_loader_prints_a_rate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from openpae import bench
-
-    monkeypatch.setattr(bench.bench_loader, "__kwdefaults__", {
-        "rows": 64, "shape": (4, 2, 2), "batch_size": 32, "seconds": 0.05,
-    })  # fmt: skip
-    run("bench", "loader")
-    assert json.loads(capsys.readouterr().out)["latents_per_second"] > 0
-
-
 def test_a_tokenizer_without_its_encoder_still_decodes(line: Path) -> None:
     tokenizer = load_tokenizer(line / "tokenizer", decode_only=True)
     with torch.no_grad():

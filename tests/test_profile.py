@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.bench import bench_metrics
 from openpae.checkpoint import load_tokenizer
 from openpae.critics import LPIPS
 from openpae.data.images import ImageFolder
@@ -250,13 +249,3 @@ def test_radar_puts_the_best_on_the_rim() -> None:
     axes = radar_scores([measured(ssc=0.2, lpc=0.5, psnr=30), measured(ssc=0.4, lpc=0.2), measured(lpc=1.4)])
     assert axes == {"SSC": [0.5, 1.0, None], "1 - LPC": [pytest.approx(0.625), 1.0, 0.0]}
     assert radar_scores([measured(gsq=0.0)]) == {"GSQ": [0.0]}  # nothing to divide by
-
-
-def test_bench_of_the_frechet_distance_measures_itself() -> None:
-    result = bench_metrics(samples=60, features=8, block=25)
-    assert result.keys() == {
-        "statistics_seconds", "distance_seconds", "peak_gib",
-        "torch_fidelity_seconds", "torch_fidelity_peak_gib", "relative_difference",
-    }  # fmt: skip
-    assert result["peak_gib"] is not None
-    assert 0 < result["peak_gib"] < 64

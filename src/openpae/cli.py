@@ -9,8 +9,9 @@ from pathlib import Path
 import tyro
 
 from openpae import __version__
+from openpae.commands.bench import bench
 from openpae.commands.data import info, pack
-from openpae.commands.measure import bench, evaluate, profile
+from openpae.commands.measure import evaluate, profile
 from openpae.commands.sample import reconstruct, sample
 from openpae.commands.train import cache_latents, train_generator, train_refiner, train_tokenizer
 

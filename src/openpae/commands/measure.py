@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -166,26 +164,3 @@ def profile(
         for name, reason in one.undefined.items():
             print(f"  {name} not defined: {reason}")
     print(f"open {out / 'profile.html'} in a browser")
-
-
-def bench(what: Literal["loader", "metrics", "tokenizer"], /, out: Path | None = None) -> None:
-    """Measure how fast a part is on this machine.
-
-    Args:
-        what: loader: latents per second and core from a warm cache; metrics: the Frechet distance of 50,000
-            images, beside torch-fidelity's if that is installed; tokenizer: a step of the quickstart's full
-            objective beside one of L1 + LPIPS.
-        out: also write the result (JSON) here.
-    """
-    from openpae.bench import bench_loader, bench_metrics, bench_tokenizer
-    from openpae.storage import write_json
-
-    benches: dict[str, Callable[[], dict[str, Any]]] = {
-        "loader": bench_loader,
-        "metrics": bench_metrics,
-        "tokenizer": bench_tokenizer,
-    }
-    result = benches[what]()
-    print(json.dumps(result, indent=1))
-    if out is not None:
-        write_json(out, result)

@@ -1,0 +1,169 @@
+"""How fast data are read and caches are written; and the random data that benches work on."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from openpae import config as configs
+from openpae.bench.record import Found
+from openpae.data.caches import cache_features, cache_latents
+from openpae.data.images import PackedImages
+from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.training import TrainingLatents
+from openpae.tokenizer import build_tokenizer
+from openpae.train.engine import autocast
+from openpae.train.settings import pick_device
+from openpae.train.tokenizer import TokenizerRun
+
+
+def bench_loader(
+    *,
+    rows: int = 8192,
+    shape: tuple[int, int, int] = (32, 16, 16),
+    batch_size: int = 1024,
+    seconds: float = 5.0,
+) -> Found:
+    """Latents per second that one core reads from a warm cache in training order, mirrored or not by chance.
+
+    Args:
+        rows: images in the cache; their latents and mirror images are random numbers.
+        shape: (C, h, w) in bfloat16.
+        batch_size: latents per batch.
+        seconds: how long to measure, after one warm pass.
+
+    Returns:
+        latents_per_second, gigabytes_per_second.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            latents = TrainingLatents(random_latents(Path(folder) / "latents", rows, shape), seed=0)
+            batches = (
+                latents.__getitems__(list(range(start, start + batch_size)))
+                for start in itertools.count(0, batch_size)
+            )
+            for _ in range(-(-2 * rows // batch_size)):
+                next(batches)
+            seen, start = 0, time.perf_counter()
+            while (passed := time.perf_counter() - start) < seconds:
+                seen += len(next(batches).latents)
+    finally:
+        torch.set_num_threads(threads)
+    rate = seen / passed
+    return Found(
+        figures={"latents_per_second": rate, "gigabytes_per_second": rate * 2 * float(np.prod(shape)) / 1e9},
+        settings={"rows": rows, "shape": list(shape), "batch_size": batch_size, "threads": 1},
+    )
+
+
+def bench_cache(
+    *,
+    preset: str = "tokenizer/quickstart",
+    images: int = 256,
+    batch_size: int = 64,
+    precision: str = "bf16",
+) -> Found:
+    """Images per second into the caches of latents and of features, from packed images to synced shards.
+
+    Images are noise and the tokenizer is new: neither changes what they cost.
+
+    Args:
+        preset: whose tokenizer.
+        images: how many; every one is encoded twice, with its mirror image.
+        batch_size: per forward pass.
+        precision: of the latents' pass, as in the command; features are computed in float32, as in training.
+
+    Returns:
+        latents_images_per_second, features_images_per_second.
+    """
+    device = pick_device("auto")
+    config = configs.load(TokenizerRun, preset).model
+    model = build_tokenizer(config).eval().to(device)
+    size, grid = config.image_size, config.grid_size
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        with autocast(device, precision):
+            return model.encode(x)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_images(folder / "images", images, size)
+        source = PackedImages(folder / "images")
+        with torch.no_grad():  # once, to warm up
+            encode(torch.rand(batch_size, 3, size, size, device=device))
+            model.features(torch.rand(batch_size, 3, size, size, device=device))
+        start = time.perf_counter()
+        cache_latents(
+            encode,
+            source,
+            folder / "latents",
+            image_size=size,
+            latent_shape=config.latent_shape,
+            tokenizer_print="bench",
+            precision=precision,
+            batch_size=batch_size,
+            device=device,
+        )
+        between = time.perf_counter()
+        cache_features(
+            model.features,
+            source,
+            folder / "features",
+            image_size=size,
+            shape=(grid * grid, model.spec.dim),
+            encoder_print="bench",
+            flips=True,
+            batch_size=batch_size,
+            device=device,
+        )
+        end = time.perf_counter()
+    return Found(
+        figures={
+            "latents_images_per_second": images / (between - start),
+            "features_images_per_second": images / (end - between),
+        },
+        settings={"preset": preset, "images": images, "batch_size": batch_size, "precision": precision},
+        device=device,
+    )
+
+
+def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, classes: int = 1) -> Shards:
+    """A cache of random latents and mirror images, (2, C, h, w) a row, with labels taken in turn."""
+    layout = Layout(
+        kind="latents",
+        dtype="bfloat16",
+        shape=(2, *shape),
+        sources=rows,
+        per_shard=1024,
+        attributes={"tokenizer": "random"},
+    )
+    writer = ShardWriter(folder, layout)
+    generator = torch.Generator().manual_seed(0)
+    for shard in writer.missing():
+        span = layout.span(shard)
+        labels = [row % classes for row in span]
+        writer.write(shard, torch.randn(len(span), 2, *shape, generator=generator), labels)
+    return writer.finish()
+
+
+def random_images(folder: Path, count: int, size: int) -> None:
+    """Packed images of noise, uint8."""
+    layout = Layout(
+        kind="images",
+        dtype="uint8",
+        shape=(3, size, size),
+        sources=count,
+        per_shard=count,
+        attributes={"classes": ["noise"], "source": "random"},
+    )
+    writer = ShardWriter(folder, layout)
+    generator = torch.Generator().manual_seed(0)
+    writer.write(0, torch.randint(0, 256, (count, 3, size, size), generator=generator), [0] * count)
+    writer.finish()

@@ -1,0 +1,205 @@
+"""What the generators cost: parameters, operations, memory, and how fast they train and sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from openpae.bench.data import random_latents
+from openpae.bench.record import Found, device_name, peak_gib
+from openpae.dit import SIZES, LightningDiTConfig
+from openpae.ditdh import DiTDHConfig, Generator, GeneratorConfig, build_generator
+from openpae.sampling import SamplerConfig, evaluations, initial_noise, sample_latents
+from openpae.train.engine import autocast, seconds_per_step
+from openpae.train.generator import GeneratorRun, GeneratorTask
+from openpae.train.settings import LoopConfig, OptimConfig, pick_device
+
+Size = Literal["s", "b", "l", "xl", "1p0b", "1p6b"]
+
+PEAKS = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800 PCIe", 756e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("RTX 4090", 165e12),
+)
+"""Dense bfloat16 operations per second, by a part of the device's name; the first match counts. From NVIDIA's
+data sheets, most of which give them with sparsity, that is doubled; RTX 4090: from the Ada whitepaper."""
+
+
+def bench_generator(
+    *,
+    sizes: Sequence[Size] | None = None,
+    patch_size: int = 1,
+    batch_size: int | None = None,
+    steps: int = 8,
+    sample_steps: int = 45,
+    precision: Literal["fp32", "bf16"] = "bf16",
+    compile: bool = False,
+    checkpoint_blocks: int = 0,
+) -> Found:
+    """Count every named size of LightningDiT, and measure those that are asked for.
+
+    Args:
+        sizes: what to measure; None measures all of them on a GPU and none on a CPU, where most would take
+            hours. All are counted.
+        patch_size: 1 or 2.
+        batch_size: images per step; None takes 256 on a GPU, halved until it fits, and 2 on a CPU.
+        steps: timed training steps; the median counts.
+        sample_steps: Euler steps of the timed samples, guided from t = 0.25 on; they are not decoded.
+        precision: as loop.precision.
+        compile: as loop.compile.
+        checkpoint_blocks: as in the run's config.
+
+    Returns:
+        For every size parameters, and forward_flops and train_flops of an image. For those measured also
+        batch_size, train_images_per_second, model_flops_utilisation (None where the device's peak is not
+        known), peak_memory_gib of training (on a CPU that of the process so far, so from the smallest size
+        up) and sample_images_per_second; None for the others.
+    """
+    device = pick_device("auto")
+    chosen = sizes if sizes is not None else (tuple(SIZES) if device.type == "cuda" else ())
+    batches = [batch_size] if batch_size else [256, 128, 64, 32, 16, 8] if device.type == "cuda" else [2]
+    sampler = SamplerConfig(steps=sample_steps)
+    figures: dict[str, dict[str, float | None]] = {}
+    for size in SIZES:
+        config = LightningDiTConfig.of_size(size, patch_size=patch_size)
+        figures[size] = {**count(config), **dict.fromkeys(_MEASURED)}
+        if size in chosen:
+            loop = LoopConfig(
+                steps=steps + 2, global_batch_size=batches[0], precision=precision, compile=compile
+            )
+            run = GeneratorRun(
+                model=config,
+                checkpoint_blocks=checkpoint_blocks,
+                latents=Path(),
+                optim=OptimConfig(lr=1e-4),
+                loop=loop,
+            )
+            figures[size] |= _first_that_fits(run, batches, steps, sampler)
+            figures[size]["model_flops_utilisation"] = utilisation(figures[size], device, precision)
+    settings = {
+        "patch_size": patch_size,
+        "precision": precision,
+        "compile": compile,
+        "checkpoint_blocks": checkpoint_blocks,
+        "sample_steps": sample_steps,
+        "sample_evaluations": evaluations(sampler),
+    }
+    return Found(figures=figures, settings=settings, device=device)
+
+
+_MEASURED = (
+    *("batch_size", "train_images_per_second", "model_flops_utilisation"),
+    *("peak_memory_gib", "sample_images_per_second"),
+)
+
+
+def count(config: GeneratorConfig) -> dict[str, float | None]:
+    """Parameters, and operations per image of a forward pass and of a training step.
+
+    A multiplication and an addition are two operations; those of norms, activations and the like are left
+    out, as usual. The backward pass has twice those of the forward pass; what checkpointed blocks compute
+    again does not count, so that the utilisation is that of work that is needed.
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_generator(config).parameters())
+    forward = forward_flops(config)
+    return {"parameters": parameters, "forward_flops": forward, "train_flops": 3 * forward}
+
+
+def forward_flops(config: GeneratorConfig) -> int:
+    """Operations of a forward pass of one image, layer by layer: 2 n a b for n tokens from width a to b."""
+    tokens = (config.grid_size // config.patch_size) ** 2
+    dim, channels = config.hidden_dim, config.latent_dim * config.patch_size**2
+    if not isinstance(config, DiTDHConfig):
+        ends = 2 * tokens * channels * dim + 2 * (256 * dim + dim * dim)
+        final = 2 * dim * 2 * dim + 2 * tokens * dim * channels
+        return ends + config.num_layers * _block_flops(dim, tokens, conditions=1) + final
+    wide, head = config.head.hidden_dim, config.head
+    ends = 2 * tokens * channels * (dim + wide) + 2 * (512 * dim + dim * dim) + 2 * tokens * dim * wide
+    blocks = config.num_layers * _block_flops(dim, tokens, conditions=1)
+    blocks += head.num_layers * _block_flops(wide, tokens, conditions=tokens)
+    return ends + blocks + 2 * tokens * wide * 2 * wide + 2 * tokens * wide * channels
+
+
+def _block_flops(dim: int, tokens: int, *, conditions: int) -> int:
+    hidden = int(2 / 3 * 4 * dim)
+    attention = 2 * tokens * dim * 3 * dim + 2 * 2 * tokens * tokens * dim + 2 * tokens * dim * dim
+    mlp = 2 * tokens * dim * 2 * hidden + 2 * tokens * hidden * dim
+    return attention + mlp + 2 * conditions * dim * 6 * dim
+
+
+def utilisation(figures: Mapping[str, float | None], device: torch.device, precision: str) -> float | None:
+    """Which part of a device's operations per second training needs; None where they are not known."""
+    peak = device_peak(device_name(device)) if precision == "bf16" else None
+    rate, work = figures["train_images_per_second"], figures["train_flops"]
+    return None if peak is None or rate is None or work is None else rate * work / peak
+
+
+def device_peak(name: str) -> float | None:
+    """Dense bfloat16 operations per second of a device of this name; None where the table has none."""
+    return next((peak for part, peak in PEAKS if re.search(rf"\b{part}\b", name)), None)
+
+
+def _first_that_fits(
+    run: GeneratorRun, batches: Sequence[int], steps: int, sampler: SamplerConfig
+) -> dict[str, float]:
+    for number, batch in enumerate(batches):
+        try:
+            sized = dataclasses.replace(run, loop=dataclasses.replace(run.loop, global_batch_size=batch))
+            return _measured(sized, steps, sampler)
+        except torch.cuda.OutOfMemoryError:
+            if number + 1 == len(batches):
+                raise
+            torch.cuda.empty_cache()
+    raise AssertionError("unreachable: the last batch size returns or raises")
+
+
+def _measured(run: GeneratorRun, steps: int, sampler: SamplerConfig) -> dict[str, float]:
+    batch = run.loop.global_batch_size
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "latents"
+        random_latents(folder, 2 * batch, run.model.latent_shape, classes=run.model.num_classes)
+        task = GeneratorTask(dataclasses.replace(run, latents=folder))
+        if task.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_per_step(task, run.optim, run.loop, steps=steps)
+        peak = peak_gib(task.device)
+    del task.optimizers  # their memory is not needed to sample
+    return {
+        "batch_size": batch,
+        "train_images_per_second": batch / seconds,
+        "peak_memory_gib": peak,
+        "sample_images_per_second": batch / _sample_seconds(task.model, batch, sampler, run.loop.precision),
+    }
+
+
+def _sample_seconds(model: Generator, batch: int, sampler: SamplerConfig, precision: str) -> float:
+    """Time of a batch of latents, after a step to warm up."""
+    device = model.latent_mean.device
+    labels = torch.arange(batch, device=device) % model.config.num_classes
+    noise = initial_noise(0, range(batch), model.config.latent_shape).to(device)
+    model.eval()
+    start = 0.0
+    for config in (dataclasses.replace(sampler, steps=1), sampler):
+        start = time.perf_counter()
+        with autocast(device, precision):
+            sample_latents(model, labels, noise, config)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start

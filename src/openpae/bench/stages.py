@@ -1,0 +1,113 @@
+"""How long a training step of the refiner and of the tokenizer takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpae import config as configs
+from openpae.bench.data import random_images
+from openpae.bench.record import Found
+from openpae.checkpoint import encoder_fingerprint, write_prior
+from openpae.encoders import load_encoder
+from openpae.priors import Refiner
+from openpae.storage import whole_folder
+from openpae.train.engine import seconds_per_step
+from openpae.train.refiner import RefinerRun, RefinerTask
+from openpae.train.tokenizer import TokenizerRun, TokenizerTask
+from openpae.upsampling import reference_features
+
+
+def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Found:
+    """Seconds per step of a refiner, and how much of it is H_ref; images are noise.
+
+    Args:
+        preset: whose sizes, upsampler and batch size.
+        steps: timed steps; the median counts.
+
+    Returns:
+        step_seconds, images_per_second, reference_seconds (of one batch).
+    """
+    run = configs.load(RefinerRun, preset)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_images(folder / "images", 4 * run.loop.global_batch_size, run.image_size)
+        cache = None if run.data.feature_cache is None else folder / "features"
+        data = dataclasses.replace(run.data, images=folder / "images", evaluation=None, feature_cache=cache)
+        task = RefinerTask(dataclasses.replace(run, data=data))
+        seconds = seconds_per_step(task, run.optim, run.loop, steps=steps)
+        reference = _reference_seconds(task, steps)
+    batch = run.loop.global_batch_size
+    return Found(
+        figures={
+            "step_seconds": seconds,
+            "images_per_second": batch / seconds,
+            "reference_seconds": reference,
+        },
+        settings={"preset": preset, "steps": steps, "batch_size": batch},
+        device=task.device,
+    )
+
+
+@torch.no_grad()
+def _reference_seconds(task: RefinerTask, steps: int) -> float:
+    """Median time of H_ref of one global batch."""
+    run, side = task.run, task.run.model.grid_size
+    images = torch.rand(run.loop.global_batch_size, 3, run.image_size, run.image_size, device=task.device)
+    features = task.features(images)
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        reference_features(features, images, side, side, task.upsampler, run.low_pass)
+        if task.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[steps // 2]
+
+
+def bench_tokenizer(*, preset: str = "tokenizer/quickstart", steps: int = 15) -> Found:
+    """Seconds per step of a tokenizer: L1 + LPIPS alone against the full objective.
+
+    Images are noise, the refiner is new: neither changes what a step costs. Features and targets are cached
+    where the preset caches them; the discriminator takes part from the first step.
+
+    Args:
+        preset: whose sizes and batch size; its weights of 0 stay 0.
+        steps: timed steps of each; the median counts.
+
+    Returns:
+        baseline_seconds, full_seconds, ratio, images_per_second (of the full objective).
+    """
+    run = configs.load(TokenizerRun, preset)
+    off: dict[str, Any] = {"gan": 0.0, "ssr": 0.0, "mcr": 0.0, "scr": 0.0}
+    full: dict[str, Any] = {"discriminator_start": 0.0, "gan_start": 0.0}
+    encoder = load_encoder(run.model.encoder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_images(folder / "images", 4 * run.loop.global_batch_size, run.model.image_size)
+        refiner = configs.load(RefinerRun, preset.replace("tokenizer/", "refiner/")).model
+        with whole_folder(folder / "refiner") as partial:
+            write_prior(partial, Refiner(refiner).state_dict(), refiner, encoder_fingerprint(encoder))
+        cache = None if run.data.feature_cache is None else folder / "features"
+        data = dataclasses.replace(run.data, images=folder / "images", evaluation=None, feature_cache=cache)
+        seconds = []
+        for weights, prior in ((off, None), (full, folder / "refiner")):
+            loss = dataclasses.replace(run.loss, **weights)
+            variant = dataclasses.replace(run, prior=prior, data=data, loss=loss)
+            task = TokenizerTask(variant, encoder)
+            seconds.append(seconds_per_step(task, run.optim, run.loop, steps=steps))
+    return Found(
+        figures={
+            "baseline_seconds": seconds[0],
+            "full_seconds": seconds[1],
+            "ratio": seconds[1] / seconds[0],
+            "images_per_second": run.loop.global_batch_size / seconds[1],
+        },
+        settings={"preset": preset, "steps": steps, "batch_size": run.loop.global_batch_size},
+        device=task.device,
+    )
