@@ -148,8 +148,8 @@ class Pipeline:
                 generator then names.
 
         Raises:
-            ValueError: the folder holds something else, or the tokenizer was loaded without an encoder that is
-                saved with it.
+            ValueError: the folder holds something else, or the tokenizer was loaded without an encoder that
+                is saved with it.
         """
         with new_model_folder(Path(folder)) as partial:
             places = {part: partial / part for part in PARTS}
