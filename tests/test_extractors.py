@@ -1,6 +1,7 @@
 """Feature extractors: TensorFlow's resizing, the Inception network, and the preprocessing of each."""
 
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from openpae.eval.extractors import (
     InceptionFeatures,
     VggFeatures,
     load_dinov2,
+    load_extractor,
     load_inception,
 )
 from openpae.eval.inception import Inception2015, resize_bilinear_tf1
@@ -107,6 +109,39 @@ def test_inception_weights_load_strictly(inception: InceptionFeatures, tmp_path:
         FileNotFoundError, match=r"no Inception weights at .*pt_inception-2015-12-05-6726825d\.pth"
     ):
         load_inception(tmp_path / "none.pth")
+
+
+def test_inception_weights_come_from_the_hub_where_none_are_named(
+    inception: InceptionFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked: list[tuple[str, str]] = []
+
+    def no_way(url: str, target: str, hash_prefix: str) -> None:
+        asked.append((url, hash_prefix))
+        raise URLError("no way there")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_way)
+    with pytest.raises(
+        FileNotFoundError, match=r"no way there.*pt_inception.*--extractor-weights FILE, or .*vgg16"
+    ):
+        load_extractor("inception")
+    ((url, prefix),) = asked
+    assert (url.startswith("https://github.com/mseitzer/pytorch-fid/"), prefix) == (True, "6726825d")
+    torch.save(
+        inception.network.state_dict(), tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    )
+    assert load_inception().weights == inception.weights  # as an earlier download left it
+    assert len(asked) == 1
+
+
+def test_extractors_say_what_they_need(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be left out, got .*; inception and dinov2 take them"):
+        load_extractor("vgg16", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
+        load_extractor("inception", tmp_path / "nothing.pth")
+    first, again = load_extractor("random"), load_extractor("random")
+    assert (first.name, first.weights) == ("random-vgg16-relu5_3", again.weights)
 
 
 class Head(nn.Module):

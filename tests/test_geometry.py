@@ -13,8 +13,8 @@ from openpae.eval.geometry import (
     global_semantic_quality,
     latent_perturbation_consistency,
     majority_labels,
+    moved_latents,
     nearest_neighbours,
-    perturb,
     singular_values,
     spatial_structure_consistency,
     spectral_clusters,
@@ -186,7 +186,7 @@ def test_directions_are_unit_seeded_and_the_images_own() -> None:
     torch.testing.assert_close(u.flatten(1).norm(dim=1), torch.ones(3))
     assert torch.equal(u, unit_directions(z, 3, seed=1, image=2))
     assert not torch.equal(u, unit_directions(z, 3, seed=1, image=3))
-    moved = perturb(z, u[0], (0.5,))
+    moved = moved_latents(z, u[0], (0.5,))
     torch.testing.assert_close((moved[0] - z).norm(), z.norm() / 2)
     torch.testing.assert_close(moved[0] + moved[1], 2 * z)  # no re-projection: the pair is symmetric
 

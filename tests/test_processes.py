@@ -44,7 +44,7 @@ def evaluate(rows: Tensor, batch_size: int, *, gather: bool = False) -> dict[str
     for part in rows.split(batch_size):
         evaluation.update(pictures(SAMPLES, seed=2)[part], part)
     if gather:
-        evaluation.samples.gather()
+        evaluation.gather()
     if gather and distributed.get_rank():
         return {}
     return {name: estimate.value for name, estimate in evaluation.compute().metrics.items()}

@@ -18,17 +18,18 @@ from openpae.data.images import ImageFolder
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import open_tokenizer
 from openpae.eval.estimate import Estimate
+from openpae.eval.extractors import load_extractor
 from openpae.eval.geometry import effective_rank, global_semantic_quality, spatial_structure_consistency
 from openpae.eval.measure import (
     METRIC_NAMES,
     MeasureConfig,
     Measured,
-    features_of,
     measure_tokenizer,
     work_of,
 )
-from openpae.eval.records import load_extractor, source_batches
-from openpae.profile import run_profile
+from openpae.eval.reference import features_of
+from openpae.eval.streams import real_images, source_batches
+from openpae.profile import ProfileRun, run_profile
 from openpae.profile_page import radar_scores
 
 pytestmark = [
@@ -73,7 +74,7 @@ def test_metrics_are_those_of_the_library(
 ) -> None:
     source, config = ImageFolder(image_folder), MeasureConfig(batch_size=4)
     space, ticks = open_tokenizer(str(tokenizer_folder)), []
-    real = features_of(source, 32, load_extractor("random"), config)
+    real = features_of(real_images(source, 32), load_extractor("random"), config.batch_size)
     found = measure_tokenizer(
         space, source, size=32, segmented=segmented, lpips=lpips, real=real, config=config, tick=ticks.append
     )
@@ -101,7 +102,7 @@ def test_batch_size_changes_no_number(
     results = []
     for batch_size in (3, 10):
         config = MeasureConfig(batch_size=batch_size)
-        real = features_of(source, 32, load_extractor("random"), config)
+        real = features_of(real_images(source, 32), load_extractor("random"), batch_size)
         results.append(
             measure_tokenizer(
                 space, source, size=32, segmented=segmented, lpips=lpips, real=real, config=config
@@ -149,18 +150,17 @@ def test_profile_compares_tokenizers_and_records_everything(
 ) -> None:
     texts = [str(tokenizer_folder), "encoder:random-tiny/8"]
     steps: list[tuple[int, int]] = []
-    run_profile(
-        texts,
-        image_folder,
-        tmp_path / "out",
+    run = ProfileRun(
+        images=image_folder,
+        out=tmp_path / "out",
         label_maps=maps,
         label_images=image_folder,
         ignore=255,
         lpips="random",
         extractor="random",
-        config=MeasureConfig(lpc_count=2),
-        progress=lambda *step: steps.append(step),
+        measure=MeasureConfig(lpc_count=2),
     )
+    run_profile(texts, run, progress=lambda *step: steps.append(step))
     assert steps[-1] == (2 * (10 + 10 + 2), 2 * (10 + 10 + 2))
     record = json.loads((tmp_path / "out/profile.json").read_text())
     ours, bare = record["tokenizers"]
@@ -173,7 +173,8 @@ def test_profile_compares_tokenizers_and_records_everything(
     assert record["images"] == {
         "fingerprint": ImageFolder(image_folder).fingerprint(), "known": 10, "measured": 10,
     }  # fmt: skip
-    assert record["extractor"]["name"] == "vgg16-relu5_3"
+    assert record["extractor"]["name"] == "random-vgg16-relu5_3"
+    assert len(record["extractor"]["weights"]) == 16
     assert len(record["lpips"]["weights"]) == len(record["label_maps"]["fingerprint"]) == 16
     assert record["settings"]["lpc_count"] == 2
     assert "torch" in record["versions"]
@@ -193,15 +194,15 @@ def test_profile_compares_tokenizers_and_records_everything(
 
 
 def test_profile_of_one_tokenizer_without_maps(tokenizer_folder: Path, packed: Any, tmp_path: Path) -> None:
-    (found,) = run_profile(
-        [str(tokenizer_folder)],
-        packed.shards.folder,
-        tmp_path,
+    run = ProfileRun(
+        images=packed.shards.folder,
+        out=tmp_path,
         lpips="random",
         extractor="none",
         size=32,
-        config=MeasureConfig(count=6, lpc_count=1),
+        measure=MeasureConfig(count=6, lpc_count=1),
     )
+    (found,) = run_profile([str(tokenizer_folder)], run)
     assert found.undefined.keys() == {"ssc", "frechet", "interpolated_frechet"}
     headings = Outline((tmp_path / "profile.html").read_text()).headings
     assert "At a glance" not in headings
@@ -212,7 +213,8 @@ def test_tokenizers_of_one_name_are_told_apart(
     tokenizer_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     texts = ["encoder:random-tiny/8", "encoder:random-tiny/16"]
-    found = run_profile(texts, image_folder, tmp_path, size=32, lpips="random", extractor="none")
+    run = ProfileRun(images=image_folder, out=tmp_path, size=32, lpips="random", extractor="none")
+    found = run_profile(texts, run)
     assert [one.name for one in found] == texts
 
 
@@ -221,13 +223,16 @@ def test_contradictions_are_refused_at_the_door(image_folder: Path, maps: Path, 
     for options, message in (
         ({"scenes": 3, "label_maps": maps}, "either label_maps or scenes"),
         ({"ignore": 3}, "label_maps, which were not given"),
+        ({"label_count": 0}, "label_count must be at least 1, got 0"),
+        ({"extractor": "none", "extractor_weights": maps}, "extractor none takes no extractor_weights"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_profile(bare, image_folder, tmp_path, **options)
+            ProfileRun(images=image_folder, out=tmp_path, **options)
+    run = ProfileRun(images=image_folder, out=tmp_path)
     with pytest.raises(ValueError, match="more than once"):
-        run_profile(bare * 2, image_folder, tmp_path)
+        run_profile(bare * 2, run)
     with pytest.raises(ValueError, match="at least one tokenizer"):
-        run_profile([], image_folder, tmp_path)
+        run_profile([], run)
     with pytest.raises(ValueError, match="count must be at least 2, got 1"):
         MeasureConfig(count=1)
 

@@ -37,8 +37,11 @@ ORDER = [
         "flow",
         "losses",
     ),
-    *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train", "report", "pipeline"),
+    *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train"),
     *(
+        "evaluation",
+        "report",
+        "pipeline",
         "profile_page",
         "profile",
         "bench",

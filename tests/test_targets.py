@@ -12,7 +12,7 @@ from openpae.checkpoint import load_prior
 from openpae.cli import main
 from openpae.data.images import open_images
 from openpae.encoders import EncoderInput, load_encoder
-from openpae.eval.records import source_batches
+from openpae.eval.streams import source_batches
 from openpae.train.journal import read_log
 from openpae.train.targets import fit_targets
 

@@ -3,51 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from openpae.critics import LPIPS, load_perceptual
+from openpae.critics import LPIPS, PerceptualNet, load_perceptual
 from openpae.data.images import ImageSource, open_images
 from openpae.data.label_maps import Segmented, read_segmented, render_segmented
 from openpae.eval.adapters import LatentSpace, open_tokenizer
+from openpae.eval.extractors import ExtractorName, load_extractor
 from openpae.eval.fid import frechet_floor
 from openpae.eval.geometry import RADII
-from openpae.eval.measure import (
-    MeasureConfig,
-    Measured,
-    chosen_rows,
-    features_of,
-    measure_tokenizer,
-    work_of,
-)
-from openpae.eval.records import ExtractorName, load_extractor
-from openpae.eval.reference import FeatureSet
+from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, measure_tokenizer, work_of
+from openpae.eval.records import package_versions
+from openpae.eval.reference import FeatureSet, features_of
+from openpae.eval.streams import real_images
 from openpae.profile_page import profile_page
 from openpae.storage import fingerprint, write_json
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileRun:
+    """One comparison of latent spaces: over what, and how."""
+
+    images: Path
+    """Folder of images, best with one subfolder per class (GSQ needs it), or packed images."""
+    out: Path
+    """Folder for profile.json and profile.html."""
+    label_maps: Path | None = None
+    """For SSC: a folder of index PNGs named as their images, or a COCO panoptic JSON."""
+    label_images: Path | None = None
+    """The images of the label maps, if they are others than images."""
+    label_count: int = 500
+    """Images with label maps to take, evenly spread."""
+    ignore: int | None = None
+    """Label that does not count, such as that of unlabelled pixels."""
+    scenes: int = 0
+    """For SSC without label maps: render so many emoji scenes, whose label maps are exact."""
+    size: int | None = None
+    """Side in pixels of all images; by default the first tokenizer's own."""
+    lpips: PerceptualNet = "vgg"
+    """Network of LPIPS."""
+    lpips_weights: str | None = None
+    """Its weights, where the package registry can not be reached: a file or folder of the usual ones (the
+    lpips package's, torchvision's), or a name of the hub."""
+    extractor: ExtractorName | Literal["none"] = "vgg16"
+    """Features of the Frechet distances; none leaves them out. inception is that of published FIDs."""
+    extractor_weights: Path | None = None
+    """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """Settings of the metrics."""
+
+    def __post_init__(self) -> None:
+        if self.scenes and self.label_maps is not None:
+            raise ValueError(
+                "scenes are rendered with their own label maps; give either label_maps or scenes"
+            )
+        if self.label_maps is None and (self.label_images is not None or self.ignore is not None):
+            raise ValueError("label_images and ignore say something about label_maps, which were not given")
+        for name, least in (("label_count", 1), ("scenes", 0), ("size", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.extractor == "none" and self.extractor_weights is not None:
+            raise ValueError("extractor none takes no extractor_weights; leave them out or name an extractor")
+
+
 def run_profile(
     tokenizers: Sequence[str],
-    images: Path,
-    out: Path,
+    run: ProfileRun,
     *,
-    label_maps: Path | None = None,
-    label_images: Path | None = None,
-    label_count: int = 500,
-    ignore: int | None = None,
-    scenes: int = 0,
-    size: int | None = None,
-    lpips: Literal["vgg", "alex", "random"] = "vgg",
-    lpips_weights: str | Path | None = None,
-    extractor: ExtractorName | Literal["none"] = "vgg16",
-    config: MeasureConfig | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measured]:
@@ -55,18 +83,7 @@ def run_profile(
 
     Args:
         tokenizers: texts that `open_tokenizer` understands.
-        images: a folder of images, best with one subfolder per class, or packed images.
-        out: folder for the two files.
-        label_maps: index PNGs or a COCO panoptic JSON, for SSC (`read_segmented`).
-        label_images: the images of these maps; None takes `images`.
-        label_count: images with label maps to take, evenly spread.
-        ignore: label that does not count.
-        scenes: take so many rendered OpenMoji scenes with exact label maps instead.
-        size: side in pixels to which all images are brought; None takes the first tokenizer's own.
-        lpips: network of LPIPS.
-        lpips_weights: where its weights are; see `critics.load_lpips`.
-        extractor: features of the Frechet distances; "none" leaves them out.
-        config: settings of the metrics.
+        run: over what, and how.
         device: where to compute.
         progress: called with (done, all).
 
@@ -76,23 +93,13 @@ def run_profile(
     Raises:
         FileNotFoundError, ValueError: a tokenizer, images or maps that can not be had or do not fit.
     """
-    if scenes and label_maps is not None:
-        raise ValueError("scenes are rendered with their own label maps; give either label_maps or scenes")
-    if label_maps is None and (label_images is not None or ignore is not None):
-        raise ValueError("label_images and ignore say something about label_maps, which were not given")
-    config = config or MeasureConfig()
+    config = run.measure
     spaces = _opened(tokenizers, device)
-    size = size or spaces[0].image_size
-    source = open_images(images)
-    segmented = None
-    if label_maps is not None:
-        segmented = read_segmented(
-            label_images or images, label_maps, size=size, count=label_count, ignore=ignore
-        )
-    elif scenes:
-        segmented = render_segmented(scenes, size=size, seed=config.seed)
-    judge = load_perceptual(lpips, lpips_weights).to(device)
-    real = None if extractor == "none" else features_of(source, size, load_extractor(extractor), config)
+    size = run.size or spaces[0].image_size
+    source = open_images(run.images)
+    segmented = _segmented(run, size)
+    judge = load_perceptual(run.lpips, run.lpips_weights).to(device)
+    real = _real_features(run, source, size, device)
     share = work_of(source, segmented, config)
     found = [
         measure_tokenizer(
@@ -107,15 +114,34 @@ def run_profile(
         )
         for number, space in enumerate(spaces)
     ]
-    facts = _facts(source, size, segmented, judge, lpips, real, config)
+    facts = _facts(source, size, segmented, judge, run.lpips, real, config)
     records = [
         _record(*each) for each in zip(found, [space.kind for space in spaces], tokenizers, strict=True)
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "profile.json", {**facts, "tokenizers": records})
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_json(run.out / "profile.json", {**facts, "tokenizers": records})
     page = profile_page(found, spaces, source, size, segmented, facts, config)
-    page.write(out / "profile.html")
+    page.write(run.out / "profile.html")
     return found
+
+
+def _segmented(run: ProfileRun, size: int) -> Segmented | None:
+    if run.label_maps is not None:
+        images = run.label_images or run.images
+        return read_segmented(images, run.label_maps, size=size, count=run.label_count, ignore=run.ignore)
+    return render_segmented(run.scenes, size=size, seed=run.measure.seed) if run.scenes else None
+
+
+def _real_features(
+    run: ProfileRun, source: ImageSource, size: int, device: torch.device | str
+) -> FeatureSet | None:
+    if run.extractor == "none":
+        return None
+    extractor = load_extractor(run.extractor, run.extractor_weights)
+    if isinstance(extractor, torch.nn.Module):
+        extractor = extractor.to(device)
+    rows = chosen_rows(source, run.measure.count)
+    return features_of(real_images(source, size, rows=rows), extractor, run.measure.batch_size)
 
 
 def _opened(tokenizers: Sequence[str], device: torch.device | str) -> list[LatentSpace]:
@@ -152,10 +178,6 @@ def _facts(
     config: MeasureConfig,
 ) -> dict[str, Any]:
     """Everything that the numbers depend on, but for the tokenizers."""
-    packages = ["openpae", "torch", "numpy", "pillow", "scipy", "scikit-learn"]
-    if importlib.util.find_spec("diffusers"):
-        packages.append("diffusers")
-    versions = {name: importlib.metadata.version(name) for name in packages}
     facts: dict[str, Any] = {
         "kind": "profile",
         "images": {
@@ -168,7 +190,7 @@ def _facts(
         "settings": dataclasses.asdict(config) | {"radii": list(RADII)},
         "lpips": {"network": lpips, "weights": fingerprint(judge.state_dict())},
         "extractor": None,
-        "versions": versions | {"python": platform.python_version()},
+        "versions": package_versions(),
     }
     if segmented is not None:
         facts["label_maps"] = {

@@ -12,16 +12,16 @@ import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.data.images import ImageSource, center_crop
+from openpae.data.images import ImageSource
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import Tokenizer
 from openpae.eval.estimate import Estimate
-from openpae.eval.geometry import RADII, majority_labels, perturb, spectral_clusters, unit_directions
+from openpae.eval.geometry import RADII, majority_labels, moved_latents, spectral_clusters, unit_directions
 from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, spread
+from openpae.eval.streams import source_batches
 from openpae.report import Page, framed, image_grid, label_pictures, pca_pictures, thumbnails
 
 
@@ -113,7 +113,7 @@ def profile_page(
     if several:
         _show_radar(page, found)
     rows = chosen_rows(source, config.count)
-    pixels = _read(source, rows[spread(len(rows), _SHOWN)], size)
+    pixels = _shown(source, rows[spread(len(rows), _SHOWN)], size)
     with torch.no_grad():
         _show_latents(page, spaces, pixels)
         if segmented is not None:
@@ -250,6 +250,8 @@ def _numbered(labels: Tensor, ignore: int | None) -> Tensor:
 
 def _clusters(latent: Tensor, truth: Tensor, config: MeasureConfig) -> Tensor:
     """Clusters of a latent (C, h, w), named as the segments (h, w) that they match best; -1 stays -1."""
+    from scipy.optimize import linear_sum_assignment
+
     names = torch.unique(truth[truth >= 0])
     if len(names) < 2:
         return truth
@@ -268,7 +270,7 @@ def _show_moves(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor, config:
                 continue
             z = space.encode(image[None]).cpu()[0]
             u = unit_directions(z, 1, seed=config.seed, image=number)[0]
-            moved = perturb(z, u, RADII)  # +, -, +, -, ...
+            moved = moved_latents(z, u, RADII)  # +, -, +, -, ...
             strip = torch.cat([moved[1::2].flip(0), z[None], moved[0::2]])  # from -2 to 2
             decoded = space.decode(strip).cpu()
             rows[f"{number + 1}, {space.name}"] = _row(_small(torch.cat([image[None], decoded])))
@@ -296,7 +298,7 @@ def _show_neighbours(
             same = source.labels[members] == source.labels[members[0]]
             colours = ["#1c2024", *(agreement[bool(agrees)] for agrees in same[1:])]
             strip = framed(
-                _small(_read(source, members, size)), colours, width=max(2, min(size, _SIDE) // 32)
+                _small(_shown(source, members, size)), colours, width=max(2, min(size, _SIDE) // 32)
             )
             pictures[f"{number}, {one.name}"] = _row(strip)
     page.heading("Nearest neighbours")
@@ -325,7 +327,6 @@ def _small(images: Tensor) -> Tensor:
     return thumbnails(images, min(_SIDE, images.shape[-1]))
 
 
-def _read(source: ImageSource, rows: NDArray[np.int64], size: int) -> Tensor:
+def _shown(source: ImageSource, rows: NDArray[np.int64], size: int) -> Tensor:
     """Images of a source, (n, 3, size, size) in [0, 1]."""
-    pixels = [torch.from_numpy(center_crop(source.read(int(i)), size)) for i in rows]
-    return torch.stack(pixels).float() / 255
+    return next(source_batches(source, size, len(rows), rows))

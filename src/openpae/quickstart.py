@@ -18,11 +18,14 @@ from openpae import config as configs
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.critics import load_perceptual
 from openpae.data.caches import cache_latents
-from openpae.data.images import PackedImages, Subset
+from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, Emoji, emoji_catalog, render_dataset, split_catalog
 from openpae.data.shards import Layout, ShardWriter
+from openpae.eval.extractors import load_extractor
 from openpae.eval.reconstruction import quantize
-from openpae.eval.records import evaluate_reconstruction, evaluate_samples, load_extractor
+from openpae.eval.records import evaluate_reconstruction, evaluate_samples
+from openpae.eval.reference import features_of, reference_of
+from openpae.eval.streams import real_images, tensor_images
 from openpae.folders import identity_of
 from openpae.quickstart_page import quickstart_report
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
@@ -269,18 +272,22 @@ def _measure(
     extractor = load_extractor("vgg16")  # not the encoder's own features: they would judge in their own cause
     train = PackedImages(out / "data" / "train")
     chosen = np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(int).tolist()
+    real = real_images(train, 64, name="emoji of the training set", rows=chosen)
     record = {
         "reconstruction": evaluate_reconstruction(
-            tokenizer, judged, extractor=extractor, lpips=load_perceptual("vgg"), batch_size=64, min_samples=2
+            tokenizer,
+            real_images(judged, 64, name="held-out emoji"),
+            extractor=extractor,
+            lpips=load_perceptual("vgg"),
+            batch_size=64,
+            min_samples=2,
         ),
         "samples": evaluate_samples(
-            batches,
-            Subset(train, chosen),
+            tensor_images(samples, facts={"seed": seed, **configs.to_dict(SAMPLER), **facts}),
+            reference_of(features_of(real, extractor, 64), real.name, real.preprocessing),
             extractor=extractor,
-            size=64,
             batch_size=64,
             min_samples=2,  # the page shows the floor of so few beside the distance
-            facts={"seed": seed, "sampler": configs.to_dict(SAMPLER), **facts},
         ),
     }
     write_json(out / "evaluation.json", record)

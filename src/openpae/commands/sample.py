@@ -42,7 +42,7 @@ def reconstruct(
     from openpae.checkpoint import load_tokenizer
     from openpae.data.images import PackedImages, open_images
     from openpae.eval.reconstruction import ReconstructionMetrics
-    from openpae.eval.records import source_batches
+    from openpae.eval.streams import source_batches
     from openpae.report import to_image
     from openpae.train.settings import pick_device
 

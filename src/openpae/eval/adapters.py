@@ -21,10 +21,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from openpae.checkpoint import encoder_fingerprint, load_tokenizer
-from openpae.encoders import ENCODERS, load_encoder
+from openpae.encoders import EncoderInput, load_encoder
 from openpae.eval.geometry import Decode
 from openpae.eval.reconstruction import check_images
 from openpae.folders import identity_of
@@ -257,23 +256,11 @@ def _encoder(where: str, device: torch.device) -> LatentSpace:
         raise ValueError(f"encoder:{where} must be encoder:NAME or encoder:NAME/PIXELS_PER_TOKEN")
     patch = int(number) if slash else 16
     encoder = load_encoder(name).to(device)
-    stride = ENCODERS[name].stride
-    mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1)
-        for values in (ENCODERS[name].image_mean, ENCODERS[name].image_std)
-    )
+    prepare = EncoderInput(encoder.spec, patch).to(device)
 
     def encode(images: Tensor) -> Tensor:
         h, w = images.shape[-2] // patch, images.shape[-1] // patch
-        if (h * patch, w * patch) != images.shape[-2:] or not h * w:
-            raise ValueError(
-                f"encoder:{where} needs images whose sides are multiples of {patch}, "
-                f"got {tuple(images.shape)}"
-            )
-        pixels = images.to(device)
-        if (h * stride, w * stride) != pixels.shape[-2:]:
-            pixels = F.interpolate(pixels, size=(h * stride, w * stride), mode="bicubic", align_corners=False)
-        return to_grid(encoder((pixels - mean) / std), h, w)
+        return to_grid(encoder(prepare(images.to(device))), h, w)
 
     return LatentSpace(
         name=f"{name} (VFM)",

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.assets import fetch
+from openpae.critics import LPIPS, load_lpips
 from openpae.encoders import IMAGENET_MEAN, IMAGENET_STD
 from openpae.eval.inception import Inception2015
 from openpae.eval.reconstruction import quantize
 from openpae.storage import fingerprint
 from openpae.weights import load_strict, read_tensors
 
+ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]
+"""inception gives the FID that is published, dinov2 FD-DINOv2; vgg16 (512 features) and efficientnet-lite0
+(1,280) need no hub; random has fixed random weights, for trials."""
+
 INCEPTION = "inception-2015"
 """Name of the extractor that published FID, sFID and IS rest on."""
+
+
+_INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +138,12 @@ class VggFeatures(nn.Module):
 
     Args:
         lpips: the LPIPS network of `openpae.critics` with VGG16 inside.
+        name: what records call it.
     """
 
-    name = "vgg16-relu5_3"
-
-    def __init__(self, lpips: DeepFeatures) -> None:
+    def __init__(self, lpips: DeepFeatures, name: str = "vgg16-relu5_3") -> None:
         super().__init__()
+        self.name = name
         self.lpips = lpips
         self.weights = fingerprint(lpips.state_dict())
 
@@ -178,27 +189,71 @@ class DinoFeatures(nn.Module):
         return Features(pooled=self.backbone(pixels).last_hidden_state[:, 0])
 
 
-def load_inception(file: Path) -> InceptionFeatures:
-    """The Inception extractor with weights from a file.
+def load_extractor(name: ExtractorName, weights: Path | None = None) -> FeatureExtractor:
+    """A feature extractor with its weights.
+
+    Args:
+        name: which.
+        weights: inception: the file pt_inception-2015-12-05-6726825d.pth; dinov2: a local folder; None
+            fetches them. The others take none.
+
+    Raises:
+        FileNotFoundError: the weights can not be had.
+        ValueError: weights that do not fit, or given to an extractor that takes none.
+    """
+    if name == "inception":
+        return load_inception(weights)
+    if name == "dinov2":
+        return load_dinov2() if weights is None else load_dinov2(str(weights))
+    if weights is not None:
+        raise ValueError(
+            f"extractor {name} takes its weights from a package, so --extractor-weights must be left out, "
+            f"got {weights}; inception and dinov2 take them"
+        )
+    if name == "efficientnet-lite0":
+        return load_efficientnet()
+    if name == "vgg16":
+        return VggFeatures(load_lpips("vgg"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VggFeatures(LPIPS("vgg"), name="random-vgg16-relu5_3")
+
+
+def load_inception(file: Path | None = None) -> InceptionFeatures:
+    """The Inception extractor.
 
     Args:
         file: pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity (the same weights), or
-            these tensors as safetensors.
+            these tensors as safetensors; None downloads it once, into the cache of torch.hub.
 
     Raises:
-        FileNotFoundError: no such file; the message says where to get it.
+        FileNotFoundError: no such file, or no way to download it; the message says where to get it.
         ValueError: other weights.
     """
+    if file is None:
+        # Its name ends with the first digits of its SHA-256, which torch.hub checks.
+        file = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_URL.rpartition("/")[2]
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _download_inception(file)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no Inception weights at {file}; download pt_inception-2015-12-05-6726825d.pth from "
-            f"https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
-        )
+        raise FileNotFoundError(f"no Inception weights at {file}; download {_INCEPTION_URL}")
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     # Batch counters play no part in evaluation, and some files leave them out.
     load_strict(network, {**read_tensors(file), **counters}, f"Inception weights in {file}")
     return InceptionFeatures(network)
+
+
+def _download_inception(file: Path) -> None:
+    prefix = file.stem.rpartition("-")[2]
+    try:
+        torch.hub.download_url_to_file(_INCEPTION_URL, str(file), hash_prefix=prefix)
+    except (OSError, RuntimeError) as error:  # no way there; another file than the one of this hash
+        raise FileNotFoundError(
+            f"the Inception weights could not be downloaded ({error}); download {_INCEPTION_URL} elsewhere "
+            f"and pass it as --extractor-weights FILE, or measure with another extractor (vgg16)"
+        ) from None
 
 
 def load_efficientnet() -> EfficientNetFeatures:

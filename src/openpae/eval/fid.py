@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,27 +90,40 @@ class Evaluation:
         self.config = config
         self.samples = FeatureSet(extractor)
 
-    def update(self, images: Tensor, index: Tensor | None = None) -> None:
+    def update(self, images: Tensor, index: Iterable[int] | None = None) -> None:
         """Add a batch of images (B, 3, H, W) in [0, 1]; see `FeatureSet.update`.
 
         Raises:
             ValueError: not RGB images in [0, 1], or not of the reference's size.
         """
-        size = (images.shape[-2], images.shape[-1])
-        if self.reference.image_size not in (None, size):
-            raise ValueError(
-                f"samples must have the size of the reference, {self.reference.image_size}, got {size}; "
-                f"resize one of the two first, both would change the distance silently"
-            )
-        self.samples.update(images, None if index is None else index.tolist())
+        self.check_size((images.shape[-2], images.shape[-1]))
+        self.samples.update(images, index)
 
-    def merge(self, other: Evaluation) -> None:
-        """Add the samples that another process has seen.
+    def merge(self, samples: FeatureSet) -> None:
+        """Add samples whose features are at hand, such as those of another process.
 
         Raises:
-            ValueError: see `FeatureSet.merge`.
+            ValueError: not of the reference's size, or see `FeatureSet.merge`.
         """
-        self.samples.merge(other.samples)
+        self.check_size(samples.image_size)
+        self.samples.merge(samples)
+
+    def gather(self) -> None:
+        """Give every process the samples of all; see `FeatureSet.gather`."""
+        self.samples.gather()
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Refuse samples of another size (H, W) than the reference's; None, of no samples, passes.
+
+        Raises:
+            ValueError: the sizes differ.
+        """
+        wanted = self.reference.image_size
+        if None not in (size, wanted) and size != wanted:
+            raise ValueError(
+                f"samples must have the size of the reference, {wanted}, got {size}; give samples of that "
+                f"size, or a reference of theirs: resizing either would change the distance silently"
+            )
 
     def compute(self) -> GenerationMetrics:
         """All metrics of the images so far.

@@ -11,11 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.linalg
 import torch
-from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +49,9 @@ def spatial_structure_consistency(
     Raises:
         ValueError: the shapes do not fit, latents are not finite, or no image has two segments.
     """
+    from sklearn.metrics import normalized_mutual_info_score
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     _check_latents(latents)
     if labels.ndim != 3 or len(labels) != len(latents):
         raise ValueError(
@@ -104,6 +103,9 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
     Raises:
         ValueError: sigma or k is out of range.
     """
+    import scipy.linalg
+    from sklearn.cluster import KMeans
+
     tokens = latent.shape[-2] * latent.shape[-1]
     if sigma < 0.01:  # exp(-2 / sigma) of opposite tokens would leave the range of float64
         raise ValueError(f"sigma must be at least 0.01, got {sigma}")
@@ -211,7 +213,7 @@ def latent_perturbation_consistency(
             moves = []
             for i, z in enumerate(latents[start : start + together], start):
                 u = unit_directions(z, directions, seed=seed, image=i)
-                moves.append(torch.cat([z[None], *(perturb(z, one, radii) for one in u)]))
+                moves.append(torch.cat([z[None], *(moved_latents(z, one, radii) for one in u)]))
             flat = torch.cat(moves)
             images = torch.cat([decode(part) for part in torch.split(flat, batch_size)])
             images = images.view(len(moves), -1, *images.shape[1:])  # (b, 1 + moves, 3, H, W), anchor first
@@ -238,7 +240,7 @@ def unit_directions(latent: Tensor, count: int, *, seed: int = 0, image: int = 0
     return unit.to(latent)
 
 
-def perturb(latent: Tensor, direction: Tensor, radii: Sequence[float] = RADII) -> Tensor:
+def moved_latents(latent: Tensor, direction: Tensor, radii: Sequence[float] = RADII) -> Tensor:
     """z + eps u and z - eps u for each radius, eps = rho |z|_2 (Eq. 10): (2 R, C, h, w), pair by pair.
 
     Args:

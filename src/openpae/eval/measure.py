@@ -15,7 +15,6 @@ from openpae.data.images import ImageSource
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import Tokenizer, check_tokenizer
 from openpae.eval.estimate import Estimate
-from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.geometry import (
     effective_rank,
@@ -27,8 +26,8 @@ from openpae.eval.geometry import (
 )
 from openpae.eval.interpolation import interpolated_frechet
 from openpae.eval.reconstruction import ReconstructionMetrics
-from openpae.eval.records import source_batches
 from openpae.eval.reference import FeatureSet
+from openpae.eval.streams import source_batches
 
 METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
 """In the order in which they are told."""
@@ -100,16 +99,6 @@ def spread(total: int, count: int) -> NDArray[np.int64]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
-def features_of(
-    source: ImageSource, size: int, extractor: FeatureExtractor, config: MeasureConfig
-) -> FeatureSet:
-    """Features of the images that are measured, once for all tokenizers."""
-    real = FeatureSet(extractor)
-    for batch in source_batches(source, size, config.batch_size, chosen_rows(source, config.count)):
-        real.update(batch)
-    return real
-
-
 def measure_tokenizer(
     tokenizer: Tokenizer,
     source: ImageSource,
@@ -129,7 +118,7 @@ def measure_tokenizer(
         size: side in pixels.
         segmented: images with label maps, of the same size, for SSC; None leaves it out.
         lpips: for LPC and the distance of reconstructions, on the tokenizer's device; None leaves them out.
-        real: `features_of` the images, for Frechet distances; None leaves them out.
+        real: features of these images (`chosen_rows`), for Frechet distances; None leaves them out.
         config: settings.
         tick: told of progress; the sum over a tokenizer is `work_of`.
 

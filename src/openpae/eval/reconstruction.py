@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openpae import processes
 from openpae.eval.estimate import Estimate, mean_of
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
@@ -101,28 +102,37 @@ class ReconstructionMetrics:
 
     def __init__(self, lpips: ImageDistance | None = None) -> None:
         self.lpips = lpips
+        self.index: list[int] = []
         self.values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
         if lpips is not None:
             self.values["lpips"] = []
 
     @torch.no_grad()
-    def update(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Add pairs of images, (B, 3, H, W) in [0, 1] each.
+    def update(self, images: Tensor, reconstructions: Tensor, index: Iterable[int] | None = None) -> None:
+        """Add pairs of images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            reconstructions: of the same shape and range.
+            index: number of each image among all images of all processes; by default they count on.
 
         Raises:
             ValueError: the two are not batches of one shape, RGB in [0, 1].
         """
         _check_pair(images, reconstructions)
+        start = max(self.index, default=-1) + 1
+        self.index.extend(range(start, start + len(images)) if index is None else index)
         x, y = (quantize(batch).float() / 255 for batch in (images, reconstructions))
         self.values["psnr"].append(psnr(x, y).cpu())
         self.values["ssim"].append(ssim(x, y).cpu())
         if self.lpips is not None:
             self.values["lpips"].append(self.lpips(x, y).double().cpu())
 
-    def merge(self, other: ReconstructionMetrics) -> None:
-        """Add the pairs that another process has seen."""
-        for name, values in other.values.items():
-            self.values[name].extend(values)
+    def gather(self) -> None:
+        """Give every process the pairs of all; alone it does nothing. All processes must call it."""
+        shares = processes.gather((self.index, self.values))
+        self.index = [number for index, _ in shares for number in index]
+        self.values = {name: [part for _, values in shares for part in values[name]] for name in self.values}
 
     def per_image(self) -> dict[str, Tensor]:
         """Each metric's values in the order of the images: (N,) float64.
@@ -132,7 +142,8 @@ class ReconstructionMetrics:
         """
         if not self.values["psnr"]:
             raise ValueError("no reconstructions were given; call update first")
-        return {name: torch.cat(values) for name, values in self.values.items()}
+        order = torch.tensor(self.index).argsort()
+        return {name: torch.cat(values)[order] for name, values in self.values.items()}
 
     def compute(self) -> dict[str, Estimate]:
         """Mean and standard error of each metric: psnr (dB), ssim and, where asked for, lpips.

@@ -1,210 +1,236 @@
-"""Evaluations as a user runs them, and their records: every number with what it was measured with."""
+"""Evaluations as a user runs them, and their records: every number with what it was measured with.
+
+Under torchrun every process must call these functions: each works on its share, and all get the record.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from openpae.critics import LPIPS, load_lpips
-from openpae.data.images import ImageSource, PackedImages, decode_batch
+from openpae import processes
+from openpae.critics import LPIPS
 from openpae.eval.estimate import Estimate
-from openpae.eval.extractors import (
-    FeatureExtractor,
-    VggFeatures,
-    load_dinov2,
-    load_efficientnet,
-    load_inception,
-)
-from openpae.eval.fid import Evaluation, EvaluationConfig, GenerationMetrics, frechet_floor
+from openpae.eval.extractors import FeatureExtractor
+from openpae.eval.fid import Evaluation, EvaluationConfig, frechet_floor
 from openpae.eval.reconstruction import ReconstructionMetrics
-from openpae.eval.reference import FeatureSet, reference_of
+from openpae.eval.reference import FeatureSet, Reference, device_of, reference_of
+from openpae.eval.streams import ImageStream
+from openpae.storage import fingerprint, write_json
 from openpae.tokenizer import PAE
 
-ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]
-"""inception gives the FID that is published; dinov2 is FD-DINOv2; vgg16 (512-d) and efficientnet-lite0
-(1,280-d)
-need no hub; random is for trials."""
-
-
-def load_extractor(name: ExtractorName, weights: Path | None = None) -> FeatureExtractor:
-    """A feature extractor with its weights; "random" has fixed random ones and means nothing.
-
-    Args:
-        name: which.
-        weights: inception: the file pt_inception-2015-12-05; dinov2: a local folder. The others take none.
-
-    Raises:
-        FileNotFoundError: the weights can not be had.
-        ValueError: weights are missing, or given to an extractor that takes none.
-    """
-    if name == "inception":
-        if weights is None:
-            raise ValueError(
-                "extractor inception needs --extractor-weights, the file "
-                "pt_inception-2015-12-05-6726825d.pth "
-                "(a release file of the repository mseitzer/pytorch-fid)"
-            )
-        return load_inception(weights)
-    if name == "dinov2":
-        return load_dinov2() if weights is None else load_dinov2(str(weights))
-    if weights is not None:
-        raise ValueError(
-            f"extractor {name} takes its weights from a package, so --extractor-weights must be left out"
-        )
-    if name == "efficientnet-lite0":
-        return load_efficientnet()
-    if name == "vgg16":
-        return VggFeatures(load_lpips("vgg"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return VggFeatures(LPIPS("vgg"))
-
-
-def source_batches(
-    source: ImageSource, size: int, batch_size: int, indices: Iterable[int] | None = None
-) -> Iterator[Tensor]:
-    """Centre-cropped images of a source, (B, 3, size, size) in [0, 1], in order.
-
-    Raises:
-        ValueError: packed images are smaller than `size`.
-    """
-    if isinstance(source, PackedImages) and source.image_size < size:
-        raise ValueError(
-            f"{source.shards.folder} holds images of {source.image_size} pixels, {size} are needed; "
-            "enlarging them "
-            "would change every distance: pack them anew from the originals"
-        )
-    rows = list(range(len(source)) if indices is None else indices)
-    for start in range(0, len(rows), batch_size):
-        yield decode_batch(source, rows[start : start + batch_size], size)[0].float() / 255
+VALUE_RANGE = "RGB in [0, 1], rounded to 256 levels"
+"""Of all images before any feature is computed."""
 
 
 def evaluate_reconstruction(
     tokenizer: PAE,
-    source: ImageSource,
+    images: ImageStream,
     *,
     extractor: FeatureExtractor | None,
     lpips: LPIPS | None,
-    count: int | None = None,
     batch_size: int = 32,
     min_samples: int = 10_000,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """PSNR, SSIM, LPIPS, and the Frechet distance of reconstructions to their originals (rFID's kind).
 
     Args:
         tokenizer: in evaluation mode.
-        source: images; centre-cropped to the tokenizer's size.
+        images: real images of a size that it takes.
         extractor: of the Frechet distance; None leaves it out.
         lpips: None leaves it out.
-        count: images to take, from the first on; None takes all.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; changes no number beyond rounding.
         min_samples: fewer images than this make a Frechet distance that is warned of.
+        facts: what else the record should say (fingerprints).
 
     Returns:
         The record: metric -> value, standard error, n and settings; and what it was measured with.
+
+    Raises:
+        ValueError: images that the tokenizer does not take.
     """
-    device = tokenizer.device
-    size = tokenizer.config.image_size
     pairs = ReconstructionMetrics(lpips)
     real, decoded = (FeatureSet(extractor), FeatureSet(extractor)) if extractor else (None, None)
-    rows = range(len(source) if count is None else min(count, len(source)))
     with torch.no_grad():
-        for batch in source_batches(source, size, batch_size, rows):
-            x = batch.to(device)
+        for batch in images.batches(batch_size):
+            x = batch.images.to(tokenizer.device)
             y = tokenizer.reconstruct(x).float()
-            pairs.update(x, y)
-            if real is not None and decoded is not None:
-                real.update(x)
-                decoded.update(y)
-    metrics = pairs.compute()
-    record: dict[str, Any] = {"images": len(rows), "image_size": size, "data": source.fingerprint()}
-    if extractor is not None and real is not None and decoded is not None:
-        result = _compare(decoded, real, source.fingerprint(), min_samples)
-        metrics = metrics | dict(result.metrics)
-        record |= {"extractor": extractor.name, "extractor_weights": extractor.weights}
-    return _record("reconstruction", metrics, record)
+            pairs.update(x, y, batch.numbers)
+            for features, shown in ((real, x), (decoded, y)):
+                if features is not None:
+                    features.update(shown, batch.numbers)
+    pairs.gather()
+    for features in (real, decoded):
+        if features is not None:
+            features.gather()
 
+    def compute() -> dict[str, Any]:
+        metrics = pairs.compute()
+        found: dict[str, Any] = {}
+        if extractor is not None and real is not None and decoded is not None:
+            reference = reference_of(real, images.name, images.preprocessing)
+            evaluation = Evaluation(extractor, reference, _settings(real.n, reference, min_samples))
+            evaluation.merge(decoded)
+            judged, found = _judged(evaluation)
+            metrics |= judged
+        return {
+            **_metrics(metrics),
+            "images": images.count,
+            "data": images.facts.get("data"),
+            "reference": images.name,
+            "reference_preprocessing": images.preprocessing,
+            "image_size": list(images.size),
+            **found,
+            **_network(lpips),
+        }
 
-def features_of(
-    source: ImageSource, extractor: FeatureExtractor, size: int, batch_size: int = 32
-) -> FeatureSet:
-    """Features of all images of a source, centre-cropped to `size`: a reference that can serve many times."""
-    real = FeatureSet(extractor)
-    for batch in source_batches(source, size, batch_size):
-        real.update(batch)
-    return real
+    return _record("reconstruction", compute, tokenizer.device, facts)
 
 
 def evaluate_samples(
-    batches: Iterable[Tensor],
-    source: ImageSource,
+    samples: ImageStream,
+    reference: Reference,
     *,
     extractor: FeatureExtractor,
-    size: int,
     batch_size: int = 32,
-    real: FeatureSet | None = None,
     min_samples: int = 10_000,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Frechet distance (gFID's kind), KID, precision and recall of generated images against real ones.
+    """Frechet distances (gFID's and sFID's kind), Inception Score, KID, precision, recall of samples.
 
     Beside them stands the floor: the distance of one half of the real images to the other at the samples'
-    count
-    (or at half of the real images, where there are too few).
+    count (or at half of the real images, where there are too few).
 
     Args:
-        batches: generated images, (B, 3, size, size) in [0, 1].
-        source: real images; centre-cropped to `size`.
+        samples: generated images.
+        reference: what they are compared with, in the features of the same extractor.
         extractor: of the features.
-        size: side of the images.
-        batch_size: real images per forward pass.
-        real: what `features_of` made of the source, where it is at hand.
+        batch_size: images per forward pass; changes no number beyond rounding.
         min_samples: fewer samples than this are warned of: the distance is then much too large.
-        facts: what else the record should say (sampler, seed, fingerprints).
+        facts: what else the record should say, over what the stream says of itself (sampler, fingerprints).
+
+    Returns:
+        The record: metric -> value, standard error, n and settings; and what it was measured with.
+
+    Raises:
+        ValueError: samples of another size than the reference's or than one another, a reference of another
+            extractor, or samples that are not those that the stream's facts tell of.
     """
-    real = real or features_of(source, extractor, size, batch_size)
-    fake = FeatureSet(extractor)
-    for batch in batches:
-        fake.update(batch)
-    result = _compare(fake, real, source.fingerprint(), min_samples)
+    evaluation = Evaluation(extractor, reference, _settings(samples.count, reference, min_samples))
+    evaluation.check_size(samples.size)
+    for batch in samples.batches(batch_size):
+        evaluation.update(batch.images, batch.numbers)
+    evaluation.gather()
+    sampler = dict(samples.facts)
+
+    def compute() -> dict[str, Any]:
+        _check_told(samples, evaluation.samples.sha256())
+        metrics, found = _judged(evaluation)
+        return {
+            **_metrics(metrics),
+            **found,
+            "samples_from": samples.name,
+            "samples_preprocessing": samples.preprocessing,
+            "tokenizer": sampler.pop("tokenizer", None),
+            "generator": sampler.pop("generator", None),
+            "sampler": sampler or None,
+        }
+
+    return _record("samples", compute, device_of(extractor), facts)
+
+
+def write_evaluation(record: Mapping[str, Any], run_dir: Path, step: int) -> None:
+    """Keep the record of an evaluation inside training: run_dir/evaluations/step-N.json, by one process."""
+    if processes.is_first():
+        folder = run_dir / "evaluations"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"step-{step:08d}.json", {**record, "step": step})
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a number may depend on, as far as they are installed."""
+    names = ("openpae", "torch", "numpy", "pillow", "scipy", "scikit-learn", "transformers", "diffusers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions | {"python": platform.python_version()}
+
+
+def _settings(count: int, reference: Reference, min_samples: int) -> EvaluationConfig:
+    # KID's subsets hold at most half of either set: equal subsets would have no spread.
+    n = count if reference.features is None else min(count, len(reference.features))
+    return EvaluationConfig(kid_subset_size=max(2, min(1000, n // 2)), min_samples=max(2, min_samples))
+
+
+def _check_told(samples: ImageStream, found: str) -> None:
+    """See that the record beside the samples is theirs."""
+    told = samples.facts.get("samples_sha256", found)
+    if told != found:
+        raise ValueError(
+            f"the record beside {samples.name} tells of other samples: their samples_sha256 is "
+            f"{str(told)[:12]}..., that of these {found[:12]}...; bring the two together, or move the record "
+            "away to measure these without it"
+        )
+
+
+def _judged(evaluation: Evaluation) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """The metrics, the floor of real images beside them, and what both were measured with."""
+    result, real = evaluation.compute(), evaluation.reference.features
     metrics = dict(result.metrics)
-    if real.n >= 4:
-        metrics["frechet_floor"] = frechet_floor(real.features(), min(fake.n, real.n // 2))
-    record = {
-        "samples": fake.n,
+    if real is not None and len(real) >= 4:
+        metrics["frechet_floor"] = frechet_floor(real, min(result.n, len(real) // 2))
+    return metrics, {
+        "undefined": dict(result.undefined),
+        "samples": result.n,
         "samples_sha256": result.samples_sha256,
         "duplicates": result.duplicates,
-        "undefined": dict(result.undefined),
-        "reference": source.fingerprint(),
-        "reference_images": real.n,
-        "image_size": size,
-        "extractor": extractor.name,
-        "extractor_weights": extractor.weights,
-        **(facts or {}),
+        "image_size": list(result.image_size),
+        "reference": result.reference,
+        "reference_sha256": result.reference_sha256,
+        "reference_n": result.reference_n,
+        "reference_preprocessing": evaluation.reference.preprocessing,
+        "extractor": result.extractor,
+        "extractor_weights": result.weights,
     }
-    return _record("samples", metrics, record)
 
 
-def _compare(fake: FeatureSet, real: FeatureSet, name: str, min_samples: int) -> GenerationMetrics:
-    n = min(fake.n, real.n)  # KID's subsets hold at most half of them: equal subsets would have no spread
-    config = EvaluationConfig(kid_subset_size=max(2, min(1000, n // 2)), min_samples=max(2, min_samples))
-    evaluation = Evaluation(fake.extractor, reference_of(real, name), config)
-    evaluation.samples = fake
-    return evaluation.compute()
+def _metrics(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {"metrics": {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()}}
 
 
-def _record(kind: str, metrics: Mapping[str, Estimate], facts: Mapping[str, Any]) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("openpae", "torch", "numpy", "pillow")}
-    return {
-        "kind": kind,
-        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()},
-        **facts,
-        "versions": versions | {"python": platform.python_version()},
-    }
+def _network(lpips: LPIPS | None) -> dict[str, str]:
+    if lpips is None:
+        return {}
+    return {"lpips": f"lpips-{lpips.net}", "lpips_weights": fingerprint(lpips.state_dict())}
+
+
+def _record(
+    kind: str,
+    compute: Callable[[], Mapping[str, Any]],
+    device: torch.device,
+    facts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the first process computes, with everything around it, in all processes."""
+    return processes.share(
+        {
+            "kind": kind,
+            **compute(),
+            **(facts or {}),
+            "value_range": VALUE_RANGE,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": processes.world(),
+            "versions": package_versions(),
+        }
+        if processes.is_first()
+        else {}
+    )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from openpae import processes
+from openpae.data.images import PackedImages, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
-from openpae.eval.frechet import Gaussian, Moments
+from openpae.eval.frechet import Gaussian, Moments, gaussian_of
 from openpae.eval.reconstruction import quantize
+from openpae.eval.streams import ImageStream, npz_keys, npz_stream, real_images
 from openpae.storage import file_hash, whole_file
 
 
@@ -75,7 +76,7 @@ class FeatureSet:
             raise ValueError(
                 f"index must number each of the {len(images)} images, got {len(numbers)} numbers"
             )
-        found = self.extractor.features((levels.float() / 255).to(_device(self.extractor)))
+        found = self.extractor.features((levels.float() / 255).to(device_of(self.extractor)))
         self.pooled.update(found.pooled.cpu())
         self.rows.append(found.pooled.float().cpu())
         if found.spatial is not None:
@@ -118,20 +119,20 @@ class FeatureSet:
         self.hashes += other.hashes
 
     def gather(self) -> None:
-        """Merge what all processes of torch.distributed have seen into process 0; the others keep their own.
+        """Give every process what all have seen; alone it does nothing. All processes must call it.
 
         Raises:
             ValueError: see `merge`.
         """
-        rank, world = distributed.get_rank(), distributed.get_world_size()
+        if processes.world() == 1:
+            return
         own = {name: value for name, value in vars(self).items() if name != "extractor"}
-        states: list[dict[str, Any]] = [{} for _ in range(world)]
-        distributed.gather_object(own, states if rank == 0 else None, dst=0)
-        if rank == 0:
-            for state in states[1:]:
-                other = FeatureSet(self.extractor)
-                vars(other).update(state)
-                self.merge(other)
+        whole = FeatureSet(self.extractor)
+        for state in processes.gather(own):  # in one order everywhere, so that rounding is the same
+            part = FeatureSet(self.extractor)
+            vars(part).update(state)
+            whole.merge(part)
+        vars(self).update(vars(whole))
 
     def features(self) -> Tensor:
         """Pooled features in the order of the image numbers: (N, F) float32.
@@ -162,6 +163,24 @@ class FeatureSet:
             raise ValueError("no images were given; call update first")
 
 
+def features_of(images: ImageStream, extractor: FeatureExtractor, batch_size: int = 32) -> FeatureSet:
+    """Features of all images of a stream: every process measures its share and gets all.
+
+    Args:
+        images: the stream.
+        extractor: gives the features.
+        batch_size: images per forward pass.
+
+    Raises:
+        ValueError, BrokenImage: as the stream, or see `FeatureSet.update`.
+    """
+    found = FeatureSet(extractor)
+    for batch in images.batches(batch_size):
+        found.update(batch.images, batch.numbers)
+    found.gather()
+    return found
+
+
 def hashes_of(levels: Tensor) -> list[bytes]:
     """What names each image: 16 bytes over its pixels, uint8 (B, 3, H, W), channels last."""
     pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -188,10 +207,18 @@ class Reference:
     features: Tensor | None = None
     """(M, F) float32, for KID, precision and recall; None where a file holds statistics only."""
     image_size: tuple[int, int] | None = None
+    """(H, W); None where a file of statistics does not say."""
+    preprocessing: str = "unknown"
+    """How its images were brought to that size."""
 
 
-def reference_of(images: FeatureSet, name: str) -> Reference:
+def reference_of(images: FeatureSet, name: str, preprocessing: str = "unknown") -> Reference:
     """Make a reference of real images.
+
+    Args:
+        images: their features.
+        name: what a record calls it.
+        preprocessing: how they were brought to their size.
 
     Raises:
         ValueError: fewer than two images.
@@ -205,7 +232,36 @@ def reference_of(images: FeatureSet, name: str) -> Reference:
         spatial=None if images.spatial is None else images.spatial.gaussian(),
         features=images.features(),
         image_size=images.image_size,
+        preprocessing=preprocessing,
     )
+
+
+def open_reference(
+    path: Path, extractor: FeatureExtractor, *, size: int | None = None, batch_size: int = 32
+) -> Reference:
+    """The reference at a path: a folder of images, packed images, an ADM file, or one that we saved.
+
+    Args:
+        path: where.
+        extractor: with which the samples will be measured.
+        size: side to which images of a folder are centre-cropped: that of the samples; None takes that of
+            packed images. Files are taken as they are.
+        batch_size: images per forward pass.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: unusable, or a folder of images of many sizes and no `size`.
+    """
+    if not path.is_dir():
+        return read_reference(path, extractor, batch_size)
+    source = open_images(path)
+    if size is None and not isinstance(source, PackedImages):
+        raise ValueError(f"{path} holds images of any size, so the side to crop them to is needed: --size")
+    images = real_images(source, size or source.image_size, name=str(path))  # type: ignore[union-attr]
+    return reference_of(features_of(images, extractor, batch_size), images.name, images.preprocessing)
+
+
+_FACTS = ("name", "sha256", "extractor", "weights", "preprocessing")
 
 
 def save_reference(reference: Reference, path: Path) -> None:
@@ -213,7 +269,7 @@ def save_reference(reference: Reference, path: Path) -> None:
     arrays = {
         "mu": reference.pooled.mean.numpy(),
         "sigma": reference.pooled.covariance.numpy(),
-        "facts": np.array([reference.name, reference.sha256, reference.extractor, reference.weights]),
+        "facts": np.array([getattr(reference, name) for name in _FACTS]),
     }
     if reference.pooled.n is not None:
         arrays["n"] = np.array(reference.pooled.n)
@@ -245,7 +301,7 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
     """
     if not path.is_file():
         raise FileNotFoundError(f"no reference at {path}")
-    keys = _keys(path)
+    keys = npz_keys(path)
     if "mu" not in keys and "arr_0" not in keys:
         raise ValueError(
             f"{path} must hold mu and sigma, or images as arr_0; it holds: "
@@ -260,11 +316,10 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
         )
     images = None
     if "arr_0" in keys:
-        images = FeatureSet(extractor)
-        for batch in npz_images(path, batch_size):
-            images.update(batch.to(_device(extractor)))
-    if images is not None and "mu" not in keys:
-        return reference_of(images, path.name)
+        stream = npz_stream(path)
+        images = features_of(stream, extractor, batch_size)
+        if "mu" not in keys:
+            return reference_of(images, path.name, stream.preprocessing)
     with np.load(path) as file:
         return Reference(
             name=path.name,
@@ -275,45 +330,8 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
             spatial=_gaussian(file, "mu_s", "sigma_s") if "mu_s" in keys else None,
             features=None if images is None else images.features(),
             image_size=None if images is None else images.image_size,
+            preprocessing="unknown" if images is None else stream.preprocessing,
         )
-
-
-def npz_images(path: Path, batch_size: int, key: str = "arr_0") -> Iterator[Tensor]:
-    """Stream the images of an npz file: batches (B, 3, H, W) in [0, 1], of which only one is in memory.
-
-    Args:
-        path: a file that holds uint8 images (N, H, W, 3).
-        batch_size: B; the last batch may be smaller.
-        key: name of the array.
-
-    Raises:
-        ValueError: no such array, not uint8 images, or cut short.
-    """
-    if key not in _keys(path):
-        raise ValueError(f"{path} holds no {key}; it holds: {', '.join(sorted(_keys(path)))}")
-    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, in_fortran_order, dtype = read_header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or in_fortran_order:
-            raise ValueError(f"{key} in {path} must be uint8 images (N, H, W, 3), got {dtype} {shape}")
-        for start in range(0, shape[0], batch_size):
-            wanted = (min(batch_size, shape[0] - start), *shape[1:])
-            data = file.read(int(np.prod(wanted)))
-            if len(data) < np.prod(wanted):
-                raise ValueError(f"{path} is damaged: {key} ends before its {shape[0]} images do")
-            batch = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(wanted).copy())
-            yield batch.permute(0, 3, 1, 2).float() / 255
-
-
-def _keys(path: Path) -> set[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is no npz file") from None
 
 
 def _gaussian(file: np.lib.npyio.NpzFile, mean: str, covariance: str, n: int | None = None) -> Gaussian:
@@ -326,26 +344,28 @@ def _gaussian(file: np.lib.npyio.NpzFile, mean: str, covariance: str, n: int | N
 
 def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
     with np.load(path) as file:
-        name, sha256, made_by, weights = (str(fact) for fact in file["facts"])
-        if (made_by, weights) != (extractor.name, extractor.weights):
+        facts = dict(zip(_FACTS, map(str, file["facts"]), strict=True))
+        if (facts["extractor"], facts["weights"]) != (extractor.name, extractor.weights):
             raise ValueError(
-                f"{path} was made by {made_by} with weights {weights or 'unknown'}, but the samples are "
-                f"measured by {extractor.name} with {extractor.weights}; make the reference again"
+                f"{path} was made by {facts['extractor']} with weights {facts['weights'] or 'unknown'}, but "
+                f"the samples are measured by {extractor.name} with {extractor.weights}; make the reference "
+                "again"
             )
         n = int(file["n"]) if "n" in file else None
+        features = torch.from_numpy(file["features"]) if "features" in file else None
+        pooled = _gaussian(file, "mu", "sigma", n)
+        if features is not None and len(features) < features.shape[1] and n == len(features):
+            pooled = gaussian_of(features)  # with its factor: exact, as when it was made
         return Reference(
-            name=name,
-            sha256=sha256,
-            extractor=made_by,
-            weights=weights,
-            pooled=_gaussian(file, "mu", "sigma", n),
+            **facts,
+            pooled=pooled,
             spatial=_gaussian(file, "mu_s", "sigma_s", n) if "mu_s" in file else None,
-            features=torch.from_numpy(file["features"]) if "features" in file else None,
+            features=features,
             image_size=tuple(file["image_size"].tolist()) if "image_size" in file else None,
         )
 
 
-def _device(extractor: FeatureExtractor) -> torch.device:
+def device_of(extractor: FeatureExtractor) -> torch.device:
     """Where an extractor's weights are; the CPU for one that is no module."""
     if isinstance(extractor, torch.nn.Module):
         return next((p.device for p in extractor.parameters()), torch.device("cpu"))

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.checkpoint import load_tokenizer, write_generator
-from openpae.data.images import open_images
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.dit import LightningDiTConfig
 from openpae.ditdh import GeneratorConfig, build_generator
-from openpae.eval.records import ExtractorName, evaluate_samples, features_of, load_extractor
+from openpae.eval.extractors import ExtractorName, load_extractor
+from openpae.eval.records import evaluate_samples, write_evaluation
+from openpae.eval.reference import open_reference
+from openpae.eval.streams import drawn_images
 from openpae.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.folders import identity_of
-from openpae.sampling import SamplerConfig, balanced_labels, sample_images
+from openpae.sampling import SamplerConfig, balanced_labels
 from openpae.train.engine import check_run, fit, open_run
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
 from openpae.train.task import Draws, Update
@@ -44,7 +46,8 @@ class GeneratorRun:
     tokenizer: Path | None = None
     """Decodes samples for the Frechet distance that evaluation reports; null leaves it out."""
     evaluation_images: Path | None = None
-    """Real images that the samples are compared with; needed beside `tokenizer`."""
+    """What the samples are compared with: real images, an npz of the ADM layout, or a reference that
+    `pae evaluate --save-reference` wrote; needed beside `tokenizer`."""
     evaluation_samples: int = 1000
     """How many samples."""
     extractor: ExtractorName = "vgg16"
@@ -102,6 +105,8 @@ class GeneratorTask:
         )
         if self.held_out and self.held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
             raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
+        self.run_dir: Path | None = None
+        """Where the records of evaluations go; None keeps none."""
         self.judge = None if run.tokenizer is None else _Judge(run, self.device, self._tokenizer_print())
         torch.manual_seed(run.loop.seed)
         self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
@@ -134,23 +139,29 @@ class GeneratorTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """The loss's terms on held-out latents, with the same noise and positions every time, and the metrics
         of samples by the function that `pae evaluate` calls."""
-        return self._held_out_losses() | self._sample_metrics()
+        return self._held_out_losses() | self._sample_metrics(step)
 
-    def _sample_metrics(self) -> dict[str, float]:
+    def _sample_metrics(self, step: int) -> dict[str, float]:
         run = self.run
         if self.judge is None:
             return {}
-        labels = balanced_labels(run.evaluation_samples, run.model.num_classes)
-        size = run.loop.device_batch_size or run.loop.global_batch_size
-        images = sample_images(self.judge.tokenizer, self.model, labels, run.sampler, batch_size=size)
-        record = evaluate_samples(
-            images,
-            self.judge.source,
-            extractor=self.judge.extractor,
+        samples = drawn_images(
+            self.judge.tokenizer,
+            self.model,
+            balanced_labels(run.evaluation_samples, run.model.num_classes),
+            run.sampler,
             size=self.judge.tokenizer.config.image_size,
-            real=self.judge.real,
+            facts={"labels": "class-balanced", "tokenizer": self._tokenizer_print()},
+        )
+        record = evaluate_samples(
+            samples,
+            self.judge.reference,
+            extractor=self.judge.extractor,
+            batch_size=run.loop.device_batch_size or run.loop.global_batch_size,
             min_samples=2,  # a curve over steps: what counts is that every point has the same count
         )
+        if self.run_dir is not None:
+            write_evaluation(record, self.run_dir, step)
         return {name: metric["value"] for name, metric in record["metrics"].items()}
 
     def _held_out_losses(self) -> dict[str, float]:
@@ -192,7 +203,7 @@ class GeneratorTask:
 
 
 class _Judge:
-    """What judges samples: decoder, extractor and the features of the real images, made once."""
+    """What judges samples: decoder, extractor and reference, made once."""
 
     def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_print: str) -> None:
         assert run.tokenizer is not None
@@ -206,8 +217,9 @@ class _Judge:
         self.extractor = load_extractor(run.extractor, run.extractor_weights)
         if isinstance(self.extractor, nn.Module):
             self.extractor.to(device)
-        self.source = open_images(run.evaluation_images)
-        self.real = features_of(self.source, self.extractor, self.tokenizer.config.image_size)
+        self.reference = open_reference(
+            run.evaluation_images, self.extractor, size=self.tokenizer.config.image_size
+        )
 
 
 def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) -> dict[str, float]:
@@ -223,6 +235,7 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     """
     check_run(run_dir, run)
     task = GeneratorTask(run)
+    task.run_dir = run_dir
     open_run(run_dir, run)
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
 

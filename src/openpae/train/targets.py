@@ -14,7 +14,7 @@ from openpae.data.caches import Progress
 from openpae.data.images import ImageSource
 from openpae.encoders import Encoder, EncoderInput
 from openpae.eval.measure import spread
-from openpae.eval.records import source_batches
+from openpae.eval.streams import source_batches
 from openpae.priors import LinearTargets, fit_pca, random_targets
 from openpae.storage import whole_folder
 

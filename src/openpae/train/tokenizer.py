@@ -29,7 +29,8 @@ from openpae.discriminator import (
     frozen,
 )
 from openpae.encoders import Encoder, load_encoder
-from openpae.eval.records import evaluate_reconstruction
+from openpae.eval.records import evaluate_reconstruction, write_evaluation
+from openpae.eval.streams import real_images
 from openpae.folders import identity_of
 from openpae.layers import to_tokens
 from openpae.losses import (
@@ -195,6 +196,8 @@ class TokenizerTask:
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
         self.mcr_from = math.ceil(loss.mcr_start * steps)
         self.gan_from = math.ceil(loss.gan_start * steps)
+        self.run_dir: Path | None = None
+        """Where the records of evaluations go; None keeps none."""
         self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
@@ -245,14 +248,18 @@ class TokenizerTask:
         if self.judged is None:
             return {}
         part = self.run.loop.device_batch_size or self.run.loop.global_batch_size
+        count = min(len(self.judged), self.run.data.evaluation_images)
+        images = real_images(self.judged, self.run.model.image_size, rows=range(count))
         record = evaluate_reconstruction(
             self.model,
-            self.judged,
+            images,
             extractor=None,
             lpips=self.lpips,
-            count=self.run.data.evaluation_images,
             batch_size=part,
+            facts={"lpips": f"lpips-{self.run.loss.lpips_net}"} if self.lpips is not None else None,
         )
+        if self.run_dir is not None:
+            write_evaluation(record, self.run_dir, step)
         return {name: metric["value"] for name, metric in record["metrics"].items()}
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -434,6 +441,7 @@ def train_tokenizer(
     """
     check_run(run_dir, run)
     task = TokenizerTask(run, progress=progress)
+    task.run_dir = run_dir
     open_run(run_dir, run)
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
 
