@@ -42,6 +42,7 @@ ORDER = [
         "evaluation",
         "report",
         "pipeline",
+        "diffusers_adapter",
         "profile_page",
         "profile",
         "bench",

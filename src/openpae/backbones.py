@@ -131,6 +131,20 @@ def load_pretrained(
     return model
 
 
+def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:
+    """A vision tower of the transformers package with random weights.
+
+    Args:
+        model_class: class of the package.
+        architecture: its config, as plain data.
+    """
+    import transformers
+
+    kind = getattr(transformers, model_class)
+    tower: nn.Module = kind(kind.config_class.from_dict(dict(architecture)))
+    return tower
+
+
 @contextmanager
 def _no_reports() -> Iterator[None]:
     """Without the package's tables of weights that are not used: what does not fit is an error here."""

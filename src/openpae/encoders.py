@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from openpae.backbones import (
     EfficientNetTokens,
     RandomViT,
+    build_tower,
     convert_internvit,
     drop_norm_affine,
     load_pretrained,
@@ -326,15 +327,27 @@ def load_encoder(
     spec = encoder_spec(name)
     if source is not None and spec.family != "transformers":
         raise ValueError(f"encoder {name!r} takes its weights from a package, so encoder_source must be null")
-    backbone: nn.Module
-    if spec.family == "transformers":
-        backbone = _pretrained(spec, source or spec.repo, state)
-    elif spec.family == "efficientnet-lite0":
-        backbone = EfficientNetTokens(pretrained=state is None)
-    else:
-        backbone = RandomViT(spec.dim, spec.stride, spec.num_heads)
+    backbone = _backbone(spec, lambda: _pretrained(spec, source or spec.repo, state), state is None)
     if state is not None and spec.family != "transformers":
         load_strict(backbone, state, f"weights of the encoder {name!r}")
+    return FrozenEncoder(spec, backbone, trainable=trainable)
+
+
+def empty_encoder(
+    name: str, architecture: Mapping[str, Any] | None = None, *, trainable: bool = False
+) -> FrozenEncoder:
+    """A VFM of the table whose weights are still to be loaded: nothing is fetched.
+
+    Args:
+        name: a row of `ENCODERS`.
+        architecture: what `encoder_architecture` gives, read; rows of the transformers package need it.
+        trainable: let it be finetuned.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    spec = encoder_spec(name)
+    backbone = _backbone(spec, lambda: build_tower(spec.model_class, architecture or {}), pretrained=False)
     return FrozenEncoder(spec, backbone, trainable=trainable)
 
 
@@ -361,8 +374,19 @@ def encoder_architecture(encoder: Encoder | None) -> str | None:
     return str(config.to_json_string(use_diff=False))
 
 
+def _backbone(spec: EncoderSpec, tower: Callable[[], nn.Module], pretrained: bool) -> nn.Module:
+    if spec.family == "efficientnet-lite0":
+        return EfficientNetTokens(pretrained=pretrained)
+    if spec.family == "random":
+        return RandomViT(spec.dim, spec.stride, spec.num_heads)
+    built = tower()
+    if spec.final_norm is not None:
+        drop_norm_affine(built, spec.final_norm)
+    return built
+
+
 def _pretrained(spec: EncoderSpec, source: str, state: Mapping[str, Tensor] | None) -> nn.Module:
-    if state is not None and spec.final_norm is not None:  # its scale and shift are dropped below
+    if state is not None and spec.final_norm is not None:  # its scale and shift are dropped anyway
         ones = torch.ones(spec.dim)
         state = {**state, f"{spec.final_norm}.weight": ones, f"{spec.final_norm}.bias": 0 * ones}
     model = load_pretrained(
@@ -384,7 +408,5 @@ def _pretrained(spec: EncoderSpec, source: str, state: Mapping[str, Tensor] | No
                 f"weights at {source!r} are of {what} {found}, but the encoder's row says {expected}; "
                 "name the row of their size"
             )
-    if spec.final_norm is not None:
-        drop_norm_affine(model, spec.final_norm)
-    backbone: nn.Module = model
-    return backbone
+    tower: nn.Module = model
+    return tower
