@@ -1,19 +1,23 @@
-"""The straight path: its ends, its velocity, and solvers that are exact where they must be."""
+"""The straight path: its ends, its velocity, its score, and the grids on it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openpae.flow import (
+    diffusion,
     dimension_shift,
-    euler,
     guide,
     interpolate,
+    noisy_grid,
+    score,
     shift_time,
     time_grid,
     training_times,
@@ -123,31 +127,37 @@ def test_guidance_is_linear_and_one_is_none() -> None:
     torch.testing.assert_close(guide(c, u, 2.5), 2.5 * c - 1.5 * u)
 
 
-@given(points=st.integers(2, 12), shift=shifts)
-def test_euler_is_exact_on_straight_lines(points: int, shift: float) -> None:
-    x_0, x_1 = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
-    x = euler(lambda x, t: x_1 - x_0, x_0, time_grid(points, shift))
-    torch.testing.assert_close(x, x_1, atol=1e-5, rtol=1e-5)
+def test_the_noisy_grid_is_the_authors() -> None:
+    plain, shifted = noisy_grid(250, 1.0), noisy_grid(250, 0.4)
+    torch.testing.assert_close(plain, torch.from_numpy(np.linspace(1e-5, 0.996, 250)))
+    torch.testing.assert_close(shifted, 0.4 * plain / (1 - 0.6 * plain))
+    assert len(shifted) == 250
+    assert shifted[-1] == pytest.approx(0.3984 / 0.4024)
 
 
-def test_euler_converges_with_first_order() -> None:
-    """dx/dt = x: the error to e x_0 halves with the step."""
-    x_0 = torch.ones(1, 1, 1, 1)
-    errors = [abs(float(euler(lambda x, t: x, x_0, time_grid(n + 1, 1.0))) - math.e) for n in (50, 100, 200)]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
-    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+def gaussian(t: float, mean: float, std: float) -> tuple[float, float]:
+    """Mean and variance of x_t where data are N(mean, std^2)."""
+    return t * mean, t**2 * std**2 + (1 - t) ** 2
 
 
-def test_euler_calls_the_velocity_once_per_step_with_the_positions_before_each() -> None:
-    seen: list[torch.Tensor] = []
+@given(t=st.floats(0, 0.99), mean=st.floats(-3, 3), std=st.floats(0.1, 3))
+def test_the_score_is_that_of_a_gaussian(t: float, mean: float, std: float) -> None:
+    """With Gaussian data both are known: v = E[x_1 - x_0 | x_t] by regression, s = -(x - mean) / variance."""
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    centre, variance = gaussian(t, mean, std)
+    v = mean + (t * std**2 - (1 - t)) / variance * (x - centre)
+    torch.testing.assert_close(score(v, x, t), -(x - centre) / variance, atol=1e-8, rtol=1e-8)
 
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        seen.append(t)
-        return torch.zeros_like(x)
 
-    grid = time_grid(5, 0.4)
-    euler(velocity, torch.zeros(3, 1, 1, 1), grid)
-    assert torch.equal(torch.stack(seen), grid[:-1].float()[:, None].expand(4, 3))
+@given(t=st.floats(0.01, 0.99))
+def test_the_diffusion_undoes_the_forward_process(t: float) -> None:
+    """The SBDM form: dx = (a'/a) x dt + sqrt(2 g) dW backwards in time has the variance of the path.
+
+    Along the path, d(sigma^2)/dt = 2 (a'/a) sigma^2 - 2 g, by differences in float64.
+    """
+    h = 1e-6
+    rate = ((1 - t - h) ** 2 - (1 - t + h) ** 2) / (2 * h)
+    assert rate == pytest.approx(2 / t * (1 - t) ** 2 - 2 * diffusion(t), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0])
@@ -156,6 +166,7 @@ def test_a_shift_that_is_not_positive_is_refused(shift: float) -> None:
         shift_time(torch.rand(2), shift)
 
 
-def test_a_grid_of_one_point_is_refused() -> None:
+@pytest.mark.parametrize("grid", [time_grid, noisy_grid])
+def test_a_grid_of_one_point_is_refused(grid: Callable[[int, float], torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"at least 2 points \(1 step\), got 1"):
-        time_grid(1, 1.0)
+        grid(1, 1.0)

@@ -35,6 +35,8 @@ ORDER = [
         "dit",
         "ditdh",
         "flow",
+        "solvers",
+        "guidance",
         "losses",
     ),
     *("critics", "discriminator", "data", "checkpoint", "official", "sampling", "eval", "train"),

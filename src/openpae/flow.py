@@ -1,6 +1,6 @@
-"""The path between noise and data, and how velocity is learned and followed (Sec. 4 of arXiv:2605.07915).
+"""The path between noise and data, and what is learned on it (Sec. 4 of arXiv:2605.07915).
 
-Position t: 0 = noise, 1 = data. Everything here is a pure function.
+Position t: 0 = noise, 1 = data. Everything here is a pure function; solvers.py follows the velocity.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 # 1e8 times too large, and Adam's second moment (0.95 a step) needs hundreds of steps to forget it. Real
 # velocities are some 60 times longer than this.
 _SHORTEST = 0.1
+
+LAST_STEP = 0.004
+"""The SDE's last step, which adds no noise: evaluated at 1 - LAST_STEP, as in the authors' code."""
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, C, h, w), t (B,)) -> velocity (B, C, h, w)."""
@@ -102,25 +105,53 @@ def time_grid(points: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(0, 1, points, dtype=torch.float64), shift)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance on all channels: v_u + w (v_c - v_u); w = 1 gives v_c."""
-    return unconditional + guidance * (conditional - unconditional)
+def noisy_grid(points: int, shift: float) -> Tensor:
+    """Positions that the SDE solver visits: (points,), float64; points - 1 steps, and one to the end.
+
+    The authors' grid: `points` even positions from 1e-5 (at 0 the diffusion is infinite) to 1 - LAST_STEP,
+    shifted as those of the ODE.
+
+    Raises:
+        ValueError: fewer than two points.
+    """
+    if points < 2:
+        raise ValueError(f"a time grid needs at least 2 points (1 step), got {points}")
+    return shift_time(torch.linspace(1e-5, 1 - LAST_STEP, points, dtype=torch.float64), shift)
 
 
-def euler(velocity: Velocity, x_0: Tensor, times: Tensor) -> Tensor:
-    """Follow dx/dt = v(x, t) from noise to data by Euler steps.
+def guide(velocity: Tensor, worse: Tensor, guidance: float) -> Tensor:
+    """Guidance on all channels, away from a worse velocity: v_worse + w (v - v_worse); w = 1 gives v.
 
-        x <- x + (t_{i+1} - t_i) v(x, t_i)
+    Worse is the velocity of the null class (classifier-free guidance) or that of a smaller or less trained
+    generator (AutoGuidance, arXiv:2406.02507).
+    """
+    return worse + guidance * (velocity - worse)
+
+
+def score(velocity: Tensor, x: Tensor, t: float) -> Tensor:
+    """Gradient of the log density at position t, from the velocity there.
+
+        s = (t v - x) / (1 - t)
+
+    For x_t = t x_1 + (1 - t) x_0 with normal x_0 the score is -E[x_0 | x_t] / (1 - t), and x_t - t v is
+    E[x_0 | x_t], because v = E[x_1 - x_0 | x_t].
 
     Args:
-        velocity: v; called once per step with t (B,) in float32.
-        x_0: noise, (B, C, h, w).
-        times: positions, (T,), as `time_grid` gives them; T - 1 steps.
-
-    Returns:
-        x at times[-1], (B, C, h, w), float32.
+        velocity: v, (B, C, h, w).
+        x: x_t, (B, C, h, w).
+        t: position, in [0, 1).
     """
-    x = x_0.float()
-    for now, then in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        x = x + (then - now) * velocity(x, torch.full((len(x),), now, device=x.device)).float()
-    return x
+    return (t * velocity - x) / (1 - t)
+
+
+def diffusion(t: float) -> float:
+    """How much noise the SDE stirs in: g(t) = (1 - t) / t, the SBDM form on this path.
+
+    The SDE dx = (v + g s) dt + sqrt(2 g) dW has the densities of the ODE dx = v dt for every g >= 0. This one
+    is that of the score-based SDE (arXiv:2011.13456) whose forward process walks the path backwards, as in
+    SiT (arXiv:2401.08740): g = sigma^2 a'/a - sigma sigma' with a = t, sigma = 1 - t.
+
+    Args:
+        t: position, in (0, 1]. It is infinite at 0.
+    """
+    return (1 - t) / t
