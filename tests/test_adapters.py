@@ -184,6 +184,22 @@ def test_diffusers_weights_must_fit_and_be_an_autoencoder(tmp_path: Path) -> Non
         open_tokenizer(f"diffusers:{tmp_path}/none")
 
 
+@needs_diffusers
+def test_a_video_autoencoder_is_refused_by_name(tmp_path: Path, images: Tensor) -> None:
+    import diffusers
+
+    small = {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False],
+    }
+    diffusers.AutoencoderKLWan(**small).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(AutoencoderKLWan\) takes no images \(3, 3, 32, 32\); only"):
+        open_tokenizer(str(tmp_path)).encode(images)
+
+
 def test_unknown_tokenizers_say_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"kind of tokenizer 'difusers' .* openpae, diffusers, encoder, python"

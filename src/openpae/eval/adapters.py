@@ -176,7 +176,15 @@ def _diffusers(where: str, device: torch.device) -> LatentSpace:
     low, span = (0.0, 1.0) if config["_class_name"] in _UNIT_RANGE else (-1.0, 2.0)
 
     def encode(images: Tensor) -> Tensor:
-        answer = model.encode(images.to(device) * span + low, return_dict=False)[0]
+        try:
+            answer = model.encode(images.to(device) * span + low, return_dict=False)[0]
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"{where} ({config['_class_name']}) takes no images {tuple(images.shape)}; only autoencoders "
+                f"of images can be measured, at a size that they allow ({str(error).splitlines()[0]})"
+            ) from None
         latent: Tensor = (
             answer if isinstance(answer, Tensor) else answer.mode()
         )  # a posterior's, without noise
