@@ -120,7 +120,7 @@ class Pipeline:
             seed: image i depends on (seed, i) and its class alone.
             sampler: solver and guidance; None is the paper's guided setting.
             batch_size: images at once; it does not change them but for rounding.
-            output: "pil" for Pillow images, "tensor" for (n, 3, H, W) in [0, 1] on the generator's device.
+            output: "pil" for Pillow images, "tensor" for (n, 3, H, W) in [0, 1] on the CPU.
 
         Raises:
             ValueError: no classes, one that the generator does not know, or another output.
