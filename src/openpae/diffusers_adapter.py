@@ -1,5 +1,8 @@
 """A PAE tokenizer as an autoencoder of the diffusers package, for its training loops and pipelines (extra
-`diffusers`)."""
+`diffusers`).
+
+diffusers imports nothing because a saved pipeline names it: import this module before such a pipeline is loaded.
+"""
 
 from __future__ import annotations
 
