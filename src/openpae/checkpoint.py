@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from openpae.folders import checkpoint_path as checkpoint_path
 from openpae.folders import checkpoint_steps as checkpoint_steps
 from openpae.folders import identity_of as identity_of
 from openpae.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
+from openpae.storage import write_json
 from openpae.tokenizer import PAE, PAEConfig
 from openpae.weights import load_strict
 
@@ -27,7 +29,7 @@ def write_tokenizer(
     state: Mapping[str, Tensor],
     config: PAEConfig,
     encoder_print: str,
-    architecture: str | None = None,
+    architecture: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
 
@@ -42,7 +44,7 @@ def write_tokenizer(
     own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
     write_model(folder, own, config, encoder_print, "openpae.load_tokenizer")
     if finetuned and architecture is not None:
-        (folder / ENCODER).write_text(architecture, encoding="utf-8")
+        write_json(folder / ENCODER, architecture)
 
 
 def write_generator(

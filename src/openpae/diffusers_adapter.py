@@ -1,12 +1,11 @@
 """A PAE tokenizer as an autoencoder of the diffusers package, for its training loops and pipelines (extra
 `diffusers`).
 
-diffusers imports nothing because a saved pipeline names it: import this module before such a pipeline is loaded.
+diffusers imports nothing just because a saved pipeline names it: import this module before you load one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -86,11 +85,10 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         patch = config.decoder.patch_size
         if patch & (patch - 1):
             raise ValueError(f"diffusers' pipelines need a patch size that is a power of 2, got {patch}")
-        architecture = encoder_architecture(encoder)
         with torch.device("meta"):  # its weights are replaced at once
             model: Self = cls(
                 tokenizer=configs.to_dict(config),
-                architecture=None if architecture is None else json.loads(architecture),
+                architecture=encoder_architecture(encoder),
                 with_encoder=encoder is not None,
                 scaling_factor=scaling_factor,
                 shift_factor=shift_factor,

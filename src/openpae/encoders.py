@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
@@ -366,12 +367,14 @@ def encoder_fingerprint(encoder: Encoder) -> str:
     return fingerprint({}, repr(facts), *sorted(fingerprint({"": w}) for w in encoder.state_dict().values()))
 
 
-def encoder_architecture(encoder: Encoder | None) -> str | None:
-    """JSON of what the transformers package needs to build an encoder anew; None for the other families."""
+def encoder_architecture(encoder: Encoder | None) -> dict[str, Any] | None:
+    """What the transformers package needs to build an encoder anew, as plain data; None for other families."""
     if not isinstance(encoder, FrozenEncoder) or encoder.spec.family != "transformers":
         return None
     config: Any = encoder.backbone.config
-    return str(config.to_json_string(use_diff=False))
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    del plain["_name_or_path"]  # where it came from on this machine
+    return plain
 
 
 def _backbone(spec: EncoderSpec, tower: Callable[[], nn.Module], pretrained: bool) -> nn.Module:

@@ -31,6 +31,7 @@ from openpae.folders import (
     read_model,
     write_model,
 )
+from openpae.storage import write_json
 from openpae.weights import load_strict
 
 C = TypeVar("C")
@@ -132,7 +133,7 @@ def save(
     made_with: str | None,
     precision: Precision,
     leave_out: str | None = None,
-    architecture: str | None = None,
+    architecture: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model folder with a model card.
 
@@ -160,7 +161,7 @@ def save(
     with new_model_folder(Path(folder)) as partial:
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
         if architecture is not None:
-            (partial / ENCODER).write_text(architecture, encoding="utf-8")
+            write_json(partial / ENCODER, architecture)
         (partial / README).write_text(model_card({"": partial}, str(folder), None), encoding="utf-8")
 
 
