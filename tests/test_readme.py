@@ -50,10 +50,11 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     assert (out / "tokenizer" / "config.yaml").read_bytes() == before
 
 
-def test_the_python_of_extending_runs() -> None:
-    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "count"), [("extending.md", 2), ("evaluation.md", 1)])
+def test_the_python_of_the_pages_runs(page: str, count: int) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == count
     for block in blocks:
         exec(block, {})
 

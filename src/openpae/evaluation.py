@@ -113,6 +113,10 @@ def run_evaluation(reference: Path, run: EvaluationRun, device: torch.device) ->
     Raises:
         FileNotFoundError, ValueError: something that is not there, or that does not fit.
     """
+    if not reference.exists():  # before any weights are fetched
+        raise FileNotFoundError(
+            f"no reference at {reference}; give a folder of real images, packed images, or an npz file"
+        )
     extractor = load_extractor(run.extractor, run.extractor_weights)
     if isinstance(extractor, torch.nn.Module):
         extractor = extractor.to(device)
