@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import shaken
 from openpae import config as configs
@@ -24,9 +24,9 @@ from openpae.checkpoint import (
     write_tokenizer,
 )
 from openpae.dit import LightningDiT
-from openpae.encoders import FrozenEncoder, load_encoder
+from openpae.encoders import ENCODERS, FrozenEncoder, encoder_architecture, load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of, model_folder
-from openpae.tokenizer import PAE, PAEConfig, build_tokenizer
+from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
 
 
 @pytest.fixture
@@ -79,6 +79,50 @@ def test_a_finetuned_encoder_is_saved_with_its_tokenizer(tiny_config: PAEConfig,
     assert torch.equal(load_tokenizer(tmp_path, decode_only=True).decode(z), model.decode(z))
 
 
+def test_a_finetuned_encoder_is_fetched_from_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights and architecture are in the folder; where it came from may be gone. The weights may have
+    the names of an earlier version of the transformers package, too."""
+    import transformers
+
+    vit = transformers.ViTMAEModel(
+        transformers.ViTMAEConfig(
+            hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=64
+        )
+    )
+    vit.save_pretrained(tmp_path / "vfm")
+    row = replace(ENCODERS["mae-b"], dim=24, num_heads=2, repo="no/where")
+    monkeypatch.setitem(ENCODERS, "tiny-mae", row)
+    decoder = DecoderConfig(hidden_dim=32, num_layers=1, num_heads=2, mlp_dim=64)
+    source = str(tmp_path / "vfm")
+    sizes = {"image_size": 64, "latent_dim": 8, "decoder": decoder}
+    config = PAEConfig(encoder="tiny-mae", encoder_source=source, fusion="finetune", **sizes)  # type: ignore[arg-type]
+    model = shaken(build_tokenizer(config)).eval()
+    assert model.encoder is not None
+    (tmp_path / "trained").mkdir()
+    architecture = encoder_architecture(model.encoder)
+    assert str(tmp_path) not in str(architecture)
+    write_tokenizer(tmp_path / "trained", model.state_dict(), config, "0" * 16, architecture)
+    older = {  # of transformers 4
+        name.replace("backbone.layers.", "backbone.encoder.layer.").replace(
+            ".q_proj.", ".attention.query."
+        ): value
+        for name, value in model.state_dict().items()
+    }
+    assert older.keys() != model.state_dict().keys()
+    (tmp_path / "older").mkdir()
+    write_tokenizer(tmp_path / "older", older, config, "0" * 16, architecture)
+    shutil.rmtree(tmp_path / "vfm")
+    images = torch.rand(1, 3, 64, 64)
+    for folder in ("trained", "older"):
+        loaded = load_tokenizer(tmp_path / folder)
+        assert torch.equal(loaded.encode(images), model.encode(images))
+        loaded.save_pretrained(tmp_path / "saved")
+        assert torch.equal(load_tokenizer(tmp_path / "saved").encode(images), model.encode(images))
+        assert all(parameter.requires_grad for parameter in loaded.encoder.parameters())  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="loaded without its own encoder; load it whole to save it"):
+        load_tokenizer(tmp_path / "saved", decode_only=True).save_pretrained(tmp_path / "half")
+
+
 def test_a_saved_generator_comes_back_to_the_bit(generator_folder: Path, tiny_dit: LightningDiT) -> None:
     loaded = load_generator(generator_folder)
     x, t, labels = torch.randn(2, 8, 4, 4), torch.rand(2), torch.tensor([0, 2])
@@ -120,6 +164,8 @@ def test_encoder_fingerprint_sees_weights_and_normalisation() -> None:
     }
     assert len(prints) == 4
     assert encoder_fingerprint(encoder(repo="elsewhere")) == encoder_fingerprint(encoder())
+    renamed = FrozenEncoder(encoder().spec, nn.Sequential(encoder().backbone))
+    assert encoder_fingerprint(renamed) == encoder_fingerprint(encoder())
     with pytest.raises(TypeError, match=r"must be an nn.Module, got int"):
         encoder_fingerprint(3)  # type: ignore[arg-type]
 

@@ -28,7 +28,7 @@ from openpae.discriminator import (
     diff_augment,
     frozen,
 )
-from openpae.encoders import Encoder, load_encoder
+from openpae.encoders import Encoder, encoder_architecture, load_encoder
 from openpae.eval.records import evaluate_reconstruction, write_evaluation
 from openpae.eval.streams import real_images
 from openpae.folders import identity_of
@@ -264,7 +264,8 @@ class TokenizerTask:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
-        write_tokenizer(folder, weights, self.run.model, self.encoder_print)
+        architecture = encoder_architecture(self.model.encoder)
+        write_tokenizer(folder, weights, self.run.model, self.encoder_print, architecture)
 
     def _decode(
         self, x: Tensor, features: Tensor | None, draws: Draws, step: int
