@@ -204,6 +204,6 @@ class RandomViT(nn.Module):
         """pixels: (B, 3, h stride, w stride). Returns the CLS token and the patch tokens: (B, 1 + h w, D)."""
         tokens = to_tokens(self.patch_embed(pixels))
         out: Tensor = self.layernorm(
-            self.block(torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1))
+            self.block(torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1))
         )
         return out

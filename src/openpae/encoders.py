@@ -250,7 +250,7 @@ class FrozenEncoder(nn.Module):
         if self.spec.asks_to_interpolate:
             wishes["interpolate_pos_encoding"] = True
         if self.spec.shuffles:  # tokens are sorted by this noise: a rising one leaves them where they are
-            wishes["noise"] = torch.arange(count, device=pixels.device).expand(len(pixels), -1)
+            wishes["noise"] = torch.arange(count, device=pixels.device).expand(pixels.shape[0], -1)
         return wishes
 
 

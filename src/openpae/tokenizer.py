@@ -176,7 +176,7 @@ class PixelDecoder(nn.Module):
         """tokens: (B, h w, D). Returns normalised pixels: (B, 3, h patch, w patch)."""
         x = self.embed(tokens) + resize_positions(self.positions, h, w)
         # The CLS token carries no position; it goes in front and is dropped behind the last block.
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return unpatchify(self.to_pixels(self.norm(x)[:, 1:]), h, w, self.patch_size)
