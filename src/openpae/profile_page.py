@@ -19,6 +19,7 @@ from openpae.data.images import ImageSource
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import Tokenizer
 from openpae.eval.estimate import Estimate
+from openpae.eval.extractors import INCEPTION
 from openpae.eval.geometry import RADII, majority_labels, moved_latents, spectral_clusters, unit_directions
 from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, spread
 from openpae.eval.streams import source_batches
@@ -139,10 +140,12 @@ def _show_numbers(page: Page, found: Sequence[Measured], facts: Mapping[str, Any
     page.table(["metric", "what it tells"], meanings)
     if floor := facts.get("frechet_floor"):
         half = f"{floor['settings']['samples']:,}"
+        extractor = facts["extractor"]["name"]
+        published = "only at the same number" if extractor == INCEPTION else "with none, in these features"
         page.text(
-            f"Frechet distances are in features of {facts['extractor']['name']}, fall as the number of "
-            f"images grows, and compare with no published FID. Real images against real ones, {half} against "
-            f"{half}, give {floor['value']:.4g}."
+            f"Frechet distances are in features of {extractor}. They fall as the number of images grows, so "
+            f"they compare with published ones {published}. Real images against real ones, {half} against {half}, "
+            f"give {floor['value']:.4g}."
         )
     for reason, titles in _reasons(found).items():
         page.text(f"{', '.join(titles)} not defined: {reason}.")
