@@ -1,0 +1,47 @@
+"""The page on memory and time says what the models say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_performance", DOCS / "make_performance.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_page_is_up_to_date(script: ModuleType) -> None:
+    assert (DOCS / "performance.md").read_text(encoding="utf-8") == script.page()
+
+
+def test_products_of_the_largest_preset_by_hand(script: ModuleType) -> None:
+    dim, tokens, hidden = 1152, 256, 3072
+    block = tokens * (8 * dim**2 + 6 * dim * hidden + 4 * tokens * dim) + 12 * dim**2
+    ends = tokens * 2 * (32 * dim + dim * 32) + 2 * (256 * dim + dim**2) + 4 * dim**2
+    assert script.generator_row("xl")["forward"] == pytest.approx(28 * block + ends, rel=1e-3)
+
+
+def test_vgg_products_are_those_of_the_literature(script: ModuleType) -> None:
+    """15.3 G multiply-adds at 224 pixels, all 13 convolutions (Simonyan & Zisserman's network D)."""
+    assert script.vgg_products(224) == pytest.approx(2 * 15.35e9, rel=0.01)
+
+
+def test_a_lost_mark_is_told(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("# nothing\n", encoding="utf-8")
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "tables", lambda: {"generators": ""})
+    with pytest.raises(ValueError, match=r"performance\.md holds no marks <!-- generators -->"):
+        script.page()
