@@ -53,7 +53,7 @@ def test_openpae_folder_encodes_and_decodes_as_the_model(tokenizer_folder: Path,
         assert space.decode is not None
         assert torch.equal(space.decode(z), model.decode(z).clamp(0, 1))
     assert space.fingerprint == identity_of(tokenizer_folder).fingerprint
-    assert (space.image_size, space.latent_shape(32)) == (32, (8, 4, 4))
+    assert (space.image_size, space.latent_shape(32)) == ((32, 32), (8, 4, 4))
     assert space.latent_shape(64) == (8, 8, 8)
     check_tokenizer(space, images)
 

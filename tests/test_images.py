@@ -23,7 +23,7 @@ from openpae.data.images import (
     open_images,
     pack_images,
     read_image,
-    resize_shorter,
+    resize_to_cover,
 )
 from openpae.data.training import ImageData, TrainingImages, sound
 
@@ -155,7 +155,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 @given(width=st.integers(1, 150), height=st.integers(1, 150), size=st.integers(1, 40))
 def test_the_shorter_side_is_what_was_asked_for(width: int, height: int, size: int) -> None:
-    resized = resize_shorter(Image.new("RGB", (width, height)), size)
+    resized = resize_to_cover(Image.new("RGB", (width, height)), size)
     assert min(resized.size) == size
     assert center_crop(Image.new("RGB", (width, height)), size).shape == (3, size, size)
     if max(width, height) < 4 * min(width, height):
@@ -186,7 +186,7 @@ def test_packed_images_are_the_centre_crops(image_folder: Path, packed: PackedIm
     source = ImageFolder(image_folder)
     assert isinstance(open_images(packed.shards.folder), PackedImages)
     assert isinstance(open_images(image_folder), ImageFolder)
-    assert (packed.classes, packed.image_size, len(packed)) == (source.classes, 32, 10)
+    assert (packed.classes, packed.image_shape, len(packed)) == (source.classes, (32, 32), 10)
     assert (packed.labels == source.labels).all()
     for i in range(10):
         expected = center_crop(source.read(i), 32)

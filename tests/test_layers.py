@@ -17,6 +17,7 @@ from openpae.layers import (
     resize_positions,
     rope_2d,
     rotate,
+    sincos_1d,
     sincos_2d,
     timestep_features,
     to_grid,
@@ -104,11 +105,45 @@ def test_sincos_puts_the_column_in_front() -> None:
 
 def test_positions_are_resized_only_if_they_must() -> None:
     positions = sincos_2d(4, 4, 16)[None]
-    assert resize_positions(positions, 4, 4) is positions
-    assert resize_positions(positions, 2, 6).shape == (1, 12, 16)
+    assert resize_positions(positions, (4, 4), 4, 4) is positions
+    assert resize_positions(positions, (4, 4), 2, 6).shape == (1, 12, 16)
     # A position that does not depend on the place still does not.
     constant = torch.ones(1, 16, 4)
-    torch.testing.assert_close(resize_positions(constant, 2, 6), torch.ones(1, 12, 4))
+    torch.testing.assert_close(resize_positions(constant, (4, 4), 2, 6), torch.ones(1, 12, 4))
+
+
+@pytest.mark.parametrize(
+    ("trained", "grid"), [((16, 16), (32, 32)), ((16, 16), (16, 24)), ((6, 10), (12, 20))]
+)
+def test_positions_of_another_grid_are_those_of_the_places_between(
+    trained: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """Cell i of n lies where a resized image has it; away from the edge, where a cubic has no neighbours,
+    the interpolated table is the sine or cosine there. Also of grids that are not square."""
+    found = to_grid(resize_positions(sincos_2d(*trained, 16)[None], trained, *grid), *grid)[0]
+    rows, columns = (
+        (torch.arange(n, dtype=torch.float64) + 0.5) * old / n - 0.5
+        for old, n in zip(trained, grid, strict=True)
+    )
+    exact = torch.cat(
+        [
+            sincos_1d(columns.repeat(len(rows)), 8),
+            sincos_1d(rows.repeat_interleave(len(columns)), 8),
+        ],
+        dim=1,
+    )
+    inner = found[:, 3:-3, 3:-3]
+    torch.testing.assert_close(inner, to_grid(exact[None], *grid)[0][:, 3:-3, 3:-3], atol=0.06, rtol=0)
+
+
+def test_rotary_positions_of_another_grid_spread_over_the_trained_range() -> None:
+    for computed, expected in zip(rope_2d(4, 6, 16, (4, 6)), rope_2d(4, 6, 16), strict=True):
+        assert torch.equal(computed, expected)
+    cos, _ = rope_2d(8, 3, 16, (4, 6))
+    rows, columns = (torch.arange(8) + 0.5) / 2 - 0.5, (torch.arange(3) + 0.5) * 2 - 0.5
+    # The fastest pair of each half turns by one radian a cell.
+    torch.testing.assert_close(cos.view(8, 3, 16)[:, 0, 0], rows.cos())
+    torch.testing.assert_close(cos.view(8, 3, 16)[0, :, 8], columns.cos())
 
 
 def scores(q: Tensor, k: Tensor, h: int, w: int) -> Tensor:

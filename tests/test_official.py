@@ -85,7 +85,7 @@ def under_their_names(model: PAE) -> dict[str, Tensor]:
         for old, their in {"modulator.layers.": parts, "decoder.blocks.": block}.get(ours, []):
             rest = rest.replace(old, their)
         theirs[new + rest] = value
-    side, config = model.config.grid_size, model.config
+    (side, _), config = model.config.grid_shape, model.config
     theirs["delta_encoder.pos_embed"] = sincos_2d(side, side, model.spec.dim)[None]
     width = config.decoder.hidden_dim
     theirs["decoder.decoder_pos_embed"] = torch.cat([torch.zeros(1, width), sincos_2d(side, side, width)])[

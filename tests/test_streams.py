@@ -117,11 +117,11 @@ def test_small_images_are_not_enlarged_silently(
     image_folder: Path, packed: PackedImages, tmp_path: Path
 ) -> None:
     source = ImageFolder(image_folder)  # their shorter sides are 35 to 44 pixels
-    with pytest.warns(UserWarning, match=r"^2 of 10 images are smaller than 38 pixels and were enlarged"):
+    with pytest.warns(UserWarning, match=r"^2 of 10 images are smaller than 38 x 38 pixels and were"):
         list(source_batches(source, 38, 4))
-    with pytest.raises(ValueError, match="all 10 images are smaller than the 64 pixels that are needed"):
+    with pytest.raises(ValueError, match="all 10 images are smaller than the 64 x 64 pixels that are needed"):
         list(source_batches(source, 64, 4))
-    with pytest.raises(ValueError, match="holds images of 32 pixels, 64 are needed"):
+    with pytest.raises(ValueError, match="is of 32 x 32 pixels, 64 x 64 are needed"):
         list(source_batches(packed, 64, 4))
 
 

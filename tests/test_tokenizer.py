@@ -81,13 +81,13 @@ def test_every_stage_agrees_with_the_golden_file() -> None:
 
 @pytest.mark.parametrize("kind", ["modulate", "add"])
 def test_untrained_fusion_returns_the_frozen_features(kind: Literal["modulate", "add"]) -> None:
-    modulator = DetailModulator(16, 2, 2, 8, 4, kind)
+    modulator = DetailModulator(16, 2, 2, 8, (4, 4), kind)
     pixels, features = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 16)
     torch.testing.assert_close(modulator(pixels, features), nn.functional.layer_norm(features, (16,)))
 
 
 def test_untrained_concatenation_sees_the_pixels() -> None:
-    modulator = DetailModulator(16, 2, 2, 8, 4, "concat")
+    modulator = DetailModulator(16, 2, 2, 8, (4, 4), "concat")
     features = torch.randn(1, 16, 16)
     a, b = (modulator(torch.randn(1, 3, 32, 32), features) for _ in range(2))
     assert not torch.allclose(a, b, atol=1e-3)
@@ -255,7 +255,7 @@ def test_projector_has_neither_residual_nor_norm_and_deprojector_mirrors_it() ->
 
 def test_the_cls_token_of_the_decoder_has_no_position_and_is_dropped() -> None:
     config = DecoderConfig(hidden_dim=16, num_layers=1, num_heads=2, mlp_dim=16, patch_size=4)
-    decoder = PixelDecoder(8, config, 3)
+    decoder = PixelDecoder(8, config, (3, 3))
     assert not decoder.cls_token.any()
     assert torch.equal(decoder.positions[0], sincos_2d(3, 3, 16))  # type: ignore[index]
     before = decoder(torch.randn(2, 9, 8), 3, 3)

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from openpae import hub
-from openpae.layers import check_heads, rope_2d, rotate, sincos_2d, timestep_features, to_tokens, unpatchify
+from openpae.layers import (
+    check_heads,
+    resize_positions,
+    rope_2d,
+    rotate,
+    sincos_2d,
+    timestep_features,
+    to_tokens,
+    unpatchify,
+)
 
 SIZES = {
     "s": (12, 384, 6),
@@ -43,7 +52,9 @@ class LightningDiTConfig:
     latent_dim: int = 32
     """Latent channels C."""
     grid_size: int = 16
-    """Side of the latent grid, h = w."""
+    """Side of the latent grid, or its height h where grid_width is set."""
+    grid_width: int | None = None
+    """Width w of the latent grid where it is not square; null: as grid_size."""
     patch_size: int = 1
     """Latent cells per token and axis."""
     hidden_dim: int = 1152
@@ -74,7 +85,13 @@ class LightningDiTConfig:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        return (self.latent_dim, self.grid_size, self.grid_size)
+        return (self.latent_dim, self.grid_size, self.grid_width or self.grid_size)
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        _, h, w = self.latent_shape
+        return (h // self.patch_size, w // self.patch_size)
 
     @property
     def num_blocks(self) -> int:
@@ -91,8 +108,13 @@ def check_generator(config: Any) -> None:
     for name in ("latent_dim", "grid_size", "patch_size", "hidden_dim", "num_layers", "num_classes"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if config.grid_size % config.patch_size:
-        raise ValueError(f"patch_size must divide grid_size, got {config.patch_size} and {config.grid_size}")
+    if config.grid_width is not None and config.grid_width < 1:
+        raise ValueError(f"grid_width must be >= 1 or null, got {config.grid_width}")
+    for name in ("grid_size", "grid_width"):
+        if (getattr(config, name) or 0) % config.patch_size:
+            raise ValueError(
+                f"patch_size must divide {name}, got {config.patch_size} and {getattr(config, name)}"
+            )
     if not 0 <= config.class_dropout <= 1:
         raise ValueError(f"class_dropout must lie in [0, 1], got {config.class_dropout}")
     check_heads(config.hidden_dim, config.num_heads)
@@ -220,7 +242,7 @@ class LightningDiT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
-        dim, patch, side = config.hidden_dim, config.patch_size, config.grid_size // config.patch_size
+        dim, patch, grid = config.hidden_dim, config.patch_size, config.token_grid
         self.patch_embed = nn.Conv2d(config.latent_dim, dim, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.class_embed = nn.Embedding(config.num_classes + 1, dim)  # + 1: the null class
@@ -230,8 +252,8 @@ class LightningDiT(nn.Module):
         self.final_norm = nn.RMSNorm(dim, eps=1e-6)
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.to_velocity = nn.Linear(dim, patch * patch * config.latent_dim)
-        self.register_buffer("positions", sincos_2d(side, side, dim)[None], persistent=False)
-        cos, sin = rope_2d(side, side, dim // config.num_heads)
+        self.register_buffer("positions", sincos_2d(*grid, dim)[None], persistent=False)
+        cos, sin = rope_2d(*grid, dim // config.num_heads)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.register_buffer("latent_mean", torch.zeros(config.latent_dim, 1, 1))
@@ -264,20 +286,40 @@ class LightningDiT(nn.Module):
         """Predict the velocity x_1 - x_0.
 
         Args:
-            x: normalised noisy latents x_t, (B, C, h, w).
+            x: normalised noisy latents x_t, (B, C, h, w). On another grid than the config's, positions are
+                interpolated from it.
             t: path positions, (B,), 0 = noise, 1 = data.
             labels: classes, (B,), in [0, K]; K is the null class.
 
         Returns:
             Velocity, (B, C, h, w).
+
+        Raises:
+            ValueError: h or w is no multiple of the patch size.
         """
-        h = w = self.config.grid_size // self.config.patch_size
-        tokens = to_tokens(self.patch_embed(x)) + self.positions
+        if any(side % self.config.patch_size for side in x.shape[-2:]):
+            raise ValueError(
+                f"latents must have sides that are multiples of patch_size = {self.config.patch_size}, "
+                f"got {tuple(x.shape)}"
+            )
+        embedded = self.patch_embed(x)
+        h, w = embedded.shape[-2:]
+        positions, cos, sin = self._positions(h, w)
+        tokens = to_tokens(embedded) + positions
         c = F.silu(self.time_mlp(timestep_features(t)) + self.class_embed(labels))[:, None]
-        tokens = run_blocks(self.blocks, tokens, c, self.rope_cos, self.rope_sin, self.checkpoint_blocks)
+        tokens = run_blocks(self.blocks, tokens, c, cos, sin, self.checkpoint_blocks)
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)
         tokens = self.to_velocity(self.final_norm(tokens) * (1 + scale) + shift)
         return unpatchify(tokens, h, w, self.config.patch_size)
+
+    def _positions(self, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Fixed and rotary positions of a grid of h x w tokens."""
+        trained = self.config.token_grid
+        if (h, w) == trained:
+            return self.positions, self.rope_cos, self.rope_sin
+        head_dim = self.config.hidden_dim // self.config.num_heads
+        cos, sin = rope_2d(h, w, head_dim, trained, self.positions.device)
+        return resize_positions(self.positions, trained, h, w), cos, sin
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Take the per-channel mean and standard deviation (C,) of the latents that are to be generated.

@@ -54,7 +54,9 @@ class DiTDHConfig:
     latent_dim: int = 768
     """Latent channels C."""
     grid_size: int = 16
-    """Side of the latent grid, h = w."""
+    """Side of the latent grid, or its height h where grid_width is set."""
+    grid_width: int | None = None
+    """Width w of the latent grid where it is not square; null: as grid_size."""
     patch_size: int = 1
     """Latent cells per token and axis."""
     hidden_dim: int = 1152
@@ -87,7 +89,13 @@ class DiTDHConfig:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        return (self.latent_dim, self.grid_size, self.grid_size)
+        return (self.latent_dim, self.grid_size, self.grid_width or self.grid_size)
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        _, h, w = self.latent_shape
+        return (h // self.patch_size, w // self.patch_size)
 
     @property
     def num_blocks(self) -> int:
@@ -128,7 +136,6 @@ class DiTDH(nn.Module):
             *(config.hidden_dim, config.head.hidden_dim),
             *(config.latent_dim, config.patch_size),
         )
-        side = config.grid_size // patch
         self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.head_embed = nn.Conv2d(channels, wide, patch, stride=patch)
         self.register_buffer("frequencies", torch.randn(256))  # 256, N(0, 1): RAE's; fixed, and saved
@@ -145,12 +152,12 @@ class DiTDH(nn.Module):
         self.final_norm = nn.RMSNorm(wide, eps=1e-6)
         self.final_modulation = nn.Linear(wide, 2 * wide)
         self.to_velocity = nn.Linear(wide, patch * patch * channels)
-        self.register_buffer("positions", sincos_2d(side, side, dim)[None], persistent=False)
+        self.register_buffer("positions", sincos_2d(*config.token_grid, dim)[None], persistent=False)
         for name, width, heads in (
             ("rope", dim, config.num_heads),
             ("head", wide, config.head.num_heads),
         ):
-            cos, sin = rope_2d(side, side, width // heads)
+            cos, sin = rope_2d(*config.token_grid, width // heads)
             self.register_buffer(f"{name}_cos", cos, persistent=False)
             self.register_buffer(f"{name}_sin", sin, persistent=False)
         self.register_buffer("latent_mean", torch.zeros(config.latent_shape))
@@ -190,7 +197,7 @@ class DiTDH(nn.Module):
         Returns:
             Velocity, (B, C, h, w).
         """
-        h = w = self.config.grid_size // self.config.patch_size
+        h, w = self.config.token_grid
         time = self.time_mlp(self._fourier(1 - t))[:, None]  # (B, 1, D)
         c = F.silu(F.silu(time + self.class_embed(labels)[:, None]))
         tokens = to_tokens(self.patch_embed(x)) + self.positions

@@ -10,7 +10,7 @@ import torch
 
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.critics import PerceptualNet, load_perceptual
-from openpae.data.images import open_images
+from openpae.data.images import height_width, open_images
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
 from openpae.eval.reference import Reference, open_reference, save_reference
@@ -146,7 +146,7 @@ def _samples(run: EvaluationRun, device: torch.device) -> ImageStream | None:
         generator,
         balanced_labels(run.sample_count, generator.config.num_classes),
         run.sampler,
-        size=tokenizer.config.image_size,
+        size=tokenizer.config.image_shape,
         seed=run.seed,
         precision=run.precision,
         facts={"labels": "class-balanced", **facts},
@@ -156,15 +156,7 @@ def _samples(run: EvaluationRun, device: torch.device) -> ImageStream | None:
 def _reference(
     path: Path, run: EvaluationRun, extractor: FeatureExtractor, samples: ImageStream | None
 ) -> Reference:
-    size = run.size
-    if size is None and samples is not None and path.is_dir():
-        height, width = samples.size
-        if height != width:
-            raise ValueError(
-                f"{path} is cropped to squares, but the samples are {height} x {width} (H x W); give a "
-                "reference of their size as an npz file"
-            )
-        size = height
+    size = run.size if run.size is not None or samples is None else samples.size
     return open_reference(path, extractor, size=size, batch_size=run.batch_size)
 
 
@@ -172,17 +164,17 @@ def _reconstruction(
     reference: Path, run: EvaluationRun, folder: Path, extractor: FeatureExtractor, device: torch.device
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder).to(device)
-    size = run.size or tokenizer.config.image_size
+    size = height_width(run.size or tokenizer.config.image_shape)
     if reference.is_dir():
         source = open_images(reference)
         rows = range(len(source) if run.count is None else min(run.count, len(source)))
         images = real_images(source, size, name=str(reference), rows=rows)
     else:
         images = npz_stream(reference, count=run.count)
-        if images.size != (size, size):
+        if images.size != size:
             raise ValueError(
                 f"{reference} holds images of {images.size[0]} x {images.size[1]} (H x W), but {folder} "
-                f"takes {size} x {size}; give the original images as a folder"
+                f"takes {size[0]} x {size[1]}; give the original images as a folder"
             )
     return evaluate_reconstruction(
         tokenizer,

@@ -61,27 +61,44 @@ def sincos_2d(h: int, w: int, dim: int) -> Tensor:
     return torch.cat([sincos_1d(columns.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
 
 
-def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Positions (1, S S, D) of a square grid, interpolated (bicubic) to a grid of h x w: (1, h w, D)."""
-    side = math.isqrt(positions.shape[1])
-    if (h, w) == (side, side):
+def resize_positions(positions: Tensor, trained: tuple[int, int], h: int, w: int) -> Tensor:
+    """Positions (1, H W, D) of the grid (H, W) of training, interpolated (bicubic) to a grid of h x w: (1, h
+    w, D)."""
+    if (h, w) == trained:
         return positions
-    return to_tokens(F.interpolate(to_grid(positions, side, side), size=(h, w), mode="bicubic"))
+    return to_tokens(F.interpolate(to_grid(positions, *trained), size=(h, w), mode="bicubic"))
 
 
-def rope_2d(h: int, w: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def rope_2d(
+    h: int,
+    w: int,
+    head_dim: int,
+    trained: tuple[int, int] | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of 2-D rotary positions, (h w, head_dim) each: half of a head turns with the row,
     half with the column, neighbouring channels form a pair (as in LightningDiT).
 
+    Args:
+        h, w: the grid.
+        head_dim: width of a head.
+        trained: the grid (H, W) that the network was trained on, where it is another: the h rows and w
+            columns are then spread over the same range, cell for cell as images are resized.
+        device: where the angles are computed.
     Raises:
         ValueError: head_dim is not a multiple of 4 (pairs for each of the two axes).
     """
     if head_dim % 4:
         raise ValueError(f"2-D rotary positions need heads whose width is a multiple of 4, got {head_dim}")
     half = head_dim // 2
-    frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
-    rows = torch.arange(h).float().outer(frequencies).repeat_interleave(2, dim=1)  # (h, half)
-    columns = torch.arange(w).float().outer(frequencies).repeat_interleave(2, dim=1)  # (w, half)
+    frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
+    # Cell i of n stands where cell (i + 1/2) N / n - 1/2 of N would: at i itself if n = N.
+    rows, columns = (
+        (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (whole / n) - 0.5
+        for n, whole in zip((h, w), trained or (h, w), strict=True)
+    )
+    rows = rows.outer(frequencies).repeat_interleave(2, dim=1)  # (h, half)
+    columns = columns.outer(frequencies).repeat_interleave(2, dim=1)  # (w, half)
     angles = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], dim=-1).reshape(
         h * w, head_dim
     )

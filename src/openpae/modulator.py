@@ -85,7 +85,7 @@ class DetailModulator(nn.Module):
         num_heads: attention heads.
         num_layers: layers K.
         stride: pixels per token of the VFM's input.
-        grid_size: side of the token grid that the positions are made for; others are interpolated.
+        grid: (h, w) that the positions are made for; for another they are interpolated.
         fusion: how the detail enters the features.
     """
 
@@ -97,12 +97,13 @@ class DetailModulator(nn.Module):
         num_heads: int,
         num_layers: int,
         stride: int,
-        grid_size: int,
+        grid: tuple[int, int],
         fusion: Literal["modulate", "add", "concat"],
     ) -> None:
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, stride, stride=stride)
-        self.register_buffer("positions", sincos_2d(grid_size, grid_size, dim)[None], persistent=False)
+        self.grid = grid
+        self.register_buffer("positions", sincos_2d(*grid, dim)[None], persistent=False)
         self.layers = nn.ModuleList(ModulatorLayer(dim, num_heads) for _ in range(num_layers))
         self.fusion = DetailFusion(dim, fusion)
         init_vit(self)
@@ -111,9 +112,9 @@ class DetailModulator(nn.Module):
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
         """pixels as the VFM saw them: (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N,
         D)."""
-        grid = self.patch_embed(pixels)
-        positions: Tensor = resize_positions(self.positions, *grid.shape[-2:])
-        detail = to_tokens(grid) + positions
+        embedded = self.patch_embed(pixels)
+        positions: Tensor = resize_positions(self.positions, self.grid, *embedded.shape[-2:])
+        detail = to_tokens(embedded) + positions
         for layer in self.layers:
             detail = layer(detail, features)
         out: Tensor = self.fusion(features, detail)

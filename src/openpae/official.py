@@ -69,12 +69,11 @@ def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: En
         ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
     """
     state = _plain_names(released, ("model",))
-    grid, patch = config.grid_size, config.decoder.hidden_dim
+    grid, width = config.grid_shape, config.decoder.hidden_dim
     model = PAE(config, encoder)
     dim = config.width or model.spec.dim
-    _take_constant(state, "delta_encoder.pos_embed", sincos_2d(grid, grid, dim)[None])
-    cls_free = sincos_2d(grid, grid, patch)
-    with_cls = torch.cat([torch.zeros(1, patch), cls_free])[None]
+    _take_constant(state, "delta_encoder.pos_embed", sincos_2d(*grid, dim)[None])
+    with_cls = torch.cat([torch.zeros(1, width), sincos_2d(*grid, width)])[None]
     _take_constant(state, "decoder.decoder_pos_embed", with_cls)
     renamed = _rename(state, _TOKENIZER_NAMES)
     for index in range(config.decoder.num_layers):
@@ -99,10 +98,10 @@ def import_generator(released: Mapping[str, Any], config: LightningDiTConfig) ->
         ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
     """
     state = _plain_names(released, ("ema", "model"))
-    side = config.grid_size // config.patch_size
-    _take_constant(state, "pos_embed", sincos_2d(side, side, config.hidden_dim)[None])
+    grid = config.token_grid
+    _take_constant(state, "pos_embed", sincos_2d(*grid, config.hidden_dim)[None])
     for name, values in zip(
-        ("cos", "sin"), rope_2d(side, side, config.hidden_dim // config.num_heads), strict=True
+        ("cos", "sin"), rope_2d(*grid, config.hidden_dim // config.num_heads), strict=True
     ):
         _take_constant(state, f"feat_rope.freqs_{name}", values)
     model = LightningDiT(config)

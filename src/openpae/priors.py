@@ -8,6 +8,7 @@ Z_T is fixed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -64,6 +65,7 @@ class RefinerConfig:
     def grid_shape(self) -> tuple[int, int]:
         """(h, w)."""
         return (self.grid_size, self.grid_width or self.grid_size)
+
 
 class TargetProjector(nn.Module):
     """P_t: one transformer block on the features, a linear layer D -> C, the sphere norm.

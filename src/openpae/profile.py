@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from openpae.critics import LPIPS, PerceptualNet, load_perceptual
-from openpae.data.images import ImageSource, open_images
+from openpae.data.images import ImageSource, Size, height_width, open_images, plain_size
 from openpae.data.label_maps import Segmented, read_segmented, render_segmented
 from openpae.eval.adapters import LatentSpace, open_tokenizer
 from openpae.eval.extractors import ExtractorName, load_extractor
@@ -45,7 +45,7 @@ class ProfileRun:
     scenes: int = 0
     """For SSC without label maps: render so many emoji scenes, whose label maps are exact."""
     size: int | None = None
-    """Side in pixels of all images; by default the first tokenizer's own."""
+    """Side in pixels of all images, squares; by default the size of the first tokenizer's own."""
     lpips: PerceptualNet = "vgg"
     """Network of LPIPS."""
     lpips_weights: str | None = None
@@ -95,7 +95,7 @@ def run_profile(
     """
     config = run.measure
     spaces = _opened(tokenizers, device)
-    size = run.size or spaces[0].image_size
+    size: Size = run.size or spaces[0].image_size
     source = open_images(run.images)
     segmented = _segmented(run, size)
     judge = load_perceptual(run.lpips, run.lpips_weights).to(device)
@@ -125,15 +125,20 @@ def run_profile(
     return found
 
 
-def _segmented(run: ProfileRun, size: int) -> Segmented | None:
+def _segmented(run: ProfileRun, size: Size) -> Segmented | None:
     if run.label_maps is not None:
         images = run.label_images or run.images
         return read_segmented(images, run.label_maps, size=size, count=run.label_count, ignore=run.ignore)
-    return render_segmented(run.scenes, size=size, seed=run.measure.seed) if run.scenes else None
+    if not run.scenes:
+        return None
+    height, width = height_width(size)
+    if height != width:
+        raise ValueError(f"scenes are square, but images of {height} x {width} are asked for; give size")
+    return render_segmented(run.scenes, size=height, seed=run.measure.seed)
 
 
 def _real_features(
-    run: ProfileRun, source: ImageSource, size: int, device: torch.device | str
+    run: ProfileRun, source: ImageSource, size: Size, device: torch.device | str
 ) -> FeatureSet | None:
     if run.extractor == "none":
         return None
@@ -170,7 +175,7 @@ def _ticks(progress: Callable[[int, int], None] | None, done: int, total: int) -
 
 def _facts(
     source: ImageSource,
-    size: int,
+    size: Size,
     segmented: Segmented | None,
     judge: LPIPS,
     lpips: str,
@@ -185,7 +190,7 @@ def _facts(
             "known": len(source),
             "measured": len(chosen_rows(source, config.count)),
         },
-        "image_size": size,
+        "image_size": plain_size(size),
         "label_maps": None,
         "settings": dataclasses.asdict(config) | {"radii": list(RADII)},
         "lpips": {"network": lpips, "weights": fingerprint(judge.state_dict())},

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.data.images import ImageSource
+from openpae.data.images import ImageSource, Size, height_width
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import Tokenizer
 from openpae.eval.estimate import Estimate
@@ -88,7 +88,7 @@ def profile_page(
     found: Sequence[Measured],
     spaces: Sequence[Tokenizer],
     source: ImageSource,
-    size: int,
+    size: Size,
     segmented: Segmented | None,
     facts: Mapping[str, Any],
     config: MeasureConfig,
@@ -99,16 +99,17 @@ def profile_page(
         found: what was measured.
         spaces: the tokenizers, in the same order.
         source: the images that were measured.
-        size: their side.
+        size: (H, W) of all images, or the side of squares.
         segmented: the images of SSC.
         facts: what the numbers depend on; shown as they are.
         config: settings of the metrics.
     """
     several = len(found) > 1
     shapes = "; ".join(f"{one.name} {' x '.join(map(str, one.latent_shape))}" for one in found)
+    height, width = height_width(size)
     page = Page(
         "Latent spaces compared" if several else f"The latent space of {found[0].name}",
-        f"{facts['images']['measured']:,} images of {size} x {size} pixels. Latents, C x h x w: {shapes}.",
+        f"{facts['images']['measured']:,} images of {height} x {width} pixels. Latents, C x h x w: {shapes}.",
     )
     _show_numbers(page, found, facts)
     if several:
@@ -287,7 +288,7 @@ def _show_moves(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor, config:
 
 
 def _show_neighbours(
-    page: Page, found: Sequence[Measured], source: ImageSource, rows: NDArray[np.int64], size: int
+    page: Page, found: Sequence[Measured], source: ImageSource, rows: NDArray[np.int64], size: Size
 ) -> None:
     several = len(np.unique(source.labels[rows])) > 1
     agreement = {True: "#2f9e6e", False: "#d4493b"} if several else {True: "#cdd1d6"}
@@ -301,7 +302,9 @@ def _show_neighbours(
             same = source.labels[members] == source.labels[members[0]]
             colours = ["#1c2024", *(agreement[bool(agrees)] for agrees in same[1:])]
             strip = framed(
-                _small(_shown(source, members, size)), colours, width=max(2, min(size, _SIDE) // 32)
+                _small(_shown(source, members, size)),
+                colours,
+                width=max(2, min(*height_width(size), _SIDE) // 32),
             )
             pictures[f"{number}, {one.name}"] = _row(strip)
     page.heading("Nearest neighbours")
@@ -327,9 +330,9 @@ def _row(images: Tensor) -> Image.Image:
 
 
 def _small(images: Tensor) -> Tensor:
-    return thumbnails(images, min(_SIDE, images.shape[-1]))
+    return thumbnails(images, min(_SIDE, max(images.shape[-2:])))
 
 
-def _shown(source: ImageSource, rows: NDArray[np.int64], size: int) -> Tensor:
-    """Images of a source, (n, 3, size, size) in [0, 1]."""
+def _shown(source: ImageSource, rows: NDArray[np.int64], size: Size) -> Tensor:
+    """Images of a source, (n, 3, H, W) in [0, 1]."""
     return next(source_batches(source, size, len(rows), rows))

@@ -100,7 +100,7 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
                 tokenizer.encode,
                 source,
                 out / "latents" / name,
-                image_size=tokenizer.config.image_size,
+                image_size=tokenizer.config.image_shape,
                 latent_shape=tokenizer.config.latent_shape,
                 tokenizer_print=identity_of(out / "tokenizer").fingerprint,
                 flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be

@@ -109,7 +109,7 @@ def _show_pictures(
     with torch.no_grad():
         z = tokenizer.encode(x)
         y = tokenizer.decode(z).clamp(0, 1)
-    colours = pca_pictures(z, x.shape[-1])
+    colours = pca_pictures(z, max(x.shape[-2:]))
     rows = [part for i in range(0, 24, 12) for part in (x[i : i + 12], y[i : i + 12], colours[i : i + 12])]
     pairs = image_grid(torch.cat(rows), 12)
     page.heading("Reconstruction of emoji that training never saw")

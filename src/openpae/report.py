@@ -171,11 +171,11 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def pca_pictures(z: Tensor, size: int) -> Tensor:
-    """Latents as colours: the first three principal components of all tokens, (B, 3, size, size) in [0, 1].
+    """Latents as colours: the first three principal components of all tokens, (B, 3, H, W) in [0, 1].
 
     Args:
         z: latents, (B, C, h, w). The components are those of this batch, so colours compare within it.
-        size: side of the pictures; each token becomes a square.
+        size: longer side of the pictures; each token becomes a square.
     """
     tokens = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     centred = tokens - tokens.mean(dim=0)
@@ -188,28 +188,36 @@ def pca_pictures(z: Tensor, size: int) -> Tensor:
         pictures = torch.cat(
             [pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1
         )
-    return torch.nn.functional.interpolate(pictures, size=(size, size), mode="nearest")
+    return torch.nn.functional.interpolate(pictures, size=_fitting(z, size), mode="nearest")
 
 
 def label_pictures(labels: Tensor, size: int) -> Tensor:
-    """Label maps (B, h, w) as colours, (B, 3, size, size) in [0, 1]: 20 in turn, white where negative."""
+    """Label maps (B, h, w) as colours, (B, 3, H, W) in [0, 1] of longer side `size`: 20 in turn, white where
+    negative."""
     from matplotlib import colormaps
 
     table = [colormaps["tab20"](k % 20)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)]]
     colours = torch.tensor([*table, (1.0, 1.0, 1.0)])
     index = torch.where(labels < 0, len(table), labels.remainder(len(table)))
     return torch.nn.functional.interpolate(
-        colours[index].permute(0, 3, 1, 2), size=(size, size), mode="nearest"
+        colours[index].permute(0, 3, 1, 2), size=_fitting(labels, size), mode="nearest"
     )
 
 
 def thumbnails(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], scaled to (B, 3, size, size)."""
+    """Images (B, 3, H, W) in [0, 1], scaled so that the longer side is `size`."""
     x = images.detach().float().cpu()
-    if x.shape[-2:] == (size, size):
+    shape = _fitting(x, size)
+    if x.shape[-2:] == shape:
         return x
-    scaled = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True)
+    scaled = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True)
     return scaled.clamp(0, 1)
+
+
+def _fitting(pictures: Tensor, size: int) -> tuple[int, int]:
+    """(H, W) in the proportion of pictures (..., h, w), the longer side `size`."""
+    h, w = pictures.shape[-2:]
+    return (max(1, round(h * size / max(h, w))), max(1, round(w * size / max(h, w))))
 
 
 def framed(images: Tensor, colours: Sequence[str], width: int = 4) -> Tensor:

@@ -72,7 +72,10 @@ class PAEConfig:
     encoder_source: str | None = None
     """Hub name or local folder of its weights; null takes the row's own."""
     image_size: int = 256
-    """Side of the training images in pixels."""
+    """Side of the training images in pixels, or their height where image_width is set. A trained tokenizer
+    takes images of any size that its patches divide."""
+    image_width: int | None = None
+    """Width of the training images where they are not square; null: as image_size."""
     latent_dim: int = 32
     """Latent channels C."""
     modulator_layers: int = 6
@@ -90,11 +93,12 @@ class PAEConfig:
     """The pixel decoder."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.image_size % self.decoder.patch_size:
-            raise ValueError(
-                f"image_size must be a multiple of decoder.patch_size, "
-                f"got {self.image_size} and {self.decoder.patch_size}"
-            )
+        for name, side in zip(("image_size", "image_width"), self.image_shape, strict=True):
+            if side < 1 or side % self.decoder.patch_size:
+                raise ValueError(
+                    f"{name} must be a multiple of decoder.patch_size, "
+                    f"got {side} and {self.decoder.patch_size}"
+                )
         for name in ("latent_dim", "width"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
@@ -106,14 +110,20 @@ class PAEConfig:
             raise ValueError(f"modulator_layers must be >= 0, got {self.modulator_layers}")
 
     @property
-    def grid_size(self) -> int:
-        """Side of the latent grid, h = w."""
-        return self.image_size // self.decoder.patch_size
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W) of the training images."""
+        return (self.image_size, self.image_size if self.image_width is None else self.image_width)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(h, w) of their latents."""
+        height, width = self.image_shape
+        return (height // self.decoder.patch_size, width // self.decoder.patch_size)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
-        return (self.latent_dim, self.grid_size, self.grid_size)
+        return (self.latent_dim, *self.grid_shape)
 
 
 class Projector(nn.Module):
@@ -152,18 +162,18 @@ class PixelDecoder(nn.Module):
     Args:
         dim: width D of the tokens that come in.
         config: its own sizes.
-        grid_size: side of the token grid that the positions are made for; others are interpolated.
+        grid: (h, w) that the positions are made for; for another they are interpolated.
     """
 
     positions: Tensor
 
-    def __init__(self, dim: int, config: DecoderConfig, grid_size: int) -> None:
+    def __init__(self, dim: int, config: DecoderConfig, grid: tuple[int, int]) -> None:
         super().__init__()
         width = config.hidden_dim
-        self.patch_size = config.patch_size
+        self.patch_size, self.grid = config.patch_size, grid
         self.embed = nn.Linear(dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("positions", sincos_2d(grid_size, grid_size, width)[None], persistent=False)
+        self.register_buffer("positions", sincos_2d(*grid, width)[None], persistent=False)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, config.num_heads, config.mlp_dim, norm_eps=1e-12)
             for _ in range(config.num_layers)
@@ -174,7 +184,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
         """tokens: (B, h w, D). Returns normalised pixels: (B, 3, h patch, w patch)."""
-        x = self.embed(tokens) + resize_positions(self.positions, h, w)
+        x = self.embed(tokens) + resize_positions(self.positions, self.grid, h, w)
         # The CLS token carries no position; it goes in front and is dropped behind the last block.
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks:
@@ -206,7 +216,7 @@ class PAE(nn.Module):
         self.keeps_encoder = config.fusion == "finetune"
         self.spec: EncoderSpec = encoder_spec(config.encoder) if encoder is None else encoder.spec
         self.encoder = encoder
-        dim, heads, grid = config.width or self.spec.dim, self.spec.num_heads, config.grid_size
+        dim, heads, grid = config.width or self.spec.dim, self.spec.num_heads, config.grid_shape
         bare = config.fusion == "none"
         if bare and config.latent_dim != dim:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ def bench_cache(
     device = pick_device("auto")
     config = configs.load(TokenizerRun, preset).model
     model = build_tokenizer(config).eval().to(device)
-    size, grid = config.image_size, config.grid_size
+    (height, width), grid = config.image_shape, config.grid_shape
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
@@ -94,17 +95,17 @@ def bench_cache(
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random_images(folder / "images", images, size)
+        random_images(folder / "images", images, (height, width))
         source = PackedImages(folder / "images")
         with torch.no_grad():  # once, to warm up
-            encode(torch.rand(batch_size, 3, size, size, device=device))
-            model.features(torch.rand(batch_size, 3, size, size, device=device))
+            encode(torch.rand(batch_size, 3, height, width, device=device))
+            model.features(torch.rand(batch_size, 3, height, width, device=device))
         start = time.perf_counter()
         cache_latents(
             encode,
             source,
             folder / "latents",
-            image_size=size,
+            image_size=(height, width),
             latent_shape=config.latent_shape,
             tokenizer_print="bench",
             precision=precision,
@@ -116,8 +117,8 @@ def bench_cache(
             model.features,
             source,
             folder / "features",
-            image_size=size,
-            shape=(grid * grid, model.spec.dim),
+            image_size=(height, width),
+            shape=(math.prod(grid), model.spec.dim),
             encoder_print="bench",
             flips=True,
             batch_size=batch_size,
@@ -153,17 +154,17 @@ def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, clas
     return writer.finish()
 
 
-def random_images(folder: Path, count: int, size: int) -> None:
-    """Packed images of noise, uint8."""
+def random_images(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """Packed images of noise, uint8, of size (H, W)."""
     layout = Layout(
         kind="images",
         dtype="uint8",
-        shape=(3, size, size),
+        shape=(3, *size),
         sources=count,
         per_shard=count,
         attributes={"classes": ["noise"], "source": "random"},
     )
     writer = ShardWriter(folder, layout)
     generator = torch.Generator().manual_seed(0)
-    writer.write(0, torch.randint(0, 256, (count, 3, size, size), generator=generator), [0] * count)
+    writer.write(0, torch.randint(0, 256, (count, 3, *size), generator=generator), [0] * count)
     writer.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 import time
@@ -124,7 +125,7 @@ def count(config: GeneratorConfig) -> dict[str, float | None]:
 
 def forward_flops(config: GeneratorConfig) -> int:
     """Operations of a forward pass of one image, layer by layer: 2 n a b for n tokens from width a to b."""
-    tokens = (config.grid_size // config.patch_size) ** 2
+    tokens = math.prod(config.token_grid)
     dim, channels = config.hidden_dim, config.latent_dim * config.patch_size**2
     if not isinstance(config, DiTDHConfig):
         ends = 2 * tokens * channels * dim + 2 * (256 * dim + dim * dim)

@@ -36,7 +36,7 @@ def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Fou
     run = configs.load(RefinerRun, preset)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random_images(folder / "images", 4 * run.loop.global_batch_size, run.image_size)
+        random_images(folder / "images", 4 * run.loop.global_batch_size, run.image_shape)
         cache = None if run.data.feature_cache is None else folder / "features"
         data = dataclasses.replace(run.data, images=folder / "images", evaluation=None, feature_cache=cache)
         task = RefinerTask(dataclasses.replace(run, data=data))
@@ -57,13 +57,13 @@ def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Fou
 @torch.no_grad()
 def _reference_seconds(task: RefinerTask, steps: int) -> float:
     """Median time of H_ref of one global batch."""
-    run, side = task.run, task.run.model.grid_size
-    images = torch.rand(run.loop.global_batch_size, 3, run.image_size, run.image_size, device=task.device)
+    run, grid = task.run, task.run.model.grid_shape
+    images = torch.rand(run.loop.global_batch_size, 3, *run.image_shape, device=task.device)
     features = task.features(images)
     times = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        reference_features(features, images, side, side, task.upsampler, run.low_pass)
+        reference_features(features, images, *grid, task.upsampler, run.low_pass)
         if task.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -89,7 +89,7 @@ def bench_tokenizer(*, preset: str = "tokenizer/quickstart", steps: int = 15) ->
     encoder = load_encoder(run.model.encoder)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random_images(folder / "images", 4 * run.loop.global_batch_size, run.model.image_size)
+        random_images(folder / "images", 4 * run.loop.global_batch_size, run.model.image_shape)
         refiner = configs.load(RefinerRun, preset.replace("tokenizer/", "refiner/")).model
         with whole_folder(folder / "refiner") as partial:
             write_prior(partial, Refiner(refiner).state_dict(), refiner, encoder_fingerprint(encoder))

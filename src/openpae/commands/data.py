@@ -10,6 +10,7 @@ def pack(
     out: Out,
     /,
     size: int = 256,
+    width: int | None = None,
     skip_broken: bool = False,
 ) -> None:
     """Decode and centre-crop a folder of images once, so that training reads them from a memory map.
@@ -17,14 +18,16 @@ def pack(
     Args:
         images: folder with one subfolder per class, or with all images.
         out: folder for the packed images; an interrupted packing goes on.
-        size: side in pixels.
+        size: side in pixels, or height where a width is given.
+        width: width in pixels of images that are not square.
         skip_broken: leave out files that can not be decoded, and name them.
     """
-    at_least_one(size=size)
+    shape = (size, size if width is None else width)
+    at_least_one(size=size, width=shape[1])
     from openpae.data.images import ImageFolder, pack_images
 
     with Progress("packing", "img") as progress:
-        packed = pack_images(ImageFolder(images), out, size=size, skip_broken=skip_broken, progress=progress)
+        packed = pack_images(ImageFolder(images), out, size=shape, skip_broken=skip_broken, progress=progress)
     print(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
     tell_skipped(packed.shards.index["skipped"])
 

@@ -53,7 +53,7 @@ def reconstruct(
     metrics = ReconstructionMetrics()
     with Progress("reconstructing", "img") as progress, torch.no_grad():
         done = 0
-        for x in source_batches(source, model.config.image_size, batch_size, rows):
+        for x in source_batches(source, model.config.image_shape, batch_size, rows):
             y = model.reconstruct(x.to(where)).float().cpu()
             metrics.update(x, y)
             for index, pixels in zip(range(done, done + len(y)), y, strict=True):

@@ -101,7 +101,7 @@ def cache_latents(
             encode,
             open_images(images),
             out,
-            image_size=model.config.image_size,
+            image_size=model.config.image_shape,
             latent_shape=model.config.latent_shape,
             tokenizer_print=identity_of(tokenizer).fingerprint,
             precision=precision,

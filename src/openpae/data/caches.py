@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import ImageSource, PackedImages, decode_batch
+from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, plain_size
 from openpae.data.shards import TYPES, Layout, Part, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
@@ -22,7 +22,7 @@ def cache_latents(
     source: ImageSource,
     folder: Path,
     *,
-    image_size: int,
+    image_size: Size,
     latent_shape: tuple[int, int, int],
     tokenizer_print: str,
     precision: str = "fp32",
@@ -36,11 +36,11 @@ def cache_latents(
     """Write the latents of images and of their mirror images, in shards; an interrupted run goes on.
 
     Args:
-        encode: images in [0, 1], (B, 3, S, S), to latents (B, C, h, w); without gradient and in any
+        encode: images in [0, 1], (B, 3, H, W), to latents (B, C, h, w); without gradient and in any
             precision.
         source: the images; each is centre-cropped to `image_size`.
         folder: where.
-        image_size: S.
+        image_size: (H, W), or the side of a square.
         latent_shape: (C, h, w).
         tokenizer_print: fingerprint of the tokenizer; generator training compares it.
         precision: in which `encode` computes; kept, so that one cache does not mix two.
@@ -58,7 +58,7 @@ def cache_latents(
         BrokenImage: a file can not be decoded and skip_broken is off.
         ValueError: the folder was begun with another tokenizer or other images.
     """
-    attributes = {"tokenizer": tokenizer_print, "image_size": image_size, "precision": precision}
+    attributes = {"tokenizer": tokenizer_print, "image_size": plain_size(image_size), "precision": precision}
     shape = (2 if flips else 1, *latent_shape)
     layout = _layout("latents", "bfloat16", shape, source, batch_size, per_shard, attributes)
     return _fill(
@@ -71,7 +71,7 @@ def cache_features(
     source: ImageSource,
     folder: Path,
     *,
-    image_size: int,
+    image_size: Size,
     shape: tuple[int, int],
     encoder_print: str,
     flips: bool,
@@ -84,10 +84,10 @@ def cache_features(
     cost.
 
     Args:
-        features: images in [0, 1], (B, 3, S, S), to features (B, N, D).
+        features: images in [0, 1], (B, 3, H, W), to features (B, N, D).
         source: packed images; row i of the cache belongs to image i.
         folder: where; an interrupted run goes on.
-        image_size: S.
+        image_size: (H, W), or the side of a square.
         shape: (N, D).
         encoder_print: fingerprint of the encoder's weights.
         flips: also cache the mirror images (for the augmentation "flip").
@@ -101,7 +101,7 @@ def cache_features(
     """
     if not isinstance(source, PackedImages):
         raise ValueError("data.feature_cache needs packed images; make them with: pae pack IMAGES OUT")
-    attributes = {"encoder": encoder_print, "image_size": image_size}
+    attributes = {"encoder": encoder_print, "image_size": plain_size(image_size)}
     layout = _layout(
         "features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes
     )
@@ -183,7 +183,7 @@ def _fill(
     writer: ShardWriter,
     function: Callable[[Tensor], Tensor],
     source: ImageSource,
-    size: int,
+    size: Size,
     batch_size: int,
     skip_broken: bool,
     device: torch.device | str,

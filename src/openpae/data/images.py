@@ -27,6 +27,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_ASPECT = 100
 """Largest ratio of an image's sides: 1 x 60,000 pixels would fill gigabytes once the short side is 256."""
 
+Size = int | tuple[int, int]
+"""Height and width in pixels, or the side of a square."""
+
 
 class BrokenImage(ValueError):
     """An image file that can not be decoded; the message names it."""
@@ -92,7 +95,7 @@ class ImageFolder:
 
 
 class PackedImages:
-    """Square uint8 images in shards, as `pack_images` writes them.
+    """uint8 images of one size in shards, as `pack_images` writes them.
 
     Args:
         folder: a complete folder of packed images.
@@ -105,7 +108,7 @@ class PackedImages:
         self.shards = Shards(folder, kind="images")
         self.classes: list[str] = self.shards.attributes["classes"]
         self.labels = self.shards.labels
-        self.image_size: int = self.shards.shape[-1]
+        self.image_shape: tuple[int, int] = (self.shards.shape[-2], self.shards.shape[-1])
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -218,33 +221,49 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return turned.convert("RGB")
 
 
-def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the shorter side is `size`: halved by boxes while twice too large, then bicubic (as
-    ADM)."""
-    while min(image.size) >= 2 * size:
+def height_width(size: Size) -> tuple[int, int]:
+    """(H, W) of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def plain_size(size: Size) -> int | list[int]:
+    """As a header or a record says it: one number for a square, else height and width."""
+    height, width = height_width(size)
+    return height if height == width else [height, width]
+
+
+def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
+    """Scale in proportion to the smallest size that covers H x W; of a square, the shorter side fits.
+
+    Halved by boxes while twice too large, then bicubic (as ADM).
+    """
+    height, width = height_width(size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     scaled = (round(image.width * scale), round(image.height * scale))
     return image if scaled == image.size else image.resize(scaled, Image.Resampling.BICUBIC)
 
 
-def crop(image: Image.Image, size: int, left: int, top: int) -> NDArray[np.uint8]:
-    """A square of an RGB image as (3, size, size) uint8."""
-    array = np.asarray(image)[top : top + size, left : left + size]
+def crop(image: Image.Image, size: Size, left: int, top: int) -> NDArray[np.uint8]:
+    """A part of an RGB image as (3, H, W) uint8."""
+    height, width = height_width(size)
+    array = np.asarray(image)[top : top + height, left : left + width]
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The centre square after `resize_shorter`, (3, size, size) uint8: how images are cached and judged."""
-    image = resize_shorter(image, size)
-    return crop(image, size, (image.width - size) // 2, (image.height - size) // 2)
+def center_crop(image: Image.Image, size: Size) -> NDArray[np.uint8]:
+    """The centre after `resize_to_cover`, (3, H, W) uint8: how images are cached and judged."""
+    height, width = height_width(size)
+    image = resize_to_cover(image, size)
+    return crop(image, size, (image.width - width) // 2, (image.height - height) // 2)
 
 
 def pack_images(
     source: ImageSource,
     folder: Path,
     *,
-    size: int,
+    size: Size,
     skip_broken: bool = False,
     per_shard: int = 4096,
     progress: Callable[[int, int], None] | None = None,
@@ -254,7 +273,7 @@ def pack_images(
     Args:
         source: the images.
         folder: where; an interrupted packing goes on.
-        size: side of the packed images.
+        size: of the packed images.
         skip_broken: leave out files that can not be decoded (their names are kept in index.json).
         per_shard: images per shard.
         progress: called with (done, all) images.
@@ -266,7 +285,7 @@ def pack_images(
     layout = Layout(
         kind="images",
         dtype="uint8",
-        shape=(3, size, size),
+        shape=(3, *height_width(size)),
         sources=len(source),
         per_shard=per_shard,
         attributes={"classes": source.classes, "source": source.fingerprint()},
@@ -284,7 +303,7 @@ def pack_images(
     def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
         for index, result in zip(span, _in_order(pool, read, span), strict=True):
             if isinstance(result, str):
-                yield Part(rows=torch.empty(0, 3, size, size), labels=[], skipped=[result])
+                yield Part(rows=torch.empty(0, *layout.shape), labels=[], skipped=[result])
             else:
                 yield Part(rows=torch.from_numpy(result)[None], labels=[int(source.labels[index])])
             if progress:
@@ -309,25 +328,25 @@ def _in_order(
 
 
 def decode_batch(
-    source: ImageSource, indices: Sequence[int], size: int, skip_broken: bool = False
+    source: ImageSource, indices: Sequence[int], size: Size, skip_broken: bool = False
 ) -> tuple[Tensor, list[int], list[str]]:
     """Centre-cropped images by number.
 
     Args:
         source: where they come from; packed images of this size are copied as they are.
         indices: which.
-        size: side S.
+        size: (H, W), or the side of a square.
         skip_broken: leave out files that can not be decoded.
 
     Returns:
-        uint8 images (B, 3, S, S), the indices that they are of, and what was wrong with the others.
+        uint8 images (B, 3, H, W), the indices that they are of, and what was wrong with the others.
 
     Raises:
         BrokenImage: a file can not be decoded and skip_broken is off.
     """
-    if isinstance(source, PackedImages) and source.image_size == size:
+    if isinstance(source, PackedImages) and source.image_shape == height_width(size):
         return source.shards.gather(np.asarray(indices, dtype=np.int64)), list(indices), []
-    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
+    images = torch.empty(len(indices), 3, *height_width(size), dtype=torch.uint8)
     kept: list[int] = []
     broken: list[str] = []
     for index in indices:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from openpae.data.images import center_crop, decoded, read_image, resize_shorter
+from openpae.data.images import Size, center_crop, decoded, height_width, read_image, resize_to_cover
 from openpae.data.listing import EXTENSIONS
 from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
 from openpae.storage import fingerprint, read_json
@@ -23,13 +23,13 @@ PANOPTIC_VOID = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Segmented:
-    """Square images and the segment of each of their pixels."""
+    """Images of one size and the segment of each of their pixels."""
 
     name: str
     images: Tensor
-    """uint8 RGB, (B, 3, S, S)."""
+    """uint8 RGB, (B, 3, H, W)."""
     labels: Tensor
-    """int64, (B, S, S)."""
+    """int64, (B, H, W)."""
     ignore: int | None
     """Label of pixels that do not count; None if all count."""
 
@@ -39,7 +39,7 @@ class Segmented:
 
 
 def read_segmented(
-    images: Path, maps: Path, *, size: int, count: int | None = None, ignore: int | None = None
+    images: Path, maps: Path, *, size: Size, count: int | None = None, ignore: int | None = None
 ) -> Segmented:
     """Images and their label maps, both centre-cropped alike; the labels by nearest neighbour.
 
@@ -48,7 +48,7 @@ def read_segmented(
         maps: a folder of index PNGs, each named as its image (a/1.png for a/1.jpg), or COCO's panoptic JSON
             with its folder of PNGs beside it (panoptic_val2017.json, panoptic_val2017/). It may be the folder
             of the images itself, where those are no PNGs.
-        size: side S in pixels.
+        size: (H, W) in pixels, or the side of a square.
         count: take this many, evenly spread; None takes all.
         ignore: label that does not count, of index PNGs; panoptic maps say it themselves.
 
@@ -167,9 +167,10 @@ def _panoptic_map(file: Path) -> NDArray[np.int32]:
     return ids
 
 
-def _crop_labels(label: NDArray[np.int32], image: Image.Image, size: int) -> NDArray[np.int32]:
-    """The crop of `center_crop(image, size)`, by nearest neighbour: (S, S)."""
-    width, height = resize_shorter(image, size).size
-    scaled = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(scaled)[top : top + size, left : left + size]
+def _crop_labels(label: NDArray[np.int32], image: Image.Image, size: Size) -> NDArray[np.int32]:
+    """The crop of `center_crop(image, size)`, by nearest neighbour: (H, W)."""
+    height, width = height_width(size)
+    whole = resize_to_cover(image, size)
+    scaled = Image.fromarray(label).resize(whole.size, Image.Resampling.NEAREST)
+    left, top = (whole.width - width) // 2, (whole.height - height) // 2
+    return np.asarray(scaled)[top : top + height, left : left + width]

@@ -14,7 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openpae.data.images import BrokenImage, ImageSource, PackedImages, center_crop, crop, resize_shorter
+from openpae.data.images import (
+    BrokenImage,
+    ImageSource,
+    PackedImages,
+    Size,
+    center_crop,
+    crop,
+    height_width,
+    resize_to_cover,
+)
 from openpae.data.order import random_bits, shuffled
 from openpae.data.shards import Shards
 
@@ -30,10 +39,10 @@ class ImageData:
     evaluation_images: int = 500
     """How many of them, from the first on."""
     augment: Literal["none", "flip", "crop"] = "crop"
-    """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random square,
+    """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random crop,
     mirrored."""
     resize: int = 384
-    """Shorter side before the random crop."""
+    """Shorter side before the random crop (where crops are not square: of what covers their shape)."""
     skip_broken: bool = False
     """Put the next readable image in the place of a file that can not be decoded, and warn of it by name."""
     feature_cache: Path | None = None
@@ -52,7 +61,7 @@ class ImageBatch(NamedTuple):
     """Images of one device batch."""
 
     images: Tensor
-    """uint8, (B, 3, S, S)."""
+    """uint8, (B, 3, H, W)."""
     labels: Tensor
     """int64, (B,)."""
     features: Tensor | None = None
@@ -70,25 +79,25 @@ class TrainingImages(Dataset[ImageBatch]):
 
     Args:
         source: where they come from.
-        size: side S of what comes out.
+        size: (H, W) of what comes out, or the side of a square.
         seed: of order and augmentation.
-        augment: "none" centre-crops; "flip" also mirrors half of them; "crop" scales the shorter side
-            to `resize`, cuts a random square and mirrors half of them.
+        augment: "none" centre-crops; "flip" also mirrors half of them; "crop" scales to cover a box of the
+            shape of H x W whose shorter side is `resize`, cuts H x W at random and mirrors half of them.
         resize: see "crop".
         skip_broken: put the next readable image in the place of a broken one, and say so.
         features: cached VFM features of a packed source, one row an image.
         targets: cached refined targets of these features, one row an image.
 
     Raises:
-        ValueError: resize is smaller than size, or features are asked for that do not fit source and
-            augmentation.
+        ValueError: resize is smaller than the shorter side, or features are asked for that do not fit source
+            and augmentation.
     """
 
     def __init__(
         self,
         source: ImageSource,
         *,
-        size: int,
+        size: Size,
         seed: int,
         augment: Literal["none", "flip", "crop"] = "none",
         resize: int | None = None,
@@ -96,12 +105,13 @@ class TrainingImages(Dataset[ImageBatch]):
         features: Shards | None = None,
         targets: Shards | None = None,
     ) -> None:
-        if augment == "crop" and (resize is None or resize < size):
-            raise ValueError(f"augment 'crop' needs resize >= {size}, got {resize}")
+        shorter = min(height_width(size))
+        if augment == "crop" and (resize is None or resize < shorter):
+            raise ValueError(f"augment 'crop' needs resize >= {shorter}, got {resize}")
         for cached in (features, targets):
             if cached is not None:
                 check_features(cached, source, augment)
-        self.source, self.size, self.seed = source, size, seed
+        self.source, self.size, self.seed = source, height_width(size), seed
         self.augment, self.resize = augment, resize
         self.skip_broken, self.features, self.targets = skip_broken, features, targets
 
@@ -111,7 +121,7 @@ class TrainingImages(Dataset[ImageBatch]):
         rows = shuffled(where, len(self.source), self.seed)
         bits = random_bits(where, self.seed)
         flips = (bits & 1).astype(bool) if self.augment != "none" else np.zeros(len(where), dtype=bool)
-        packed = isinstance(self.source, PackedImages) and self.source.image_size == self.size
+        packed = isinstance(self.source, PackedImages) and self.source.image_shape == self.size
         skipped: list[str] = []
         if packed and self.augment != "crop":
             assert isinstance(self.source, PackedImages)  # for the type checker: `packed` says so
@@ -146,10 +156,12 @@ class TrainingImages(Dataset[ImageBatch]):
     def _cut(self, image: Image.Image, bits: int) -> NDArray[np.uint8]:
         if self.augment != "crop":
             return center_crop(image, self.size)
-        image = resize_shorter(image, self.resize or self.size)
+        height, width = self.size
+        grow = (self.resize or min(self.size)) / min(self.size)
+        image = resize_to_cover(image, (round(height * grow), round(width * grow)))
         # Two numbers in [0, 1) from bits that the flip does not use.
         across, down = ((bits >> shift) % 2**20 / 2**20 for shift in (8, 32))
-        left, top = int(across * (image.width - self.size + 1)), int(down * (image.height - self.size + 1))
+        left, top = int(across * (image.width - width + 1)), int(down * (image.height - height + 1))
         return crop(image, self.size, left, top)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from openpae.checkpoint import encoder_fingerprint, load_tokenizer
+from openpae.data.images import Size, height_width
 from openpae.encoders import EncoderInput, load_encoder
 from openpae.eval.geometry import Decode
 from openpae.eval.reconstruction import check_images
@@ -45,8 +46,8 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels that it was made for."""
+    def image_size(self) -> Size:
+        """(H, W) in pixels that it was made for, or the side of squares."""
         ...
 
     @property
@@ -58,8 +59,8 @@ class Tokenizer(Protocol):
         """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]; the same whenever it is asked."""
         ...
 
-    def latent_shape(self, image_size: int, /) -> tuple[int, int, int]:
-        """(C, h, w) for square images of this side."""
+    def latent_shape(self, image_size: Size, /) -> tuple[int, int, int]:
+        """(C, h, w) for images of this size."""
         ...
 
 
@@ -71,16 +72,16 @@ class LatentSpace:
     kind: str
     """Which adapter made it: openpae, diffusers, encoder, python."""
     fingerprint: str
-    image_size: int
+    image_size: Size
     encode: Callable[[Tensor], Tensor]
     """Images in [0, 1], on any device, to latents (B, C, h, w), float32."""
     decode: Decode | None
     """Latents, on any device, to images in [0, 1]; None where there is no decoder."""
 
     @torch.no_grad()
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w) for square images of this side, by encoding a black one."""
-        _, c, h, w = self.encode(torch.zeros(1, 3, image_size, image_size)).shape
+    def latent_shape(self, image_size: Size) -> tuple[int, int, int]:
+        """(C, h, w) for images of this size, by encoding a black one."""
+        _, c, h, w = self.encode(torch.zeros(1, 3, *height_width(image_size))).shape
         return (c, h, w)
 
 
@@ -146,7 +147,7 @@ def _openpae(where: str, device: torch.device) -> LatentSpace:
         name=Path(where).resolve().name,
         kind="openpae",
         fingerprint=identity_of(where).fingerprint,
-        image_size=model.config.image_size,
+        image_size=model.config.image_shape,
         encode=lambda images: model.encode(images.to(device)),
         decode=lambda z: model.decode(z.to(device)).clamp(0, 1),
     )

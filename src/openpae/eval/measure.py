@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.critics import LPIPS
-from openpae.data.images import ImageSource
+from openpae.data.images import ImageSource, Size
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import Tokenizer, check_tokenizer
 from openpae.eval.estimate import Estimate
@@ -103,7 +103,7 @@ def measure_tokenizer(
     tokenizer: Tokenizer,
     source: ImageSource,
     *,
-    size: int,
+    size: Size,
     segmented: Segmented | None = None,
     lpips: LPIPS | None = None,
     real: FeatureSet | None = None,
@@ -115,7 +115,7 @@ def measure_tokenizer(
     Args:
         tokenizer: any.
         source: images, centre-cropped to `size`; their classes are GSQ's.
-        size: side in pixels.
+        size: (H, W) in pixels, or the side of squares.
         segmented: images with label maps, of the same size, for SSC; None leaves it out.
         lpips: for LPC and the distance of reconstructions, on the tokenizer's device; None leaves them out.
         real: features of these images (`chosen_rows`), for Frechet distances; None leaves them out.
@@ -180,7 +180,7 @@ def _reconstruct(
     tokenizer: Tokenizer,
     source: ImageSource,
     rows: NDArray[np.int64],
-    size: int,
+    size: Size,
     lpips: LPIPS | None,
     real: FeatureSet | None,
     config: MeasureConfig,

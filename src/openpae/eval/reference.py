@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openpae import processes
-from openpae.data.images import PackedImages, open_images
+from openpae.data.images import PackedImages, Size, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.frechet import Gaussian, Moments, gaussian_of
 from openpae.eval.reconstruction import quantize
@@ -237,15 +237,15 @@ def reference_of(images: FeatureSet, name: str, preprocessing: str = "unknown") 
 
 
 def open_reference(
-    path: Path, extractor: FeatureExtractor, *, size: int | None = None, batch_size: int = 32
+    path: Path, extractor: FeatureExtractor, *, size: Size | None = None, batch_size: int = 32
 ) -> Reference:
     """The reference at a path: a folder of images, packed images, an ADM file, or one that we saved.
 
     Args:
         path: where.
         extractor: with which the samples will be measured.
-        size: side to which images of a folder are centre-cropped: that of the samples; None takes that of
-            packed images. Files are taken as they are.
+        size: (H, W) to which images of a folder are centre-cropped, or the side of squares: that of the
+            samples; None takes that of packed images. Files are taken as they are.
         batch_size: images per forward pass.
 
     Raises:
@@ -257,7 +257,7 @@ def open_reference(
     source = open_images(path)
     if size is None and not isinstance(source, PackedImages):
         raise ValueError(f"{path} holds images of any size, so the side to crop them to is needed: --size")
-    images = real_images(source, size or source.image_size, name=str(path))  # type: ignore[union-attr]
+    images = real_images(source, size or source.image_shape, name=str(path))  # type: ignore[union-attr]
     return reference_of(features_of(images, extractor, batch_size), images.name, images.preprocessing)
 
 

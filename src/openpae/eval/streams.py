@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.data.images import ImageFolder, ImageSource, PackedImages, center_crop
+from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
 from openpae.ditdh import Generator
 from openpae.eval.reconstruction import check_images
 from openpae.processes import own_rows
-from openpae.sampling import SamplerConfig, evaluations, initial_noise, sample_latents
+from openpae.sampling import SampleNoise, SamplerConfig, evaluations, sample_latents
 from openpae.storage import read_json
 from openpae.tokenizer import PAE
 
@@ -61,17 +61,16 @@ class ImageStream:
     """What is known of how they were made: sampler, tokenizer, generator, samples_sha256."""
 
 
-def real_images(
-    source: ImageSource, size: int, *, name: str = "", rows: Rows | None = None
-) -> ImageStream:
-    """Real images, centre-cropped to squares as ADM does.
+def real_images(source: ImageSource, size: Size, *, name: str = "", rows: Rows | None = None) -> ImageStream:
+    """Real images, centre-cropped as ADM does.
 
     Args:
         source: a folder of images, or packed ones.
-        size: side of the squares.
+        size: (H, W), or the side of squares.
         name: what a record calls them; by default their fingerprint.
         rows: which, in order; None takes all.
     """
+    height, width = height_width(size)
     chosen = range(len(source)) if rows is None else [int(row) for row in rows]
 
     def batches(batch_size: int) -> Iterator[Batch]:
@@ -82,17 +81,18 @@ def real_images(
     return ImageStream(
         name=name or source.fingerprint(),
         count=len(chosen),
-        size=(size, size),
-        preprocessing=f"halved by boxes while twice too large, then bicubic; centre crop to {size} x {size}",
+        size=(height, width),
+        preprocessing="halved by boxes while twice too large, then bicubic; "
+        f"centre crop to {height} x {width}",
         batches=batches,
         facts={"data": source.fingerprint()},
     )
 
 
 def source_batches(
-    source: ImageSource, size: int, batch_size: int, indices: Rows | None = None
+    source: ImageSource, size: Size, batch_size: int, indices: Rows | None = None
 ) -> Iterator[Tensor]:
-    """Centre-cropped images of a source, (B, 3, size, size) in [0, 1], in order.
+    """Centre-cropped images of a source, (B, 3, H, W) in [0, 1], in order.
 
     Images of a folder that are smaller than `size` are enlarged, as in ADM's references, with a warning.
 
@@ -100,29 +100,33 @@ def source_batches(
         ValueError: all images are smaller than `size`.
         BrokenImage: a file can not be decoded.
     """
-    if isinstance(source, PackedImages) and source.image_size < size:
+    height, width = height_width(size)
+    packed = source.image_shape if isinstance(source, PackedImages) else None
+    if packed is not None and (packed[0] < height or packed[1] < width):
         raise ValueError(
-            f"{source.shards.folder} holds images of {source.image_size} pixels, {size} are needed; "
+            f"{source.name(0)} is of {packed[0]} x {packed[1]} pixels, {height} x {width} are needed; "
             "enlarging them would change every distance: pack them anew from the originals"
         )
     rows = range(len(source)) if indices is None else indices
     enlarged = 0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        if isinstance(source, PackedImages) and source.image_size == size:
+        if isinstance(source, PackedImages) and packed == (height, width):
             yield source.shards.gather(np.asarray(part, dtype=np.int64)).float() / 255
             continue
         images = [source.read(int(row)) for row in part]
-        enlarged += sum(min(image.size) < size for image in images)
+        enlarged += sum(image.height < height or image.width < width for image in images)
         yield torch.stack([torch.from_numpy(center_crop(image, size)) for image in images]).float() / 255
     if enlarged and enlarged == len(rows):
         raise ValueError(
-            f"all {enlarged} images are smaller than the {size} pixels that are needed (the last is "
-            f"{source.name(int(rows[-1]))}); enlarging them would change every distance: take the originals"
+            f"all {enlarged} images are smaller than the {height} x {width} pixels that are needed (the "
+            f"last is {source.name(int(rows[-1]))}); enlarging them would change every distance: take the "
+            "originals"
         )
     if enlarged:
         warnings.warn(
-            f"{enlarged} of {len(rows)} images are smaller than {size} pixels and were enlarged", stacklevel=2
+            f"{enlarged} of {len(rows)} images are smaller than {height} x {width} pixels and were enlarged",
+            stacklevel=2,
         )
 
 
@@ -209,7 +213,7 @@ def drawn_images(
     labels: Tensor,
     config: SamplerConfig,
     *,
-    size: int,
+    size: Size,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     facts: Facts | None = None,
@@ -221,7 +225,7 @@ def drawn_images(
         generator: makes the latents, in evaluation mode.
         labels: classes, (n,), on the CPU; sample i depends on (seed, i) alone.
         config: solver and guidance.
-        size: side in pixels that the tokenizer decodes to.
+        size: (H, W) that the tokenizer decodes to, or the side of squares.
         seed: another seed, other samples.
         precision: of the networks; the path itself is followed in float32.
         facts: what else is known of them (fingerprints, the scheme of the labels).
@@ -235,17 +239,17 @@ def drawn_images(
 
     def batches(batch_size: int) -> Iterator[Batch]:
         for part in _parts(own_rows(len(labels)), batch_size):
-            noise = initial_noise(seed, part, generator.config.latent_shape).to(device)
+            noise = SampleNoise(seed, part, generator.config.latent_shape, device)
             # Closed before the batch is handed over: whoever measures it works in float32.
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                z = sample_latents(generator, labels[list(part)].to(device), noise, config)  # type: ignore[arg-type]
+                z = sample_latents(generator, labels[list(part)].to(device), noise, config)
                 pixels = tokenizer.decode(z).clamp(0, 1).float()
             yield Batch(pixels, part)
 
     return ImageStream(
         name="sampler",
         count=len(labels),
-        size=(size, size),
+        size=height_width(size),
         preprocessing="decoded, clamped to [0, 1]",
         batches=batches,
         facts={

@@ -150,7 +150,7 @@ class GeneratorTask:
             self.model,
             balanced_labels(run.evaluation_samples, run.model.num_classes),
             run.sampler,
-            size=self.judge.tokenizer.config.image_size,
+            size=self.judge.tokenizer.config.image_shape,
             facts={"labels": "class-balanced", "tokenizer": self._tokenizer_print()},
         )
         record = evaluate_samples(
@@ -246,7 +246,7 @@ def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:
         raise ValueError(
             f"{folder} holds latents of shape {shards.shape[1:]}, the generator is built for "
             f"{model.latent_shape}; "
-            "set model.latent_dim and model.grid_size"
+            "set model.latent_dim, model.grid_size and model.grid_width"
         )
     if len(shards) and shards.labels.max() >= model.num_classes:
         raise ValueError(

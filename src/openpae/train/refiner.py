@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,10 @@ class RefinerRun:
     encoder_source: str | None = None
     """Hub name or local folder of its weights; null takes the row's own."""
     image_size: int = 256
-    """Side of the training images in pixels; divided by model.grid_size it gives the tokenizer's patch."""
+    """Side of the training images in pixels, or their height where image_width is set; divided by
+    model.grid_size it gives the tokenizer's patch."""
+    image_width: int | None = None
+    """Width of the training images where they are not square; null: as image_size."""
     data: ImageData
     """Its images."""
     upsampler: Literal["anyup", "jbu", "bilinear"] = "jbu"
@@ -60,9 +64,20 @@ class RefinerRun:
                 f"image_size must be a multiple of model.grid_size = {self.model.grid_size}, "
                 f"got {self.image_size}"
             )
+        patch, (_, width) = self.image_size // self.model.grid_size, self.image_shape
+        if width != patch * self.model.grid_shape[1]:
+            raise ValueError(
+                f"image_width must be {patch} pixels for each of the {self.model.grid_shape[1]} columns of "
+                f"the model's grid, got {width}; set image_width and model.grid_width"
+            )
         for name in ("reconstruction", "gram"):
             if (weight := getattr(self, name)) < 0:
                 raise ValueError(f"{name} must be >= 0 (0 switches it off), got {weight}")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W) of the training images."""
+        return (self.image_size, self.image_size if self.image_width is None else self.image_width)
 
 
 class RefinerTask:
@@ -101,8 +116,8 @@ class RefinerTask:
                 self.features,
                 source,
                 run.data.feature_cache,
-                image_size=run.image_size,
-                shape=(run.model.grid_size**2, encoder.spec.dim),
+                image_size=run.image_shape,
+                shape=(math.prod(run.model.grid_shape), encoder.spec.dim),
                 encoder_print=self.encoder_print,
                 flips=run.data.augment == "flip",
                 device=self.device,
@@ -110,7 +125,7 @@ class RefinerTask:
             )
         self.images = TrainingImages(
             source,
-            size=run.image_size,
+            size=run.image_shape,
             seed=run.loop.seed,
             augment=run.data.augment,
             resize=run.data.resize,
@@ -136,8 +151,8 @@ class RefinerTask:
             warnings.warn(f"{broken}; another image takes its place", stacklevel=2)
         images = batch.images.float() / 255
         features = self.features(images) if batch.features is None else batch.features.float()
-        side = self.run.model.grid_size
-        reference = reference_features(features, images, side, side, self.upsampler, self.run.low_pass)
+        grid = self.run.model.grid_shape
+        reference = reference_features(features, images, *grid, self.upsampler, self.run.low_pass)
         prior, reconstructed = self.model(features)
         terms = {
             "reconstruction": feature_reconstruction(reconstructed, features),

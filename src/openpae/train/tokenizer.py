@@ -397,8 +397,8 @@ class TokenizerTask:
                 self.model.features,
                 source,
                 folder,
-                image_size=run.model.image_size,
-                shape=(run.model.grid_size**2, self.model.spec.dim),
+                image_size=run.model.image_shape,
+                shape=(math.prod(run.model.grid_shape), self.model.spec.dim),
                 encoder_print=self.encoder_print,
                 flips=flips,
                 device=self.device,
@@ -416,7 +416,7 @@ class TokenizerTask:
                 )
         return TrainingImages(
             source,
-            size=run.model.image_size,
+            size=run.model.image_shape,
             seed=run.loop.seed,
             augment=run.data.augment,
             resize=run.data.resize,
