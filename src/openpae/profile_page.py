@@ -145,8 +145,8 @@ def _show_numbers(page: Page, found: Sequence[Measured], facts: Mapping[str, Any
         published = "only at the same number" if extractor == INCEPTION else "with none, in these features"
         page.text(
             f"Frechet distances are in features of {extractor}. They fall as the number of images grows, so "
-            f"they compare with published ones {published}. Real images against real ones, {half} against {half}, "
-            f"give {floor['value']:.4g}."
+            f"they compare with published ones {published}. Real images against real ones, {half} "
+            f"against {half}, give {floor['value']:.4g}."
         )
     for reason, titles in _reasons(found).items():
         page.text(f"{', '.join(titles)} not defined: {reason}.")
