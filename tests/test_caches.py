@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openpae.checkpoint import load_tokenizer
-from openpae.data.caches import cache_features, cache_latents
+from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features
 from openpae.data.images import BrokenImage, ImageFolder, PackedImages, pack_images
 from openpae.data.shards import Shards
 from openpae.data.training import TrainingImages, TrainingLatents
@@ -217,6 +217,26 @@ def test_cached_features_are_the_computed_ones_of_the_same_image(
     torch.testing.assert_close(batch.features.float(), expected, atol=5e-3, rtol=1e-3)
     plain = TrainingImages(packed, size=32, seed=5, augment=augment).__getitems__(list(range(24)))
     assert torch.equal(plain.images, batch.images)
+
+
+def test_latents_of_cached_features_are_those_of_the_whole_tokenizer(
+    model: PAE, packed: PackedImages, latents: Shards, tmp_path: Path
+) -> None:
+    """Up to the float16 of the features and the bfloat16 of the latents; labels and statistics too."""
+    facts: dict[str, Any] = {"latent_shape": model.config.latent_shape, "tokenizer_print": "t"}
+    features = features_of(model, packed, tmp_path / "features")
+    quick = cache_latents_of_features(
+        model.encode, packed, features, tmp_path / "latents", batch_size=3, per_shard=4, **facts
+    )
+    rows = np.arange(len(packed))
+    torch.testing.assert_close(quick.gather(rows).float(), latents.gather(rows).float(), atol=0.02, rtol=0.02)
+    np.testing.assert_array_equal(quick.labels, latents.labels)
+    assert quick.attributes["image_size"] == 32
+    bare = features_of(model, packed, tmp_path / "bare", flips=False)
+    once = cache_latents_of_features(model.encode, packed, bare, tmp_path / "once", flips=False, **facts)
+    torch.testing.assert_close(once.gather(rows)[:, 0], quick.gather(rows)[:, 0], atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match="and of their mirror images"):
+        cache_latents_of_features(model.encode, packed, bare, tmp_path / "more", **facts)
 
 
 def test_cached_features_must_fit_images_encoder_and_augmentation(

@@ -13,6 +13,7 @@ from openpae.commands.bench import bench
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
 from openpae.commands.sample import reconstruct, sample
+from openpae.commands.study import study
 from openpae.commands.train import cache_latents, train_generator, train_refiner, train_tokenizer
 
 
@@ -96,6 +97,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "reconstruct": _command(reconstruct, "reconstruct"),
     "evaluate": _command(evaluate, "evaluate"),
     "profile": _command(profile, "profile"),
+    "study": _command(study, "study"),
     "info": _command(info, "info"),
     "bench": _command(bench, "bench"),
 }

@@ -122,9 +122,11 @@ class Page:
         x_label: str,
         *,
         log: bool = False,
+        dots: bool = False,
     ) -> None:
-        """Line charts side by side: title -> name of the line -> points (x, y); log scales the y axis."""
-        drawn = (_line_chart(title, lines, x_label, log) for title, lines in charts.items() if lines)
+        """Line charts side by side: title -> name of the line -> points (x, y); log scales the y axis, dots
+        leaves out the lines between the points."""
+        drawn = (_line_chart(title, lines, x_label, log, dots) for title, lines in charts.items() if lines)
         self.parts.append(f'<div class="charts">{"".join(drawn)}</div>')
 
     def radar(self, axes: Sequence[str], scores: Mapping[str, Sequence[float | None]], caption: str) -> None:
@@ -247,14 +249,19 @@ PALETTE = ("#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f", "#7a5cc9", "#c0392b", "#1
 
 
 def _line_chart(
-    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, log: bool = False
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    log: bool = False,
+    dots: bool = False,
 ) -> str:
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.add_subplot()
     for (name, points), colour in zip(lines.items(), itertools.cycle(PALETTE), strict=False):
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)
+        style = {"linestyle": "", "marker": "o", "markersize": 4} if dots else {"linewidth": 1.6}
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, **style)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x_label, fontsize=8)
     if log:

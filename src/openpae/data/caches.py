@@ -111,6 +111,73 @@ def cache_features(
 
 
 @torch.no_grad()
+def cache_latents_of_features(
+    encode: Callable[[Tensor, Tensor], Tensor],
+    source: PackedImages,
+    features: Shards,
+    folder: Path,
+    *,
+    latent_shape: tuple[int, int, int],
+    tokenizer_print: str,
+    precision: str = "fp32",
+    batch_size: int = 64,
+    flips: bool = True,
+    per_shard: int = 4096,
+    device: torch.device | str = "cpu",
+) -> Shards:
+    """`cache_latents` of images whose features are cached: without the frozen VFM, which is most of the cost.
+
+    The features are those in float16, so the latents differ from `cache_latents` in their last digits.
+
+    Args:
+        encode: images in [0, 1], (B, 3, H, W), and features (B, N, D) to latents (B, C, h, w).
+        source: the images, at the tokenizer's size.
+        features: their cache (`cache_features`), with the mirror images where `flips` asks for them.
+        folder: where; an interrupted run goes on.
+        latent_shape: (C, h, w).
+        tokenizer_print: fingerprint of the tokenizer; generator training compares it.
+        precision: in which `encode` computes.
+        batch_size: images per forward pass.
+        flips: keep the mirror images too.
+        per_shard: images per shard; rounded up to whole batches.
+        device: where `encode` wants images and features.
+
+    Raises:
+        ValueError: the features are of other images or lack the mirror images, or the folder was begun with
+            another tokenizer or other images.
+    """
+    versions = 2 if flips else 1
+    if features.attributes["images"] != source.fingerprint() or features.shape[0] < versions:
+        raise ValueError(
+            f"the features in {features.folder} are not those of the images in {source.shards.folder}"
+            + (" and of their mirror images" if flips else "")
+        )
+    attributes = {
+        "tokenizer": tokenizer_print,
+        "image_size": features.attributes["image_size"],
+        "precision": precision,
+    }
+    layout = _layout(
+        "latents", "bfloat16", (versions, *latent_shape), source, batch_size, per_shard, attributes
+    )
+    writer = ShardWriter(folder, layout)
+
+    def parts(span: range) -> Iterator[Part]:
+        for start in range(span.start, span.stop, batch_size):
+            rows = np.arange(start, min(start + batch_size, span.stop))
+            x, known = source.shards.gather(rows).to(device).float() / 255, features.gather(rows).to(device)
+            latents = [
+                encode(view, known[:, version]).cpu()
+                for version, view in enumerate((x, x.flip(-1))[:versions])
+            ]
+            yield Part(rows=torch.stack(latents, dim=1), labels=source.labels[rows].tolist())
+
+    for shard in writer.missing():
+        writer.write_parts(shard, parts(layout.span(shard)))
+    return writer.finish()
+
+
+@torch.no_grad()
 def cache_targets(
     prior: Callable[[Tensor], Tensor],
     features: Shards,

@@ -1,0 +1,91 @@
+"""The command that runs studies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from openpae import config as configs
+from openpae.commands.console import at_least_one
+
+
+def study(
+    studies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STUDY")],
+    /,
+    images: Path,
+    held_out: Path,
+    label_images: Path | None = None,
+    label_maps: Path | None = None,
+    reference: Path | None = None,
+    out: Path = Path("runs/study"),
+    set: tuple[str, ...] = (),
+    rows: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
+    workers: int = 1,
+    dry_run: bool = False,
+) -> None:
+    """Run a grid of trainings and measurements, and compare it with the paper: table, verdicts, report.
+
+    What is done is never done again: the same command goes on after an interruption, and studies that
+    share an OUT share what they have in common.
+
+    Args:
+        studies: presets (study/table2a-small) or files, one or several; several also get a report of all.
+        images: training images, one subfolder per class.
+        held_out: other images of the same classes, on which tokenizers are measured.
+        label_images: images with label maps, for SSC; without them it is left out.
+        label_maps: their maps: index PNGs named as the images, or a COCO panoptic JSON.
+        reference: what samples are compared with, an npz in ADM's layout or images; the training images by
+            default.
+        out: folder for everything.
+        set: changes to all rows: STAGE.FIELD=VALUE, such as tokenizer.loop.steps=5000.
+        rows: take only these rows, such as one per job of a cluster.
+        seeds: in place of the study's own.
+        workers: processes; each has its share of the threads, and a GPU of its own where there are several.
+        dry_run: only tell what would be done, and how long it takes here.
+    """
+    at_least_one(workers=workers)
+    if not studies:
+        raise ValueError(
+            "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
+        )
+    from openpae.study.plan import StudyData, make_plan
+    from openpae.study.rehearse import estimates
+    from openpae.study.run import describe_plan, run_plan
+    from openpae.study.settings import Study
+
+    data = StudyData(
+        images=images,
+        held_out=held_out,
+        label_images=label_images,
+        label_maps=label_maps,
+        reference=reference,
+    )
+    plan = make_plan(
+        [configs.load(Study, name) for name in studies], data, out, changes=set, rows=rows, seeds=seeds
+    )
+    if dry_run:
+        known = estimates(plan, rehearse=True, tell=lambda line: print(line, file=sys.stderr))
+        print(describe_plan(plan, known, workers))
+        return
+    words = [*studies, *(f"--set {change}" for change in set), *(f"--rows {row}" for row in rows)]
+    command = " ".join(["pae study", *words, f"--images {_last(images)} --held-out {_last(held_out)}"])
+    if label_images is not None and label_maps is not None:
+        command += f" --label-images {_last(label_images)} --label-maps {_last(label_maps)}"
+    if reference is not None:
+        command += f" --reference {_last(reference)}"
+    failed = run_plan(plan, workers=workers, command=command)
+    for one in plan.studies:
+        print(
+            f"open {out / one.name / 'report.html'} in a browser; numbers in {out / one.name / 'results.csv'}"
+        )
+    if failed:
+        raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
+
+
+def _last(path: Path) -> str:
+    """The last two parts of a path: a report that is handed around need not tell where a home is."""
+    return "/".join(path.resolve().parts[-2:])

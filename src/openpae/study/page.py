@@ -1,0 +1,302 @@
+"""The report of studies: the paper's numbers beside ours, a verdict per claim, curves and correlations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import yaml
+from PIL import Image
+
+from openpae import config as configs
+from openpae.report import Page
+from openpae.study.plan import Cell, Plan
+from openpae.study.settings import HIGHER_IS_BETTER, MetricName, Study, StudyRow, StudySetup, reported
+from openpae.study.table import (
+    Comparison,
+    Result,
+    compare,
+    correlations,
+    curves,
+    finals,
+    mean_error,
+    points,
+    speed_up,
+)
+
+TITLES = {
+    "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "psnr": "PSNR", "ssim": "SSIM",
+    "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD", "gfid": "gFD", "kid": "KID", "precision": "precision",
+    "recall": "recall",
+}  # fmt: skip
+"""What a table calls each metric; FD is an FID only in features of Inception."""
+
+_TABLE = ("ssc", "lpc", "gsq", "erank", "psnr", "rfid", "gfid", "kid")
+_DIGITS = {"psnr": 2, "rfid": 2, "gfid": 2, "ifid": 2}
+
+
+def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str) -> Page:
+    """One section per study, then the correlations over all of their tokenizers.
+
+    Args:
+        plan: what was to be done.
+        studies: those that the page is about.
+        results: their numbers, as far as they are there.
+        command: how it was called.
+    """
+    cells = [cell for cell in plan.cells if cell.study in {study.name for study in studies}]
+    done = {(one.study, one.row, one.seed) for one in results}
+    tokenizers = {cell.tokenizer for cell in cells if (cell.study, cell.row, cell.seed) in done}
+    title = studies[0].title if len(studies) == 1 else "What matters for a diffusion-friendly latent space?"
+    page = Page(
+        title,
+        f"{len(done)} of {len(cells)} runs are done: {len(tokenizers)} tokenizers, each measured, and where "
+        "a generator belongs to it, sampled from. The paper (arXiv:2605.07915) trained on ImageNet at 256 "
+        "pixels; its numbers stand in brackets. Compare the order of rows, not the numbers: images, sizes, "
+        "encoder and the features of the distances differ.",
+    )
+    for study in studies:
+        _show_study(page, plan, study, results, alone=len(studies) == 1)
+    _show_correlations(page, plan)
+    _show_method(page, plan, studies, results, command)
+    return page
+
+
+def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result], *, alone: bool) -> None:
+    page.heading("Numbers" if alone else study.title)
+    if study.text:
+        page.text(study.text)
+    present = [
+        metric
+        for metric in _TABLE
+        if any(finals(results, study.name, row.name, metric) for row in study.rows)
+    ]
+    if not present:
+        page.text("Nothing of it is done yet.")
+        return
+    header = ["mean ± standard error over seeds (the paper)", "seeds"]
+    header += [f"{TITLES[metric]} {'↑' if metric in HIGHER_IS_BETTER else '↓'}" for metric in present]
+    page.table(header, [_row(study, row, present, results) for row in study.rows])
+    floor = [one.value for one in results if one.study == study.name and one.metric == "gfid_floor"]
+    if floor:
+        page.text(
+            f"gFD of real images to real images, at the samples' count or half of the reference: "
+            f"{mean_error(floor)[0]:.2f}."
+        )
+    _show_claims(page, study, results)
+    _show_speed(page, study, results)
+    _show_plots(page, study, results)
+    _show_samples(page, plan, study)
+
+
+def _row(study: Study, row: StudyRow, present: Sequence[str], results: Sequence[Result]) -> list[str]:
+    paper = reported(row)
+    cells = []
+    seeds = 0
+    for metric in present:
+        values = list(finals(results, study.name, row.name, metric).values())
+        seeds = max(seeds, len(values))
+        text = _number(metric, *mean_error(values)) if values else "-"
+        cells.append(text + (f" ({paper[metric]:g})" if metric in paper else ""))
+    return [row.name, str(seeds), *cells]
+
+
+def _number(metric: str, mean: float, error: float | None) -> str:
+    digits = _DIGITS.get(metric, 4)
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _show_claims(page: Page, study: Study, results: Sequence[Result]) -> None:
+    if not study.claims:
+        return
+    rows = []
+    for claim in study.claims:
+        better, worse = (
+            list(finals(results, study.name, name, claim.metric).values())
+            for name in (claim.better, claim.worse)
+        )
+        found = compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER)
+        rows.append(
+            [claim.text, f"{TITLES[claim.metric]}: {claim.better} better than {claim.worse}", *_told(found)]
+        )
+    page.table(["the paper says", "tested as", "gain ± standard error", "95 % interval", "verdict"], rows)
+
+
+def _told(found: Comparison) -> list[str]:
+    gain = "-" if math.isnan(found.gain) else f"{found.gain:+.4g}"
+    error = "" if found.stderr is None else f" ± {found.stderr:.2g}"
+    interval = "" if found.low is None else f"{found.low:+.3g} to {found.high:+.3g}"
+    return [gain + error, interval, found.verdict + (f": {found.reason}" if found.reason else "")]
+
+
+def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
+    if study.faster is None:
+        return
+    fast = curves(results, study.name, study.faster, "gfid")
+    rows = []
+    for row in study.rows:
+        if row.name == study.faster:
+            continue
+        found = speed_up(fast, curves(results, study.name, row.name, "gfid"))
+        if found is None:
+            continue
+        factors = ", ".join(
+            f"{'≥ ' if seed in found.at_least else ''}{factor:.1f}" if factor else "never"
+            for seed, factor in found.factors.items()
+        )
+        low, high = (
+            "-" if end is None else f"{math.exp(end):.1f}"
+            for end in (found.comparison.low, found.comparison.high)
+        )
+        rows.append([row.name, factors, f"{low} to {high}", found.comparison.verdict])
+    if rows:
+        page.table(
+            [
+                f"{study.faster} reaches the final gFD of",
+                "this many times earlier (by seed)",
+                "95 % interval of the geometric mean",
+                "is it earlier?",
+            ],
+            rows,
+        )
+
+
+def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in study.rows:
+        found = curves(results, study.name, row.name, "gfid")
+        if found and max(map(len, found.values())) > 1:
+            lines[row.name] = _mean_curve(found)
+    if lines:
+        page.charts({"gFD of samples, mean over seeds": lines}, "steps of the generator", log=True)
+    swept = [row for row in study.rows if row.x is not None]
+    if swept:
+        charts = {}
+        for metric in _TABLE:
+            line = [
+                (row.x, mean_error(list(values.values()))[0])
+                for row in swept
+                if row.x is not None and (values := finals(results, study.name, row.name, metric))
+            ]
+            if len(line) > 1:
+                charts[TITLES[metric]] = {study.name: sorted(line)}
+        page.charts(charts, study.x_label)
+    if study.radar:
+        _show_radar(page, study, results)
+
+
+def _mean_curve(found: Mapping[int, Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
+    values: dict[int, list[float]] = {}
+    for line in found.values():
+        for step, value in line:
+            values.setdefault(step, []).append(value)
+    return [(step, mean_error(values[step])[0]) for step in sorted(values)]
+
+
+def _show_radar(page: Page, study: Study, results: Sequence[Result]) -> None:
+    """Each axis from the worst row (a tenth) to the best one (1)."""
+    scores: dict[str, list[float | None]] = {row.name: [] for row in study.rows}
+    for metric in study.radar:
+        means = {
+            row.name: mean_error(list(values.values()))[0]
+            for row in study.rows
+            if (values := finals(results, study.name, row.name, metric))
+        }
+        sign = 1 if metric in HIGHER_IS_BETTER else -1
+        low, high = (f((sign * value for value in means.values()), default=0.0) for f in (min, max))
+        for name in scores:
+            share = (sign * means[name] - low) / (high - low) if name in means and high > low else None
+            scores[name].append(None if share is None else 0.1 + 0.9 * share)
+    page.radar(
+        [TITLES[metric] for metric in study.radar],
+        scores,
+        "Each axis runs from the worst of these rows (near the centre) to the best (at the rim).",
+    )
+
+
+def _show_samples(page: Page, plan: Plan, study: Study) -> None:
+    strips: dict[str, Image.Image] = {}
+    for cell in plan.cells:
+        if cell.study == study.name and cell.judges and cell.row not in strips:
+            file = plan.places.folder(cell.judges[max(cell.judges)]) / "samples.png"
+            if file.is_file():
+                with Image.open(file) as image:
+                    strips[cell.row] = image.convert("RGB")
+    if strips:
+        page.rows(strips, "Samples of each row: the same noise and classes everywhere, not chosen.")
+
+
+def _show_correlations(page: Page, plan: Plan) -> None:
+    found = points(plan)
+    metrics = [name for name in get_args(MetricName) if name not in ("gfid", "kid", "precision", "recall")]
+    table = correlations(found, metrics, against=("psnr", "rfid"))
+    if not table:
+        return
+    page.heading("Which measure of a tokenizer tells how well a generator will do?")
+    page.text(
+        f"Spearman's rank correlation with gFD over {len(found)} tokenizers of "
+        f"{len({point.group for point in found})} settings, with 95 % bootstrap intervals over settings. "
+        "Both are turned so that larger is better: 1 means that the better measure always goes with the "
+        "better samples. The paper says that geometry (SSC, LPC, GSQ) does so and reconstruction (PSNR, rFD) "
+        "does not: shown, if the interval lies above 0; contradicted, if below."
+    )
+    rows = []
+    for one in table:
+        verdict = "-"
+        if one.metric in ("ssc", "lpc", "gsq"):
+            verdict = "shown" if one.low > 0 else "contradicted" if one.high < 0 else "not shown"
+        over = [
+            f"{one.over[name][0]:+.2f} ({one.over[name][1]:+.2f} to {one.over[name][2]:+.2f})"
+            if name in one.over
+            else "-"
+            for name in ("psnr", "rfid")
+        ]
+        rows.append(
+            [TITLES[one.metric], f"{one.rho:+.2f}", f"{one.low:+.2f} to {one.high:+.2f}", *over, verdict]
+        )
+    page.table(
+        ["measure", "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's", "verdict"],
+        rows,
+    )
+    dots = {
+        f"{TITLES[name]} and gFD": {
+            "tokenizers": [(p.metrics[name], -p.quality) for p in found if name in p.metrics]
+        }
+        for name in ("ssc", "lpc", "gsq", "erank", "psnr", "rfid")
+    }
+    page.charts({title: line for title, line in dots.items() if line["tokenizers"]}, "the measure", dots=True)
+
+
+def _show_method(
+    page: Page, plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str
+) -> None:
+    page.heading("How it was measured")
+    page.text(
+        "A gain is the difference of the means over seeds, turned so that positive is what the paper says. "
+        "Its 95 % interval is Welch's t interval. A claim is shown where the interval lies above 0, "
+        "contradicted where it lies below 0, and not shown otherwise; each claim is decided by itself, so "
+        "one in twenty true ones may be missed by chance. Refiner and raw targets are made once: their own "
+        "noise is in no interval."
+    )
+    totals = {(one.study, one.row, one.seed): one.seconds for one in results}
+    facts = {
+        "command": command,
+        "code": ", ".join(sorted({one.commit for one in results})) or "-",
+        "time of the rows": f"{sum(totals.values()) / 3600:.2f} h, stages that rows share counted for each",
+    }
+    page.table(["", ""], list(facts.items()))
+    for study in studies:
+        setup = configs.load(StudySetup, study.setup)
+        page.fold(
+            f"setup of {study.name}: {study.setup}", yaml.safe_dump(configs.to_dict(setup), sort_keys=False)
+        )
+        page.fold(f"study {study.name}", yaml.safe_dump(configs.to_dict(study), sort_keys=False))
+    page.fold("folders below OUT/stages", "\n".join(_place(cell) for cell in plan.cells))
+
+
+def _place(cell: Cell) -> str:
+    judged = f", {cell.judges[max(cell.judges)]}" if cell.judges else ""
+    return (
+        f"{cell.study} / {cell.row} / seed {cell.seed}: {', '.join(cell.own[:1])}, {cell.generator}{judged}"
+    )

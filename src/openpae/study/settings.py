@@ -1,0 +1,305 @@
+"""What a study is: rows of changes to three presets, seeds, and the paper's claims about the rows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from openpae import config as configs
+from openpae.critics import PerceptualNet
+from openpae.eval.extractors import ExtractorName
+from openpae.eval.measure import MeasureConfig
+from openpae.sampling import SamplerConfig
+from openpae.train.generator import GeneratorRun
+from openpae.train.refiner import RefinerRun
+from openpae.train.tokenizer import TokenizerRun
+
+T = TypeVar("T")
+
+MetricName = Literal[
+    "ssc",
+    "lpc",
+    "gsq",
+    "erank",
+    "psnr",
+    "ssim",
+    "lpips",
+    "rfid",
+    "ifid",
+    "gfid",
+    "kid",
+    "precision",
+    "recall",
+]
+"""rfid, ifid and gfid are Frechet distances of reconstructions, of decoded mixtures of neighbours, and of
+samples, in the features of the study's extractor; they are FIDs where that is Inception."""
+
+_OWN = frozenset(
+    {"data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer"}
+) | {
+    "loop.seed",
+    "loop.device",
+}
+"""Fields of runs that a study fills in."""
+
+HIGHER_IS_BETTER: frozenset[str] = frozenset({"ssc", "gsq", "erank", "psnr", "ssim", "precision", "recall"})
+"""Of the others, the lower value is the better one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings:
+    """How the latent space of every tokenizer is measured, on held-out images."""
+
+    metrics: MeasureConfig = field(default_factory=MeasureConfig)
+    """Counts and settings of the metrics."""
+    lpips: PerceptualNet = "vgg"
+    """Network of LPC and LPIPS."""
+    extractor: ExtractorName = "vgg16"
+    """Features of rfid and ifid."""
+    extractor_weights: Path | None = None
+    """inception: its weights file; dinov2: a local folder in place of the hub's."""
+    label_count: int = 200
+    """Images with label maps to take for SSC, evenly spread."""
+    ignore: int | None = None
+    """Label that does not count, such as that of unlabelled pixels."""
+
+    def __post_init__(self) -> None:
+        if self.label_count < 1:
+            raise ValueError(f"measure.label_count must be >= 1, got {self.label_count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """How the samples of every generator are judged, against training images or the reference that is
+    given."""
+
+    samples: int = 50_000
+    """Class-balanced samples, with the same noise for every generator."""
+    curve: bool = False
+    """Judge every checkpoint that the generator's loop keeps, for the curve over steps, not only the last."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How they are drawn."""
+    extractor: ExtractorName = "vgg16"
+    """Features of gfid, kid, precision and recall."""
+    extractor_weights: Path | None = None
+    """inception: its weights file; dinov2: a local folder in place of the hub's."""
+    reference_images: int | None = None
+    """Images to compare with, evenly spread; null takes all."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks."""
+    batch_size: int = 64
+    """Samples at once; changes no number beyond rounding."""
+    seed: int = 0
+    """Of the noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "reference_images"):
+            if (value := getattr(self, name)) is not None and value < 2:
+                raise ValueError(f"judge.{name} must be >= 2, got {value}")
+        if self.batch_size < 1:
+            raise ValueError(f"judge.batch_size must be >= 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySetup:
+    """What all rows of a study share: a size."""
+
+    refiner: str
+    """Preset or file of the refiner."""
+    tokenizer: str
+    """Preset or file of the tokenizer."""
+    generator: str
+    """Preset or file of the generator."""
+    pack: bool = True
+    """Decode and centre-crop all images once. Random crops need the originals: false then."""
+    every: int = 1
+    """Take every n-th training image; above 1 it needs `pack`."""
+    raw_count: int = 2000
+    """Training images to which raw targets (PCA) are fitted."""
+    flips: bool = True
+    """Keep the latents of mirror images too."""
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    """How tokenizers are measured."""
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    """How generators are judged."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "raw_count"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.every > 1 and not self.pack:
+            raise ValueError(f"every = {self.every} needs pack: true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """The paper's numbers of a row (ImageNet 256); null where it gives none."""
+
+    ssc: float | None = None
+    lpc: float | None = None
+    gsq: float | None = None
+    rfid: float | None = None
+    gfid: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRow:
+    """One setting, trained once per seed."""
+
+    name: str
+    """What tables call it."""
+    set: tuple[str, ...] = ()
+    """Changes to the presets: STAGE.FIELD=VALUE with STAGE refiner, tokenizer, generator, measure or judge,
+    such as tokenizer.loss.ssr=0.0; the value as YAML."""
+    targets: Literal["refined", "pca", "random"] = "refined"
+    """Targets of SSR and SCR: a trained refiner's, or raw ones (Table 2b)."""
+    tokenizer_from: str | None = None
+    """A tokenizer that is not trained here, as `pae profile` names one: diffusers:OWNER/NAME, a folder."""
+    generate: bool = True
+    """Train and judge a generator; otherwise the tokenizer is only measured."""
+    x: float | None = None
+    """Place on the axis of a sweep."""
+    paper: Reported = field(default_factory=Reported)
+    """The paper's numbers."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer_from and any(item.startswith(("tokenizer.", "refiner.")) for item in self.set):
+            raise ValueError(
+                f"row {self.name!r} takes its tokenizer from {self.tokenizer_from}, so changes to the "
+                "presets of tokenizer and refiner would have no effect; remove them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What the paper says of two rows."""
+
+    text: str
+    """In words."""
+    metric: MetricName
+    """In which the one is better."""
+    better: str
+    """Name of a row."""
+    worse: str
+    """Name of another row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A grid of runs: every row with every seed, and what the paper says of them."""
+
+    name: str
+    """Of its folder of results, and in tables: letters, digits, - and _."""
+    title: str
+    """Of its section in the report."""
+    text: str = ""
+    """A few sentences below the title: what the paper did, and what is different here."""
+    setup: str
+    """Preset or file of the `StudySetup`."""
+    set: tuple[str, ...] = ()
+    """Changes to all rows, before their own."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of initial weights, data order, augmentation and noise of tokenizer and generator. Refiner and raw
+    targets are made once for all of them."""
+    rows: tuple[StudyRow, ...]
+    """The settings that are compared."""
+    claims: tuple[Claim, ...] = ()
+    """Each gets a verdict."""
+    faster: str | None = None
+    """Row whose samples are said to become as good as the others' final ones in fewer steps; needs
+    judge.curve."""
+    x_label: str = ""
+    """Of the axis of a sweep."""
+    radar: tuple[MetricName, ...] = ()
+    """Axes of a radar plot of the rows; none draws none."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.name) or self.name == "stages":
+            raise ValueError(f"name must be letters, digits, - and _, and not 'stages', got {self.name!r}")
+        if not self.rows or not self.seeds:
+            raise ValueError("a study needs at least one row and one seed")
+        for what, values in (("rows", [row.name for row in self.rows]), ("seeds", self.seeds)):
+            if twice := [value for value, times in Counter(values).items() if times > 1]:
+                raise ValueError(f"{what} must differ, got {twice[0]!r} more than once")
+        names = {row.name for row in self.rows}
+        named = [name for claim in self.claims for name in (claim.better, claim.worse)]
+        for name in [*named, *([self.faster] if self.faster else [])]:
+            if name not in names:
+                raise ValueError(f"no row {name!r}, which a claim names; rows: {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The configs of one row: presets with all changes applied."""
+
+    refiner: RefinerRun
+    tokenizer: TokenizerRun
+    generator: GeneratorRun
+    measure: MeasureSettings
+    judge: JudgeSettings
+
+
+def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
+    """The presets of a setup with changes applied, the later ones over the earlier.
+
+    Raises:
+        ValueError, TypeError: a change that is no STAGE.FIELD=VALUE, an unknown field, a wrong value.
+    """
+    parts: dict[str, Any] = {
+        "refiner": configs.load(RefinerRun, setup.refiner),
+        # The plan puts each row's own targets there, or none.
+        "tokenizer": replace(configs.load(TokenizerRun, setup.tokenizer), prior=Path("targets")),
+        "generator": configs.load(GeneratorRun, setup.generator),
+        "measure": setup.measure,
+        "judge": setup.judge,
+    }
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    for change in changes:
+        where, equals, text = change.partition("=")
+        stage, dot, name = where.strip().partition(".")
+        if not (equals and dot and stage in parts):
+            raise ValueError(
+                f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got {change!r}"
+            )
+        if name in _OWN:
+            raise ValueError(f"{change!r} can not be changed: a study sets {name} itself")
+        try:
+            wanted[stage][name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of {change!r} is not YAML: {' '.join(str(error).split())}") from None
+    return Resolved(**{name: changed(part, wanted[name], at=name) for name, part in parts.items()})
+
+
+def changed(config: T, changes: dict[str, Any], at: str = "") -> T:
+    """A config with some fields changed: "loss.ssr" -> value, as YAML gives it.
+
+    Raises:
+        ValueError, TypeError: as `config.from_dict`.
+    """
+    if not changes:
+        return config
+    data = configs.to_dict(config)
+    for where, value in changes.items():
+        *parents, name = where.split(".")
+        inner = data
+        for parent in parents:
+            if not isinstance(inner.get(parent), dict):
+                known = ", ".join(sorted(inner))
+                raise ValueError(
+                    f"unknown key {at}.{where}; {parent!r} is none of {known}, or holds no fields"
+                )
+            inner = inner[parent]
+        inner[name] = value
+    return configs.from_dict(type(config), data, at)
+
+
+def reported(row: StudyRow) -> dict[str, float]:
+    """The paper's numbers of a row that it gives."""
+    values = {part.name: getattr(row.paper, part.name) for part in fields(row.paper)}
+    return {name: value for name, value in values.items() if value is not None}

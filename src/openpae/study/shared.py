@@ -1,0 +1,71 @@
+"""What the stages of one process share: networks, label maps, features of real images, each made once."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from openpae.critics import LPIPS, PerceptualNet, load_perceptual
+from openpae.data.images import open_images
+from openpae.data.label_maps import Segmented, read_segmented
+from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
+from openpae.eval.measure import MeasureConfig, chosen_rows, spread
+from openpae.eval.reference import FeatureSet, Reference, features_of, read_reference, reference_of
+from openpae.eval.streams import real_images
+
+
+@functools.cache
+def perceptual(net: PerceptualNet, device: torch.device) -> LPIPS:
+    """LPIPS."""
+    return load_perceptual(net).to(device)
+
+
+@functools.cache
+def extractor(name: ExtractorName, weights: Path | None, device: torch.device) -> FeatureExtractor:
+    """A feature extractor."""
+    found = load_extractor(name, weights)
+    if isinstance(found, nn.Module):
+        found.to(device)
+    return found
+
+
+@functools.cache
+def segmented(images: Path, maps: Path, size: int, count: int, ignore: int | None) -> Segmented:
+    """Images with label maps, for SSC."""
+    return read_segmented(images, maps, size=size, count=count, ignore=ignore)
+
+
+@functools.cache
+def measured_features(
+    images: Path,
+    size: int,
+    name: ExtractorName,
+    weights: Path | None,
+    config: MeasureConfig,
+    device: torch.device,
+) -> FeatureSet:
+    """Features of the images on which tokenizers are measured."""
+    source = open_images(images)
+    stream = real_images(source, size, rows=chosen_rows(source, config.count))
+    return features_of(stream, extractor(name, weights, device), config.batch_size)
+
+
+@functools.cache
+def reference(
+    path: Path,
+    count: int | None,
+    size: int,
+    name: ExtractorName,
+    weights: Path | None,
+    device: torch.device,
+) -> Reference:
+    """What samples are compared with: an npz file, or `count` images of a source, evenly spread."""
+    judge = extractor(name, weights, device)
+    if path.is_file():
+        return read_reference(path, judge)
+    source = open_images(path)
+    stream = real_images(source, size, rows=None if count is None else spread(len(source), count))
+    return reference_of(features_of(stream, judge), stream.name, stream.preprocessing)

@@ -1,0 +1,372 @@
+"""What each kind of stage does. It goes on where it was interrupted; with its record it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from openpae import config as configs
+from openpae.checkpoint import (
+    checkpoint_path,
+    checkpoint_steps,
+    encoder_fingerprint,
+    identity_of,
+    load_generator,
+    load_prior,
+    load_tokenizer,
+)
+from openpae.data.caches import (
+    cache_features,
+    cache_latents,
+    cache_latents_of_features,
+    cache_targets,
+)
+from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images
+from openpae.data.shards import Shards
+from openpae.encoders import EncoderInput, load_encoder
+from openpae.eval.adapters import LatentSpace, open_tokenizer
+from openpae.eval.measure import measure_tokenizer
+from openpae.eval.records import evaluate_samples
+from openpae.eval.streams import Batch, drawn_images
+from openpae.report import image_grid
+from openpae.sampling import balanced_labels
+from openpae.storage import read_json, write_json
+from openpae.study import shared
+from openpae.study.stage import (
+    FeatureSettings,
+    JudgeStage,
+    LatentSettings,
+    MeasureStage,
+    PackSettings,
+    Places,
+    RawSettings,
+    Stage,
+    StageKind,
+    facts,
+)
+from openpae.train.generator import GeneratorRun, train_generator
+from openpae.train.refiner import RefinerRun, train_refiner
+from openpae.train.settings import pick_device
+from openpae.train.targets import fit_targets
+from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+
+Metrics = dict[str, dict[str, Any]]
+"""Name -> value and stderr."""
+
+SHOWN = 10
+"""Samples that the report shows of a generator."""
+
+
+def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False) -> dict[str, Any]:
+    """Do a stage, or take what is there; another process at the same stage is waited for.
+
+    Args:
+        stage: its inputs are done.
+        places: where.
+        commit: which code does it; goes into the record.
+        quiet: no progress bars.
+
+    Returns:
+        Its record: metrics, seconds (over interruptions), settings.
+
+    Raises:
+        What its library functions raise; `Stopped` among them, after which the same call goes on.
+    """
+    record, lock = places.record(stage.id), places.lock(stage.id)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if record.is_file():
+            return read_json(record)
+        begun = lock.with_suffix(".seconds")
+        spent = read_json(begun)["seconds"] if begun.is_file() else 0.0
+        start = time.perf_counter()
+        try:
+            metrics = _WORK[stage.kind](stage, places, quiet)
+        finally:
+            seconds = spent + time.perf_counter() - start
+            write_json(begun, {"seconds": seconds})
+        result = {
+            "stage": stage.kind,
+            "what": stage.what,
+            "metrics": metrics,
+            "seconds": seconds,
+            "commit": commit,
+            "threads": torch.get_num_threads(),
+            "device": pick_device("auto").type,
+            "inputs": dict(stage.inputs),
+            "settings": facts(stage.settings),
+        }
+        write_json(record, result)
+        begun.unlink()
+    return result
+
+
+class _At:
+    """The folders of a stage and of its inputs."""
+
+    def __init__(self, stage: Stage, places: Places) -> None:
+        self.folder = places.folder(stage.id)
+        self.inputs = {role: places.folder(name) for role, name in stage.inputs}
+        external = dict(stage.inputs).get("tokenizer", "")
+        self.external = places.roots.get(external)
+
+
+def _pack(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, settings = _At(stage, places), _settings(stage, PackSettings)
+    source = open_images(at.inputs["images"])
+    rows = range(0, len(source), settings.every)[: settings.count]
+    pack_images(Subset(source, rows), at.folder, size=settings.size)
+    return {}
+
+
+def _features(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, settings = _At(stage, places), _settings(stage, FeatureSettings)
+    device = pick_device("auto")
+    encoder = load_encoder(settings.encoder, settings.encoder_source)
+    prepare = EncoderInput(encoder.spec, settings.patch_size).to(device)
+    network: Callable[[Tensor], Tensor] = encoder.to(device)
+    side = settings.image_size // settings.patch_size
+    cache_features(
+        lambda x: network(prepare(x)),
+        open_images(at.inputs["images"]),
+        at.folder,
+        image_size=settings.image_size,
+        shape=(side**2, encoder.spec.dim),
+        encoder_print=encoder_fingerprint(encoder),
+        flips=settings.flips,
+        device=device,
+    )
+    return {}
+
+
+def _refiner(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, run = _At(stage, places), _settings(stage, RefinerRun)
+    data = dataclasses.replace(
+        run.data, images=at.inputs["images"], feature_cache=at.inputs.get("features"), evaluation=None
+    )
+    train_refiner(_begun(dataclasses.replace(run, data=data), at.folder), at.folder, quiet=quiet)
+    _forget_training(at.folder)
+    return {}
+
+
+def _raw_targets(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, settings = _At(stage, places), _settings(stage, RawSettings)
+    if not at.folder.exists():
+        fit_targets(
+            load_encoder(settings.encoder, settings.encoder_source),
+            open_images(at.inputs["images"]),
+            at.folder,
+            kind=settings.projection,
+            latent_dim=settings.latent_dim,
+            image_size=settings.image_size,
+            patch_size=settings.patch_size,
+            count=settings.count,
+            device=pick_device("auto"),
+        )
+    return {}
+
+
+def _tokenizer(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, run = _At(stage, places), _settings(stage, TokenizerRun)
+    features, prior = at.inputs.get("features"), at.inputs.get("prior")
+    if features is not None and prior is not None:
+        _cache_targets(prior, features, places)
+    data = dataclasses.replace(
+        run.data, images=at.inputs["images"], feature_cache=features, evaluation=at.inputs.get("held-out")
+    )
+    run = dataclasses.replace(run, data=data, prior=prior)
+    train_tokenizer(_begun(run, at.folder), at.folder, quiet=quiet)
+    _forget_training(at.folder)
+    return {}
+
+
+def _cache_targets(prior: Path, features: Path, places: Places) -> None:
+    """Make the cache that the tokenizer's training would make; here one process does and the others wait."""
+    name = identity_of(prior).fingerprint
+    folder = features.with_name(f"{features.name}-{name}")
+    with FileLock(places.lock(folder.name)):
+        targets = load_prior(prior)
+        cache_targets(
+            targets.to(pick_device("auto")),
+            Shards(features, kind="features"),
+            folder,
+            prior_print=name,
+            latent_dim=targets.latent_dim,
+            device=pick_device("auto"),
+        )
+
+
+def _measure(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, part = _At(stage, places), _settings(stage, MeasureStage)
+    settings, device = part.settings, pick_device("auto")
+    segmented = None
+    if "label-maps" in at.inputs:
+        segmented = shared.segmented(
+            at.inputs["label-images"],
+            at.inputs["label-maps"],
+            part.image_size,
+            settings.label_count,
+            settings.ignore,
+        )
+    held_out = at.inputs["held-out"]
+    real = shared.measured_features(
+        held_out,
+        part.image_size,
+        settings.extractor,
+        settings.extractor_weights,
+        settings.metrics,
+        device,
+    )
+    measured = measure_tokenizer(
+        _space(at, device),
+        open_images(held_out),
+        size=part.image_size,
+        segmented=segmented,
+        lpips=shared.perceptual(settings.lpips, device),
+        real=real,
+        config=settings.metrics,
+    )
+    names = {"frechet": "rfid", "interpolated_frechet": "ifid"}
+    return {
+        names.get(name, name): {"value": estimate.value, "stderr": estimate.stderr}
+        for name, estimate in measured.metrics.items()
+    }
+
+
+def _latents(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, settings = _At(stage, places), _settings(stage, LatentSettings)
+    device = pick_device("auto")
+    source: ImageSource = open_images(at.inputs["images"])
+    if settings.count is not None and settings.count < len(source):
+        source = Subset(source, range(settings.count))
+    features = at.inputs.get("features")
+    if features is not None and isinstance(source, PackedImages):
+        model = load_tokenizer(at.inputs["tokenizer"], decode_only=True).to(device)
+        cache_latents_of_features(
+            model.encode,
+            source,
+            Shards(features, kind="features"),
+            at.folder,
+            latent_shape=model.config.latent_shape,
+            tokenizer_print=identity_of(at.inputs["tokenizer"]).fingerprint,
+            batch_size=settings.batch_size,
+            flips=settings.flips,
+            device=device,
+        )
+        return {}
+    space = _space(at, device)
+    cache_latents(
+        space.encode,
+        source,
+        at.folder,
+        image_size=settings.image_size,
+        latent_shape=space.latent_shape(settings.image_size),
+        tokenizer_print=space.fingerprint,
+        batch_size=settings.batch_size,
+        flips=settings.flips,
+        device=device,
+    )
+    return {}
+
+
+def _generator(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, run = _At(stage, places), _settings(stage, GeneratorRun)
+    run = dataclasses.replace(
+        run, latents=at.inputs["latents"], held_out_latents=None, tokenizer=None, evaluation_images=None
+    )
+    train_generator(_begun(run, at.folder), at.folder, quiet=quiet)
+    _forget_training(at.folder)
+    return {}
+
+
+def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, part = _At(stage, places), _settings(stage, JudgeStage)
+    settings, device = part.settings, pick_device("auto")
+    generator = load_generator(checkpoint_path(at.inputs["generator"], part.step)).to(device)
+    stream = drawn_images(
+        _decoder(at, device),
+        generator,
+        balanced_labels(settings.samples, generator.config.num_classes),
+        settings.sampler,
+        size=part.image_size,
+        seed=settings.seed,
+        precision=settings.precision,
+        facts={"labels": "class-balanced", "step": part.step},
+    )
+    shown: list[Tensor] = []
+
+    def batches(size: int) -> Iterator[Batch]:
+        for batch in stream.batches(size):
+            shown.extend(batch.images[: SHOWN - len(shown)].cpu())
+            yield batch
+
+    name, weights = settings.extractor, settings.extractor_weights
+    reference = shared.reference(
+        at.inputs["reference"], settings.reference_images, part.image_size, name, weights, device
+    )
+    record = evaluate_samples(
+        dataclasses.replace(stream, batches=batches),
+        reference,
+        extractor=shared.extractor(name, weights, device),
+        batch_size=settings.batch_size,
+        min_samples=2,  # the report shows the floor of so few beside the distance
+    )
+    at.folder.mkdir(parents=True, exist_ok=True)
+    write_json(at.folder / "evaluation.json", record)
+    image_grid(torch.stack(shown), SHOWN).save(at.folder / "samples.png")
+    names = {"frechet": "gfid", "frechet_floor": "gfid_floor"}
+    return {
+        names.get(name, name): {"value": metric["value"], "stderr": metric["stderr"]}
+        for name, metric in record["metrics"].items()
+    }
+
+
+_WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
+    "pack": _pack,
+    "features": _features,
+    "refiner": _refiner,
+    "raw-targets": _raw_targets,
+    "tokenizer": _tokenizer,
+    "measure": _measure,
+    "latents": _latents,
+    "generator": _generator,
+    "judge": _judge,
+}
+
+
+def _settings(stage: Stage, kind: type[configs.T]) -> configs.T:
+    assert isinstance(stage.settings, kind)  # the plan made it so
+    return stage.settings
+
+
+def _begun(run: configs.T, folder: Path) -> configs.T:
+    """The same run; one that was begun before OUT was moved learns its new paths."""
+    if (folder / "config.yaml").is_file():
+        configs.save(run, folder / "config.yaml")
+    return run
+
+
+def _forget_training(run_dir: Path) -> None:
+    """Remove optimizer states: a run that is done is never gone on with, and they are most of its size."""
+    for step in checkpoint_steps(run_dir):
+        (checkpoint_path(run_dir, step) / "state.pt").unlink(missing_ok=True)
+
+
+def _space(at: _At, device: torch.device) -> LatentSpace:
+    return open_tokenizer(at.external or f"openpae:{at.inputs['tokenizer']}", device)
+
+
+def _decoder(at: _At, device: torch.device) -> Any:
+    if at.external is None:
+        return load_tokenizer(at.inputs["tokenizer"], decode_only=True).to(device)
+    space = _space(at, device)
+    if space.decode is None:
+        raise ValueError(f"{at.external} has no decoder, so its samples can not be seen; set generate: false")
+    return space
