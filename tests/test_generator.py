@@ -18,6 +18,8 @@ from openpae.describe import describe
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, GeneratorConfig, HeadConfig
 from openpae.folders import checkpoint_path, identity_of
+from openpae.sampling import SamplerConfig, initial_noise, sample_latents
+from openpae.train.engine import fit
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.task import Draws
@@ -111,6 +113,50 @@ def test_uniform_positions_are_shifted_by_the_dimension(run: GeneratorRun) -> No
     assert (uniform - expected).abs().max() < 0.04  # Kolmogorov's bound at 2000 draws and 1 %: 0.036
     plain = positions(replace(run, time_shift=1.0), 2000)
     assert torch.logit(plain).std() == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize(("model", "checkpoint_blocks"), [(None, 0), (WIDE, 1)])
+def test_the_whole_model_is_one_graph(
+    run: GeneratorRun, tmp_path: Path, model: GeneratorConfig | None, checkpoint_blocks: int
+) -> None:
+    """Captured whole for training and for evaluation, it trains, averages, is saved and samples as without.
+
+    The graph is run as it is; the test marked slow has kernels written for it."""
+    model = replace(model or run.model, num_layers=1)
+    run = replace(run, model=model, checkpoint_blocks=checkpoint_blocks)
+    plain, captured = GeneratorTask(run), GeneratorTask(run)
+    captured.model.compile(backend="eager", fullgraph=True)
+    compare_runs(run, plain, captured, tmp_path, tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own imports
+def test_a_compiled_generator_is_the_same(run: GeneratorRun, tmp_path: Path) -> None:
+    """loop.compile, with the compiler's own kernels."""
+    compiled = replace(run, loop=replace(run.loop, compile=True))
+    compare_runs(run, GeneratorTask(run), GeneratorTask(compiled), tmp_path, tolerance=1e-4)
+
+
+def compare_runs(
+    run: GeneratorRun, plain: GeneratorTask, other: GeneratorTask, tmp_path: Path, *, tolerance: float
+) -> None:
+    metrics, samples = [], []
+    for name, task in (("plain", plain), ("other", other)):
+        (tmp_path / name).mkdir()
+        metrics.append(fit(task, tmp_path / name, run.optim, run.loop, quiet=True))
+        noise = initial_noise(0, range(2), run.model.latent_shape)
+        model = task.model.eval()
+        samples.append(sample_latents(model, torch.tensor([0, 1]), noise, SamplerConfig(steps=3)))
+    assert metrics[1] == pytest.approx(metrics[0], rel=tolerance)
+    torch.testing.assert_close(samples[1], samples[0], rtol=tolerance, atol=tolerance)
+    ours, theirs = (load_generator(tmp_path / name).state_dict() for name in ("plain", "other"))
+    assert ours.keys() == theirs.keys() == plain.model.state_dict().keys()  # no "_orig_mod."
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=tolerance)
+    raw = plain.model.state_dict()
+    assert not torch.equal(
+        raw["to_velocity.weight"], ours["to_velocity.weight"]
+    )  # what was saved is the average
 
 
 def test_a_lightningdit_is_the_default_kind(run: GeneratorRun) -> None:
