@@ -39,7 +39,9 @@ def counted(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, patch_size=2), WIDE, replace(WIDE, patch_size=2)])
+@pytest.mark.parametrize(
+    "config", [PLAIN, replace(PLAIN, patch_size=2, grid_width=6), WIDE, replace(WIDE, patch_size=2)]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_operations_are_those_that_pytorch_counts(config: GeneratorConfig, batch: int) -> None:
     model, x = build_generator(config), torch.randn(batch, *config.latent_shape)
