@@ -57,11 +57,18 @@ def test_batches_of_a_step_do_not_depend_on_where_training_began(
     first: int, steps: int, parts: int, part: int
 ) -> None:
     whole = parts * part
-    batches = StepBatches(range(first, first + steps), whole, part)
+    rows = [range(start, start + part) for start in range(0, whole, part)]
+    batches = StepBatches(range(first, first + steps), whole, rows)
     found = list(batches)
     assert len(found) == len(batches) == steps * parts
     assert all(len(batch) == part for batch in found)
     assert [i for batch in found for i in batch] == list(range(first * whole, (first + steps) * whole))
+
+
+def test_a_process_sees_its_rows_of_the_steps_that_are_asked_for() -> None:
+    batches = StepBatches([3, 5], 6, [range(1, 4, 2), range(5, 6)])
+    assert list(batches) == [[19, 21], [23], [31, 33], [35]]
+    assert len(batches) == 4
 
 
 class Squares(Dataset[list[int]]):
@@ -73,7 +80,7 @@ class Squares(Dataset[list[int]]):
 
 def test_worker_processes_keep_the_order_and_ignore_interrupts() -> None:
     """Ctrl-C reaches workers too; the loop finishes its step, so they must go on."""
-    sampler = StepBatches(range(2, 8), 2, 1)
+    sampler = StepBatches(range(2, 8), 2, [range(1), range(1, 2)])
     alone = [batch[1:] for batch in loader(Squares(), sampler, 0, pin=False)]
     batches = iter(loader(Squares(), sampler, 1, pin=False))
     first = next(batches)

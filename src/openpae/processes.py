@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -54,6 +54,92 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # every process has filled its place
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, in every process; where it raises, every process raises that.
+
+    For what one process does on behalf of all, such as writing a file: none waits for one that has failed,
+    and none goes on before it is done.
+    """
+    if not distributed.is_initialized():
+        return make()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_first():
+        try:
+            outcome = (make(), None)
+        except Exception as error:
+            outcome = (None, error)
+    value, failure = share(outcome)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]  # None only where `make` gives None
+
+
+def any_of(value: bool) -> bool:
+    """Whether it holds in any process; all of them wait for the answer."""
+    if not distributed.is_initialized():
+        return value
+    flag = torch.tensor(int(value))
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def mean_of(value: Tensor) -> Tensor:
+    """The mean of one tensor over all processes, in every process; nothing waits on a GPU."""
+    if not distributed.is_initialized():
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / world()
+
+
+def largest_of(value: Tensor) -> Tensor:
+    """The largest value of each element over all processes, in every process; nothing waits on a GPU."""
+    if not distributed.is_initialized():
+        return value
+    largest = value.clone()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return largest
+
+
+def norm_of(norm: Tensor) -> Tensor:
+    """The norm of all processes' parts together, from that of each: the root of the sum of squares."""
+    if not distributed.is_initialized():
+        return norm
+    total = norm.square()
+    distributed.all_reduce(total)
+    return total.sqrt()
+
+
+class Ballot:
+    """A number that all processes agree on step by step without waiting for each other.
+
+    Every process calls it once a step with a number of its own; what it gets is the largest that any process
+    has put in, one call ago where there are several processes, and in this call where there is one.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, distributed.Work] | None = None
+
+    def __call__(self, own: int) -> int:
+        if not distributed.is_initialized():
+            return own
+        agreed = self.close()
+        number = torch.tensor(own)
+        work = distributed.all_reduce(number, distributed.ReduceOp.MAX, async_op=True)
+        assert work is not None  # only a process outside of the group gets none
+        self._pending = (number, work)
+        return agreed
+
+    def close(self) -> int:
+        """Wait for the vote that is under way, if there is one; returns what was agreed, or 0."""
+        if self._pending is None:
+            return 0
+        number, work = self._pending
+        self._pending = None
+        work.wait()
+        return int(number)
 
 
 def own_rows(count: int) -> range:

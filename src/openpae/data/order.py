@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class StepBatches(Sampler[list[int]]):
-    """Positions of the device batches of steps first, first + 1, ..., last - 1, in order.
+    """Positions of the device batches of these steps, in order.
 
-    Step s sees positions s G, ..., (s + 1) G - 1 (G the global batch), cut into device batches.
+    Step s sees positions s G, ..., (s + 1) G - 1, G the global batch.
+
+    Args:
+        steps: step numbers, one after the other.
+        global_batch_size: G.
+        rows: of each device batch of a step, its rows in the global batch: all of them, or one process's.
     """
 
-    def __init__(self, steps: range, global_batch_size: int, device_batch_size: int) -> None:
-        self.steps, self.whole, self.part = steps, global_batch_size, device_batch_size
+    def __init__(self, steps: Sequence[int], global_batch_size: int, rows: Sequence[range]) -> None:
+        self.steps, self.whole, self.rows = steps, global_batch_size, rows
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            for start in range(0, self.whole, self.part):
-                yield list(
-                    range(step * self.whole + start, step * self.whole + min(start + self.part, self.whole))
-                )
+            for rows in self.rows:
+                yield [step * self.whole + row for row in rows]
 
     def __len__(self) -> int:
-        return len(self.steps) * -(-self.whole // self.part)
+        return len(self.steps) * len(self.rows)
 
 
 def loader(dataset: Dataset[Any], sampler: StepBatches, num_workers: int, *, pin: bool) -> DataLoader[Any]:
@@ -43,6 +48,29 @@ def loader(dataset: Dataset[Any], sampler: StepBatches, num_workers: int, *, pin
         multiprocessing_context="spawn" if num_workers else None,
         worker_init_fn=_leave_interrupts if num_workers else None,
     )
+
+
+def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Batches, NamedTuples of tensors, on a device. A GPU copies the next one, from pinned memory, while it
+    computes on this one."""
+    if device.type != "cuda":
+        yield from (_moved(batch, device) for batch in batches)
+        return
+    copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = _moved(batch, device)
+        if waiting is not None:
+            yield waiting
+        here = torch.cuda.current_stream(device)
+        here.wait_stream(copies)
+        for tensor in coming:
+            if isinstance(tensor, Tensor):  # its memory must not serve anew before the losses have read it
+                tensor.record_stream(here)
+        waiting = coming
+    if waiting is not None:
+        yield waiting
 
 
 def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
@@ -65,6 +93,11 @@ def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
     return x
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+    return type(batch)(*moved)
 
 
 def _as_is(batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ class TrainingImages(Dataset[ImageBatch]):
 
 
 def sound(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-    """The batches, until one holds a broken image.
+    """The batches, with a warning for each broken image whose place another took, until one may not be left.
 
     Raises:
         BrokenImage: a file can not be decoded and may not be skipped.
@@ -174,7 +175,14 @@ def sound(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
     for batch in batches:
         if batch.broken:
             raise BrokenImage(batch.broken)
+        for name in batch.skipped:
+            warnings.warn(f"{name}; another image takes its place", stacklevel=2)
         yield batch
+
+
+def broken_count(batch: ImageBatch, data: ImageData) -> dict[str, int]:
+    """How many of a batch's images took the place of broken ones, for the log; nothing where none may."""
+    return {"broken_images": len(batch.skipped)} if data.skip_broken else {}
 
 
 class LatentBatch(NamedTuple):

@@ -3,65 +3,37 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from openpae import config as configs
-from openpae.folders import checkpoint_path, checkpoint_steps
-from openpae.storage import file_hash, read_json, whole_folder, write_json
-from openpae.train.journal import Journal
-from openpae.train.settings import LoopConfig, OptimConfig, lr_at
-from openpae.train.task import Draws, Task
+from openpae import processes
+from openpae.data.order import to_device
+from openpae.train import diagnosis, saving
+from openpae.train.ema import Ema
+from openpae.train.health import Health, NotFinite
+from openpae.train.journal import Journal, profiled
+from openpae.train.parallel import filled, is_sharded, reducing, whole
+from openpae.train.saving import RunState
+from openpae.train.settings import LoopConfig, OptimConfig, device_batches, lr_at
+from openpae.train.task import Draws, Task, Update
 
-
-class Ema:
-    """Moving average of a module's trained weights: a <- decay a + (1 - decay) w.
-
-    Args:
-        module: whose weights.
-        decay: per step, in [0, 1).
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.live.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now."""
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the module holds the averaged weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.live.items():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(kept)
+HOW = ("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps")
+"""Fields that say how a run is computed, and not what: it may go on with others."""
 
 
 class Stopped(Exception):
@@ -75,21 +47,22 @@ class Stopped(Exception):
 
 
 def check_run(run_dir: Path, config: Any) -> bool:
-    """Whether a run folder already holds this config; False where it holds none.
+    """Whether a run folder already holds this config; False where it holds none, or one that computes the
+    same run on other hardware (`HOW`).
 
     Raises:
         ValueError: the folder belongs to a run with another config; the message lists the differences.
     """
     file = run_dir / "config.yaml"
-    if file.is_file():
-        old = configs.load(type(config), file)
-        if changed := configs.differences(old, config):
-            raise ValueError(
-                f"{run_dir} belongs to a run with another config ({'; '.join(changed[:5])}); "
-                "name another run folder, or pass its own config.yaml to go on"
-            )
-        return True
-    return False
+    if not file.is_file():
+        return False
+    changed = configs.differences(configs.load(type(config), file), config)
+    if other := [line for line in changed if not line.startswith(tuple(f"{name}:" for name in HOW))]:
+        raise ValueError(
+            f"{run_dir} belongs to a run with another config ({'; '.join(other[:5])}); "
+            "name another run folder, or pass its own config.yaml to go on"
+        )
+    return not changed
 
 
 def open_run(run_dir: Path, config: Any) -> None:
@@ -100,15 +73,21 @@ def open_run(run_dir: Path, config: Any) -> None:
     Raises:
         ValueError: see `check_run`.
     """
-    if not check_run(run_dir, config):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        configs.save(config, run_dir / "config.yaml")
+
+    def make() -> None:
+        if not check_run(run_dir, config):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            configs.save(config, run_dir / "config.yaml")
+
+    processes.from_first(make)
 
 
 def fit(
     task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, *, quiet: bool = False
 ) -> dict[str, float]:
     """Train until loop.steps, from the newest checkpoint of run_dir or from the start.
+
+    Every process of a run calls it; the first writes.
 
     Args:
         task: what to train.
@@ -121,64 +100,20 @@ def fit(
         The last evaluation.
 
     Raises:
-        FloatingPointError: a loss or a gradient is not finite; the message names step, player and term. On
-            a GPU this is read with the log, and never after a checkpoint was written.
+        FloatingPointError: a loss or a gradient is not finite; the message names step, player and term, and
+            the module where it began. On a GPU this is read with the log, and never after a checkpoint was
+            written.
         ValueError: the checkpoint was trained on other data than the task now finds, or another process
-            trains
-            in this folder.
-        Stopped: SIGINT or SIGTERM came; a checkpoint of the last step is written.
+            trains in this folder.
+        Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
     """
-    with _alone(run_dir):
-        return _fit(task, run_dir, optim, loop, quiet)
-
-
-def _fit(task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, quiet: bool) -> dict[str, float]:
-    device = next(next(iter(task.players.values())).parameters()).device
-    exported = next(iter(task.players.values()))
-    ema = Ema(exported, loop.ema_decay) if loop.ema_decay is not None else None
-    start = _resume(run_dir, task, ema)
-    log = Journal(run_dir, start, loop)
-    metrics: dict[str, float] = {}
-    bar = tqdm(
-        total=loop.steps * loop.global_batch_size,
-        initial=start * loop.global_batch_size,
-        unit="img",
-        unit_scale=True,
-        disable=quiet,
-        desc=run_dir.name,
-        mininterval=1.0,
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
-    with _signals() as caught, log, bar:
-        batches = iter(task.batches(range(start, loop.steps)))
-        for step in range(start, loop.steps):
-            _train_step(task, batches, step, optim, loop, device, log)
-            if ema is not None:
-                ema.update()
-            bar.update(loop.global_batch_size)
-            done = step + 1
-            last = done == loop.steps
-            if done % loop.log_every == 0 or last or caught:
-                shown = log.flush(done, lr_at(step, optim, loop.steps))
-                bar.set_postfix_str(" ".join(f"{key} {value:.4g}" for key, value in list(shown.items())[:4]))
-            judge = last or (loop.evaluate_every > 0 and done % loop.evaluate_every == 0)
-            save = last or caught or done % loop.save_every == 0
-            if save:
-                log.flush(done, lr_at(step, optim, loop.steps))
-            log_paused = time.perf_counter()
-            if judge:
-                log.require_finite()  # nothing is judged of weights that are not
-                metrics = _evaluate(task, ema, done, loop)
-                log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
-            if save:
-                _save(run_dir, task, ema, done, loop)
-            log.clock += time.perf_counter() - log_paused  # images/s are those of training
-            if caught and not last:
-                raise Stopped(caught[0], done)
-    if start >= loop.steps and not metrics:
-        metrics = _evaluate(task, ema, loop.steps, loop)
-    return metrics
+    fitting = _Fitting.of(task, run_dir, optim, loop)
+    with _alone(run_dir), _products(loop.precision):
+        while True:
+            try:
+                return fitting.run(quiet)
+            except NotFinite as fault:
+                fitting.go_back(fault)
 
 
 def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps: int = 8) -> float:
@@ -186,59 +121,217 @@ def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps:
 
     It changes the task's weights: measure with a task that is thrown away.
     """
-    device = next(next(iter(task.players.values())).parameters()).device
+    fitting = _Fitting.of(task, Path(), optim, loop)
     log = Journal(Path(), 0, loop)
-    batches = iter(task.batches(range(steps + 2)))
     times = []
-    for step in range(steps + 2):
-        start = time.perf_counter()
-        _train_step(task, batches, step, optim, loop, device, log)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    with _products(loop.precision):
+        batches = fitting.batches(range(steps + 2))
+        for step in range(steps + 2):
+            start = time.perf_counter()
+            fitting.step(batches, step, step, log)
+            if fitting.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
     return sorted(times[2:])[steps // 2]
 
 
-def _train_step(
-    task: Task,
-    batches: Iterator[Any],
-    step: int,
-    optim: OptimConfig,
-    loop: LoopConfig,
-    device: torch.device,
-    log: Journal,
-) -> None:
-    """One optimizer step of every player that the task names, over all device batches of the global batch."""
-    part = loop.device_batch_size or loop.global_batch_size
-    count = loop.global_batch_size // part
-    for module in task.players.values():
-        module.train()
-    for optimizer in task.optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, optim, loop.steps)
-    for micro in range(count):
-        batch = to_device(next(batches), device)
-        rows = range(micro * part, (micro + 1) * part)
-        updates = task.updates(batch, Draws(loop.seed, step, rows, loop.global_batch_size, device), step)
-        while True:
-            with autocast(device, loop.precision):
-                update = next(updates, None)
-            if update is None:
-                break
-            log.add(step, update)
-            (update.loss / count).backward()  # type: ignore[no-untyped-call]
-            if micro == count - 1:
-                _step(task.optimizers[update.player], optim.clip, update.player, step, log)
+@dataclass
+class _Fitting:
+    """A task on its way through a run."""
 
+    state: RunState
+    run_dir: Path
+    optim: OptimConfig
+    loop: LoopConfig
+    device: torch.device
 
-def _step(optimizer: Optimizer, clip: float | None, player: str, step: int, log: Journal) -> None:
-    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    limit = math.inf if clip is None else clip
-    norm = torch.nn.utils.clip_grad_norm_(weights, limit)
-    log.check(step, norm, {f"{player}/grad_norm": norm})  # a finite loss can have a gradient that is not
-    log.keep(f"{player}/grad_norm", norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    @classmethod
+    def of(cls, task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig) -> _Fitting:
+        device = next(next(iter(task.players.values())).parameters()).device
+        state = RunState(task, None, Health(loop, optim, device))
+        if loop.ema_decay is not None:
+            state.ema = Ema(state.exported, loop.ema_decay)
+        return cls(state, run_dir, optim, loop, device)
+
+    def run(self, quiet: bool) -> dict[str, float]:
+        """From the newest checkpoint to the last step; returns the last evaluation."""
+        loop, ballot = self.loop, processes.Ballot()
+        start = saving.resume(self.state, self.run_dir)
+        if start is None and loop.on_nonfinite == "rollback":  # there must be something to go back to
+            saving.save(self.state, self.run_dir, 0, loop)
+        start = start or 0
+        log, metrics = Journal(self.run_dir, start, loop), {}
+        data_steps = _without(range(start, loop.steps), self.state.passed_over)
+        with (
+            _signals() as caught,
+            log,
+            self._bar(start, quiet) as bar,
+            profiled(self.run_dir, loop) as count_step,
+        ):
+            if start and self._judged_at(start):
+                told = processes.share(log.judged)  # not where a kill came between save and evaluation
+                if start >= loop.steps or not told:
+                    metrics = self._evaluate(start, None if told else log)
+            batches = self.batches(data_steps)
+            for step, data_step in zip(range(start, loop.steps), data_steps, strict=True):
+                done, last = step + 1, step + 1 == loop.steps
+                with self._explained(step, data_steps, start):
+                    self.step(batches, step, data_step, log)
+                    stop = ballot(caught[0] if caught else 0)
+                    judge = self._judged_at(done)
+                    save = last or stop > 0 or done % loop.save_every == 0
+                    if done % loop.log_every == 0 or save or judge:
+                        self.state.health.require_finite(step, log.means())
+                if self.state.ema is not None:
+                    self.state.ema.update()
+                bar.update(loop.global_batch_size)
+                count_step()
+                if done % loop.log_every == 0 or save:
+                    shown = log.flush(done, lr_at(step, self.optim, loop.steps))
+                    bar.set_postfix_str(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
+                with log.paused():
+                    if save:  # before it is judged: an evaluation that fails must not cost the step
+                        saving.save(self.state, self.run_dir, done, loop)
+                    if judge:
+                        metrics = self._evaluate(done, log)
+                if stop and not last:
+                    raise Stopped(stop, done)
+            ballot.close()
+        return metrics
+
+    def step(self, batches: Iterator[Any], step: int, data_step: int, log: Journal) -> None:
+        """One optimizer step of every player that the task names."""
+        task, parts = self.state.task, len(device_batches(self.loop))
+        for module in task.players.values():
+            module.train()
+        for optimizer in task.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, self.optim, self.loop.steps)
+        for _, update, due in self._updates(batches, step, data_step):
+            terms = {"loss": update.loss.detach(), **update.logs}
+            terms = {f"{update.player}/{name}": value for name, value in terms.items()}
+            self.state.health.look(step, update.player, update.loss, terms)
+            for name, value in terms.items():
+                log.keep(name, value)
+            for name, count in update.counts.items():
+                log.count(f"{update.player}/{name}", count)
+            (update.loss / parts).backward()  # type: ignore[no-untyped-call]
+            if due:
+                self._update(task.optimizers[update.player], update.player, step, log)
+
+    def _updates(
+        self, batches: Iterator[Any], step: int, data_step: int
+    ) -> Iterator[tuple[Any, Update, bool]]:
+        """Each device batch of this process with the updates that the task asks for, and whether it is the
+        step's last."""
+        task, loop = self.state.task, self.loop
+        rows = device_batches(loop)
+        for own in rows:
+            batch, due = next(batches), own is rows[-1]
+            draws = Draws(loop.seed, data_step, own, loop.global_batch_size, self.device)
+            updates = task.updates(batch, draws, step)
+            with reducing(task.players.values(), due):
+                while True:
+                    with autocast(self.device, loop.precision):
+                        update = next(updates, None)
+                    if update is None:
+                        break
+                    yield batch, update, due
+
+    def _update(self, optimizer: Optimizer, player: str, step: int, log: Journal) -> None:
+        weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = math.inf if self.optim.clip is None else self.optim.clip
+        found = torch.nn.utils.clip_grad_norm_(weights, limit)
+        norm = whole({"norm": found})["norm"]  # of shards, that of all
+        left_out = self.state.health.judge(step, player, norm)
+        log.keep(f"{player}/grad_norm", norm)
+        if left_out is not None:
+            if not optimizer.defaults.get("fused"):
+                raise ValueError(
+                    f"the optimizer of {player} must be a fused one: it can leave out a step unread"
+                )
+            optimizer.found_inf = left_out  # type: ignore[attr-defined]  # what torch.amp tells a fused optimizer
+            if self.state.health.leaves_out:
+                log.count(f"{player}/skipped_steps", left_out / processes.world())  # known to all alike
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def batches(self, steps: Sequence[int]) -> Iterator[Any]:
+        """This process's device batches of these steps on the device, one copied ahead."""
+        return to_device(self.state.task.batches(steps), self.device)
+
+    def go_back(self, fault: NotFinite) -> None:
+        """Have the next `run` begin at the last checkpoint and pass over the data of a bad step.
+
+        Raises:
+            NotFinite: the run must stop instead.
+        """
+        over, limit = self.state.passed_over, self.loop.nonfinite_limit
+        if self.loop.on_nonfinite != "rollback":
+            raise fault
+        if len(over) >= limit:
+            raise NotFinite(fault.step, f"{fault.what}, after {limit} rollbacks") from fault
+        bad = _without(range(fault.step, fault.step + 1), over)[0]
+        self.state.passed_over = sorted([*over, bad])
+        self.state.health.forget()
+        for optimizer in self.state.task.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        if processes.is_first():
+            warnings.warn(
+                f"{fault}; going back to the last checkpoint and past data step {bad}", stacklevel=3
+            )
+
+    @contextmanager
+    def _explained(self, step: int, data_steps: Sequence[int], start: int) -> Iterator[None]:
+        """Compute a step that is not finite again, and say where it begins."""
+        try:
+            yield
+        except NotFinite as fault:
+            data_step = data_steps[fault.step - start]
+            raise NotFinite(fault.step, fault.what, self._diagnose(fault.step, data_step)) from None
+
+    def _diagnose(self, step: int, data_step: int) -> str:
+        task, findings = self.state.task, diagnosis.Findings()
+        for optimizer in task.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        diagnosis.look_at_weights(task, findings)
+        with diagnosis.watched(task, findings):
+            for batch, update, _ in self._updates(self.batches([data_step]), step, data_step):
+                diagnosis.look_at_batch(batch, findings)
+                diagnosis.look_at_terms({**update.logs, "loss": update.loss}, findings)
+                update.loss.backward()  # type: ignore[no-untyped-call]
+        diagnosis.look_at_gradients(task, findings)
+        return findings.first()
+
+    def _judged_at(self, done: int) -> bool:
+        every = self.loop.evaluate_every
+        return done >= self.loop.steps or (every > 0 and done % every == 0)
+
+    def _evaluate(self, done: int, log: Journal | None) -> dict[str, float]:
+        task, ema = self.state.task, self.state.ema if self.loop.export == "ema" else None
+        weights: AbstractContextManager[None] = nullcontext() if ema is None else ema.in_place()
+        if is_sharded(self.state.exported):
+            weights = filled(task.model, self.state.exported_weights(self.loop))
+        # In float32, as the offline commands judge: a metric must not depend on where it was taken.
+        with weights, torch.no_grad():
+            task.model.eval()
+            metrics = task.evaluate(done)
+        if metrics and log is not None:
+            log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
+        return metrics
+
+    def _bar(self, start: int, quiet: bool) -> tqdm[Any]:
+        return tqdm(
+            total=self.loop.steps * self.loop.global_batch_size,
+            initial=start * self.loop.global_batch_size,
+            unit="img",
+            unit_scale=True,
+            disable=quiet or not processes.is_first(),
+            desc=self.run_dir.name,
+            mininterval=1.0,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -246,97 +339,44 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch, without waiting for the copy."""
-    moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-    return type(batch)(*moved)
+def _without(steps: range, passed_over: Sequence[int]) -> Sequence[int]:
+    """The steps of the data order that these optimizer steps see: all but those passed over, in order."""
+    if not passed_over:
+        return steps
+    kept = [step for step in range(steps.stop + len(passed_over)) if step not in passed_over]
+    return kept[steps.start : steps.stop]
 
 
-def _evaluate(task: Task, ema: Ema | None, step: int, loop: LoopConfig) -> dict[str, float]:
-    exported = next(iter(task.players.values()))
-    exported.eval()
-    # In float32, as the offline commands judge: a metric must not depend on where it was taken.
-    with ema.in_place() if ema and loop.export == "ema" else _nothing(), torch.no_grad():
-        return task.evaluate(step)
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """Inside, GPUs multiply float32 matrices in TF32, or in full where that is not asked for."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder: two processes in it would mix their logs and checkpoints. A kill lets it go."""
+    """Hold the run folder: two runs in it would mix their logs and checkpoints. A kill lets it go."""
     lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"another process is training in {run_dir}; wait for it, stop it, or name another folder"
-        ) from None
+
+    def take() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another process is training in {run_dir}; wait for it, stop it, or name another folder"
+            ) from None
+
+    processes.from_first(take)
     try:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _save(run_dir: Path, task: Task, ema: Ema | None, step: int, loop: LoopConfig) -> None:
-    """Write checkpoints/step-N: a model folder, and state.pt with all that is needed to go on."""
-    exported = next(iter(task.players.values()))
-    state: dict[str, Any] = {
-        "step": step,
-        "players": {name: _trained_state(module) for name, module in task.players.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in task.optimizers.items()},
-        "ema": None if ema is None else ema.average,
-    }
-    with whole_folder(checkpoint_path(run_dir, step)) as folder:
-        weights = exported.state_dict() | (ema.average if ema and loop.export == "ema" else {})
-        task.write(folder, weights)
-        torch.save(state, folder / "state.pt")
-        facts = {"step": step, "images_seen": step * loop.global_batch_size, "inputs": dict(task.inputs)}
-        write_json(folder / "checkpoint.json", facts | {"sha256": file_hash(folder / "state.pt")})
-    for old in checkpoint_steps(run_dir)[: -loop.keep_last]:
-        shutil.rmtree(checkpoint_path(run_dir, old))
-
-
-def _resume(run_dir: Path, task: Task, ema: Ema | None) -> int:
-    """Load the newest sound checkpoint into task and ema; returns the step to go on from, 0 for a new run."""
-    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written
-        shutil.rmtree(leftover)
-    for step in reversed(checkpoint_steps(run_dir)):
-        folder = checkpoint_path(run_dir, step)
-        try:
-            facts = read_json(folder / "checkpoint.json")
-            inputs = facts["inputs"]
-            if file_hash(folder / "state.pt") != facts["sha256"]:
-                raise ValueError("its checksum is wrong")
-        except (OSError, ValueError, KeyError) as error:
-            warnings.warn(f"checkpoint {folder} is damaged and was passed over: {error}", stacklevel=3)
-            continue
-        if inputs != task.inputs:
-            changed = sorted(name for name, _ in inputs.items() ^ task.inputs.items())
-            raise ValueError(
-                f"{run_dir} was trained with other {', '.join(dict.fromkeys(changed))}: what its config "
-                "names has changed since; bring it back or name another run folder"
-            )
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        for name, module in task.players.items():
-            trained = module.state_dict() | state["players"][name]
-            module.load_state_dict(trained)
-        for name, optimizer in task.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if ema is not None:
-            for name, average in ema.average.items():
-                average.copy_(state["ema"][name])
-        return int(state["step"])
-    return 0
-
-
-def _trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without frozen parameters, which come from elsewhere."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
 
 @contextmanager

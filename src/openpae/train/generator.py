@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,8 @@ from openpae.flow import dimension_shift, interpolate, shift_time, training_time
 from openpae.folders import identity_of
 from openpae.sampling import SamplerConfig, balanced_labels
 from openpae.train.engine import check_run, fit, open_run
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
+from openpae.train.parallel import bare, distribute
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches, pick_device
 from openpae.train.task import Draws, Update
 
 
@@ -116,15 +117,15 @@ class GeneratorTask:
             "latents": self.latents.fingerprint(),
             "tokenizer": self.latents.attributes["tokenizer"],
         }
-        self.players: Mapping[str, nn.Module] = {"generator": self.model}
-        self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.model, run.optim)}
+        self.players: Mapping[str, nn.Module] = {"generator": distribute(self.model, run.loop)}
+        self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.players["generator"], run.optim)}
         if run.loop.compile:
-            self.model.compile()
+            bare(self.players["generator"]).compile()
 
-    def batches(self, steps: range) -> Iterable[LatentBatch]:
-        """Device batches of latents, in the order of (seed, images seen)."""
+    def batches(self, steps: Sequence[int]) -> Iterable[LatentBatch]:
+        """This process's device batches of latents, in the order of (seed, images seen)."""
         loop = self.run.loop
-        sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
+        sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         latents = TrainingLatents(self.latents, seed=loop.seed)
         return loader(latents, sampler, loop.num_workers, pin=self.device.type == "cuda")
 
@@ -132,7 +133,7 @@ class GeneratorTask:
         """L = MSE(v, x_1 - x_0) + w (1 - cos(v, x_1 - x_0))."""
         dropped = draws.uniform("class dropout") < self.run.model.class_dropout
         labels = torch.where(dropped, self.model.null_label, batch.labels)
-        mse, cosine = self._losses(batch.latents, labels, draws)
+        mse, cosine = self._losses(self.players["generator"], batch.latents, labels, draws)
         loss = mse + self.run.cosine * cosine
         yield Update("generator", loss, {"mse": mse.detach(), "cosine": cosine.detach()})
 
@@ -157,7 +158,7 @@ class GeneratorTask:
             samples,
             self.judge.reference,
             extractor=self.judge.extractor,
-            batch_size=run.loop.device_batch_size or run.loop.global_batch_size,
+            batch_size=len(device_batches(run.loop)[0]),
             min_samples=2,  # a curve over steps: what counts is that every point has the same count
         )
         if self.run_dir is not None:
@@ -168,14 +169,14 @@ class GeneratorTask:
         if self.held_out is None:
             return {}
         count = min(1024, len(self.held_out))
-        part = self.run.loop.device_batch_size or self.run.loop.global_batch_size
+        part = len(device_batches(self.run.loop)[0])
         sums = {"mse": 0.0, "cosine": 0.0}
         for start in range(0, count, part):
             rows = np.arange(start, min(start + part, count))
             z = self.held_out.gather(rows, np.zeros_like(rows)).to(self.device)
             labels = torch.from_numpy(self.held_out.labels[rows]).to(self.device)
             draws = Draws(0, 0, range(start, start + len(rows)), count, self.device)
-            for name, value in zip(sums, self._losses(z, labels, draws), strict=True):
+            for name, value in zip(sums, self._losses(self.model, z, labels, draws), strict=True):
                 sums[name] += value.item() * len(rows) / count
         return sums
 
@@ -186,7 +187,7 @@ class GeneratorTask:
     def _tokenizer_print(self) -> str:
         return str(self.latents.attributes["tokenizer"])
 
-    def _losses(self, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def _losses(self, generator: nn.Module, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         x_1 = self.model.normalise(z)
         x_0 = draws.normal("noise", *x_1.shape[1:])
         shift = (
@@ -198,7 +199,7 @@ class GeneratorTask:
             t = shift_time(draws.uniform("t"), shift)
         else:
             t = training_times(draws.normal("t"), shift)
-        velocity = self.model(interpolate(x_1, x_0, t), t, labels)
+        velocity = generator(interpolate(x_1, x_0, t), t, labels)
         return velocity_loss(velocity, x_1, x_0)
 
 

@@ -1,99 +1,116 @@
-"""What a run writes down: log.jsonl, TensorBoard, and the first value that is not finite."""
+"""What a run writes down: log.jsonl, TensorBoard, and a profile where one is asked for."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, schedule
 
+from openpae import processes
 from openpae.storage import whole_file
 from openpae.train.settings import LoopConfig
-from openpae.train.task import Update
+
+PROFILED_FROM = 3
+"""Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
 
 
-@dataclass
 class Journal:
-    """log.jsonl and TensorBoard; sums stay on the device until a line is due, so no step waits for them."""
+    """log.jsonl and TensorBoard; sums stay on the device until a line is due, so no step waits for them.
 
-    run_dir: Path
-    start: int
-    loop: LoopConfig
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    first_bad: Tensor | None = None
+    Every process keeps its sums; the first one writes the means over all.
+
+    Args:
+        run_dir: where.
+        start: steps done; what was logged after them happens again.
+        loop: the run's.
+    """
+
+    def __init__(self, run_dir: Path, start: int, loop: LoopConfig) -> None:
+        self.run_dir, self.start, self.loop = run_dir, start, loop
+        self.file = run_dir / "log.jsonl"
+        self.sums: dict[str, Tensor] = {}
+        self.numbers: dict[str, int | Tensor] = {}
+        self.counts: dict[str, int | Tensor] = {}
+        self.judged = False
 
     def __enter__(self) -> None:
+        self.clock, self.clock_step = time.perf_counter(), self.start
+        if not processes.is_first():
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = self.run_dir / "log.jsonl"
-        if self.file.is_file():  # what was logged after the checkpoint happens again
+        if self.file.is_file():
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
+            self.judged = any(_is_evaluation(line) for line in lines if line["step"] == self.start)
             with whole_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start + 1)
-        self.clock, self.clock_step = time.perf_counter(), self.start
 
     def __exit__(self, *_: object) -> None:
-        self.board.close()
-
-    def add(self, step: int, update: Update) -> None:
-        """Take in an update before its step; on a CPU a loss that is not finite stops here."""
-        terms = {f"{update.player}/{name}": value for name, value in update.logs.items()}
-        terms = {f"{update.player}/loss": update.loss.detach(), **terms}
-        self.check(step, update.loss.detach(), terms)
-        for name, value in terms.items():
-            self.keep(name, value)
-
-    def check(self, step: int, value: Tensor, terms: Mapping[str, Tensor]) -> None:
-        """Stop if a value is not finite: on a CPU now, on a GPU with the next line, as nothing may wait."""
-        if value.device.type == "cpu":
-            if not value.isfinite():
-                raise _not_finite(step, terms)
-        else:
-            bad = torch.where(value.isfinite(), math.inf, float(step))
-            self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
-
-    def require_finite(self) -> None:
-        """Stop if a step since the last line was not finite; on a GPU this waits for the steps so far."""
-        if self.first_bad is not None and math.isfinite(bad := self.first_bad.item()):
-            means = {name: value / self.counts[name] for name, value in self.sums.items()}
-            raise _not_finite(int(bad), means)
+        if processes.is_first():
+            self.board.close()
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Add to the mean of the next line."""
+        """Add to the mean of the next line; where steps may be skipped, values that are not finite are not
+        counted."""
         value = value.detach().float()
+        number: int | Tensor = 1
+        if self.loop.on_nonfinite == "skip":
+            number = value.isfinite().float()
+            value = torch.where(number > 0, value, 0)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.counts[name] = self.counts.get(name, 0) + 1
+        self.numbers[name] = self.numbers.get(name, 0) + number
+
+    def count(self, name: str, value: int | Tensor) -> None:
+        """Add to the count of the next line, over all processes."""
+        self.counts[name] = self.counts.get(name, 0) + value
+
+    def means(self) -> dict[str, Tensor]:
+        """Of this process since the last line, on the device."""
+        return {name: value / self.numbers[name] for name, value in self.sums.items()}
 
     def flush(self, step: int, lr: float) -> dict[str, float]:
         """Write the means since the last line; one read from the device. Returns them."""
         if not self.sums:
             return {}
-        self.require_finite()
-        values = torch.stack(list(self.sums.values())).tolist()
-        means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
-        self.sums.clear()
-        self.counts.clear()
+        kept = (self.sums, self.numbers, self.counts)
+        device = next(iter(self.sums.values())).device
+        column = [torch.as_tensor(x, dtype=torch.float32, device=device) for d in kept for x in d.values()]
+        read = iter(processes.mean_of(torch.stack(column)).tolist())
+        sums, numbers, counts = ({name: next(read) for name in values} for values in kept)
+        means = {name: sums[name] / numbers[name] for name in sums if numbers[name]}
+        totals = {name: count * processes.world() for name, count in counts.items()}
+        for values in kept:
+            values.clear()
         now = time.perf_counter()
         images = (step - self.clock_step) * self.loop.global_batch_size
         rate = {"lr": lr, "images_per_second": images / (now - self.clock)}
         self.clock, self.clock_step = now, step
-        self.write(step, means | rate)
+        self.write(step, means | totals | rate)
         return means
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
+        if not processes.is_first():
+            return
         line = {"step": step, "images_seen": step * self.loop.global_batch_size, **values}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Images per second are those of training: the block takes no time."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:
@@ -107,9 +124,31 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _not_finite(step: int, terms: Mapping[str, Tensor]) -> FloatingPointError:
-    named = [f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite()]
-    return FloatingPointError(
-        f"training is not finite at step {step}: {', '.join(named) or 'no single term'}; "
-        "nothing was saved after it: lower optim.lr, set optim.clip, or use loop.precision fp32"
-    )
+@contextmanager
+def profiled(run_dir: Path, loop: LoopConfig) -> Iterator[Callable[[], None]]:
+    """Inside, PyTorch's profiler records the steps that are asked for; what it gives is called after each.
+
+    run_dir/profile gets trace.json (for chrome://tracing or Perfetto) and table.txt, of the first process.
+    """
+    if not loop.profile_steps or not processes.is_first():
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+
+    def write(profiler: profile) -> None:
+        folder = run_dir / "profile"
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40)
+        (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
+
+    window = schedule(wait=PROFILED_FROM - 1, warmup=1, active=loop.profile_steps, repeat=1)
+    with profile(activities=activities, schedule=window, on_trace_ready=write) as profiler:
+        yield profiler.step
+
+
+def _is_evaluation(line: Mapping[str, float]) -> bool:
+    return any(name.startswith("eval/") for name in line)

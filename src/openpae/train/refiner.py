@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,12 +16,13 @@ from openpae.checkpoint import encoder_fingerprint, write_prior
 from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches, loader
-from openpae.data.training import ImageBatch, ImageData, TrainingImages, sound
+from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, sound
 from openpae.encoders import Encoder, EncoderInput, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import Refiner, RefinerConfig
 from openpae.train.engine import check_run, fit, open_run
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
+from openpae.train.parallel import bare, distribute
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches, pick_device
 from openpae.train.task import Draws, Update
 from openpae.upsampling import LowPassConfig, load_anyup, reference_features
 
@@ -134,32 +134,31 @@ class RefinerTask:
         )
         self.upsampler = load_anyup().to(self.device) if run.upsampler == "anyup" else run.upsampler
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_print}
-        self.players: Mapping[str, nn.Module] = {"refiner": self.model}
-        self.optimizers: Mapping[str, Optimizer] = {"refiner": adamw(self.model, run.optim)}
+        self.players: Mapping[str, nn.Module] = {"refiner": distribute(self.model, run.loop)}
+        self.optimizers: Mapping[str, Optimizer] = {"refiner": adamw(self.players["refiner"], run.optim)}
         if run.loop.compile:
-            self.model.compile()
+            bare(self.players["refiner"]).compile()
 
-    def batches(self, steps: range) -> Iterable[ImageBatch]:
-        """Device batches of images, in the order of (seed, images seen)."""
+    def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
+        """This process's device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
-        sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
+        sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         return sound(loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda"))
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """One update of the refiner."""
-        for broken in batch.skipped:
-            warnings.warn(f"{broken}; another image takes its place", stacklevel=2)
         images = batch.images.float() / 255
         features = self.features(images) if batch.features is None else batch.features.float()
         grid = self.run.model.grid_shape
         reference = reference_features(features, images, *grid, self.upsampler, self.run.low_pass)
-        prior, reconstructed = self.model(features)
+        prior, reconstructed = self.players["refiner"](features)
         terms = {
             "reconstruction": feature_reconstruction(reconstructed, features),
             "gram": gram_alignment(prior, reference),
         }
         loss = self.run.reconstruction * terms["reconstruction"] + self.run.gram * terms["gram"]
-        yield Update("refiner", loss, {name: term.detach() for name, term in terms.items()})
+        logs = {name: term.detach() for name, term in terms.items()}
+        yield Update("refiner", loss, logs, broken_count(batch, self.run.data))
 
     def features(self, images: Tensor) -> Tensor:
         """H_vfm of images in [0, 1], (B, 3, S, S): (B, N, D)."""

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from openpae import processes
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -28,6 +30,9 @@ class OptimConfig:
     """Decoupled weight decay."""
     clip: float | None = None
     """Largest norm of the gradient; null clips nothing."""
+    spike_factor: float | None = None
+    """Leave out a step whose gradient norm is more than so many times the player's mean norm so far, once 20
+    steps are known; null leaves out none. The log counts them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -40,6 +45,8 @@ class OptimConfig:
             raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip must be > 0 or null, got {self.clip}")
+        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
+            raise ValueError(f"optim.spike_factor must be > 1 and finite, or null, got {self.spike_factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +56,20 @@ class LoopConfig:
     steps: int
     """Optimizer steps."""
     global_batch_size: int
-    """Images per optimizer step: the number that matters."""
+    """Images per optimizer step, over all processes: the number that matters."""
     device_batch_size: int | None = None
-    """Images per forward pass, to fit memory; null takes the whole batch. It changes the result only where a
-    loss looks at the device batch: kl, gan_weight adaptive, lpips_share or mcr_share below 1."""
+    """Images per forward pass of one process, to fit memory; null takes all that the process sees of a step.
+    It changes the result only where a loss looks at the device batch: kl, gan_weight adaptive, lpips_share
+    or mcr_share below 1."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes (torchrun) share: with ddp each keeps the whole model and only gradients are
+    averaged; with fsdp weights, gradients, optimizer and EMA are cut into shards (FSDP2). One process does
+    neither."""
     seed: int = 0
     """Of initial weights, data order, augmentation and noise."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: autocast around the losses; weights, optimizer and EMA stay float32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    """fp32: all in float32. tf32: as fp32, but a GPU multiplies in TF32. bf16: autocast around the losses.
+    Weights, optimizer and EMA stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     compile: bool = False
@@ -70,17 +83,29 @@ class LoopConfig:
     save_every: int = 1000
     """Steps between checkpoints; the last step always leaves one."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Beside these, keep for good the checkpoints of steps that are multiples of this; 0 keeps none."""
     evaluate_every: int = 0
     """Steps between evaluations under the weights that are exported; 0 evaluates only at the end."""
     num_workers: int = 0
     """Processes that read data; 0 reads in this one, best where the data are packed or cached."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do about a loss or a gradient that is not finite. stop: compute the step again, name the module
+    and the tensor where it began, and end the run. skip: leave the step out. rollback: go back to the last
+    checkpoint, and from there past the data of that step."""
+    nonfinite_limit: int = 10
+    """Steps skipped in a row, or rollbacks, after which the run ends all the same."""
+    profile_steps: int = 0
+    """Steps, from the fourth of this start on, that PyTorch's profiler records into run_dir/profile; 0
+    records none."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "log_every", "save_every", "keep_last"):
+        counts = ("steps", "global_batch_size", "log_every", "save_every", "keep_last", "nonfinite_limit")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "num_workers", "seed"):
+        for name in ("evaluate_every", "num_workers", "seed", "keep_every", "profile_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loop.{name} must be >= 0, got {getattr(self, name)}")
         part = self.device_batch_size
@@ -88,8 +113,33 @@ class LoopConfig:
             raise ValueError(
                 f"loop.device_batch_size must divide global_batch_size = {self.global_batch_size}, got {part}"
             )
+        if self.keep_every % self.save_every:
+            raise ValueError(
+                f"loop.keep_every must be a multiple of save_every = {self.save_every}, got {self.keep_every}"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay must lie in [0, 1) or be null, got {self.ema_decay}")
+
+
+def device_batches(loop: LoopConfig) -> list[range]:
+    """The rows of the global batch that each device batch of this process holds, in order.
+
+    Raises:
+        ValueError: the processes can not share the global batch equally, or not in such device batches.
+    """
+    own = processes.own_rows(loop.global_batch_size)
+    if loop.global_batch_size % processes.world():
+        raise ValueError(
+            f"loop.global_batch_size must be a multiple of the number of processes, got "
+            f"{loop.global_batch_size} for {processes.world()}; start another number or change it"
+        )
+    part = loop.device_batch_size or len(own)
+    if len(own) % part:
+        raise ValueError(
+            f"loop.device_batch_size must divide the {len(own)} images that each of {processes.world()} "
+            f"processes sees of a global batch of {loop.global_batch_size}, got {part}"
+        )
+    return [own[start : start + part] for start in range(0, len(own), part)]
 
 
 def lr_at(step: int, optim: OptimConfig, steps: int) -> float:

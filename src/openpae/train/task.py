@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,9 @@ class Update:
     loss: Tensor
     """Scalar, with gradient."""
     logs: Mapping[str, Tensor]
-    """The loss's terms by symbol, scalars without gradient."""
+    """The loss's terms by symbol, scalars without gradient; the log has their means."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What is counted in the device batch; the log has the sums over all processes."""
 
 
 class Task(Protocol):
@@ -30,7 +32,14 @@ class Task(Protocol):
 
     @property
     def players(self) -> Mapping[str, nn.Module]:
-        """Modules that are trained, by name; the first is the one that is exported and averaged."""
+        """What the losses call, by name: modules that are trained, each as `distribute` gives it. The first
+        is the one that is exported and averaged."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The module of the first player, whole, as it is judged; where the player is cut into shards, it
+        holds no weights outside of `evaluate`."""
         ...
 
     @property
@@ -43,8 +52,8 @@ class Task(Protocol):
         """Fingerprints of what it trains on, by name: a run goes on only where they are the same."""
         ...
 
-    def batches(self, steps: range) -> Iterable[Any]:
-        """The device batches of these steps, in order; NamedTuples of tensors."""
+    def batches(self, steps: Sequence[int]) -> Iterable[Any]:
+        """This process's device batches of these steps, in order; NamedTuples of tensors."""
         ...
 
     def updates(self, batch: Any, draws: Draws, step: int) -> Iterator[Update]:
@@ -61,7 +70,7 @@ class Task(Protocol):
 
 
 class Draws:
-    """The random numbers of one device batch: a pure function of (seed, step, name).
+    """The random numbers of one device batch: a pure function of (seed, step, name, rows).
 
     They are drawn for the global batch and cut, so neither the device batch size nor the number of
     devices changes what a sample gets, and an interrupted run needs no generator state to go on.
@@ -90,4 +99,4 @@ class Draws:
         return torch.Generator(self.device).manual_seed(int.from_bytes(digest, "big"))
 
     def _cut(self, numbers: Tensor) -> Tensor:
-        return numbers[self.rows.start : self.rows.stop]
+        return numbers[self.rows.start : self.rows.stop : self.rows.step]

@@ -3,127 +3,46 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from openpae import processes
 from openpae.checkpoint import encoder_fingerprint, load_prior, write_tokenizer
-from openpae.critics import PerceptualNet, load_perceptual
+from openpae.critics import load_perceptual
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, open_images
 from openpae.data.order import StepBatches, loader
-from openpae.data.training import ImageBatch, ImageData, TrainingImages, sound
-from openpae.discriminator import (
-    AUGMENT_DRAWS,
-    DiscriminatorConfig,
-    LatentDenoiser,
-    build_discriminator,
-    diff_augment,
-    frozen,
-)
+from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, sound
+from openpae.discriminator import AUGMENT_DRAWS, LatentDenoiser, build_discriminator, diff_augment, frozen
 from openpae.encoders import Encoder, encoder_architecture, load_encoder
 from openpae.eval.records import evaluate_reconstruction, write_evaluation
 from openpae.eval.streams import real_images
 from openpae.folders import identity_of
-from openpae.layers import to_tokens
 from openpae.losses import (
     adaptive_weight,
     compared_pairs,
-    consistency,
-    denoising_loss,
     discriminator_hinge,
     generator_hinge,
-    gram_alignment,
-    kl_penalty,
     perturb,
     reached_angle,
-    semantic_alignment,
 )
 from openpae.tokenizer import PAE, PAEConfig
 from openpae.train.engine import check_run, fit, open_run
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, pick_device
+from openpae.train.objective import (
+    TokenizerLoss,
+    generic_terms,
+    gradient_shares,
+    image_terms,
+    prior_terms,
+)
+from openpae.train.parallel import bare, distribute
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches, pick_device
 from openpae.train.task import Draws, Update
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerLoss:
-    """Weights of the tokenizer's losses (Eq. 2, 6); 0 switches a term off and saves its cost. L1 has weight
-    1."""
-
-    lpips: float = 1.0
-    """Perceptual distance of reconstruction and image."""
-    lpips_net: PerceptualNet = "vgg"
-    """Its network: vgg as in the paper; alex costs a CPU 25 times less; random needs no weights (for
-    trials)."""
-    lpips_share: float = 1.0
-    """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and
-    saves most of the cost on a CPU."""
-    gan: float = 0.5
-    """Adversarial loss."""
-    gan_weight: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive multiplies it by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
-    gan_start: float = 0.5
-    """Share of the training after which the autoencoder feels the discriminator."""
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """The network that judges."""
-    discriminator_start: float = 0.37
-    """Share of the training after which the discriminator learns."""
-    ssr: float = 0.2
-    """Spatial structure: Gram matrix of the tokens of one image (Eq. 3). Needs a prior."""
-    mcr: float = 0.5
-    """Manifold continuity: decodes of perturbed latents (Eq. 4)."""
-    mcr_design: Literal["small", "large", "cascaded"] = "cascaded"
-    """Which decodes are compared (Table 7); for none set mcr to 0."""
-    mcr_angles: tuple[float, float] = (42.5, 85.0)
-    """Medium and large angle of the perturbation in degrees."""
-    mcr_start: float = 0.0
-    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes a decoder that is
-    asked for continuity before it can see settles on one grey image (docs/log.md)."""
-    mcr_share: float = 1.0
-    """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
-    scr: float = 1.0
-    """Semantic consistency: pooled latent and tokens (Eq. 5). Needs a prior."""
-    scr_tokens: Literal["pooled", "tokens", "both"] = "both"
-    """What it compares (Table 3c)."""
-    kl: float = 0.0
-    """Generic regulariser of Table 3(a); there 1e-6."""
-    diffusion: float = 0.0
-    """Generic regulariser of Table 3(a): a small denoiser trained jointly on the latent."""
-    gradients_every: int = 0
-    """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
-
-    def __post_init__(self) -> None:
-        for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
-        for name in ("gan_start", "discriminator_start", "mcr_start"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in [0, 1], got {share}")
-        if self.gan_start < self.discriminator_start:
-            raise ValueError(
-                f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
-                f"got {self.gan_start}: the autoencoder would be judged by random weights"
-            )
-        for name in ("lpips_share", "mcr_share"):
-            if not 0 < (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in (0, 1], got {share}")
-        medium, large = self.mcr_angles
-        if not 0 < medium < large < 90:
-            raise ValueError(f"loss.mcr_angles must be 0 < medium < large < 90, got {self.mcr_angles}")
-        if self.gradients_every < 0:
-            raise ValueError(f"loss.gradients_every must be >= 0 (0 logs none), got {self.gradients_every}")
-
-    @property
-    def needs_prior(self) -> bool:
-        """Whether a term compares the latent with refined targets."""
-        return self.ssr > 0 or self.scr > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +120,14 @@ class TokenizerTask:
         self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
-            self.model.decoder.compile()
-            if self.model.modulator is not None:
-                self.model.modulator.compile()
+            for name in ("decoder", "modulator"):
+                if getattr(self.model, name) is not None:
+                    bare(self.players["autoencoder"]).get_submodule(name).compile()
 
-    def batches(self, steps: range) -> Iterable[ImageBatch]:
-        """Device batches of images, in the order of (seed, images seen)."""
+    def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
+        """This process's device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
-        sampler = StepBatches(steps, loop.global_batch_size, loop.device_batch_size or loop.global_batch_size)
+        sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         return sound(loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda"))
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
@@ -216,15 +135,18 @@ class TokenizerTask:
 
         L = L1 + w LPIPS + w GAN + w SSR + w MCR + w SCR + w KL + w diffusion
         """
-        for broken in batch.skipped:
-            warnings.warn(f"{broken}; another image takes its place", stacklevel=2)
         x = batch.images.float() / 255
         features = batch.features
         if features is None and self.prior is not None:
             features = self.model.features(x)  # once, for the encoder's path and for the prior
         z, decoded, logs = self._decode(x, features, draws, step)
-        terms = self._image_terms(x, decoded) | self._latent_terms(z, features, batch.prior, draws)
-        weights = self._weights()
+        terms = image_terms(x, decoded, self.lpips, self.run.loss)
+        if self.prior is not None:
+            assert features is not None  # made above, or cached
+            target = self.prior(features) if batch.prior is None else batch.prior
+            terms |= prior_terms(z, target, self.run.loss)
+        terms |= generic_terms(z, self.players.get("denoiser"), draws, self.run.loss)
+        weights = self.run.loss.weights
         augment = draws.uniform("augment", AUGMENT_DRAWS) if self.discriminator is not None else x
         if self.discriminator is not None and step >= self.gan_from:
             with frozen(self.discriminator):  # or its own update would start from these gradients
@@ -233,13 +155,15 @@ class TokenizerTask:
                 logs["gan_weight"] = weights["gan"] = weights["gan"] * self._adaptive_weight(terms, weights)
         every = self.run.loss.gradients_every
         if every and step % every == 0:
-            logs |= _gradient_shares(terms, weights, z)
+            logs |= gradient_shares(terms, weights, z)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        yield Update("autoencoder", loss, {name: term.detach() for name, term in terms.items()} | logs)
+        logs |= {name: term.detach() for name, term in terms.items()}
+        yield Update("autoencoder", loss, logs, broken_count(batch, self.run.data))
 
         if self.discriminator is not None and step >= self.discriminator_from:
-            real = self.discriminator(diff_augment(x, augment))
-            fake = self.discriminator(diff_augment(decoded["r"].detach(), augment))
+            # One pass for both: where processes average its gradients, they do so once.
+            shown = torch.cat([diff_augment(x, augment), diff_augment(decoded["r"].detach(), augment)])
+            real, fake = self.players["discriminator"](shown).chunk(2)
             accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
             yield Update("discriminator", discriminator_hinge(real, fake), {"accuracy": accuracy.detach()})
 
@@ -247,7 +171,7 @@ class TokenizerTask:
         """PSNR (dB), SSIM and LPIPS of held-out images, by the function that `pae evaluate` calls."""
         if self.judged is None:
             return {}
-        part = self.run.loop.device_batch_size or self.run.loop.global_batch_size
+        part = len(device_batches(self.run.loop)[0])
         count = min(len(self.judged), self.run.data.evaluation_images)
         images = real_images(self.judged, self.run.model.image_size, rows=range(count))
         record = evaluate_reconstruction(
@@ -288,69 +212,16 @@ class TokenizerTask:
             logs.update({f"angle_{name}": reached_angle(z, latent) for name, latent in moved.items()})
             return list(moved.values())
 
-        z, decodes = self.model(x, features, further)
+        z, decodes = self.players["autoencoder"](x, features, further)
         return z, dict(zip(["r", *wanted], decodes, strict=True)), logs
 
-    def _image_terms(self, x: Tensor, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """L1, LPIPS and MCR; each image passes the perceptual network once, the decodes as one batch."""
-        terms = {"l1": F.l1_loss(decoded["r"], x)}
-        if self.lpips is None:
-            return terms
-        seen = math.ceil(self.run.loss.lpips_share * len(x))
-        shown = {name: images[:seen] for name, images in decoded.items()}
-        sizes = [len(images) for images in shown.values()]
-        maps = [torch.split(stage, sizes) for stage in self.lpips.features(torch.cat(list(shown.values())))]
-        perceived = {name: [stage[i] for stage in maps] for i, name in enumerate(shown)}
-        if self.run.loss.lpips:
-            with torch.no_grad():
-                target = self.lpips.features(x[:seen])
-            terms["lpips"] = self.lpips.distance(perceived["r"], target).mean()
-        if len(decoded) > 1:
-            brackets = []
-            for a, b in compared_pairs(self.run.loss.mcr_design):
-                nearer = [stage[: len(shown[a])] for stage in perceived[b]]
-                pixels = decoded[b][: len(decoded[a])]
-                brackets.append(consistency(decoded[a], pixels, perceived[a], nearer, self.lpips.distance))
-            terms["mcr"] = torch.stack(brackets).sum()
-        return terms
-
-    def _latent_terms(
-        self, z: Tensor, features: Tensor | None, prior: Tensor | None, draws: Draws
-    ) -> dict[str, Tensor]:
-        """SSR and SCR against the prior, and the generic regularisers."""
-        loss, terms = self.run.loss, {}
-        if self.prior is not None:
-            assert features is not None
-            target = self.prior(features) if prior is None else prior
-            if loss.ssr:
-                terms["ssr"] = gram_alignment(to_tokens(z), target)
-            if loss.scr:
-                terms["scr"] = semantic_alignment(to_tokens(z), target, loss.scr_tokens)
-        if loss.kl:
-            terms["kl"] = kl_penalty(z)
-        if self.denoiser is not None:
-            noise, t = draws.normal("denoiser noise", *z.shape[1:]), draws.uniform("denoiser t")
-            terms["diffusion"] = denoising_loss(z, noise, t, self.denoiser)
-        return terms
-
-    def _weights(self) -> dict[str, float | Tensor]:
-        w = self.run.loss
-        return {
-            "l1": 1.0,
-            "lpips": w.lpips,
-            "gan": w.gan,
-            "ssr": w.ssr,
-            "mcr": w.mcr,
-            "scr": w.scr,
-            "kl": w.kl,
-            "diffusion": w.diffusion,
-        }
-
     def _adaptive_weight(self, terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
-        last = self.model.decoder.to_pixels.weight
+        # Of the module that the losses called: where it is cut into shards, its weights are whole just now.
+        last = bare(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
         wanted = torch.stack([weights[name] * terms[name] for name in ("l1", "lpips") if name in terms]).sum()
         given = terms["gan"]
         pulls = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (wanted, given)]
+        pulls = [processes.mean_of(pull) for pull in pulls]  # one weight for all processes
         return adaptive_weight(pulls[0], pulls[1])
 
     def _players(self) -> tuple[dict[str, nn.Module], dict[str, Optimizer]]:
@@ -360,15 +231,16 @@ class TokenizerTask:
         self.discriminator = (
             build_discriminator(run.loss.discriminator).to(self.device) if run.loss.gan else None
         )
-        players: dict[str, nn.Module] = {"autoencoder": self.model}
-        joint: Sequence[nn.Parameter] = self.model.trained_parameters()
+        finetuned = run.model.fusion == "finetune"  # a VFM has weights that nothing here asks for
+        players = {"autoencoder": distribute(self.model, run.loop, some_unused=finetuned)}
+        joint = [*players["autoencoder"].parameters()]
         if self.denoiser is not None:
-            players["denoiser"] = self.denoiser
-            joint = [*joint, *self.denoiser.parameters()]
+            players["denoiser"] = distribute(self.denoiser, run.loop)
+            joint += players["denoiser"].parameters()
         optimizers = {"autoencoder": adamw(joint, run.optim)}
         if self.discriminator is not None:
-            players["discriminator"] = self.discriminator
-            optimizers["discriminator"] = adamw(self.discriminator, run.optim)
+            players["discriminator"] = distribute(self.discriminator, run.loop, small=True)
+            optimizers["discriminator"] = adamw(players["discriminator"], run.optim)
         return players, optimizers
 
     def _load_prior(self) -> nn.Module | None:
@@ -445,15 +317,3 @@ def train_tokenizer(
     task.run_dir = run_dir
     open_run(run_dir, run)
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
-
-
-def _gradient_shares(
-    terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor], z: Tensor
-) -> dict[str, Tensor]:
-    """Norm of each weighted term's gradient at the latent, divided by the sum of these norms."""
-    norms = {
-        name: torch.linalg.vector_norm(torch.autograd.grad(weights[name] * term, z, retain_graph=True)[0])
-        for name, term in terms.items()
-    }
-    total = torch.stack(list(norms.values())).sum()
-    return {f"gradient_share_{name}": norm / total for name, norm in norms.items()}

@@ -1,0 +1,245 @@
+"""Checkpoints of a run: written whole or not at all, checked before they are trusted, for any number of
+processes.
+
+checkpoints/step-N/   a model folder that anyone can load, and beside it
+    state.pt          all that is needed to go on; or, where it was cut into shards (loop.parallel fsdp),
+    state/            the same as every process had it (torch.distributed.checkpoint)
+    checkpoint.json   step, fingerprints of the data, checksums; without it the checkpoint does not count
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.optim import Optimizer
+
+from openpae import processes
+from openpae.folders import checkpoint_path, checkpoint_steps
+from openpae.storage import file_hash, read_json, whole_folder, write_json
+from openpae.train.ema import Ema
+from openpae.train.health import Health
+from openpae.train.parallel import bare, is_sharded, shard_like, whole
+from openpae.train.settings import LoopConfig
+from openpae.train.task import Task
+
+
+@dataclass
+class RunState:
+    """All that changes while a run goes on."""
+
+    task: Task
+    """Its players and their optimizers."""
+    ema: Ema | None
+    """Average of the first player's weights."""
+    health: Health
+    """Its mean gradient norms."""
+    passed_over: list[int] = field(default_factory=list)
+    """Steps of the data order that the run has gone past, in order."""
+
+    @property
+    def exported(self) -> nn.Module:
+        """The first player's module."""
+        return bare(next(iter(self.task.players.values())))
+
+    def exported_weights(self, loop: LoopConfig) -> dict[str, Tensor]:
+        """What a checkpoint offers for use: averaged or raw weights, whole. Every process has to ask."""
+        averaged = self.ema.average if self.ema is not None and loop.export == "ema" else {}
+        return whole(self.exported.state_dict() | averaged)
+
+
+def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
+    """Write the checkpoint of a step, and remove those that need not be kept. Every process takes part.
+
+    Raises:
+        OSError: the first process can not write; the checkpoints before are as they were.
+    """
+    weights = state.exported_weights(loop)
+    with _folder_of_all(checkpoint_path(run_dir, step)) as folder:
+        if is_sharded(state.exported):
+            content = _content(state)
+            content["optimizers"] = {name: held["state"] for name, held in content["optimizers"].items()}
+            save_shards(content, checkpoint_id=folder / "state")
+        else:
+            processes.from_first(lambda: torch.save({"step": step, **_content(state)}, folder / "state.pt"))
+        hashes = _hashes(folder)
+        facts = {
+            "step": step,
+            "images_seen": step * loop.global_batch_size,
+            "inputs": dict(state.task.inputs),
+            "passed_over": state.passed_over,
+            "sha256": hashes,
+        }
+
+        def write_model() -> None:
+            state.task.write(folder, weights)
+            write_json(folder / "checkpoint.json", facts)
+
+        processes.from_first(write_model)
+    processes.from_first(lambda: _remove_old(run_dir, loop))
+
+
+def resume(state: RunState, run_dir: Path) -> int | None:
+    """Load the newest sound checkpoint; returns the step to go on from, None where there is none.
+
+    Raises:
+        ValueError: it was trained on other data, or not all processes see the run's folder.
+    """
+    found = processes.from_first(lambda: _newest(run_dir, state.task.inputs))
+    if found is None:
+        return None
+    step, passed_over = found
+    folder = checkpoint_path(run_dir, step)
+    if processes.any_of(not folder.is_dir()):
+        raise ValueError(
+            f"{folder} is not there for every process; the run folder must lie on a disk that all machines "
+            "share"
+        )
+    if (folder / "state.pt").is_file():
+        content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    else:
+        content = _read_shards(state, folder / "state")
+    _restore(state, content)
+    state.passed_over = sorted({*state.passed_over, *passed_over})
+    return step
+
+
+@contextmanager
+def _folder_of_all(path: Path) -> Iterator[Path]:
+    """`whole_folder` for all processes: the first makes it, and renames it when all have written."""
+    with ExitStack() as stack:
+        yield processes.from_first(lambda: stack.enter_context(whole_folder(path)))
+        processes.from_first(stack.close)
+
+
+def _content(state: RunState) -> dict[str, Any]:
+    return {
+        "players": {name: _trained_state(module) for name, module in state.task.players.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in state.task.optimizers.items()},
+        "ema": None if state.ema is None else state.ema.average,
+        "health": state.health.norms,
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of the state; each process reads its share."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = {
+        files[i].relative_to(folder).as_posix(): file_hash(files[i]) for i in processes.own_rows(len(files))
+    }
+    return {name: digest for part in processes.gather(own) for name, digest in part.items()}
+
+
+def _remove_old(run_dir: Path, loop: LoopConfig) -> None:
+    for step in checkpoint_steps(run_dir)[: -loop.keep_last]:
+        if not (loop.keep_every and step and step % loop.keep_every == 0):
+            shutil.rmtree(checkpoint_path(run_dir, step))
+
+
+def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:
+    """Step of the newest sound checkpoint, and the data that it went past."""
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written
+        shutil.rmtree(leftover)
+    for step in reversed(checkpoint_steps(run_dir)):
+        folder = checkpoint_path(run_dir, step)
+        try:
+            facts = read_json(folder / "checkpoint.json")
+            trained_on, passed_over = facts["inputs"], facts["passed_over"]
+            for name, digest in facts["sha256"].items():
+                if file_hash(folder / name) != digest:
+                    raise ValueError(f"its checksum is wrong ({name})")
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"checkpoint {folder} is damaged and was passed over: {error}", stacklevel=3)
+            continue
+        if trained_on != inputs:
+            changed = sorted(name for name, _ in trained_on.items() ^ inputs.items())
+            raise ValueError(
+                f"{run_dir} was trained with other {', '.join(dict.fromkeys(changed))}: what its config "
+                "names has changed since; bring it back or name another run folder"
+            )
+        return step, passed_over
+    return None
+
+
+def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
+    """What `save_shards` wrote, each process's part or all, whichever its own tensors are."""
+    content = _content(state)
+    kept = FileSystemReader(folder).read_metadata().state_dict_metadata
+    content["optimizers"] = {
+        name: _blank(optimizer, {key for key in kept if key.startswith(f"optimizers.{name}.")}, name)
+        for name, optimizer in state.task.optimizers.items()
+    }
+    players = {key.split(".")[1] for key in kept if key.startswith("health.")}
+    content["health"] = {player: torch.zeros(2) for player in players}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
+        load(content, checkpoint_id=folder, no_dist=processes.world() == 1)
+    for name, optimizer in state.task.optimizers.items():
+        groups = optimizer.state_dict()["param_groups"]
+        content["optimizers"][name] = {"state": content["optimizers"][name], "param_groups": groups}
+    return content
+
+
+def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[str, Tensor]]:
+    """Tensors for the optimizer's state to be read into; a player that has not stepped yet has none."""
+    return {
+        number: {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+        }
+        for number, weight in enumerate(_weights(optimizer))
+        if f"optimizers.{name}.{number}.exp_avg" in kept
+    }
+
+
+@torch.no_grad()
+def _restore(state: RunState, content: Mapping[str, Any]) -> None:
+    for name, player in state.task.players.items():
+        _copy(_trained_state(player), content["players"][name], name)
+    for name, optimizer in state.task.optimizers.items():
+        weights, held = _weights(optimizer), content["optimizers"][name]
+        sharded = {
+            number: {
+                key: value if key == "step" else shard_like(value, weights[number])
+                for key, value in s.items()
+            }
+            for number, s in held["state"].items()
+        }
+        optimizer.load_state_dict({**held, "state": sharded})
+    if state.ema is not None:
+        _copy(state.ema.average, content["ema"], "ema")
+    state.health.norms = {player: norm.to(state.health.device) for player, norm in content["health"].items()}
+
+
+def _copy(own: Mapping[str, Tensor], kept: Mapping[str, Tensor], what: str) -> None:
+    strange = sorted(own.keys() ^ kept.keys())
+    strange += [name for name in own.keys() & kept.keys() if own[name].shape != kept[name].shape]
+    if strange:
+        raise ValueError(
+            f"the checkpoint's {what} does not hold the weights that the config asks for: "
+            f"{', '.join(strange[:5])}; it is of another version or another encoder"
+        )
+    for name, value in own.items():
+        value.copy_(shard_like(kept[name], value))
+
+
+def _weights(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def _trained_state(player: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen parameters, which come from elsewhere."""
+    module = bare(player)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}

@@ -1,0 +1,254 @@
+"""Several processes train what one trains: the same data, gradients and losses, and each other's checkpoints.
+
+One group of processes is started for all that a number of processes has to show.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+from torch.distributed.tensor import DTensor
+
+from openpae.data.images import PackedImages
+from openpae.data.shards import Shards
+from openpae.data.training import ImageData
+from openpae.discriminator import DiscriminatorConfig
+from openpae.dit import LightningDiTConfig
+from openpae.folders import checkpoint_path, read_model
+from openpae.tokenizer import PAEConfig
+from openpae.train.engine import fit, open_run
+from openpae.train.generator import GeneratorRun, GeneratorTask
+from openpae.train.journal import read_log
+from openpae.train.settings import LoopConfig, OptimConfig
+from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask
+
+STEPS = 20
+OPTIM = OptimConfig(lr=3e-4, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)
+LOOP = LoopConfig(
+    steps=STEPS,
+    global_batch_size=4,
+    precision="fp32",
+    device="cpu",
+    ema_decay=0.8,
+    log_every=1,
+    save_every=STEPS // 2,
+)
+JOBS = [f"{stage}-{parallel}" for stage in ("tokenizer", "generator") for parallel in ("ddp", "fsdp")]
+
+Run = TokenizerRun | GeneratorRun
+Job = tuple[Any, ...]
+"""A function and its arguments."""
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny_config: PAEConfig, tiny_dit_config: LightningDiTConfig, packed: PackedImages, latents: Shards
+) -> dict[str, Run]:
+    """The tokenizer with both players and the adaptive weight; the generator with accumulation."""
+    data = ImageData(
+        images=packed.shards.folder, evaluation=packed.shards.folder, evaluation_images=3, augment="flip"
+    )
+    loss = TokenizerLoss(
+        lpips_net="random",
+        gan=0.5,
+        gan_weight="adaptive",
+        discriminator=DiscriminatorConfig(kind="patch", width=4, num_layers=2),
+        discriminator_start=0.0,
+        gan_start=0.2,
+        ssr=0.0,
+        scr=0.0,
+        diffusion=0.1,
+        gradients_every=7,
+    )
+    tokenizer = TokenizerRun(model=tiny_config, data=data, loss=loss, optim=OPTIM, loop=LOOP)
+    generator = GeneratorRun(
+        model=replace(tiny_dit_config, class_dropout=0.3),
+        latents=latents.folder,
+        held_out_latents=latents.folder,
+        optim=OPTIM,
+        loop=replace(LOOP, device_batch_size=1),
+    )
+    return {
+        f"{stage}-{parallel}": replace(run, loop=replace(run.loop, parallel=parallel))
+        for stage, run in (("tokenizer", tokenizer), ("generator", generator))
+        for parallel in ("ddp", "fsdp")
+    }
+
+
+def trained(run: Run, run_dir: Path) -> dict[str, Any]:
+    """What this process saw and did: rows in order, gradients of the first step, weights' names, metrics."""
+    task = TokenizerTask(run) if isinstance(run, TokenizerRun) else GeneratorTask(run)
+    rows: list[list[float]] = []
+    gradients: dict[str, Tensor] = {}
+    original = task.batches
+
+    def noting(steps: Sequence[int]) -> Iterator[Any]:
+        for batch in original(steps):
+            rows.extend(batch[0].float().flatten(1).sum(1).unsqueeze(1).tolist())
+            yield batch
+
+    task.batches = noting  # type: ignore[method-assign]
+    for player, optimizer in task.optimizers.items():
+
+        def note(optimizer: Any, *_: Any, player: str = player) -> None:
+            if any(name.startswith(f"{player}.") for name in gradients):
+                return
+            for number, weight in enumerate(optimizer.param_groups[0]["params"]):
+                whole = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+                gradients[f"{player}.{number}"] = whole.clone()
+
+        optimizer.register_step_pre_hook(note)
+    if isinstance(task, TokenizerTask):
+        assert task.discriminator is not None
+        # Where no patch is beyond the hinge, the gradient of the last bias is truly 0, and Adam would turn
+        # its rounding into steps of lr.
+        with torch.no_grad():
+            task.discriminator.get_parameter("to_logits.bias").add_(1)
+    open_run(run_dir, run)
+    metrics = fit(task, run_dir, run.optim, run.loop, quiet=True)
+    return {"rows": rows, "gradients": gradients, "metrics": metrics}
+
+
+def work(rank: int, world: int, folder: Path, jobs: Mapping[str, Job]) -> None:
+    """One of the processes: every job, its findings in a file of its own."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world
+    )
+    for name, (function, *arguments) in jobs.items():
+        torch.save(function(*arguments), folder / f"{name}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def together(world: int, folder: Path, jobs: Mapping[str, Job]) -> dict[str, list[Any]]:
+    """The findings of each process for each job."""
+    folder.mkdir()
+    multiprocessing.spawn(work, (world, folder, jobs), nprocs=world)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world)] for name in jobs}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Mapping[str, Run], home: Path) -> dict[str, Any]:
+    """Each stage by one process, which is neither DDP nor FSDP."""
+    return {stage: trained(runs[f"{stage}-ddp"], home / stage) for stage in ("tokenizer", "generator")}
+
+
+@pytest.fixture(scope="module")
+def two(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> dict[str, list[Any]]:
+    """Each stage by two processes in both ways, and a checkpoint of one process gone on with by two."""
+    jobs = {name: (trained, run, home / f"{name}-2") for name, run in runs.items()}
+    halfway(home / "generator", home / "one-two")
+    return together(2, home / "two", {**jobs, "one-two": (trained, runs["generator-fsdp"], home / "one-two")})
+
+
+@pytest.fixture(scope="module")
+def four(runs: Mapping[str, Run], two: Mapping[str, Any], home: Path) -> dict[str, list[Any]]:
+    """The same by four, and the checkpoints of two processes gone on with by four."""
+    jobs = {name: (trained, run, home / f"{name}-4") for name, run in runs.items()}
+    for name, run in runs.items():
+        halfway(home / f"{name}-2", home / f"{name}-two-four")
+        jobs[f"{name}-two-four"] = (trained, run, home / f"{name}-two-four")
+    return together(4, home / "four", jobs)
+
+
+def halfway(run_dir: Path, copy: Path) -> None:
+    """A run as it was when its second last checkpoint was written."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(checkpoint_path(copy, STEPS))
+
+
+def losses(run_dir: Path, after: int = 0) -> list[dict[str, float]]:
+    """The log without the clock and the learning rate."""
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_second", "lr")}
+        for line in read_log(run_dir)
+        if line["step"] > after
+    ]
+
+
+def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected)
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-7)
+
+
+def check(world: int, found: Mapping[str, list[Any]], alone: Mapping[str, Any], home: Path, job: str) -> None:
+    """Data order, first gradients, losses and metrics."""
+    stage = job.split("-")[0]
+    expected = alone[stage]
+    parts = [each["rows"] for each in found[job]]
+    assert [parts[i % world][i // world] for i in range(len(expected["rows"]))] == expected["rows"]
+    for each in found[job]:
+        assert each["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in each["gradients"].items():
+            # A gradient that is truly 0 is its rounding: what counts is how far all of them are off.
+            longest = max(float(g.norm()) for key, g in expected["gradients"].items() if key[:3] == name[:3])
+            torch.testing.assert_close(
+                gradient, expected["gradients"][name], rtol=1e-5, atol=1e-6 * longest, msg=name
+            )
+        assert each["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+    compare(losses(home / f"{job}-{world}"), losses(home / stage))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_train_what_one_trains(
+    alone: Mapping[str, Any], two: Mapping[str, list[Any]], home: Path, job: str
+) -> None:
+    check(2, two, alone, home, job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_four_processes_train_what_one_trains(
+    alone: Mapping[str, Any], four: Mapping[str, list[Any]], home: Path, job: str
+) -> None:
+    check(4, four, alone, home, job)
+
+
+def check_goes_on(run_dir: Path, whole: Path) -> None:
+    """From halfway on: the losses of the run that was not interrupted, and the same model in the end."""
+    compare(losses(run_dir, after=STEPS // 2), losses(whole, after=STEPS // 2))
+    found, expected = (read_model(checkpoint_path(folder, STEPS))[0] for folder in (run_dir, whole))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        # Adam turns the rounding of a gradient that is truly 0 (a key's bias) into steps of lr.
+        if not name.endswith(("qkv.bias", "k_proj.bias")):
+            torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_one_process_goes_on_with_a_checkpoint_of_two(
+    runs: Mapping[str, Run], two: Mapping[str, Any], home: Path, job: str
+) -> None:
+    """The state is one file under ddp, and shards of both processes under fsdp."""
+    halfway(home / f"{job}-2", home / f"{job}-two-one")
+    state = checkpoint_path(home / f"{job}-two-one", STEPS // 2)
+    assert (state / "state.pt").is_file() == job.endswith("ddp")
+    assert len(list(state.glob("state/*.distcp"))) == (2 if job.endswith("fsdp") else 0)
+    trained(runs[job], home / f"{job}-two-one")
+    check_goes_on(home / f"{job}-two-one", home / job.split("-")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_four_processes_go_on_with_a_checkpoint_of_two(four: Mapping[str, Any], home: Path, job: str) -> None:
+    check_goes_on(home / f"{job}-two-four", home / job.split("-")[0])
+
+
+def test_two_processes_go_on_with_a_checkpoint_of_one(two: Mapping[str, Any], home: Path) -> None:
+    """One process writes one file; two that cut the model into shards read it, and write shards."""
+    check_goes_on(home / "one-two", home / "generator")
+    assert (checkpoint_path(home / "one-two", STEPS // 2) / "state.pt").is_file()
+    assert (checkpoint_path(home / "one-two", STEPS) / "state").is_dir()
