@@ -330,7 +330,41 @@ def test_a_damaged_file_is_named(family: Family, tmp_path: Path, monkeypatch: py
     saved(family, tmp_path, monkeypatch)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"weights at .* are damaged"):
+    with pytest.raises(ValueError, match=r"weights or config at .* are damaged"):
+        load_encoder("tiny", str(tmp_path))
+
+
+class Code:
+    """Would run when unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older hub folders hold pickles; one of nothing but tensors is read."""
+    whole = saved(FAMILIES[0], tmp_path, monkeypatch)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(whole.state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_encoder("tiny", str(tmp_path)).spec.dim == 24
+    torch.save({"embeddings.cls_token": Code(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"is refused: it is a pickle that would call .*nothing in it was run"
+    ):
+        load_encoder("tiny", str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=r"weights or config at .* are damaged: "):
+        load_encoder("tiny", str(tmp_path))
+
+
+def test_a_config_of_wrong_types_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(FAMILIES[0], tmp_path, monkeypatch)
+    (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
+    with pytest.raises(ValueError, match=r"weights or config at .* are damaged: .*hidden_size"):
         load_encoder("tiny", str(tmp_path))
 
 

@@ -6,16 +6,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.assets import fetch
 from openpae.layers import TransformerBlock, to_tokens
+from openpae.weights import first_line, pickle_refusal
 
 # The hub's file of InternViT has the names of its own remote code, which is never run.
 _INTERNVIT_NAMES = (
@@ -118,8 +119,10 @@ def load_pretrained(
             f"no weights of {model_class} at {source!r}; give encoder_source a local folder "
             f"or a hub name that can be reached ({str(error).splitlines()[0]})"
         ) from None
-    except SafetensorError as error:
-        raise ValueError(f"weights at {source!r} are damaged: {error}") from None
+    except UnpicklingError as error:
+        raise ValueError(pickle_refusal(source, error)) from None
+    except Exception as error:  # what a damaged file or config holds can lead its reader to any of them
+        raise ValueError(f"weights or config at {source!r} are damaged: {first_line(error)}") from None
     faults = {
         "missing": report["missing_keys"],
         "unknown": [key for key in report["unexpected_keys"] if not key.startswith(other_parts)],

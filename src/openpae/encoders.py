@@ -368,7 +368,7 @@ def encoder_fingerprint(encoder: Encoder) -> str:
 
 
 def encoder_architecture(encoder: Encoder | None) -> dict[str, Any] | None:
-    """What the transformers package needs to build an encoder anew, as plain data; None for other families."""
+    """What the transformers package needs to build an encoder anew, as plain data; None for others."""
     if not isinstance(encoder, FrozenEncoder) or encoder.spec.family != "transformers":
         return None
     config: Any = encoder.backbone.config

@@ -34,9 +34,9 @@ def read_tensors(file: Path) -> dict[str, Any]:
     except OSError:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(file, str(error))) from None
+        raise ValueError(pickle_refusal(file, error)) from None
     except Exception as error:  # the bytes of a damaged file can lead its reader to any of them
-        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+        raise ValueError(f"{file} is damaged: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a mapping of tensors, got {type(data).__name__}")
     return data
@@ -74,8 +74,9 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _refusal(file: Path, reason: str) -> str:
-    """Why a pickle was not read, and what can be done about it."""
+def pickle_refusal(file: str | Path, error: Exception) -> str:
+    """Why torch.load with weights_only=True did not read a pickle, and what can be done about it."""
+    reason = str(error)
     if found := re.search(r"GLOBAL (\S+)", reason):
         return (
             f"{file} is refused: it is a pickle that would call {found[1]} when read, and so could run any "
@@ -86,10 +87,11 @@ def _refusal(file: Path, reason: str) -> str:
     detail = reason.rpartition("WeightsUnpickler error:")[2].strip()
     return (
         f"{file} is refused: it is damaged, or no pickle of tensors and plain values "
-        f"({_first_line(detail)}); get the weights as safetensors, or the file anew"
+        f"({first_line(detail)}); get the weights as safetensors, or the file anew"
     )
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """The first line of a message; the name of an error that has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

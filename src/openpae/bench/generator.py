@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import math
 import re
 import tempfile
 import time
