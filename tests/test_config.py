@@ -69,7 +69,7 @@ class Choice:
 
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-inners = st.builds(Inner, rate=numbers, steps=st.integers(0, 10**30))
+inners = st.builds(Inner, rate=numbers, steps=st.integers(0, 2**63 - 1))
 samples = st.builds(
     Sample,
     name=st.text(),
@@ -77,7 +77,7 @@ samples = st.builds(
     folder=st.text(min_size=1).map(Path),
     choice=st.sampled_from(["one", "two", 3]),
     pair=st.tuples(numbers, numbers),
-    sizes=st.lists(st.integers()).map(tuple),
+    sizes=st.lists(st.integers(-(2**63) + 1, 2**63 - 1)).map(tuple),
     note=st.none() | st.text(),
     inner=inners,
     other=st.none() | inners,
@@ -194,6 +194,7 @@ def test_integers_serve_as_floats_and_nothing_else_is_converted() -> None:
         ({"rate": None}, TypeError, "inner.rate must be float, got None (NoneType)"),
         ({"ratte": 1.0}, ValueError, "unknown key inner.ratte; did you mean 'rate'?"),
         ({"zzz": 1.0}, ValueError, "unknown key inner.zzz; known keys: rate, steps"),
+        ({"\n": 1.0}, ValueError, "unknown key inner.'\\n'; known keys: rate, steps"),
         ({7: 1.0}, ValueError, "unknown key inner.7; known keys: rate, steps"),
         ([1, 2], TypeError, "inner must be a mapping of keys, got [1, 2] (list)"),
         ({"steps": -1}, ValueError, "inner.steps must be >= 0, got -1"),
@@ -203,6 +204,9 @@ def test_a_fault_below_is_named_with_its_place(data: Any, error: type[Exception]
     with pytest.raises(error) as caught:
         configs.from_dict(Sample, {"name": "x", "inner": data})
     assert str(caught.value) == message
+
+
+LARGE = f"{str(2**1024)[:38]}...{str(2**1024)[-39:]}"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +222,12 @@ def test_a_fault_below_is_named_with_its_place(data: Any, error: type[Exception]
         ({"name": "x", "folder": 3}, TypeError, "folder must be Path, got 3 (int)"),
         ({"name": "x", "note": 3}, TypeError, "note must be str, got 3 (int)"),
         ({"name": False}, TypeError, "name must be str, got False (bool)"),
+        ({"name": "x", "choice": 3.0}, ValueError, "choice must be one of 'one', 'two', 3, got 3.0"),
+        ({"name": "x", "choice": [1]}, ValueError, "choice must be one of 'one', 'two', 3, got [1]"),
+        ({"name": "x", "sizes": [2**63]}, ValueError, f"sizes[0] must be below 2^63, got {2**63}"),
+        ({"name": "x", "pair": [0, 2**1024]}, ValueError, f"pair[1] must be below 1.8e308, got {LARGE}"),
+        ({"name": "x", "folder": "\0"}, ValueError, "folder must be a path without character 0, got '\\x00'"),
+        ({"name": ["x"] * 99}, TypeError, "name must be str, got ['x', 'x', 'x', 'x', 'x', ...] (list)"),
     ],
 )
 def test_a_fault_at_the_top_is_named(data: Any, error: type[Exception], message: str) -> None:
@@ -233,6 +243,13 @@ def test_a_fault_at_the_top_is_named(data: Any, error: type[Exception], message:
         ("rate: .nan", "rate must be a finite number, got nan"),
         ("rate: 1.0\nrate: 2.0", "key rate stands twice in one mapping"),
         ("rate: {a: 1, a: 2}", "key a stands twice in one mapping"),
+        ("rate: 2024-99-99", "is not valid YAML: month must be in 1..12"),
+        ("rate: !!bool maybe", "is not valid YAML: 'maybe'"),
+        ("rate: " + "[" * 1000, "is not valid YAML: maximum recursion depth exceeded"),
+        ("rate: " + "9" * 5000, "is not valid YAML: Exceeds the limit"),
+        ("? [1]\n: 2", "is not valid YAML"),
+        ("note: " + "x" * 2**16, "is no config: it has 65,554 bytes, at most 65,536 are read"),
+        ("steps: 0x1" + "0" * 5000, "steps must be below 2^63, got a very large int"),
         ("steps: yes", "steps must be int, got True (bool)"),
         ("steps: 2024-01-01", "steps must be int, got datetime.date(2024, 1, 1) (date)"),
         ("rate: [1", "is not valid YAML"),
@@ -256,6 +273,7 @@ def test_traps_of_yaml_are_errors_that_name_the_file(tmp_path: Path, text: str, 
         (b"kind: Inner\nrate: \xff\n", "is not valid YAML"),
         (b"rate: 1.0\n", "is of kind None, but a Inner is needed here"),
         (b"kind: Other\nrate: 1.0\n", "is of kind 'Other', but a Inner is needed here"),
+        (b"kind: [Inner]\nrate: 1.0\n", r"is of kind \['Inner'\], but a Inner is needed here"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -276,3 +294,17 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(tmp_path: Path) -> No
         configs.find("tokenizer/tinny")
     with pytest.raises(FileNotFoundError, match="no config file or preset"):
         configs.find(tmp_path)  # a folder is no config
+
+
+def test_a_config_that_can_not_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    configs.save(Inner(), tmp_path / "a.yaml")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"a.yaml can not be written: No space left on device"):
+        configs.save(Inner(steps=4), tmp_path / "a.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+    assert configs.load(Inner, tmp_path / "a.yaml") == Inner()

@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import math
 import os
+import reprlib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -17,6 +19,11 @@ import yaml
 T = TypeVar("T")
 
 PRESETS = Path(__file__).parent / "configs"
+_LARGEST = 2**16
+"""Bytes of a config file; a larger one is something else, and would be parsed for minutes."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 5, 5
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
@@ -34,12 +41,14 @@ def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
         TypeError: a value of the wrong type; nothing is converted but int to float and text to Path.
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"{at or cls.__name__} must be a mapping of keys, got {data!r} ({_type_name(data)})")
+        raise TypeError(
+            f"{at or cls.__name__} must be a mapping of keys, got {_shown(data)} ({_type_name(data)})"
+        )
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+            close = difflib.get_close_matches(_name(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
             raise ValueError(f"unknown key {_join(at, key)}; {hint}")
     required = [
@@ -82,12 +91,13 @@ def load_one_of(classes: Sequence[type[T]], path: str | Path) -> T:
     data = read_yaml(file)
     kind = data.pop("kind", None)
     known = {cls.__name__: cls for cls in classes}
-    if kind not in known:
-        raise ValueError(f"{file} is of kind {kind!r}, but a {' or a '.join(known)} is needed here")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"{file} is of kind {_shown(kind)}, but a {' or a '.join(known)} is needed here")
     try:
         return from_dict(known[kind], data)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{file}: {error}") from None
+        same = TypeError if isinstance(error, TypeError) else ValueError
+        raise same(f"{file}: {error}") from None
 
 
 def save(config: Any, path: Path) -> None:
@@ -95,14 +105,22 @@ def save(config: Any, path: Path) -> None:
 
     Raises:
         TypeError: the config has a field `kind`, the key that names its class in the file.
+        OSError: there is no room, or no right, to write it.
     """
     data = to_dict(config)
     if "kind" in data:
         raise TypeError(f"{type(config).__name__} can not be saved with a field 'kind'; rename the field")
     text = yaml.safe_dump({"kind": type(config).__name__, **data}, sort_keys=False, width=100)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} can not be written: {error.strerror or error}") from None
 
 
 def find(path: str | Path) -> Path:
@@ -123,11 +141,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping.
+        ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping; or it is
+            too large to be a config.
     """
+    if (size := file.stat().st_size) > _LARGEST:
+        raise ValueError(f"{file} is no config: it has {size:,} bytes, at most {_LARGEST:,} are read")
+    content = file.read_bytes()
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(content.decode("utf-8"), Loader=_UniqueKeyLoader)
+    except Exception as error:  # a wrong tag, date or depth leads PyYAML to any of them
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold keys and values, got {_type_name(data)}")
@@ -149,8 +171,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys without a word; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+        twice = sorted(_name(key) for key, count in keys.items() if count > 1)
         if twice:
             raise yaml.YAMLError(f"key {', '.join(twice)} stands twice in one mapping")
         return super().construct_mapping(node, deep)
@@ -166,12 +188,12 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         (inner,) = (arg for arg in args if arg is not type(None))
         return _convert(inner, value, at)
     if origin is Literal:
-        if value not in args or isinstance(value, bool) != any(isinstance(arg, bool) for arg in args):
-            raise ValueError(f"{at} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        if not any(type(value) is type(arg) and value == arg for arg in args):
+            raise ValueError(f"{at} must be one of {', '.join(map(repr, args))}, got {_shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError(f"{at} must be a list, got {value!r} ({_type_name(value)})")
+            raise TypeError(f"{at} must be a list, got {_shown(value)} ({_type_name(value)})")
         inner_types = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(value) != len(inner_types):
             raise ValueError(f"{at} must hold {len(inner_types)} values, got {len(value)}")
@@ -180,14 +202,21 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
         )
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, at)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{at} must be below 1.8e308, got {_shown(value)}") from None
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{at} must be a finite number, got {value!r}")
+    if hint is int and type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{at} must be below 2^63, got {_shown(value)}")
     if hint is Path and isinstance(value, str):
+        if "\0" in value:
+            raise ValueError(f"{at} must be a path without character 0, got {_shown(value)}")
         return Path(value)
     if type(value) is not hint:
-        message = f"{at} must be {hint.__name__}, got {value!r} ({_type_name(value)})"
+        message = f"{at} must be {hint.__name__}, got {_shown(value)} ({_type_name(value)})"
         if hint in (int, float) and isinstance(value, str) and (number := _number(value)) is not None:
             # YAML 1.1 wants a dot in the mantissa: 2e-4 is text, 2.0e-4 a number.
             if hint is float:
@@ -207,10 +236,10 @@ def _configs_of(hint: Any) -> list[type]:
 def _one_of(choices: list[type], value: Any, at: str) -> Any:
     known = {cls.__name__: cls for cls in choices}
     if not isinstance(value, Mapping):
-        raise TypeError(f"{at} must be a mapping of keys, got {value!r} ({_type_name(value)})")
+        raise TypeError(f"{at} must be a mapping of keys, got {_shown(value)} ({_type_name(value)})")
     kind = value.get("kind", choices[0].__name__)
-    if kind not in known:
-        raise ValueError(f"{_join(at, 'kind')} must be one of {', '.join(known)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"{_join(at, 'kind')} must be one of {', '.join(known)}, got {_shown(kind)}")
     return from_dict(known[kind], {key: item for key, item in value.items() if key != "kind"}, at)
 
 
@@ -238,7 +267,19 @@ def _flatten(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _join(at: str, key: Any) -> str:
-    return f"{at}.{key}" if at else str(key)
+    return f"{at}.{_name(key)}" if at else _name(key)
+
+
+def _name(key: Any) -> str:
+    return key[:80] if isinstance(key, str) and key.isprintable() else _shown(key)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, though a few aliases of a file can stand for billions of values."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a very large {_type_name(value)}"
 
 
 def _type_name(value: Any) -> str:
