@@ -117,7 +117,9 @@ def test_statistics_that_would_ruin_every_latent_are_refused(
     assert (tiny_dit.latent_std == 1).all()
 
 
-def test_half_precision_changes_little(tiny_dit: LightningDiT) -> None:
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_half_precision_changes_little(tiny_dit_config: LightningDiTConfig, qk_norm: bool) -> None:
+    tiny_dit = shaken(LightningDiT(replace(tiny_dit_config, qk_norm=qk_norm))).eval()
     x, t, labels = torch.randn(3, 8, 4, 4), torch.rand(3), torch.arange(3)
     exact = tiny_dit(x, t, labels)
     with torch.autocast("cpu", torch.bfloat16):

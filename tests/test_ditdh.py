@@ -178,6 +178,16 @@ def test_statistics_per_channel_or_per_place(model: DiTDH, shape: tuple[int, ...
     torch.testing.assert_close(model.denormalise(x), z)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_half_precision_changes_little(qk_norm: bool) -> None:
+    model = shaken(DiTDH(replace(TINY, qk_norm=qk_norm))).eval()
+    x, t, labels = torch.randn(3, *TINY.latent_shape), torch.rand(3), torch.arange(3)
+    exact = model(x, t, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x, t, labels)
+    assert torch.nn.functional.cosine_similarity(low.float().flatten(1), exact.flatten(1)).min() > 0.99
+
+
 def test_statistics_of_another_shape_are_refused(model: DiTDH) -> None:
     with pytest.raises(ValueError, match=r"must be \(12,\) or \(12, 4, 4\), got \(4,\) and \(4,\)"):
         model.set_statistics(torch.zeros(4), torch.ones(4))

@@ -204,9 +204,9 @@ class DiTDH(nn.Module):
         tokens = run_blocks(self.blocks, tokens, c, self.rope_cos, self.rope_sin, self.checkpoint_blocks)
         s = F.silu(self.to_head(F.silu(time + tokens)))  # (B, N, W)
         left = self.checkpoint_blocks - len(self.blocks)
-        wide = run_blocks(
-            self.head_blocks, to_tokens(self.head_embed(x)), s, self.head_cos, self.head_sin, left
-        )
+        # The path from block to block is kept in float32, as positions keep that of the DiT.
+        wide = to_tokens(self.head_embed(x)).float()
+        wide = run_blocks(self.head_blocks, wide, s, self.head_cos, self.head_sin, left)
         shift, scale = self.final_modulation(s).chunk(2, dim=-1)
         wide = self.to_velocity(self.final_norm(wide) * (1 + scale) + shift)
         return unpatchify(wide, h, w, self.config.patch_size)
