@@ -142,6 +142,20 @@ def test_a_sampler_is_judged_without_files_and_says_how_it_drew(
         assert stored[name] == pytest.approx(value, rel=1e-4), name
 
 
+def test_a_weak_generator_guides_and_is_named(
+    tokenizer_folder: Path, generator_folder: Path, packed: PackedImages, tmp_path: Path
+) -> None:
+    pair = ["--tokenizer", tokenizer_folder, "--generator", generator_folder]
+    weak = ["--autoguidance", generator_folder]  # guided by itself, which changes nothing
+    for name, options in (("weak", [*weak, "--guidance", "3"]), ("bare", ["--guidance", "1"])):
+        common = ["--sample-count", "5", "--steps", "3", *options, *FAST]
+        run("evaluate", packed.shards.folder, *pair, *common, "--out", tmp_path / f"{name}.json")
+    guided, bare = values(tmp_path / "weak.json"), values(tmp_path / "bare.json")
+    assert guided["frechet"] == pytest.approx(bare["frechet"], rel=1e-3)
+    sampler = json.loads((tmp_path / "weak.json").read_text())["sampler"]
+    assert sampler["autoguidance"] == identity_of(generator_folder).fingerprint
+
+
 def one_of_two(rank: int, port: int, arguments: list[str], said: Path) -> None:
     """What torchrun would start, forked, so that nothing is imported anew."""
     os.environ |= {
@@ -282,6 +296,7 @@ def test_not_square_samples_need_a_reference_of_their_size(levels: np.ndarray, t
         ({"generator": Path("g"), "sample_count": 5}, "generator needs tokenizer"),
         ({"generator": Path("g"), "tokenizer": Path("t")}, "and sample_count"),
         ({"tokenizer": Path("t"), "sample_count": 5}, "generator is missing"),
+        ({"samples": Path("s"), "autoguidance": Path("g")}, "guides generator, which is missing"),
         ({"samples": Path("s"), "count": 5}, "a reference of samples is taken whole"),
         ({"tokenizer": Path("t"), "save_reference": Path("r")}, "compared with their own originals"),
         ({"samples": Path("s"), "batch_size": 0}, "batch_size must be at least 1, got 0"),

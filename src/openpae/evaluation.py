@@ -30,6 +30,8 @@ class EvaluationRun:
     """Judge its reconstructions of the reference's images; with generator, it decodes the samples."""
     generator: Path | None = None
     """Judge what it makes, straight from the sampler; needs tokenizer and sample_count."""
+    autoguidance: Path | None = None
+    """A smaller or less trained generator of the same latents, which guides in place of the null class."""
     sample_count: int | None = None
     """How many samples to draw, in equal numbers of every class; published numbers take 50,000."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -78,6 +80,8 @@ class EvaluationRun:
             raise ValueError(
                 "sample_count is the number of samples that generator draws; generator is missing"
             )
+        if self.generator is None and self.autoguidance is not None:
+            raise ValueError("autoguidance guides generator, which is missing")
         if self.count is not None and (self.tokenizer is None or self.generator is not None):
             raise ValueError(
                 "count is the number of images to reconstruct; a reference of samples is taken whole"
@@ -141,6 +145,10 @@ def _samples(run: EvaluationRun, device: torch.device) -> ImageStream | None:
     facts = check_pair(run.tokenizer, run.generator)
     tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
     generator = load_generator(run.generator).to(device)
+    weak = None
+    if run.autoguidance is not None:
+        facts |= {"autoguidance": check_pair(run.tokenizer, run.autoguidance)["generator"]}
+        weak = load_generator(run.autoguidance).to(device)
     return drawn_images(
         tokenizer,
         generator,
@@ -149,6 +157,7 @@ def _samples(run: EvaluationRun, device: torch.device) -> ImageStream | None:
         size=tokenizer.config.image_shape,
         seed=run.seed,
         precision=run.precision,
+        weak=weak,
         facts={"labels": "class-balanced", **facts},
     )
 

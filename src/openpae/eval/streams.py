@@ -20,12 +20,11 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
-from openpae.ditdh import Generator
 from openpae.eval.reconstruction import check_images
+from openpae.guidance import VelocityModel
 from openpae.processes import own_rows
-from openpae.sampling import SampleNoise, SamplerConfig, evaluations, sample_latents
+from openpae.sampling import Decoder, SamplerConfig, decoded, evaluations, sample_batches
 from openpae.storage import read_json
-from openpae.tokenizer import PAE
 
 Facts = Mapping[str, Any]
 Rows = Sequence[int] | NDArray[np.int64]
@@ -208,14 +207,15 @@ def tensor_images(
 
 
 def drawn_images(
-    tokenizer: PAE,
-    generator: Generator,
+    tokenizer: Decoder,
+    generator: VelocityModel,
     labels: Tensor,
     config: SamplerConfig,
     *,
     size: Size,
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
+    weak: VelocityModel | None = None,
     facts: Facts | None = None,
 ) -> ImageStream:
     """Images straight from the sampler, each process its share, none of them kept.
@@ -228,6 +228,7 @@ def drawn_images(
         size: (H, W) that the tokenizer decodes to, or the side of squares.
         seed: another seed, other samples.
         precision: of the networks; the path itself is followed in float32.
+        weak: a generator that guides in place of the null class; see `sample_latents`.
         facts: what else is known of them (fingerprints, the scheme of the labels).
 
     Raises:
@@ -238,12 +239,12 @@ def drawn_images(
     device = next(generator.parameters()).device
 
     def batches(batch_size: int) -> Iterator[Batch]:
-        for part in _parts(own_rows(len(labels)), batch_size):
-            noise = SampleNoise(seed, part, generator.config.latent_shape, device)
+        parts = list(_parts(own_rows(len(labels)), batch_size))
+        images = decoded(tokenizer, sample_batches(generator, labels, config, parts, seed=seed, weak=weak))
+        for part in parts:
             # Closed before the batch is handed over: whoever measures it works in float32.
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                z = sample_latents(generator, labels[list(part)].to(device), noise, config)
-                pixels = tokenizer.decode(z).clamp(0, 1).float()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                pixels = next(images)
             yield Batch(pixels, part)
 
     return ImageStream(
