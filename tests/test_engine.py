@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import kill_points
 from openpae import config as configs
@@ -35,9 +36,11 @@ from openpae.encoders import load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import file_hash, write_json
 from openpae.tokenizer import PAEConfig
+from openpae.train import engine
 from openpae.train.ema import Ema
 from openpae.train.engine import Stopped, fit, open_run, seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
+from openpae.train.health import Health
 from openpae.train.journal import read_log
 from openpae.train.settings import LoopConfig, OptimConfig, adamw, lr_at, pick_device
 from openpae.train.task import Draws, Task, Update
@@ -428,6 +431,16 @@ def test_a_run_folder_refuses_another_config_and_names_the_difference(
     train(configs.load(type(run), tmp_path / "run" / "config.yaml"), tmp_path / "run")
 
 
+def test_a_run_may_go_on_on_other_hardware(runs: dict[str, Any], tmp_path: Path) -> None:
+    """Device batches, processes and workers say how it is computed, not what; config.yaml keeps the last."""
+    run = with_loop(runs["generator"], steps=4)
+    train_until(run, tmp_path, 3)
+    other = with_loop(run, device_batch_size=4, num_workers=0, parallel="fsdp", profile_steps=0)
+    train(other, tmp_path)
+    assert checkpoint_steps(tmp_path) == [2, 4]
+    assert configs.load(GeneratorRun, tmp_path / "config.yaml") == other
+
+
 def test_a_run_folder_of_another_stage_is_refused(runs: dict[str, Any], tmp_path: Path) -> None:
     open_run(tmp_path, runs["tokenizer"])
     with pytest.raises(ValueError, match="is of kind 'TokenizerRun', but a GeneratorRun is needed"):
@@ -600,6 +613,60 @@ def test_a_diverged_real_run_names_step_and_term(
     with pytest.raises(FloatingPointError, match=rf"not finite at step 3: .*{term} = nan"):
         fit(task, tmp_path, OPTIM, LOOP, quiet=True)
     assert checkpoint_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_waits_for_the_device(
+    runs: dict[str, Any], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two lines of the log nothing is read from a tensor, as far as a GPU may run ahead."""
+    loss = TokenizerLoss(
+        lpips_net="random",
+        discriminator=DiscriminatorConfig(kind="patch", width=4, num_layers=2),
+        discriminator_start=0.0,
+        gan_start=0.0,
+        gan_weight="adaptive",
+        ssr=0.0,
+        scr=0.0,
+        diffusion=0.1,
+        kl=1e-6,
+        gradients_every=2,
+    )
+    run = with_loop(runs[stage], steps=5, log_every=5, save_every=5)
+    run = replace(run, optim=replace(OPTIM, spike_factor=5.0))
+    task = task_of(replace(run, loss=loss) if stage == "tokenizer" else run)
+    reads, seen = Reads(), []
+
+    def late(*arguments: Any) -> Health:
+        health = Health(*arguments)
+        health.at_once = False  # as on a GPU
+        return health
+
+    monkeypatch.setattr(engine, "Health", late)
+    updates = task.updates
+
+    def counting(batch: Any, draws: Draws, step: int) -> Iterator[Update]:
+        seen.append((step, reads.count))
+        return updates(batch, draws, step)
+
+    task.updates = counting
+    with reads:
+        fit(task, tmp_path, run.optim, run.loop, quiet=True)
+    counts = dict(seen)
+    assert counts[4] - counts[0] == 0
+    assert reads.count > counts[4]  # the line, the checkpoint and the evaluation do
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python asks a tensor for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 # What is frozen, and what is averaged
@@ -822,6 +889,45 @@ def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_one(tmp_path: P
         assert facts["sha256"] == {"state.pt": file_hash(state)}
 
 
+def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
+    loop = replace(LOOP, steps=11, save_every=2, keep_last=2, keep_every=4)
+    tiny_run(tmp_path, loop)
+    assert checkpoint_steps(tmp_path) == [4, 8, 10, 11]
+
+
+def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path) -> None:
+    """The checkpoint is written before it, and the same command judges it again."""
+    task = Tiny()
+
+    def failing(step: int) -> dict[str, float]:
+        raise RuntimeError("no memory")
+
+    task.evaluate = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no memory"):
+        fit(task, tmp_path, OPTIM, LOOP, quiet=True)
+    assert checkpoint_steps(tmp_path) == [4, 6]
+    again = tiny_run(tmp_path)
+    assert [step for step, *_ in again.judged] == [6]
+    assert "eval/bias" in read_log(tmp_path)[-1]
+
+
+def test_an_evaluation_that_a_kill_took_is_made_up_for(tmp_path: Path) -> None:
+    """In the middle of a run too; one that is there is not made again."""
+    loop = replace(LOOP, evaluate_every=2)
+    tiny_run(tmp_path / "whole", loop)
+    for name, lost in (("lost", True), ("there", False)):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(checkpoint_path(tmp_path / name, 6))
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines(keepends=True)
+        if lost:
+            kept = [line for line in lines if not ("eval/" in line and '"step": 4' in line)]
+            assert len(kept) == len(lines) - 1
+            (tmp_path / name / "log.jsonl").write_text("".join(kept))
+        task = tiny_run(tmp_path / name, loop)
+        assert [step for step, *_ in task.judged] == ([4, 6] if lost else [6])
+        assert curve(tmp_path / name) == curve(tmp_path / "whole")
+
+
 def test_what_a_kill_left_of_a_step_that_is_not_saved_again_is_cleared_away(tmp_path: Path) -> None:
     """A signal may save any step; killed in it, the next run saves others."""
     left = tmp_path / "run" / "checkpoints" / ".step-00000003.partial"
@@ -993,6 +1099,32 @@ def test_optimizer_settings_that_can_not_be_are_named(changes: dict[str, Any], m
 def test_loop_settings_that_can_not_be_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(LOOP, **changes)
+
+
+def test_steps_are_profiled_into_the_run_folder(tmp_path: Path) -> None:
+    tiny_run(tmp_path, replace(LOOP, profile_steps=2))
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert "aten::addmm" in (tmp_path / "profile" / "table.txt").read_text()
+    with pytest.raises(ValueError, match=r"profile_steps must leave the first 3 of 6 steps out, got 4"):
+        replace(LOOP, profile_steps=4)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_a_gpu_multiplies_in_tf32_only_where_it_is_asked_for(
+    tmp_path: Path, precision: Any, expected: bool
+) -> None:
+    flags = []
+
+    def noting(step: int, loss: Tensor) -> Tensor:
+        flags.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return loss
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tiny_run(tmp_path, replace(LOOP, precision=precision), spoil=noting)
+    assert set(flags) == {(expected, expected)}
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 
 
 def test_a_missing_gpu_is_said_at_the_start() -> None:

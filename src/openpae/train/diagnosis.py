@@ -64,10 +64,12 @@ def look_at_weights(task: Task, findings: Findings) -> None:
             findings.look(value, f"the weight {name}.{key}")
 
 
-def look_at_batch(batch: Any, findings: Findings) -> None:
-    """The data that it sees."""
-    for field, value in batch._asdict().items():
-        findings.look(value, f"the batch's {field}")
+def looked_at(batches: Iterator[Any], findings: Findings) -> Iterator[Any]:
+    """The data, each batch looked at before a module sees it."""
+    for batch in batches:
+        for field, value in batch._asdict().items():
+            findings.look(value, f"the batch's {field}")
+        yield batch
 
 
 def look_at_terms(terms: Mapping[str, Tensor], findings: Findings) -> None:

@@ -207,7 +207,7 @@ class _Fitting:
         for optimizer in task.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, self.optim, self.loop.steps)
-        for _, update, due in self._updates(batches, step, data_step):
+        for update, due in self._updates(batches, step, data_step):
             terms = {"loss": update.loss.detach(), **update.logs}
             terms = {f"{update.player}/{name}": value for name, value in terms.items()}
             self.state.health.look(step, update.player, update.loss, terms)
@@ -219,11 +219,8 @@ class _Fitting:
             if due:
                 self._update(task.optimizers[update.player], update.player, step, log)
 
-    def _updates(
-        self, batches: Iterator[Any], step: int, data_step: int
-    ) -> Iterator[tuple[Any, Update, bool]]:
-        """Each device batch of this process with the updates that the task asks for, and whether it is the
-        step's last."""
+    def _updates(self, batches: Iterator[Any], step: int, data_step: int) -> Iterator[tuple[Update, bool]]:
+        """What the task asks for in each device batch of this process, and whether that is the last."""
         task, loop = self.state.task, self.loop
         rows = device_batches(loop)
         for own in rows:
@@ -236,7 +233,7 @@ class _Fitting:
                         update = next(updates, None)
                     if update is None:
                         break
-                    yield batch, update, due
+                    yield update, due
 
     def _update(self, optimizer: Optimizer, player: str, step: int, log: Journal) -> None:
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -295,9 +292,9 @@ class _Fitting:
         for optimizer in task.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         diagnosis.look_at_weights(task, findings)
+        batches = diagnosis.looked_at(self.batches([data_step]), findings)
         with diagnosis.watched(task, findings):
-            for batch, update, _ in self._updates(self.batches([data_step]), step, data_step):
-                diagnosis.look_at_batch(batch, findings)
+            for update, _ in self._updates(batches, step, data_step):
                 diagnosis.look_at_terms({**update.logs, "loss": update.loss}, findings)
                 update.loss.backward()  # type: ignore[no-untyped-call]
         diagnosis.look_at_gradients(task, findings)

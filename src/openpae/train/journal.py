@@ -14,10 +14,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from openpae import processes
 from openpae.storage import whole_file
-from openpae.train.settings import LoopConfig
-
-PROFILED_FROM = 3
-"""Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
+from openpae.train.settings import PROFILED_FROM, LoopConfig
 
 
 class Journal:

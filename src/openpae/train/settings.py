@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from openpae import processes
 
+PROFILED_FROM = 3
+"""Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -112,6 +115,11 @@ class LoopConfig:
         if part is not None and (part < 1 or self.global_batch_size % part):
             raise ValueError(
                 f"loop.device_batch_size must divide global_batch_size = {self.global_batch_size}, got {part}"
+            )
+        if self.profile_steps and self.profile_steps > self.steps - PROFILED_FROM:
+            raise ValueError(
+                f"loop.profile_steps must leave the first {PROFILED_FROM} of {self.steps} steps out, got "
+                f"{self.profile_steps}"
             )
         if self.keep_every % self.save_every:
             raise ValueError(
