@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +16,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae import config as configs
-from openpae.checkpoint import load_generator, load_tokenizer
+from openpae.checkpoint import encoder_fingerprint, load_generator, load_tokenizer, write_tokenizer
+from openpae.cli import main
 from openpae.data.caches import cache_latents
 from openpae.data.images import ImageFolder, PackedImages, center_crop, pack_images, resize_to_cover
 from openpae.data.label_maps import read_segmented
 from openpae.data.training import TrainingImages
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, HeadConfig
+from openpae.eval.measure import MeasureConfig
 from openpae.eval.streams import source_batches
 from openpae.folders import identity_of
 from openpae.layers import sincos_2d
 from openpae.priors import RefinerConfig
+from openpae.profile import ProfileRun, run_profile
+from openpae.report import pca_pictures, thumbnails
 from openpae.sampling import SamplerConfig, sample_images
+from openpae.storage import whole_folder
 from openpae.tokenizer import PAE, PAEConfig, build_tokenizer
 from openpae.train.generator import GeneratorRun, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
@@ -73,6 +79,14 @@ def test_packed_images_of_another_shape_are_cut_anew(wide: PackedImages, image_f
     for size, needed in (((32, 56), "32 x 56"), (40, "40 x 40")):
         with pytest.raises(ValueError, match=f"is of 32 x 48 pixels, {needed} are needed"):
             next(source_batches(wide, size, batch_size=10))
+
+
+def test_pack_takes_a_width(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["pack", str(image_folder), str(tmp_path / "packed"), "--size", "32", "--width", "48"])
+    assert PackedImages(tmp_path / "packed").image_shape == WIDE
+    with pytest.raises(SystemExit):
+        main(["pack", str(image_folder), str(tmp_path / "none"), "--size", "32", "--width", "0"])
+    assert "width must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_random_crops_have_the_shape_and_reach_every_edge(tmp_path: Path) -> None:
@@ -284,6 +298,30 @@ def test_wide_images_go_through_every_stage(wide: PackedImages, tmp_path: Path) 
         )
     )
     assert images.shape == (3, 3, *WIDE)
+
+
+@pytest.mark.filterwarnings("ignore:eRank of", "ignore:.*classes hold one image")
+def test_a_wide_latent_space_is_measured_and_drawn(
+    image_folder: Path, tiny_config: PAEConfig, tmp_path: Path
+) -> None:
+    """Pictures keep their proportions: 32 x 40 and 4 x 5 on the page."""
+    model = build_tokenizer(replace(tiny_config, image_width=40))
+    assert model.encoder is not None
+    with whole_folder(tmp_path / "wide") as folder:
+        write_tokenizer(folder, model.state_dict(), model.config, encoder_fingerprint(model.encoder))
+    run = ProfileRun(
+        images=image_folder, out=tmp_path / "out", lpips="random", extractor="none", measure=MeasureConfig()
+    )
+    run_profile([str(tmp_path / "wide")], run)
+    record = json.loads((tmp_path / "out/profile.json").read_text())
+    assert record["image_size"] == [32, 40]
+    assert record["tokenizers"][0]["latent_shape"] == [8, 4, 5]
+    assert {"lpc", "psnr"} <= record["tokenizers"][0]["metrics"].keys()
+    assert "10 images of 32 x 40 pixels" in (tmp_path / "out/profile.html").read_text(encoding="utf-8")
+    assert thumbnails(torch.rand(2, 3, 32, 48), 24).shape == (2, 3, 16, 24)
+    assert pca_pictures(torch.randn(2, 8, 4, 6), 24).shape == (2, 3, 16, 24)
+    with pytest.raises(ValueError, match="scenes are square, but images of 32 x 40 are asked for"):
+        run_profile([str(tmp_path / "wide")], replace(run, scenes=2))
 
 
 # What does not fit
