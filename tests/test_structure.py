@@ -45,6 +45,7 @@ ORDER = [
         "report",
         "pipeline",
         "diffusers_adapter",
+        "export",
         "profile_page",
         "profile",
         "bench",

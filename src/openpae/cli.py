@@ -12,6 +12,7 @@ from openpae import __version__
 from openpae.commands.bench import bench
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
+from openpae.commands.publish import export, push
 from openpae.commands.sample import reconstruct, sample
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, train_generator, train_refiner, train_tokenizer
@@ -98,6 +99,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _command(evaluate, "evaluate"),
     "profile": _command(profile, "profile"),
     "study": _command(study, "study"),
+    "export": _command(export, "export"),
+    "push": _command(push, "push"),
     "info": _command(info, "info"),
     "bench": _command(bench, "bench"),
 }
