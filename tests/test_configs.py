@@ -183,6 +183,7 @@ def test_named_sizes_grow() -> None:
 def test_the_baseline_of_the_paper_is_rae_s_generator() -> None:
     run = configs.load(GeneratorRun, "generator/dit-dh-xl")
     assert run.model == DiTDHConfig()
+    assert run.model.latent_shape == configs.load(TokenizerRun, "tokenizer/rae-dinov2-b").model.latent_shape
     assert dimension_shift(run.model.latent_shape) == pytest.approx(run.sampler.shift, rel=1e-12)
 
 

@@ -19,7 +19,7 @@ from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, GeneratorConfig, HeadConfig
 from openpae.folders import checkpoint_path, identity_of
 from openpae.sampling import SamplerConfig, initial_noise, sample_latents
-from openpae.train.engine import fit
+from openpae.train.engine import fit, open_run
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.task import Draws
@@ -77,6 +77,28 @@ def test_checkpointed_blocks_train_the_same_model(
         train_generator(replace(run, checkpoint_blocks=blocks), tmp_path / str(blocks), quiet=True)
         prints.append(identity_of(tmp_path / str(blocks)).fingerprint)
     assert len(set(prints)) == 1
+
+
+def test_a_run_goes_on_with_more_blocks_checkpointed(run: GeneratorRun, tmp_path: Path) -> None:
+    """Where memory runs out, the same folder can go on; the result is that of one go."""
+    train_generator(run, tmp_path / "one go", quiet=True)
+    halfway = replace(run, loop=replace(run.loop, save_every=2))
+    task = GeneratorTask(halfway)
+    (tmp_path / "two").mkdir()
+    updates = task.updates
+
+    def until_step_2(batch: Any, draws: Draws, step: int) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return updates(batch, draws, step)
+
+    task.updates = until_step_2  # type: ignore[method-assign]
+    open_run(tmp_path / "two", halfway)
+    with pytest.raises(KeyboardInterrupt):
+        fit(task, tmp_path / "two", run.optim, halfway.loop, quiet=True)
+    train_generator(replace(halfway, checkpoint_blocks=2), tmp_path / "two", quiet=True)
+    one, two = (identity_of(tmp_path / name).fingerprint for name in ("one go", "two"))
+    assert one == two
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from openpae.checkpoint import load_prior, load_tokenizer
 from openpae.data.images import PackedImages
 from openpae.data.training import ImageBatch
 from openpae.discriminator import DiscriminatorConfig
+from openpae.layers import to_tokens
+from openpae.train.objective import latent_noise
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.settings import LoopConfig
 from openpae.train.task import Draws, Update
@@ -228,6 +230,56 @@ def test_every_fusion_of_table_3b_trains(
     run = dataclasses.replace(run, prior=None, model=model)
     train_tokenizer(run, tmp_path / "run", quiet=True)
     assert load_tokenizer(tmp_path / "run").config.fusion == fusion
+
+
+RAE: dict[str, Any] = {"ssr": 0.0, "mcr": 0.0, "scr": 0.0, "latent_noise": 0.8}
+
+
+def a_rae(packed: PackedImages, **loss: Any) -> TokenizerRun:
+    """The baseline: the decoder alone is trained, on noisy features of the VFM."""
+    run = configs.load(TokenizerRun, "tokenizer/tiny")
+    model = dataclasses.replace(run.model, fusion="none", latent_dim=48, width=None)
+    data = dataclasses.replace(run.data, images=packed.shards.folder)
+    weights = TokenizerLoss(**(FULL | RAE | loss))
+    return dataclasses.replace(run, model=model, data=data, loss=weights, loop=short(run.loop))
+
+
+def test_the_decoder_of_an_rae_is_trained_and_nothing_else(packed: PackedImages, tmp_path: Path) -> None:
+    run = a_rae(packed)
+    before = TokenizerTask(run).model.state_dict()
+    train_tokenizer(run, tmp_path, quiet=True)
+    after = load_tokenizer(tmp_path).state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
+
+
+def test_the_decoder_sees_noise_of_every_strength(packed: PackedImages) -> None:
+    """Uniform from 0 to 0.8, one strength an image; the latent itself stays clean."""
+    task = TokenizerTask(a_rae(packed))
+    noise = latent_noise(Draws(0, 0, range(400), 400, torch.device("cpu")), 0.8, (48, 4, 4))
+    assert noise is not None
+    strengths = noise.square().mean(dim=(1, 2, 3)).sqrt().sort().values
+    assert (strengths - 0.8 * (torch.arange(400) + 0.5) / 400).abs().max() < 0.8 * 0.09
+    seen: list[Tensor] = []
+    task.model.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch: ImageBatch = next(iter(task.batches(range(1))))
+    draws = Draws(0, 0, range(len(batch.images)), len(batch.images), torch.device("cpu"))
+    next(task.updates(batch, draws, 0))
+    clean = task.model.features(batch.images.float() / 255)
+    added = latent_noise(draws, 0.8, (48, 4, 4))
+    assert added is not None
+    torch.testing.assert_close(seen[0], clean + to_tokens(added), atol=1e-3, rtol=1e-3)
+
+
+def test_no_noise_is_drawn_unless_asked() -> None:
+    assert latent_noise(Draws(0, 0, range(4), 4, torch.device("cpu")), 0.0, (48, 4, 4)) is None
+
+
+@pytest.mark.parametrize("name", ["ssr", "scr", "kl", "diffusion", "gradients_every"])
+def test_losses_of_a_latent_that_is_fixed_are_refused(packed: PackedImages, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"loss.{name} must be 0 for model.fusion none"):
+        a_rae(packed, **{name: 1})
 
 
 def test_a_saved_refiner_is_the_prior_that_training_uses(packed: PackedImages, refiner: Path) -> None:

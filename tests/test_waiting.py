@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDHConfig, HeadConfig, build_generator
 from openpae.sampling import SamplerConfig, initial_noise, sample_latents
+from openpae.train.engine import fit
 from openpae.train.generator import GeneratorRun, GeneratorTask
 from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.task import Draws
@@ -161,3 +163,29 @@ def test_sampling_waits_no_more_for_more_steps(
     for model in (tiny_dit, build_generator(WIDE).eval()):
         few, many = (waits_of_sampling(model, steps, monkeypatch, guidance=guidance) for steps in (2, 9))
         assert few == many
+
+
+@pytest.mark.parametrize("stage", ["generator", "tokenizer"])
+def test_the_loop_waits_no_more_for_more_steps(
+    stage: str, packed: PackedImages, latents: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine with everything around a step: health, schedule, average, log. A CPU is asked after every
+    step whether it was finite, unless steps may be skipped: then it goes a GPU's way."""
+    run: Any = configs.load(GeneratorRun if stage == "generator" else TokenizerRun, f"{stage}/tiny")
+    if stage == "generator":
+        run = dataclasses.replace(run, latents=latents.folder)
+    else:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, images=packed.shards.folder))
+    counts = []
+    for steps in (3, 8):
+        loop = dataclasses.replace(
+            run.loop, steps=steps, on_nonfinite="skip", log_every=100, save_every=100, ema_decay=0.9
+        )
+        varied = dataclasses.replace(run, loop=loop)
+        task: Any = (GeneratorTask if stage == "generator" else TokenizerTask)(varied)
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        with Waits(monkeypatch) as waits:
+            fit(task, folder, varied.optim, loop, quiet=True)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]

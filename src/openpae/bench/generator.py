@@ -82,7 +82,11 @@ def bench_generator(
         figures[size] = {**count(config), **dict.fromkeys(_MEASURED)}
         if size in chosen:
             loop = LoopConfig(
-                steps=steps + 2, global_batch_size=batches[0], precision=precision, compile=compile
+                steps=steps + 2,
+                global_batch_size=batches[0],
+                precision=precision,
+                compile=compile,
+                ema_decay=0.9999,
             )
             run = GeneratorRun(
                 model=config,

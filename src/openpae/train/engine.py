@@ -32,7 +32,10 @@ from openpae.train.saving import RunState
 from openpae.train.settings import LoopConfig, OptimConfig, device_batches, lr_at
 from openpae.train.task import Draws, Task, Update
 
-HOW = ("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps")
+HOW = (
+    *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
+    "checkpoint_blocks",
+)
 """Fields that say how a run is computed, and not what: it may go on with others."""
 
 
@@ -117,7 +120,7 @@ def fit(
 
 
 def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps: int = 8) -> float:
-    """How long an optimizer step takes here: the median of a few, after two to warm up.
+    """How long an optimizer step and the average's take here: the median of a few, after two to warm up.
 
     It changes the task's weights: measure with a task that is thrown away.
     """
@@ -129,6 +132,8 @@ def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps:
         for step in range(steps + 2):
             start = time.perf_counter()
             fitting.step(batches, step, step, log)
+            if fitting.state.ema is not None:
+                fitting.state.ema.update()
             if fitting.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,11 +70,14 @@ class TokenizerLoss:
     """Generic regulariser of Table 3(a); there 1e-6."""
     diffusion: float = 0.0
     """Generic regulariser of Table 3(a): a small denoiser trained jointly on the latent."""
+    latent_noise: float = 0.0
+    """Noise that the decoder learns to bear (RAE, which has 0.8): its root mean square is drawn for each
+    image, uniformly from 0 to this, and it is added to the latent that is decoded for L1, LPIPS and GAN."""
     gradients_every: int = 0
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion"):
+        for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise"):
             if (weight := getattr(self, name)) < 0:
                 raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
         for name in ("gan_start", "discriminator_start", "mcr_start"):
@@ -104,6 +107,22 @@ class TokenizerLoss:
         """The weight of each term by its symbol."""
         names = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion")
         return {"l1": 1.0} | {name: getattr(self, name) for name in names}
+
+
+def latent_noise(draws: Draws, strength: float, shape: Sequence[int]) -> Tensor | None:
+    """Noise for the latents of a device batch, (B, *shape): n = s e, s uniform in [0, strength], e normal.
+
+    Noise-augmented decoding of RAE (Sec. 4.3 of arXiv:2510.11690): generated latents are never quite clean.
+
+    Args:
+        draws: of the device batch.
+        strength: largest root mean square; 0 gives None.
+        shape: (C, h, w).
+    """
+    if not strength:
+        return None
+    level = strength * draws.uniform("latent noise level", *[1] * len(shape))
+    return level * draws.normal("latent noise", *shape)
 
 
 def image_terms(

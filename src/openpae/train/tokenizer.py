@@ -38,6 +38,7 @@ from openpae.train.objective import (
     generic_terms,
     gradient_shares,
     image_terms,
+    latent_noise,
     prior_terms,
 )
 from openpae.train.parallel import bare, distribute
@@ -63,6 +64,13 @@ class TokenizerRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
+        if self.model.fusion == "none":
+            idle = ("ssr", "scr", "kl", "diffusion", "gradients_every")
+            if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:
+                raise ValueError(
+                    f"{', '.join(on)} must be 0 for model.fusion none: they act on the latent, which is then "
+                    "the VFM's own features"
+                )
         if self.data.feature_cache is not None and self.model.fusion == "finetune":
             raise ValueError("data.feature_cache can not serve model.fusion finetune: the features change")
         if self.loss.needs_prior and self.prior is None:
@@ -212,7 +220,8 @@ class TokenizerTask:
             logs.update({f"angle_{name}": reached_angle(z, latent) for name, latent in moved.items()})
             return list(moved.values())
 
-        z, decodes = self.players["autoencoder"](x, features, further)
+        noise = latent_noise(draws, loss.latent_noise, self.run.model.latent_shape)
+        z, decodes = self.players["autoencoder"](x, features, further, noise)
         return z, dict(zip(["r", *wanted], decodes, strict=True)), logs
 
     def _adaptive_weight(self, terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
