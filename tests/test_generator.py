@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,12 @@ from openpae import config as configs
 from openpae.checkpoint import load_generator
 from openpae.cli import main
 from openpae.commands.console import run_of, take_option
+from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
 from openpae.describe import describe
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, GeneratorConfig, HeadConfig
+from openpae.flow import dimension_shift
 from openpae.folders import checkpoint_path, identity_of
 from openpae.sampling import SamplerConfig, initial_noise, sample_latents
 from openpae.train.engine import fit, open_run
@@ -186,6 +189,32 @@ def test_a_lightningdit_is_the_default_kind(run: GeneratorRun) -> None:
     assert plain["model"].pop("kind") == "LightningDiTConfig"
     assert configs.from_dict(GeneratorRun, plain) == run
     assert isinstance(GeneratorTask(run).model, LightningDiT)
+
+
+def test_the_baseline_runs_from_features_to_images(
+    run: GeneratorRun, packed: PackedImages, tmp_path: Path
+) -> None:
+    """RAE at tiny size, as its two presets have it: a decoder of bare features, DiT-DH on them, images."""
+    off = [f"--loss.{name}={value}" for name, value in (("mcr", 0), ("gan", 0), ("latent-noise", 0.8))]
+    bare = ["--model.fusion", "none", "--model.latent-dim", "48", "--model.width", "None", *off]
+    short = ["--loop.steps", "3", "--loop.global-batch-size", "4"]
+    folders = {name: str(tmp_path / name) for name in ("rae", "latents", "generator", "samples")}
+    images = ["--data.images", str(packed.shards.folder)]
+    main(["train-tokenizer", "tokenizer/tiny", folders["rae"], *images, *bare, *short])
+    main(["cache-latents", folders["rae"], str(packed.shards.folder), folders["latents"]])
+    wide = replace(WIDE, latent_dim=48)
+    config = replace(run, model=wide, held_out_latents=None, times="uniform", time_shift=None, cosine=0.0)
+    configs.save(replace(config, latents=Path(folders["latents"])), tmp_path / "run.yaml")
+    main(["train-generator", str(tmp_path / "run.yaml"), folders["generator"], *short])
+    shift = str(dimension_shift(wide.latent_shape))
+    draw = ["--count", "3", "--steps", "2", "--shift", shift, "--guidance", "1"]
+    main(["sample", folders["rae"], folders["generator"], folders["samples"], *draw])
+    with np.load(tmp_path / "samples" / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (3, 32, 32, 3)
+    model = load_generator(folders["generator"])
+    z = Shards(Path(folders["latents"]), kind="latents").gather(np.arange(10), np.zeros(10, dtype=np.int64))
+    normal = model.normalise(z)
+    assert normal.std() == pytest.approx(1, abs=0.1)
 
 
 def test_flags_reach_the_generator_that_the_file_holds(run: GeneratorRun, tmp_path: Path) -> None:
