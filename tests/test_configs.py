@@ -22,9 +22,10 @@ from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
 from openpae.train.tokenizer import TokenizerRun
 
-STUDIES = {"Study", "StudySetup"}  # name presets and have no model of their own: see test_study.py
+# These have no model of their own: see test_study.py and test_sample_commands.py.
+OTHERS = {"Study", "StudySetup", "SamplerConfig"}
 FILES = sorted(
-    file for file in configs.PRESETS.rglob("*.yaml") if configs.read_yaml(file)["kind"] not in STUDIES
+    file for file in configs.PRESETS.rglob("*.yaml") if configs.read_yaml(file)["kind"] not in OTHERS
 )
 # A new kind of run must be given its class and its model here.
 KINDS: dict[str, Any] = {

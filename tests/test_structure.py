@@ -43,6 +43,9 @@ ORDER = [
     *(
         "evaluation",
         "report",
+        "sample_files",
+        "search",
+        "walk",
         "pipeline",
         "diffusers_adapter",
         "export",

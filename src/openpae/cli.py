@@ -13,7 +13,7 @@ from openpae.commands.bench import bench
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
 from openpae.commands.publish import export, push
-from openpae.commands.sample import reconstruct, sample
+from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, train_generator, train_refiner, train_tokenizer
 
@@ -95,6 +95,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "cache-latents": _command(cache_latents, "cache-latents"),
     "train-generator": train_generator,
     "sample": _command(sample, "sample"),
+    "search-guidance": _command(search_guidance, "search-guidance"),
+    "interpolate": _command(interpolate, "interpolate"),
     "reconstruct": _command(reconstruct, "reconstruct"),
     "evaluate": _command(evaluate, "evaluate"),
     "profile": _command(profile, "profile"),

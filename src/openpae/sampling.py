@@ -16,12 +16,14 @@ from openpae.flow import LAST_STEP, noisy_grid, time_grid
 from openpae.guidance import VelocityModel, check_labels, check_weak, guided_velocity
 from openpae.solvers import euler, euler_maruyama, heun, multistep, runge_kutta
 
+Solver = Literal["euler", "heun", "multistep", "sde", "rk45"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How samples are drawn. The defaults are the paper's guided 80-epoch setting."""
 
-    solver: Literal["euler", "heun", "multistep", "sde", "rk45"] = "euler"
+    solver: Solver = "euler"
     """euler (the paper's), heun and multistep (after DPM-Solver++ 2M) follow the ODE; sde is the paper's for
     unguided samples: noisy steps and one without noise; rk45 is adaptive and slow, the others' reference."""
     steps: int = 249

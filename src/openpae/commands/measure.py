@@ -7,11 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from openpae.commands.console import Device, Progress
+from openpae.commands.console import Device, Progress, Reference
 from openpae.evaluation import EvaluationRun, run_evaluation
 from openpae.profile import ProfileRun, run_profile
-
-Reference = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
 
 
 def evaluate(

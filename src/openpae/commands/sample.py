@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
 
 from openpae import config as configs
 from openpae.commands.console import (
@@ -12,9 +18,109 @@ from openpae.commands.console import (
     Out,
     Precision,
     Progress,
+    Reference,
     Tokenizer,
     at_least_one,
 )
+from openpae.ditdh import Generator as GeneratorModel
+from openpae.eval.extractors import ExtractorName
+from openpae.sample_files import FILES, Format, SampleSet, draw_samples
+from openpae.sampling import SamplerConfig, Solver, balanced_labels
+from openpae.search import SearchConfig
+from openpae.tokenizer import PAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerChoice:
+    """A preset of the sampler, and flags over it."""
+
+    preset: str = "official-250"
+    """official-250 (the paper's guided samples), official-sde (its unguided ones), fast-45, few-15, or a file
+    of kind SamplerConfig, such as the best.yaml of pae search-guidance. The flags below change it."""
+    solver: Solver | None = None
+    """euler, heun and multistep (second order) follow the ODE, sde the SDE; rk45 is adaptive and slow."""
+    steps: int | None = None
+    """Steps of the time grid."""
+    shift: float | None = None
+    """Of the time grid; smaller spends more steps near the noise."""
+    guidance: float | None = None
+    """Strength; 1 is none."""
+    guidance_start: float | None = None
+    """Guide only where t >= this (0 = noise, 1 = data)."""
+    guidance_end: float | None = None
+    """Guide only where t <= this."""
+    autoguidance: Path | None = None
+    """A smaller or less trained generator of the same latents, which guides in place of the null class."""
+    batch_size: int = 32
+    """Images at once."""
+    precision: Precision = "fp32"
+    """Of the networks; the path itself is followed in float32."""
+    compile: bool = False
+    """Compile the generators; worth it for many images."""
+
+    def config(self) -> SamplerConfig:
+        """The preset with the flags over it.
+
+        Raises:
+            FileNotFoundError: no such preset.
+            ValueError: a value that a sampler refuses, or steps for a solver that finds its own.
+        """
+        at_least_one(batch_size=self.batch_size)
+        named = "/" in self.preset or Path(self.preset).is_file()
+        preset = configs.load(SamplerConfig, self.preset if named else f"sampler/{self.preset}")
+        guidance = ("guidance", "guidance_start", "guidance_end")
+        flags = {
+            name: value
+            for name in ("solver", "steps", "shift", *guidance)
+            if (value := getattr(self, name)) is not None
+        }
+        if flags.keys() & set(guidance):
+            flags["tuned_on"] = None
+        config = replace(preset, **flags)
+        if config.solver == "rk45" and (given := flags.keys() & {"steps", "shift"}):
+            raise ValueError(f"solver rk45 finds its own steps: leave --{' and --'.join(sorted(given))} out")
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRun:
+    """What is drawn, and how it is kept."""
+
+    count: int | None = None
+    """How many images; 64 by default, and with grid `columns` of each class."""
+    classes: tuple[int, ...] | None = None
+    """Class indices to draw, taken in turn; all classes by default, and with grid eight of them."""
+    grid: bool = False
+    """Draw `columns` images of each class, so that every row of the picture is one class."""
+    columns: int = 8
+    """Of the picture."""
+    seed: int = 0
+    """Another seed, other samples."""
+    format: Format = "npz"
+    """npz: samples.npz in the layout of ADM; png: a folder of images; safetensors: uint8 images and labels;
+    latents: the same of latents, not decoded."""
+
+    # No __post_init__: tyro would put what it raises into a frame of its own.
+    def check(self) -> None:
+        """Refuse what can not be drawn.
+
+        Raises:
+            ValueError: a count below 1, or one beside `grid`.
+        """
+        at_least_one(count=self.count, columns=self.columns)
+        if self.grid and self.count is not None:
+            raise ValueError("--grid draws --columns images of each class: leave --count out")
+
+    def labels(self, num_classes: int) -> tuple[Tensor, str]:
+        """The class of every sample, and what a record says of them."""
+        if self.grid:
+            spread = torch.linspace(0, num_classes - 1, min(8, num_classes)).round().long().tolist()
+            chosen = list(self.classes or spread)
+            return torch.tensor(chosen).repeat_interleave(self.columns), f"{self.columns} each of {chosen}"
+        count = 64 if self.count is None else self.count
+        if self.classes is None:
+            return balanced_labels(count, num_classes), "class-balanced"
+        return torch.tensor(self.classes)[torch.arange(count) % len(self.classes)], f"in turn {self.classes}"
 
 
 def reconstruct(
@@ -72,79 +178,232 @@ def sample(
     generator: Generator,
     out: Out,
     /,
-    count: int = 64,
-    classes: tuple[int, ...] | None = None,
-    seed: int = 0,
-    steps: int = 249,
-    shift: float = 0.4,
-    guidance: float = 2.5,
-    guidance_start: float = 0.25,
-    batch_size: int = 32,
-    precision: Precision = "fp32",
-    columns: int = 8,
+    run: tyro.conf.OmitArgPrefixes[SampleRun],
+    sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     device: Device = "auto",
 ) -> None:
-    """Draw images with a generator and write samples.npz (ADM layout) and grid.png.
+    """Draw images with a generator: samples.npz (ADM layout), a folder, or tensors; and grid.png to look at.
+
+    The same command goes on where it was interrupted. torchrun splits the work over processes; sample i
+    depends on (seed, i) alone.
 
     Args:
         tokenizer: decodes the latents; the one that the generator was trained with.
         generator: a generator folder or a run folder of pae train-generator.
         out: folder for the samples.
-        count: how many images.
-        classes: class indices to draw, taken in turn; all classes by default.
-        seed: sample i depends on (seed, i) alone, not on batch size or machine.
-        steps: Euler steps.
-        shift: of the time grid; smaller spends more steps near the noise.
-        guidance: strength of classifier-free guidance; 1 is none.
-        guidance_start: guide only where t >= this (0 = noise, 1 = data).
-        batch_size: images at once.
-        precision: of the networks; the path itself is followed in float32.
-        columns: of the grid.
         device: auto takes a GPU if there is one.
     """
-    at_least_one(count=count, batch_size=batch_size, columns=columns)
-    import numpy as np
+    from openpae import processes
+    from openpae.train.engine import autocast
+
+    run.check()
+    config = sampler.config()
+    with processes.joined(device):
+        models = _Models.load(tokenizer, generator, sampler, device)
+        labels, scheme = run.labels(models.generator.config.num_classes)
+        samples = SampleSet(
+            labels=labels,
+            scheme=scheme,
+            sampler=config,
+            seed=run.seed,
+            batch_size=sampler.batch_size,
+            format=run.format,
+            columns=run.columns,
+            facts=models.facts,
+        )
+        with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
+            draw_samples(out, samples, models.decoder, models.generator, weak=models.weak, progress=progress)
+        if processes.is_first():
+            picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
+            print(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
+
+
+def interpolate(
+    tokenizer: Tokenizer,
+    out: Out,
+    /,
+    sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
+    images: tuple[Path, Path] | None = None,
+    generator: Path | None = None,
+    seeds: tuple[int, int] | None = None,
+    label: int | None = None,
+    frames: int = 9,
+    device: Device = "auto",
+) -> None:
+    """Walk between two images, or between two seeds of a generator; write strip.png and the frames.
+
+    Images are encoded, and the walk goes along the sphere of latents; its ends are their reconstructions.
+    Seeds give the noise at both ends, and every noise between is followed to an image.
+
+    Args:
+        tokenizer: encodes and decodes.
+        out: folder for strip.png and frames/.
+        images: two image files; each is centre-cropped to the tokenizer's size.
+        generator: with seeds and label: a generator folder or a run folder of pae train-generator.
+        seeds: two seeds; the ends are sample 0 of each.
+        label: class of the generated images.
+        frames: pictures of the walk, the two ends counted.
+        device: auto takes a GPU if there is one.
+    """
+    from openpae.report import image_grid, to_image
+    from openpae.storage import whole_file, whole_folder
+
+    generated = (generator, seeds, label)
+    if (images is None) == (None in generated) or (
+        images is not None and any(x is not None for x in generated)
+    ):
+        raise ValueError(
+            "interpolate needs either --images FIRST LAST, or --generator FOLDER --seeds FIRST LAST --label "
+            "CLASS"
+        )
+    if images is not None:
+        walk = _walk_of_images(tokenizer, images, sampler, frames, device)
+    else:
+        walk = _walk_of_seeds(tokenizer, generator, seeds, label, sampler, frames, device)  # type: ignore[arg-type]
+    with whole_folder(out / "frames") as partial:
+        for number, pixels in enumerate(walk):
+            to_image(pixels).save(partial / f"{number:03d}.png")
+    with whole_file(out / "strip.png") as file:
+        image_grid(walk, columns=frames).save(file, format="PNG")
+    print(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
+
+
+def search_guidance(
+    tokenizer: Tokenizer,
+    generator: Generator,
+    reference: Reference,
+    out: Out,
+    /,
+    search: tyro.conf.OmitArgPrefixes[SearchConfig],
+    sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
+    extractor: ExtractorName = "vgg16",
+    extractor_weights: Path | None = None,
+    device: Device = "auto",
+) -> None:
+    """Tune scale and interval of guidance on the Frechet distance, and write search.json and best.yaml.
+
+    pae sample --preset OUT/best.yaml draws with the best. A distance to the same reference is biased from
+    then on, and the records say so. The same command goes on where it was interrupted; torchrun splits the
+    work.
+
+    Args:
+        tokenizer: decodes the latents; the one that the generator was trained with.
+        generator: a generator folder or a run folder of pae train-generator.
+        reference: real images (a folder, or packed images), an npz of the ADM layout, or a file of pae
+            evaluate --save-reference.
+        out: folder for the record and the best sampler.
+        extractor: features of the distance; distances of two extractors do not compare.
+        extractor_weights: inception: its weights file; dinov2: a local folder.
+        device: auto takes a GPU if there is one.
+    """
     import torch
 
-    from openpae.checkpoint import check_pair, load_generator, load_tokenizer
-    from openpae.eval.reconstruction import quantize
-    from openpae.report import image_grid
-    from openpae.sampling import SamplerConfig, balanced_labels, evaluations, sample_images
-    from openpae.storage import whole_file, write_json
+    from openpae import processes
+    from openpae.eval.extractors import load_extractor
+    from openpae.eval.reference import open_reference
+    from openpae.search import Judge
+    from openpae.search import search_guidance as run_search
     from openpae.train.engine import autocast
-    from openpae.train.settings import pick_device
 
-    facts = check_pair(tokenizer, generator)
-    where = pick_device(device)
-    config = SamplerConfig(steps=steps, shift=shift, guidance=guidance, guidance_start=guidance_start)
-    decoder, model = (
-        load_tokenizer(tokenizer, decode_only=True).to(where),
-        load_generator(generator).to(where),
+    with processes.joined(device):
+        models = _Models.load(tokenizer, generator, sampler, device)
+        features = load_extractor(extractor, extractor_weights)
+        if isinstance(features, torch.nn.Module):
+            features = features.to(models.device)
+        judge = Judge(
+            models.decoder,
+            models.generator,
+            sampler.config(),
+            extractor=features,
+            reference=open_reference(reference, features, size=models.decoder.config.image_shape),
+            search=search,
+            num_classes=models.generator.config.num_classes,
+            batch_size=sampler.batch_size,
+            weak=models.weak,
+        )
+        tell = print if processes.is_first() else None
+        with autocast(models.device, sampler.precision):
+            record = run_search(out, judge, facts=models.facts, tell=tell)
+        if tell is not None:
+            best = record["best"]
+            print(
+                f"best: guidance {best['guidance']:g} from {best['guidance_start']:g} to "
+                f"{best['guidance_end']:g}, kept in {out / 'best.yaml'}; {record['note']}"
+            )
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What draws, on its device, and what a record says of it."""
+
+    decoder: PAE
+    generator: GeneratorModel
+    weak: GeneratorModel | None
+    device: torch.device
+    facts: dict[str, Any]
+
+    @classmethod
+    def load(cls, tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> _Models:
+        from openpae.checkpoint import check_pair, load_generator, load_tokenizer
+        from openpae.train.settings import pick_device
+
+        facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
+        if sampler.autoguidance is not None:
+            facts["autoguidance"] = check_pair(tokenizer, sampler.autoguidance)["generator"]
+        where = pick_device(device)
+        models = [load_generator(generator).to(where)]
+        if sampler.autoguidance is not None:
+            models.append(load_generator(sampler.autoguidance).to(where))
+        for model in models if sampler.compile else []:
+            model.compile()
+        return cls(
+            decoder=load_tokenizer(tokenizer, decode_only=True).to(where),
+            generator=models[0],
+            weak=models[1] if len(models) > 1 else None,
+            device=where,
+            facts={**facts, "precision": sampler.precision, "compile": sampler.compile},
+        )
+
+
+def _walk_of_images(
+    folder: Path, images: tuple[Path, Path], sampler: SamplerChoice, frames: int, device: str
+) -> torch.Tensor:
+    from openpae.checkpoint import load_tokenizer
+    from openpae.data.images import center_crop, read_image
+    from openpae.train.settings import pick_device
+    from openpae.walk import walk_images
+
+    if sampler != SamplerChoice():
+        raise ValueError("between two images nothing is sampled: leave the sampler's options out")
+    tokenizer = load_tokenizer(folder).to(pick_device(device))
+    first, last = (
+        torch.from_numpy(center_crop(read_image(path), tokenizer.config.image_shape)).float() / 255
+        for path in images
     )
-    labels = balanced_labels(count, model.config.num_classes)
-    if classes is not None:
-        labels = torch.tensor(classes)[torch.arange(count) % len(classes)]
-    levels: list[torch.Tensor] = []
-    shown: list[torch.Tensor] = []
-    with Progress("sampling", "img") as progress, autocast(where, precision):
-        for images in sample_images(decoder, model, labels, config, seed=seed, batch_size=batch_size):
-            levels.append(quantize(images).permute(0, 2, 3, 1).cpu())
-            if len(shown) * batch_size < 256:  # a picture that can still be looked at
-                shown.append(images.cpu())
-            progress(sum(map(len, levels)), count)
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
-        np.savez(file, torch.cat(levels).numpy(), labels.numpy())
-    image_grid(torch.cat(shown)[:256], columns).save(out / "grid.png")
-    record = {
-        "count": count,
-        "seed": seed,
-        "labels": "class-balanced" if classes is None else list(classes),
-        "solver": "euler",
-        "nfe": evaluations(config),
-        "precision": precision,
-        **configs.to_dict(config),
-        **facts,
-    }
-    write_json(out / "samples.json", record)
-    print(f"{count} samples in {out / 'samples.npz'}, picture in {out / 'grid.png'}")
+    return walk_images(tokenizer, first, last, frames)
+
+
+def _walk_of_seeds(
+    folder: Path,
+    generator: Path,
+    seeds: tuple[int, int],
+    label: int,
+    sampler: SamplerChoice,
+    frames: int,
+    device: str,
+) -> torch.Tensor:
+    from openpae.train.engine import autocast
+    from openpae.walk import walk_seeds
+
+    models = _Models.load(folder, generator, sampler, device)
+    with autocast(models.device, sampler.precision):
+        return walk_seeds(
+            models.decoder,
+            models.generator,
+            sampler.config(),
+            seeds=seeds,
+            label=label,
+            frames=frames,
+            batch_size=sampler.batch_size,
+            weak=models.weak,
+        )
