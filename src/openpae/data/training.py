@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from openpae.data.images import (
     BrokenImage,
@@ -25,7 +29,7 @@ from openpae.data.images import (
     height_width,
     resize_to_cover,
 )
-from openpae.data.order import random_bits, shuffled
+from openpae.data.order import StepBatches, loader, random_bits, shuffled
 from openpae.data.shards import Shards
 
 
@@ -115,6 +119,7 @@ class TrainingImages(Dataset[ImageBatch]):
         self.source, self.size, self.seed = source, height_width(size), seed
         self.augment, self.resize = augment, resize
         self.skip_broken, self.features, self.targets = skip_broken, features, targets
+        self.reading: Tensor | None = None  # shared memory: id of each worker process, and the row it is at
 
     def __getitems__(self, positions: list[int]) -> ImageBatch:
         """The batch of these positions (images seen before each)."""
@@ -146,6 +151,8 @@ class TrainingImages(Dataset[ImageBatch]):
     def _read(self, row: int, bits: int, skipped: list[str]) -> tuple[int, NDArray[np.uint8]]:
         for offset in range(len(self.source)):
             index = (row + offset) % len(self.source)
+            if self.reading is not None and (worker := get_worker_info()) is not None:
+                self.reading[worker.id, 0], self.reading[worker.id, 1] = os.getpid(), index
             try:
                 return index, self._cut(self.source.read(index), bits)
             except BrokenImage as error:
@@ -164,6 +171,35 @@ class TrainingImages(Dataset[ImageBatch]):
         across, down = ((bits >> shift) % 2**20 / 2**20 for shift in (8, 32))
         left, top = int(across * (image.width - width + 1)), int(down * (image.height - height + 1))
         return crop(image, self.size, left, top)
+
+
+def image_batches(
+    images: TrainingImages, sampler: StepBatches, num_workers: int, *, pin: bool
+) -> Iterator[ImageBatch]:
+    """The sampler's batches, read by other processes if wished, as `sound` passes them on.
+
+    Raises:
+        BrokenImage: a file can not be decoded and may not be skipped.
+        ChildProcessError: a process that reads died; the message names the file it was at.
+    """
+    images.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()  # type: ignore[no-untyped-call]
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader(images, sampler, num_workers, pin=pin))
+    if num_workers and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler would raise wherever the loop is when a process dies, in the middle of saving too.
+        # Without it the next batch tells, within five seconds.
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield from sound(batches)
+    except RuntimeError as error:
+        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))):
+            raise
+        dead = [int(pid) for pid in found[1].split(", ")]
+        names = sorted({images.source.name(row) for pid, row in images.reading.tolist() if pid in dead})
+        raise ChildProcessError(
+            f"a process that reads images died at {', '.join(names) or 'its start'}; remove the file if it "
+            "dies there again, lower loop.num_workers if memory ran out, or set it to 0 to see what happens"
+        ) from error
 
 
 def sound(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:

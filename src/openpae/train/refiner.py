@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from openpae.checkpoint import encoder_fingerprint, write_prior
 from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
-from openpae.data.order import StepBatches, loader
-from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, sound
+from openpae.data.order import StepBatches
+from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.encoders import Encoder, EncoderInput, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import Refiner, RefinerConfig
@@ -143,7 +143,7 @@ class RefinerTask:
         """This process's device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
-        return sound(loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda"))
+        return image_batches(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """One update of the refiner."""

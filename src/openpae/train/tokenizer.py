@@ -16,8 +16,8 @@ from openpae.checkpoint import encoder_fingerprint, load_prior, write_tokenizer
 from openpae.critics import load_perceptual
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, open_images
-from openpae.data.order import StepBatches, loader
-from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, sound
+from openpae.data.order import StepBatches
+from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.discriminator import AUGMENT_DRAWS, LatentDenoiser, build_discriminator, diff_augment, frozen
 from openpae.encoders import Encoder, encoder_architecture, load_encoder
 from openpae.eval.records import evaluate_reconstruction, write_evaluation
@@ -136,7 +136,7 @@ class TokenizerTask:
         """This process's device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
-        return sound(loader(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda"))
+        return image_batches(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """Autoencoder, then discriminator; one decode of all latents serves both.
