@@ -108,6 +108,23 @@ def test_a_candidate_that_goes_on_adds_to_its_samples(
     assert fresh((1.0, 0.0, 1.0), 8) == grown  # a resumed search draws in the same steps: equal to the bit
 
 
+def test_half_precision_is_for_drawing_not_for_measuring(
+    judge: Judge, tiny_dit: LightningDiT, extractor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"draws": set(), "measures": set()}
+    measure = extractor.features
+
+    def watched(images: torch.Tensor) -> Any:
+        seen["measures"].add(torch.is_autocast_enabled("cpu"))
+        return measure(images)
+
+    monkeypatch.setattr(extractor, "features", watched)
+    tiny_dit.register_forward_pre_hook(lambda *_: seen["draws"].add(torch.is_autocast_enabled("cpu")))
+    judge.precision = "bf16"
+    judge((2.0, 0.0, 1.0), 8)
+    assert seen == {"draws": {True}, "measures": {False}}
+
+
 def test_the_record_says_what_was_tuned_on(judge: Judge, tmp_path: Path) -> None:
     lines: list[str] = []
     record = search_guidance(tmp_path, judge, facts={"generator": "abc"}, tell=lines.append)

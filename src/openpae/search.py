@@ -30,6 +30,7 @@ from openpae.sampling import (
     sample_batches,
 )
 from openpae.storage import read_json, write_json
+from openpae.train.engine import autocast
 
 Candidate = tuple[float, float, float]
 """guidance, guidance_start, guidance_end."""
@@ -135,6 +136,7 @@ class Judge:
         search: seed, first number of samples and their growth.
         num_classes: K, of class-balanced labels.
         batch_size: samples at once; it changes no distance beyond rounding.
+        precision: of the networks that draw: fp32 or bf16. What measures works in float32.
         weak: guides in place of the null class.
     """
 
@@ -149,11 +151,12 @@ class Judge:
         search: SearchConfig,
         num_classes: int,
         batch_size: int = 32,
+        precision: str = "fp32",
         weak: VelocityModel | None = None,
     ) -> None:
         self.tokenizer, self.generator, self.weak = tokenizer, generator, weak
         self.sampler, self.search = sampler, search
-        self.num_classes, self.batch_size = num_classes, batch_size
+        self.num_classes, self.batch_size, self.precision = num_classes, batch_size, precision
         self.evaluation = Evaluation(extractor, reference, EvaluationConfig())
         self.seen: dict[Candidate, FeatureSet] = {}
 
@@ -175,8 +178,12 @@ class Judge:
         labels = balanced_labels(indices.stop, self.num_classes)
         weak = None if sampler.guidance == 1 else self.weak
         latents = sample_batches(self.generator, labels, sampler, own, seed=self.search.seed, weak=weak)
+        batches = decoded(self.tokenizer, latents)
         fresh = FeatureSet(self.evaluation.samples.extractor)
-        for part, images in zip(own, decoded(self.tokenizer, latents), strict=True):
+        device = next(self.generator.parameters()).device
+        for part in own:
+            with autocast(device, self.precision):
+                images = next(batches)
             fresh.update(images, part)
         fresh.gather()
         self.evaluation.check_size(fresh.image_size)

@@ -303,7 +303,6 @@ def search_guidance(
     from openpae.eval.reference import open_reference
     from openpae.search import Judge
     from openpae.search import search_guidance as run_search
-    from openpae.train.engine import autocast
 
     with processes.joined(device):
         models = _Models.load(tokenizer, generator, sampler, device)
@@ -319,11 +318,11 @@ def search_guidance(
             search=search,
             num_classes=models.generator.config.num_classes,
             batch_size=sampler.batch_size,
+            precision=sampler.precision,
             weak=models.weak,
         )
         tell = print if processes.is_first() else None
-        with autocast(models.device, sampler.precision):
-            record = run_search(out, judge, facts=models.facts, tell=tell)
+        record = run_search(out, judge, facts=models.facts, tell=tell)
         if tell is not None:
             best = record["best"]
             print(
