@@ -45,7 +45,12 @@ STUDIES = sorted(
 SETUPS = sorted((configs.PRESETS / "study" / "setup").glob("*.yaml"))
 QUICK = [
     *("refiner.loop.steps=2", "tokenizer.loop.steps=2", "generator.loop.steps=4"),
-    *("generator.loop.save_every=2", "measure.metrics.count=8", "judge.samples=4"),
+    *(
+        "generator.loop.save_every=2",
+        "generator.loop.keep_every=2",
+        "measure.metrics.count=8",
+        "judge.samples=4",
+    ),
 ]
 
 
@@ -162,7 +167,7 @@ def kinds(plan: Plan) -> dict[str, int]:
 def test_what_is_shared_is_planned_once(data: StudyData, tmp_path: Path) -> None:
     """Three rows, two seeds: images, features, refiner and raw targets once; the rest for each of the six."""
     plan = planned(data, tmp_path)
-    once = {"pack": 1, "features": 1, "refiner": 1, "raw-targets": 1}
+    once = {"pack": 1, "features": 1, "refiner": 1, "raw-targets": 1, "reference": 1}
     assert kinds(plan) == once | {"tokenizer": 6, "measure": 6, "latents": 6, "generator": 6, "judge": 12}
     none = next(cell for cell in plan.cells if cell.row == "none")
     assert "prior" not in dict(plan.stages[none.tokenizer].inputs)  # nothing in it looks at targets
@@ -177,7 +182,7 @@ def test_a_stage_is_named_by_what_it_is_made_of(data: StudyData, tmp_path: Path)
     moved = dataclasses.replace(data, images=tmp_path / "copy", held_out=tmp_path / "copy")
     assert planned(moved, tmp_path / "elsewhere").stages.keys() == plan.stages.keys()
     changed = planned(data, tmp_path, changes=["tokenizer.optim.lr=0.002"]).stages
-    same = {"pack", "features", "refiner", "raw-targets"}
+    same = {"pack", "features", "refiner", "raw-targets", "reference"}
     assert {plan.stages[name].kind for name in plan.stages.keys() & changed.keys()} == same
     workers = planned(data, tmp_path, changes=["tokenizer.loop.num_workers=1"]).stages
     assert workers.keys() == plan.stages.keys()
@@ -200,15 +205,17 @@ def test_features_without_mirror_images_do_not_give_their_latents(data: StudyDat
         assert all(("features" in dict(stage.inputs)) == served for stage in latents)
 
 
-def test_snapshots_are_the_checkpoints_that_the_loop_keeps() -> None:
+def test_snapshots_are_the_checkpoints_that_the_loop_keeps_for_good(data: StudyData, tmp_path: Path) -> None:
     run = configs.load(GeneratorRun, "generator/tiny")
     for steps, every, keep, expected in (
-        (20, 5, 9, [5, 10, 15, 20]),
-        (20, 8, 9, [8, 16, 20]),
-        (20, 5, 2, [15, 20]),
+        (20, 5, 5, [5, 10, 15, 20]),
+        (20, 4, 8, [8, 16, 20]),
+        (20, 5, 0, [20]),
     ):
-        loop = dataclasses.replace(run.loop, steps=steps, save_every=every, keep_last=keep)
+        loop = dataclasses.replace(run.loop, steps=steps, save_every=every, keep_every=keep)
         assert snapshots(dataclasses.replace(run, loop=loop)) == expected
+    with pytest.raises(ValueError, match=r"none: judge\.curve needs checkpoints on the way"):
+        planned(data, tmp_path, changes=["generator.loop.keep_every=0"])
 
 
 # Statistics

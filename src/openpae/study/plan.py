@@ -27,6 +27,7 @@ from openpae.study.stage import (
     PackSettings,
     Places,
     RawSettings,
+    ReferenceSettings,
     Stage,
     StageKind,
     digits,
@@ -132,10 +133,9 @@ def make_plan(
 
 
 def snapshots(run: GeneratorRun) -> list[int]:
-    """The steps of which a generator's run keeps a checkpoint, if nothing interrupts it."""
-    loop = run.loop
-    steps = sorted({*range(loop.save_every, loop.steps, loop.save_every), loop.steps})
-    return steps[-loop.keep_last :]
+    """The steps of which a generator's run keeps a checkpoint for good, and the last one."""
+    every, last = run.loop.keep_every, run.loop.steps
+    return [*range(every, last, every), last] if every else [last]
 
 
 class _Draft:
@@ -213,8 +213,18 @@ class _Draft:
         what: str,
     ) -> dict[int, str]:
         steps = snapshots(run) if settings.curve else [run.loop.steps]
-        plain = dataclasses.replace(settings, curve=False)  # the same result, whoever asks
-        inputs = {"tokenizer": tokenizer, "generator": generator, "reference": self.reference or train}
+        # The same result, whoever asks; the number of real images is the reference's.
+        plain = dataclasses.replace(settings, curve=False, reference_images=None)
+        reference = self.reference or train
+        if not (reference in self.roots and Path(self.roots[reference]).is_file()):
+            features = ReferenceSettings(
+                extractor=settings.extractor,
+                extractor_weights=settings.extractor_weights,
+                image_size=size,
+                count=settings.reference_images,
+            )
+            reference = self._add("reference", features, {"images": reference}, what)
+        inputs = {"tokenizer": tokenizer, "generator": generator, "reference": reference}
         return {
             step: self._add("judge", JudgeStage(settings=plain, step=step, image_size=size), inputs, what)
             for step in steps
@@ -322,6 +332,11 @@ def _check_fit(at: str, row: StudyRow, parts: Resolved) -> None:
     refiner, tokenizer, generator = parts.refiner, parts.tokenizer, parts.generator
     if tokenizer.model.image_width is not None:
         raise ValueError(f"{at}: studies take square images; leave tokenizer.model.image_width out")
+    if row.generate and parts.judge.curve and len(snapshots(generator)) == 1:
+        raise ValueError(
+            f"{at}: judge.curve needs checkpoints on the way; set generator.loop.keep_every below "
+            f"{generator.loop.steps} steps"
+        )
     if row.tokenizer_from is not None:
         return
     pairs: dict[str, tuple[object, object, str]] = {}

@@ -20,6 +20,7 @@ from openpae.study.stage import (
     MeasureStage,
     PackSettings,
     RawSettings,
+    ReferenceSettings,
     Stage,
     facts,
 )
@@ -174,9 +175,9 @@ class _Rehearsal:
                 settings, settings=dataclasses.replace(whole, metrics=metrics, label_count=labels)
             )
         if isinstance(settings, JudgeStage):
-            judge = dataclasses.replace(settings.settings, samples=units, reference_images=_IMAGES[1])
+            judge = dataclasses.replace(settings.settings, samples=units)
             return dataclasses.replace(settings, settings=judge, step=_STEPS[1])
-        if isinstance(settings, LatentSettings | RawSettings):
+        if isinstance(settings, LatentSettings | RawSettings | ReferenceSettings):
             return dataclasses.replace(settings, count=units)
         return settings
 
@@ -188,8 +189,8 @@ class _Rehearsal:
             return settings.settings.metrics.count
         if isinstance(settings, JudgeStage):
             return settings.settings.samples
-        if isinstance(settings, RawSettings):
-            return min(settings.count, self._images(stage))
+        if isinstance(settings, RawSettings | ReferenceSettings):
+            return min(settings.count or self._images(stage), self._images(stage))
         return self._images(stage)
 
     def _images(self, stage: Stage) -> int:

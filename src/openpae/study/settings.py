@@ -82,7 +82,8 @@ class JudgeSettings:
     samples: int = 50_000
     """Class-balanced samples, with the same noise for every generator."""
     curve: bool = False
-    """Judge every checkpoint that the generator's loop keeps, for the curve over steps, not only the last."""
+    """Judge every checkpoint that the generator's loop keeps for good (loop.keep_every), for the curve over
+    steps, and not only the last."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How they are drawn."""
     extractor: ExtractorName = "vgg16"

@@ -12,8 +12,8 @@ from openpae.critics import LPIPS, PerceptualNet, load_perceptual
 from openpae.data.images import open_images
 from openpae.data.label_maps import Segmented, read_segmented
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
-from openpae.eval.measure import MeasureConfig, chosen_rows, spread
-from openpae.eval.reference import FeatureSet, Reference, features_of, read_reference, reference_of
+from openpae.eval.measure import MeasureConfig, chosen_rows
+from openpae.eval.reference import FeatureSet, Reference, features_of, read_reference
 from openpae.eval.streams import real_images
 
 
@@ -54,18 +54,6 @@ def measured_features(
 
 
 @functools.cache
-def reference(
-    path: Path,
-    count: int | None,
-    size: int,
-    name: ExtractorName,
-    weights: Path | None,
-    device: torch.device,
-) -> Reference:
-    """What samples are compared with: an npz file, or `count` images of a source, evenly spread."""
-    judge = extractor(name, weights, device)
-    if path.is_file():
-        return read_reference(path, judge)
-    source = open_images(path)
-    stream = real_images(source, size, rows=None if count is None else spread(len(source), count))
-    return reference_of(features_of(stream, judge), stream.name, stream.preprocessing)
+def reference(file: Path, name: ExtractorName, weights: Path | None, device: torch.device) -> Reference:
+    """What samples are compared with, from an npz file."""
+    return read_reference(file, extractor(name, weights, device))

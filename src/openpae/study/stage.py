@@ -10,10 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from openpae.eval.extractors import ExtractorName
 from openpae.study.settings import JudgeSettings, MeasureSettings
 
 StageKind = Literal[
-    "pack", "features", "refiner", "raw-targets", "tokenizer", "measure", "latents", "generator", "judge"
+    "pack",
+    "features",
+    "refiner",
+    "raw-targets",
+    "tokenizer",
+    "measure",
+    "latents",
+    "generator",
+    "reference",
+    "judge",
 ]
 
 
@@ -68,6 +78,17 @@ class LatentSettings:
     count: int | None = None
     """The first so many images; None takes all."""
     batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSettings:
+    """What samples are compared with: real images in the features of an extractor."""
+
+    extractor: ExtractorName
+    extractor_weights: Path | None
+    image_size: int
+    count: int | None
+    """So many of the images, evenly spread; None takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,10 @@ from openpae.data.images import ImageSource, PackedImages, Subset, open_images, 
 from openpae.data.shards import Shards
 from openpae.encoders import EncoderInput, load_encoder
 from openpae.eval.adapters import LatentSpace, open_tokenizer
-from openpae.eval.measure import measure_tokenizer
+from openpae.eval.measure import measure_tokenizer, spread
 from openpae.eval.records import evaluate_samples
-from openpae.eval.streams import Batch, drawn_images
+from openpae.eval.reference import features_of, reference_of, save_reference
+from openpae.eval.streams import Batch, drawn_images, real_images
 from openpae.report import image_grid
 from openpae.sampling import balanced_labels
 from openpae.storage import read_json, write_json
@@ -47,6 +48,7 @@ from openpae.study.stage import (
     PackSettings,
     Places,
     RawSettings,
+    ReferenceSettings,
     Stage,
     StageKind,
     facts,
@@ -59,6 +61,9 @@ from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
 Metrics = dict[str, dict[str, Any]]
 """Name -> value and stderr."""
+
+REFERENCE = "reference.npz"
+"""File of a reference in its stage's folder."""
 
 SHOWN = 10
 """Samples that the report shows of a generator."""
@@ -286,6 +291,19 @@ def _generator(stage: Stage, places: Places, quiet: bool) -> Metrics:
     return {}
 
 
+def _reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, settings = _At(stage, places), _settings(stage, ReferenceSettings)
+    source = open_images(at.inputs["images"])
+    rows = None if settings.count is None else spread(len(source), settings.count)
+    stream = real_images(source, settings.image_size, rows=rows)
+    judge = shared.extractor(settings.extractor, settings.extractor_weights, pick_device("auto"))
+    at.folder.mkdir(parents=True, exist_ok=True)
+    save_reference(
+        reference_of(features_of(stream, judge), stream.name, stream.preprocessing), at.folder / REFERENCE
+    )
+    return {}
+
+
 def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
     at, part = _At(stage, places), _settings(stage, JudgeStage)
     settings, device = part.settings, pick_device("auto")
@@ -308,9 +326,8 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
             yield batch
 
     name, weights = settings.extractor, settings.extractor_weights
-    reference = shared.reference(
-        at.inputs["reference"], settings.reference_images, part.image_size, name, weights, device
-    )
+    known = at.inputs["reference"]
+    reference = shared.reference(known if known.is_file() else known / REFERENCE, name, weights, device)
     record = evaluate_samples(
         dataclasses.replace(stream, batches=batches),
         reference,
@@ -337,6 +354,7 @@ _WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
     "measure": _measure,
     "latents": _latents,
     "generator": _generator,
+    "reference": _reference,
     "judge": _judge,
 }
 
