@@ -5,8 +5,13 @@ One group of processes is started for all that a number of processes has to show
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +21,23 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 
-from openpae.data.images import PackedImages
+from openpae import config as configs
+from openpae import processes
+from openpae.data.caches import cache_latents
+from openpae.data.images import BrokenImage, PackedImages
 from openpae.data.shards import Shards
 from openpae.data.training import ImageData
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
-from openpae.folders import checkpoint_path, read_model
+from openpae.folders import checkpoint_path, checkpoint_steps, read_model
 from openpae.tokenizer import PAEConfig
 from openpae.train.engine import fit, open_run
 from openpae.train.generator import GeneratorRun, GeneratorTask
 from openpae.train.journal import read_log
+from openpae.train.objective import TokenizerLoss
 from openpae.train.settings import LoopConfig, OptimConfig
-from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask
+from openpae.train.task import Draws, Update
+from openpae.train.tokenizer import TokenizerRun, TokenizerTask
 
 STEPS = 20
 OPTIM = OptimConfig(lr=3e-4, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)
@@ -116,6 +126,106 @@ def trained(run: Run, run_dir: Path) -> dict[str, Any]:
     return {"rows": rows, "gradients": gradients, "metrics": metrics}
 
 
+def with_loop(run: Run, **changes: Any) -> Run:
+    return replace(run, loop=replace(run.loop, **changes))
+
+
+def helpers() -> dict[str, Any]:
+    """What the small functions of `processes` give to this one of two processes."""
+    rank = processes.rank()
+    ballot = processes.Ballot()
+    ones = [ballot(5 * rank if step == 1 else 0) for step in range(4)]
+    return {
+        "share": processes.share(rank + 7),
+        "gather": processes.gather(rank),
+        "from_first": processes.from_first(lambda: rank + 3),
+        "error of the first": error_of(lambda: processes.from_first(lambda: 1 // rank)),
+        "error of the second": error_of(lambda: fail_in(1)),
+        "no error": error_of(lambda: fail_in(2)),
+        "any_of": [processes.any_of(rank == 1), processes.any_of(False)],
+        "mean_of": processes.mean_of(torch.tensor([1.0, 2.0]) * rank).tolist(),
+        "largest_of": processes.largest_of(torch.tensor([1.0, -2.0]) * rank).tolist(),
+        "norm_of": processes.norm_of(torch.tensor(3.0 + rank)).item(),
+        "ballot": [*ones, ballot.close()],
+        "own_rows": list(processes.own_rows(5)),
+    }
+
+
+def error_of(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def fail_in(rank: int) -> None:
+    with processes.failing_together():
+        if processes.rank() == rank:
+            raise ValueError(f"in {rank}")
+
+
+def cached(run: TokenizerRun, folder: Path, broken: bool = False) -> Any:
+    """Latents of the training images, in five shards; the names of two of them where one can not be read."""
+    source = PackedImages(run.data.images)
+
+    def encode(images: Tensor) -> Tensor:
+        if broken and processes.rank() == 1:
+            raise BrokenImage("second process")
+        return images[:, :, ::8, ::8] - 0.5
+
+    def write() -> Shards:
+        return cache_latents(
+            encode, source, folder, image_size=32, latent_shape=(3, 4, 4), tokenizer_print="0", batch_size=2,
+            per_shard=2,
+        )  # fmt: skip
+
+    if broken:
+        return error_of(write), sorted(path.name for path in folder.glob("*.npy"))
+    return write().fingerprint()
+
+
+def poisoned(run: GeneratorRun, run_dir: Path) -> dict[str, Any]:
+    """Train on a loss that is nan in the second process alone, at step 3 and for the data of step 3."""
+    task = GeneratorTask(run)
+    updates = task.updates
+
+    def spoilt(batch: Any, draws: Draws, step: int) -> Iterator[Update]:
+        bad = draws.step == 3 and draws.rows.start == 1
+        for update in updates(batch, draws, step):
+            yield replace(update, loss=update.loss * torch.nan) if bad else update
+
+    task.updates = spoilt  # type: ignore[method-assign]
+    open_run(run_dir, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        error = error_of(lambda: fit(task, run_dir, run.optim, run.loop, quiet=True))
+    return {"error": error, "weights": {n: p.detach().clone() for n, p in task.model.named_parameters()}}
+
+
+def told_to_stop(run: GeneratorRun, run_dir: Path) -> str:
+    """Train until the second process gets SIGTERM in step 4."""
+    task = GeneratorTask(run)
+    updates = task.updates
+
+    def interrupted(batch: Any, draws: Draws, step: int) -> Iterator[Update]:
+        if step == 4 and processes.rank() == 1 and draws.rows.start == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return updates(batch, draws, step)
+
+    task.updates = interrupted  # type: ignore[method-assign]
+    open_run(run_dir, run)
+    return error_of(lambda: fit(task, run_dir, run.optim, run.loop, quiet=True))
+
+
+def started_unequal(run: GeneratorRun) -> str:
+    return error_of(lambda: GeneratorTask(with_loop(run, seed=processes.rank())))  # type: ignore[arg-type]
+
+
+def refused(run: GeneratorRun) -> str:
+    return error_of(lambda: GeneratorTask(run))
+
+
 def work(rank: int, world: int, folder: Path, jobs: Mapping[str, Job]) -> None:
     """One of the processes: every job, its findings in a file of its own."""
     torch.set_num_threads(1)
@@ -148,9 +258,20 @@ def alone(runs: Mapping[str, Run], home: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> dict[str, list[Any]]:
     """Each stage by two processes in both ways, and a checkpoint of one process gone on with by two."""
-    jobs = {name: (trained, run, home / f"{name}-2") for name, run in runs.items()}
+    jobs: dict[str, Job] = {name: (trained, run, home / f"{name}-2") for name, run in runs.items()}
     halfway(home / "generator", home / "one-two")
-    return together(2, home / "two", {**jobs, "one-two": (trained, runs["generator-fsdp"], home / "one-two")})
+    jobs["one-two"] = (trained, runs["generator-fsdp"], home / "one-two")
+    jobs["helpers"] = (helpers,)
+    jobs["caches"] = (cached, runs["tokenizer-ddp"], home / "caches")
+    jobs["broken"] = (cached, runs["tokenizer-ddp"], home / "broken", True)
+    for policy in ("stop", "skip", "rollback"):
+        run = with_loop(runs["generator-ddp"], steps=6, save_every=2, on_nonfinite=policy)
+        jobs[policy] = (poisoned, run, home / policy)
+    jobs["signal"] = (told_to_stop, with_loop(runs["generator-fsdp"], save_every=STEPS), home / "signal")
+    jobs["unequal"] = (started_unequal, runs["generator-ddp"])
+    jobs["uneven"] = (refused, with_loop(runs["generator-ddp"], global_batch_size=5, device_batch_size=None))
+    jobs["bf16"] = (trained, with_loop(runs["tokenizer-fsdp"], steps=3, precision="bf16"), home / "bf16")
+    return together(2, home / "two", jobs)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +373,100 @@ def test_two_processes_go_on_with_a_checkpoint_of_one(two: Mapping[str, Any], ho
     check_goes_on(home / "one-two", home / "generator")
     assert (checkpoint_path(home / "one-two", STEPS // 2) / "state.pt").is_file()
     assert (checkpoint_path(home / "one-two", STEPS) / "state").is_dir()
+
+
+# What processes do together
+
+
+def test_processes_agree(two: Mapping[str, list[Any]]) -> None:
+    first, second = two["helpers"]
+    assert first["own_rows"] == [0, 2, 4]
+    assert second["own_rows"] == [1, 3]
+    for found in (first, second):
+        assert found["share"] == 7
+        assert found["gather"] == [0, 1]
+        assert found["from_first"] == 3
+        assert found["error of the first"] == "ZeroDivisionError: integer division or modulo by zero"
+        assert found["error of the second"] == "ValueError: in 1"
+        assert found["no error"] == ""
+        assert found["any_of"] == [True, False]
+        assert found["mean_of"] == [0.5, 1.0]
+        assert found["largest_of"] == [1.0, 0.0]
+        assert found["norm_of"] == pytest.approx(5.0)
+        assert found["ballot"] == [0, 0, 5, 0, 0]  # one call later
+
+
+def test_latents_cached_by_two_processes_are_those_of_one(
+    runs: Mapping[str, Run], two: Mapping[str, list[Any]], home: Path, tmp_path: Path
+) -> None:
+    expected = cached(runs["tokenizer-ddp"], tmp_path / "alone")  # type: ignore[arg-type]
+    assert two["caches"] == [expected, expected]
+    assert not list((home / "caches").glob(".*"))
+
+
+def test_a_process_that_can_not_cache_its_share_stops_all_when_they_are_done(
+    two: Mapping[str, list[Any]],
+) -> None:
+    message = "BrokenImage: second process"
+    assert two["broken"] == [(message, ["00000.npy", "00002.npy", "00004.npy"])] * 2
+
+
+def test_what_is_not_finite_in_one_process_stops_all_at_the_same_step(
+    two: Mapping[str, list[Any]], home: Path
+) -> None:
+    first, second = two["stop"]
+    assert first["error"] == second["error"]
+    assert first["error"].startswith("NotFinite: training is not finite at step 3: generator/loss = nan")
+    assert "first seen when computed again: the term loss" in first["error"]
+    assert checkpoint_steps(home / "stop") == [2]
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_processes_leave_out_the_same_step(two: Mapping[str, list[Any]], home: Path, policy: str) -> None:
+    first, second = two[policy]
+    assert first["error"] == second["error"] == ""
+    assert checkpoint_steps(home / policy) == [4, 6]
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+        assert value.isfinite().all()
+    counts = [line.get("generator/skipped_steps") for line in read_log(home / policy)]
+    assert counts == ([0, 0, 0, 1, 0, 0, None] if policy == "skip" else [None] * 7)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    two: Mapping[str, list[Any]], home: Path
+) -> None:
+    """Agreed on without waiting, so one step later; a checkpoint is there."""
+    assert two["signal"] == ["Stopped: stopped by SIGTERM after step 6; the same command goes on"] * 2
+    assert checkpoint_steps(home / "signal") == [6]
+
+
+def test_processes_must_start_alike_and_share_equally(two: Mapping[str, list[Any]]) -> None:
+    for error in two["unequal"]:
+        assert error.startswith("RuntimeError: the processes must start from the same weights of ")
+    for error in two["uneven"]:
+        assert error.startswith("ValueError: loop.global_batch_size must be a multiple of the number of proc")
+
+
+def test_shards_train_in_bf16(two: Mapping[str, list[Any]], home: Path) -> None:
+    """Weights and their average stay float32; all players of the tokenizer."""
+    weights = read_model(checkpoint_path(home / "bf16", 3))[0]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in weights.values())
+    assert two["bf16"][0]["metrics"] == two["bf16"][1]["metrics"]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_commands(runs: Mapping[str, Run], home: Path, tmp_path: Path) -> None:
+    configs.save(with_loop(runs["generator-fsdp"], steps=3), tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "openpae"]
+    done = subprocess.run(
+        [*command, "train-generator", str(tmp_path / "run.yaml"), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"done: {tmp_path / 'run'}") == 1
+    compare(losses(tmp_path / "run")[:3], losses(home / "generator")[:3])

@@ -76,6 +76,24 @@ def from_first(make: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]  # None only where `make` gives None
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """An error in the block of any process is raised in all, once every process has come to its end.
+
+    For work that each does by itself: none then waits for one that has failed.
+    """
+    if not distributed.is_initialized():
+        yield
+        return
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if failures := [error for error in gather(own) if error is not None]:
+        raise own or failures[0]
+
+
 def any_of(value: bool) -> bool:
     """Whether it holds in any process; all of them wait for the answer."""
     if not distributed.is_initialized():
@@ -140,6 +158,11 @@ class Ballot:
         self._pending = None
         work.wait()
         return int(number)
+
+
+def own_cores() -> int:
+    """How many of this machine's cores are this process's share, where torchrun has started several on it."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def own_rows(count: int) -> range:

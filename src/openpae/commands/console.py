@@ -84,12 +84,15 @@ def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
 
 
 class Progress:
-    """A progress bar as the callable (done, all) that the library takes."""
+    """A progress bar as the callable (done, all) that the library takes; of the first process alone."""
 
     def __init__(self, what: str, unit: str) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=what, unit=unit, disable=None if sys.stderr.isatty() else True, file=sys.stderr)
+        from openpae import processes
+
+        hidden = None if sys.stderr.isatty() and processes.is_first() else True
+        self.bar = tqdm(desc=what, unit=unit, disable=hidden, file=sys.stderr)
 
     def __enter__(self) -> Callable[[int, int], None]:
         return self.update
@@ -103,16 +106,24 @@ class Progress:
         self.bar.close()
 
 
+def tell(text: str) -> None:
+    """Print, where this is the first process."""
+    from openpae import processes
+
+    if processes.is_first():
+        print(text)
+
+
 def tell_run(run_dir: Path, metrics: dict[str, float]) -> None:
     """Say that a run is done, and its last metrics."""
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    print(f"done: {run_dir}" + (f" ({shown})" if shown else ""))
+    tell(f"done: {run_dir}" + (f" ({shown})" if shown else ""))
 
 
 def tell_skipped(names: Sequence[str]) -> None:
     """Name the files that were left out."""
     if names:
-        print(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+        tell(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
 def at_least_one(**numbers: int | None) -> None:

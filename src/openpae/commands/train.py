@@ -15,6 +15,7 @@ from openpae.commands.console import (
     at_least_one,
     run_of,
     take_option,
+    tell,
     tell_run,
     tell_skipped,
 )
@@ -22,22 +23,24 @@ from openpae.commands.console import (
 
 def train_tokenizer(argv: Sequence[str]) -> None:
     """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
+    from openpae import processes
     from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
     run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
-    with Progress("VFM features", "img") as progress:
+    with processes.joined(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_tokenizer(run, run_dir, progress=progress)
-    tell_run(run_dir, metrics)
+        tell_run(run_dir, metrics)
 
 
 def train_refiner(argv: Sequence[str]) -> None:
     """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
+    from openpae import processes
     from openpae.train.refiner import RefinerRun, train_refiner
 
     run, run_dir = run_of(RefinerRun, argv, "train-refiner")
-    with Progress("VFM features", "img") as progress:
+    with processes.joined(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_refiner(run, run_dir, progress=progress)
-    tell_run(run_dir, metrics)
+        tell_run(run_dir, metrics)
 
 
 def train_generator(argv: Sequence[str]) -> None:
@@ -47,6 +50,7 @@ def train_generator(argv: Sequence[str]) -> None:
     """
     import dataclasses
 
+    from openpae import processes
     from openpae.dit import size_fields
     from openpae.train.generator import GeneratorRun, train_generator
 
@@ -57,7 +61,8 @@ def train_generator(argv: Sequence[str]) -> None:
         return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
 
     run, run_dir = run_of(GeneratorRun, argv, "train-generator", sized)
-    tell_run(run_dir, train_generator(run, run_dir))
+    with processes.joined(run.loop.device):
+        tell_run(run_dir, train_generator(run, run_dir))
 
 
 def cache_latents(
@@ -82,36 +87,37 @@ def cache_latents(
         skip_broken: leave out files that can not be decoded, and name them.
     """
     at_least_one(batch_size=batch_size)
-    from openpae import checkpoint
+    from openpae import checkpoint, processes
     from openpae.data import caches
     from openpae.data.images import open_images
     from openpae.folders import identity_of
     from openpae.train.engine import autocast
     from openpae.train.settings import pick_device
 
-    where = pick_device(device)
-    model = checkpoint.load_tokenizer(tokenizer).to(where)
+    with processes.joined(device):
+        where = pick_device(device)
+        model = checkpoint.load_tokenizer(tokenizer).to(where)
 
-    def encode(x: Any) -> Any:
-        with autocast(where, precision):
-            return model.encode(x)
+        def encode(x: Any) -> Any:
+            with autocast(where, precision):
+                return model.encode(x)
 
-    with Progress("encoding", "img") as progress:
-        shards = caches.cache_latents(
-            encode,
-            open_images(images),
-            out,
-            image_size=model.config.image_shape,
-            latent_shape=model.config.latent_shape,
-            tokenizer_print=identity_of(tokenizer).fingerprint,
-            precision=precision,
-            batch_size=batch_size,
-            device=where,
-            skip_broken=skip_broken,
-            progress=progress,
-        )
-    print(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
-    tell_skipped(shards.index["skipped"])
+        with Progress("encoding", "img") as progress:
+            shards = caches.cache_latents(
+                encode,
+                open_images(images),
+                out,
+                image_size=model.config.image_shape,
+                latent_shape=model.config.latent_shape,
+                tokenizer_print=identity_of(tokenizer).fingerprint,
+                precision=precision,
+                batch_size=batch_size,
+                device=where,
+                skip_broken=skip_broken,
+                progress=progress,
+            )
+        tell(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
+        tell_skipped(shards.index["skipped"])
 
 
 def fit_targets(

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, plain_size
+from openpae import processes
+from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, in_order, plain_size
 from openpae.data.shards import TYPES, Layout, Part, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
@@ -61,9 +62,7 @@ def cache_latents(
     attributes = {"tokenizer": tokenizer_print, "image_size": plain_size(image_size), "precision": precision}
     shape = (2 if flips else 1, *latent_shape)
     layout = _layout("latents", "bfloat16", shape, source, batch_size, per_shard, attributes)
-    return _fill(
-        ShardWriter(folder, layout), encode, source, image_size, batch_size, skip_broken, device, progress
-    )
+    return _fill(folder, layout, encode, source, image_size, batch_size, skip_broken, device, progress)
 
 
 def cache_features(
@@ -105,9 +104,7 @@ def cache_features(
     layout = _layout(
         "features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes
     )
-    return _fill(
-        ShardWriter(folder, layout), features, source, image_size, batch_size, False, device, progress
-    )
+    return _fill(folder, layout, features, source, image_size, batch_size, False, device, progress)
 
 
 @torch.no_grad()
@@ -160,7 +157,6 @@ def cache_latents_of_features(
     layout = _layout(
         "latents", "bfloat16", (versions, *latent_shape), source, batch_size, per_shard, attributes
     )
-    writer = ShardWriter(folder, layout)
 
     def parts(span: range) -> Iterator[Part]:
         for start in range(span.start, span.stop, batch_size):
@@ -172,9 +168,7 @@ def cache_latents_of_features(
             ]
             yield Part(rows=torch.stack(latents, dim=1), labels=source.labels[rows].tolist())
 
-    for shard in writer.missing():
-        writer.write_parts(shard, parts(layout.span(shard)))
-    return writer.finish()
+    return _write_shards(folder, layout, parts)
 
 
 @torch.no_grad()
@@ -213,7 +207,6 @@ def cache_targets(
         per_shard=per_shard,
         attributes={**features.attributes, "prior": prior_print},
     )
-    writer = ShardWriter(folder, layout)
 
     def parts(span: range) -> Iterator[Part]:
         rows = np.arange(span.start, span.stop)
@@ -222,9 +215,7 @@ def cache_targets(
             targets = prior(flat).to(torch.float16).cpu().view(len(part), *layout.shape)
             yield Part(rows=targets, labels=features.labels[part].tolist())
 
-    for shard in writer.missing():
-        writer.write_parts(shard, parts(layout.span(shard)))
-    return writer.finish()
+    return _write_shards(folder, layout, parts)
 
 
 def _layout(
@@ -247,7 +238,8 @@ def _layout(
 
 
 def _fill(
-    writer: ShardWriter,
+    folder: Path,
+    layout: Layout,
     function: Callable[[Tensor], Tensor],
     source: ImageSource,
     size: Size,
@@ -256,27 +248,33 @@ def _fill(
     device: torch.device | str,
     progress: Progress | None,
 ) -> Shards:
-    """Run images (and mirror images) through a network, shard by shard; the next batch is decoded
-    meanwhile."""
-    layout = writer.layout
+    """Run images (and mirror images) through a network; the next batches are decoded meanwhile."""
 
-    def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
-        starts = range(span.start, span.stop, batch_size)
-        batches = [range(start, min(start + batch_size, span.stop)) for start in starts]
-        pending = pool.submit(decode_batch, source, batches[0], size, skip_broken)
-        for number, batch in enumerate(batches):
-            images, kept, broken = pending.result()
-            if number + 1 < len(batches):
-                pending = pool.submit(decode_batch, source, batches[number + 1], size, skip_broken)
+    def read(batch: range) -> tuple[Tensor, list[int], list[str]]:
+        return decode_batch(source, batch, size, skip_broken)
+
+    def parts(span: range) -> Iterator[Part]:
+        batches = [span[start : start + batch_size] for start in range(0, len(span), batch_size)]
+        decoded = in_order(pool, read, batches, ahead=threads + 1)
+        for batch, (images, kept, broken) in zip(batches, decoded, strict=True):
             rows = _both_ways(function, images.to(device), layout) if kept else torch.empty(0, *layout.shape)
             yield Part(rows=rows, labels=source.labels[kept].tolist(), skipped=broken)
             if progress:
                 progress(batch.stop, layout.sources)
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for shard in writer.missing():
-            writer.write_parts(shard, parts(layout.span(shard), pool))
-    return writer.finish()
+    threads = processes.own_cores()
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        return _write_shards(folder, layout, parts)
+
+
+def _write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterator[Part]]) -> Shards:
+    """Write what is missing, each process every so manieth shard; the first makes and closes the folder."""
+    writer = processes.from_first(lambda: ShardWriter(folder, layout))
+    missing = processes.share(writer.missing())
+    with processes.failing_together():
+        for number in processes.own_rows(len(missing)):
+            writer.write_parts(missing[number], parts(layout.span(missing[number])))
+    return processes.from_first(writer.finish)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from openpae.data.listing import image_names
 from openpae.data.shards import Layout, Part, Shards, ShardWriter
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, told by content and not by name. Pillow knows more, but its EPS starts Ghostscript."""
@@ -301,7 +302,7 @@ def pack_images(
             return str(error)
 
     def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
-        for index, result in zip(span, _in_order(pool, read, span), strict=True):
+        for index, result in zip(span, in_order(pool, read, span), strict=True):
             if isinstance(result, str):
                 yield Part(rows=torch.empty(0, *layout.shape), labels=[], skipped=[result])
             else:
@@ -316,15 +317,15 @@ def pack_images(
     return PackedImages(folder)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[int], R], numbers: range, ahead: int = 64
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int = 64
 ) -> Iterator[R]:
     """As pool.map, but never more than `ahead` results wait: a shard of decoded images may not fit memory."""
-    todo = iter(numbers)
-    pending: deque[Future[R]] = deque(pool.submit(function, number) for number in islice(todo, ahead))
+    todo = iter(items)
+    pending: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(todo, ahead))
     while pending:
         yield pending.popleft().result()
-        pending.extend(pool.submit(function, number) for number in islice(todo, 1))
+        pending.extend(pool.submit(function, item) for item in islice(todo, 1))
 
 
 def decode_batch(

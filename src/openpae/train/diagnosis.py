@@ -18,23 +18,27 @@ class Findings:
     """What was found, in order: forward passes in theirs, gradients in the backward pass's."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.looks = 0
+        self.found: list[tuple[int, str]] = []
 
     def look(self, value: Any, what: str) -> None:
         """Note a tensor, or a tensor in a list or tuple of them, that is not finite."""
+        self.looks += 1
         if isinstance(value, Tensor):
             here = value.to_local() if isinstance(value, DTensor) else value
             if here.is_floating_point() and not here.is_meta and not here.isfinite().all():
                 kind = "nan" if here.isnan().any() else "infinite"
-                self.found.append(f"{what}, {tuple(value.shape)}, has {kind} values")
+                self.found.append((self.looks, f"{what}, {tuple(value.shape)}, has {kind} values"))
         elif isinstance(value, list | tuple):
             for number, item in enumerate(value):
                 self.look(item, f"{what}[{number}]" if len(value) > 1 else what)
 
     def first(self) -> str:
-        """The first finding of any process, or that there is none."""
+        """The first finding of all processes, which look at the same things in the same order."""
         heads = [found[0] for found in processes.gather(self.found[:1]) if found]
-        return f"first seen when computed again: {heads[0]}" if heads else "computed again, all is finite"
+        return (
+            f"first seen when computed again: {min(heads)[1]}" if heads else "computed again, all is finite"
+        )
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -49,7 +48,7 @@ def distribute(
             f"fingerprints {', '.join(sorted(set(prints)))}; install the same packages on all machines"
         )
     if loop.parallel == "fsdp" and not small:
-        return _into_shards(module, loop)
+        return _into_shards(module)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # 2.9 knows no other
         return DistributedDataParallel(
@@ -110,18 +109,13 @@ def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
         _give_away(module)
 
 
-def _into_shards(module: nn.Module, loop: LoopConfig) -> nn.Module:
+def _into_shards(module: nn.Module) -> nn.Module:
     frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     device = next(module.parameters()).device
     shards = copy.deepcopy(module, {id(parameter): parameter for parameter in frozen})
-    bf16 = loop.precision == "bf16"
-    # Gathered and multiplied in bfloat16 as autocast would, added up in float32. Inputs are left alone: norms
-    # and losses choose their own precision.
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None,
-        reduce_dtype=torch.float32 if bf16 else None,
-        cast_forward_inputs=False,
-    )
+    # Weights are gathered in float32 and autocast rounds them product by product, as it does for one process:
+    # gathered in bfloat16 they would be half the traffic, but norms would lose their float32 weights.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (processes.world(),))
     # Warns of views among the outputs, which must not be changed in place; nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
