@@ -87,7 +87,7 @@ def _likeness(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str])
     plain = json.loads(json.dumps(settings))
     plain.pop("step", None)
     if "loop" in plain:
-        for name in ("seed", "steps", "save_every", "keep_last", "log_every"):
+        for name in ("seed", "steps", "save_every", "keep_last", "keep_every", "log_every"):
             plain["loop"].pop(name, None)
     # Of the caches the number of images counts, which the input holds.
     images = inputs.get("images") if "loop" not in plain else None
@@ -159,7 +159,9 @@ class _Rehearsal:
         """The settings of a stage at another size."""
         settings = stage.settings
         if isinstance(settings, TRAINING):
-            loop = dataclasses.replace(settings.loop, steps=units, save_every=units, evaluate_every=0, seed=0)
+            loop = dataclasses.replace(
+                settings.loop, steps=units, save_every=units, keep_every=0, evaluate_every=0, seed=0
+            )
             return dataclasses.replace(settings, loop=loop)
         if isinstance(settings, PackSettings):
             every = settings.every * max(1, self._images(stage) // units)
