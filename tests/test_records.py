@@ -13,7 +13,9 @@ from openpae import config as configs
 from openpae.critics import LPIPS, load_perceptual
 from openpae.data.images import PackedImages, Subset
 from openpae.data.shards import Shards
+from openpae.eval.adapters import pae_space
 from openpae.eval.extractors import FeatureExtractor, load_extractor
+from openpae.eval.measure import MeasureConfig, measure_tokenizer
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
 from openpae.eval.reference import Reference, open_reference, save_reference
 from openpae.eval.streams import drawn_images, real_images, tensor_images
@@ -194,6 +196,28 @@ def test_training_a_tokenizer_leaves_a_record(packed: PackedImages, tmp_path: Pa
     record = json.loads((tmp_path / "evaluations" / "step-00000007.json").read_text())
     assert metrics == {name: metric["value"] for name, metric in record["metrics"].items()}
     assert (record["images"], record["step"], record["lpips"]) == (6, 7, "lpips-random")
+
+
+@pytest.mark.filterwarnings("ignore:eRank of 6 images")
+def test_training_a_tokenizer_measures_what_is_asked_for(packed: PackedImages) -> None:
+    run = configs.load(TokenizerRun, "tokenizer/tiny")
+    folder = packed.shards.folder
+    data = dataclasses.replace(run.data, images=folder, evaluation=folder, evaluation_images=6)
+    loss = dataclasses.replace(run.loss, lpips=1.0, lpips_net="random")
+    run = dataclasses.replace(run, data=data, loss=loss, geometry=True, extractor="random")
+    task = TokenizerTask(run)
+    task.model.eval()
+    metrics = task.evaluate(7)
+    assert metrics.keys() == {
+        *("psnr", "ssim", "lpips", "frechet", "frechet_floor", "kid", "precision", "recall"),
+        *("lpc", "gsq", "erank"),
+    }
+    space = pae_space(task.model, "same", "")
+    judged = Subset(packed, [0, 2, 4, 5, 7, 9])
+    config = MeasureConfig(count=6, lpc_count=1)
+    found = measure_tokenizer(space, judged, size=32, lpips=task.lpips, config=config).metrics
+    for name in ("lpc", "gsq", "erank", "psnr"):
+        assert metrics[name] == pytest.approx(found[name].value, rel=1e-4), name
 
 
 def test_training_refuses_to_judge_with_another_tokenizer(

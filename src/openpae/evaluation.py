@@ -121,9 +121,7 @@ def run_evaluation(reference: Path, run: EvaluationRun, device: torch.device) ->
         raise FileNotFoundError(
             f"no reference at {reference}; give a folder of real images, packed images, or an npz file"
         )
-    extractor = load_extractor(run.extractor, run.extractor_weights)
-    if isinstance(extractor, torch.nn.Module):
-        extractor = extractor.to(device)
+    extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
         return _reconstruction(reference, run, run.tokenizer, extractor, device)
     samples = _samples(run, device)

@@ -19,7 +19,7 @@ from openpae.eval.extractors import ExtractorName, load_extractor
 from openpae.eval.fid import frechet_floor
 from openpae.eval.geometry import RADII
 from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, measure_tokenizer, work_of
-from openpae.eval.records import package_versions
+from openpae.eval.records import metric_facts, package_versions
 from openpae.eval.reference import FeatureSet, features_of
 from openpae.eval.streams import real_images
 from openpae.profile_page import profile_page
@@ -142,9 +142,7 @@ def _real_features(
 ) -> FeatureSet | None:
     if run.extractor == "none":
         return None
-    extractor = load_extractor(run.extractor, run.extractor_weights)
-    if isinstance(extractor, torch.nn.Module):
-        extractor = extractor.to(device)
+    extractor = load_extractor(run.extractor, run.extractor_weights, device)
     rows = chosen_rows(source, run.measure.count)
     return features_of(real_images(source, size, rows=rows), extractor, run.measure.batch_size)
 
@@ -218,7 +216,7 @@ def _record(measured: Measured, kind: str, text: str) -> dict[str, Any]:
         "kind": kind,
         "fingerprint": measured.fingerprint,
         "latent_shape": list(measured.latent_shape),
-        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in measured.metrics.items()},
+        "metrics": metric_facts(measured.metrics),
         "undefined": measured.undefined,
         "singular_values": measured.spectrum.tolist(),
     }

@@ -42,7 +42,7 @@ class ImageData:
     evaluation: Path | None = None
     """Held-out images in either form; null evaluates nothing."""
     evaluation_images: int = 500
-    """How many of them, from the first on."""
+    """How many of them, evenly spread."""
     augment: Literal["none", "flip", "crop"] = "crop"
     """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random crop,
     mirrored."""

@@ -30,6 +30,7 @@ from openpae.eval.reconstruction import check_images
 from openpae.folders import identity_of
 from openpae.layers import to_grid
 from openpae.storage import file_hash, fingerprint
+from openpae.tokenizer import PAE
 
 
 class Tokenizer(Protocol):
@@ -141,16 +142,21 @@ def check_tokenizer(tokenizer: Tokenizer, images: Tensor) -> None:
         )
 
 
+def pae_space(model: PAE, name: str, fingerprint: str) -> LatentSpace:
+    """Our tokenizer as it stands, wherever its weights are."""
+    return LatentSpace(
+        name=name,
+        kind="openpae",
+        fingerprint=fingerprint,
+        image_size=model.config.image_shape,
+        encode=lambda images: model.encode(images.to(model.device)),
+        decode=lambda z: model.decode(z.to(model.device)).clamp(0, 1),
+    )
+
+
 def _openpae(where: str, device: torch.device) -> LatentSpace:
     model = load_tokenizer(where).to(device)
-    return LatentSpace(
-        name=Path(where).resolve().name,
-        kind="openpae",
-        fingerprint=identity_of(where).fingerprint,
-        image_size=model.config.image_shape,
-        encode=lambda images: model.encode(images.to(device)),
-        decode=lambda z: model.decode(z.to(device)).clamp(0, 1),
-    )
+    return pae_space(model, Path(where).resolve().name, identity_of(where).fingerprint)
 
 
 _UNIT_RANGE = {"AutoencoderRAE"}

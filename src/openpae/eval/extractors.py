@@ -189,18 +189,27 @@ class DinoFeatures(nn.Module):
         return Features(pooled=self.backbone(pixels).last_hidden_state[:, 0])
 
 
-def load_extractor(name: ExtractorName, weights: Path | None = None) -> FeatureExtractor:
+def load_extractor(
+    name: ExtractorName, weights: Path | None = None, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
     """A feature extractor with its weights.
 
     Args:
         name: which.
         weights: inception: the file pt_inception-2015-12-05-6726825d.pth; dinov2: a local folder; None
             fetches them. The others take none.
+        device: where the weights go.
 
     Raises:
         FileNotFoundError: the weights can not be had.
         ValueError: weights that do not fit, or given to an extractor that takes none.
     """
+    return _built(name, weights).to(device)
+
+
+def _built(
+    name: ExtractorName, weights: Path | None
+) -> InceptionFeatures | DinoFeatures | VggFeatures | EfficientNetFeatures:
     if name == "inception":
         return load_inception(weights)
     if name == "dinov2":

@@ -81,7 +81,7 @@ def evaluate_reconstruction(
             judged, found = _judged(evaluation)
             metrics |= judged
         return {
-            **_metrics(metrics),
+            "metrics": metric_facts(metrics),
             "images": images.count,
             "data": images.facts.get("data"),
             "reference": images.name,
@@ -134,7 +134,7 @@ def evaluate_samples(
         _check_told(samples, evaluation.samples.sha256())
         metrics, found = _judged(evaluation)
         return {
-            **_metrics(metrics),
+            "metrics": metric_facts(metrics),
             **found,
             "samples_from": samples.name,
             "samples_preprocessing": samples.preprocessing,
@@ -144,6 +144,11 @@ def evaluate_samples(
         }
 
     return _record("samples", compute, device_of(extractor), facts)
+
+
+def metric_facts(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Metrics as a record holds them: name -> value, standard error, n, settings."""
+    return {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()}
 
 
 def write_evaluation(record: Mapping[str, Any], run_dir: Path, step: int) -> None:
@@ -204,10 +209,6 @@ def _judged(evaluation: Evaluation) -> tuple[dict[str, Estimate], dict[str, Any]
     }
 
 
-def _metrics(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {"metrics": {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()}}
-
-
 def _network(lpips: LPIPS | None) -> dict[str, str]:
     if lpips is None:
         return {}
@@ -221,8 +222,8 @@ def _record(
     facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What the first process computes, with everything around it, in all processes."""
-    return processes.share(
-        {
+    return processes.from_first(
+        lambda: {
             "kind": kind,
             **compute(),
             **(facts or {}),
@@ -231,6 +232,4 @@ def _record(
             "processes": processes.world(),
             "versions": package_versions(),
         }
-        if processes.is_first()
-        else {}
     )

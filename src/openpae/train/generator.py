@@ -215,11 +215,9 @@ class _Judge:
                 f"{run.tokenizer} is the tokenizer {found}, but the latents are those of {tokenizer_print}"
             )
         self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
-        self.extractor = load_extractor(run.extractor, run.extractor_weights)
-        if isinstance(self.extractor, nn.Module):
-            self.extractor.to(device)
+        self.extractor = load_extractor(run.extractor, run.extractor_weights, device)
         self.reference = open_reference(
-            run.evaluation_images, self.extractor, size=self.tokenizer.config.image_size
+            run.evaluation_images, self.extractor, size=self.tokenizer.config.image_shape
         )
 
 

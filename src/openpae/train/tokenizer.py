@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ from openpae import processes
 from openpae.checkpoint import encoder_fingerprint, load_prior, write_tokenizer
 from openpae.critics import load_perceptual
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, open_images
+from openpae.data.images import ImageSource, Subset, open_images
 from openpae.data.order import StepBatches
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.discriminator import AUGMENT_DRAWS, LatentDenoiser, build_discriminator, diff_augment, frozen
 from openpae.encoders import Encoder, encoder_architecture, load_encoder
-from openpae.eval.records import evaluate_reconstruction, write_evaluation
+from openpae.eval.adapters import pae_space
+from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
+from openpae.eval.measure import MeasureConfig, measure_tokenizer, spread
+from openpae.eval.records import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.streams import real_images
 from openpae.folders import identity_of
 from openpae.losses import (
@@ -58,6 +62,13 @@ class TokenizerRun:
     """Its images."""
     loss: TokenizerLoss = field(default_factory=TokenizerLoss)
     """What it is trained for."""
+    extractor: ExtractorName | None = None
+    """Features of the Frechet distance of reconstructions that evaluation reports; null leaves it out."""
+    extractor_weights: Path | None = None
+    """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
+    geometry: bool = False
+    """Let evaluation also report GSQ, eRank and LPC of the held-out latents, LPC of a tenth of the images, as
+    each costs nine decodes."""
     optim: OptimConfig
     """How it is trained."""
     loop: LoopConfig
@@ -123,6 +134,9 @@ class TokenizerTask:
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
         self.mcr_from = math.ceil(loss.mcr_start * steps)
         self.gan_from = math.ceil(loss.gan_start * steps)
+        self.extractor: FeatureExtractor | None = None
+        if run.extractor is not None:
+            self.extractor = load_extractor(run.extractor, run.extractor_weights, self.device)
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
         self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
@@ -176,23 +190,35 @@ class TokenizerTask:
             yield Update("discriminator", discriminator_hinge(real, fake), {"accuracy": accuracy.detach()})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """PSNR (dB), SSIM and LPIPS of held-out images, by the function that `pae evaluate` calls."""
+        """PSNR (dB), SSIM, LPIPS and, where asked for, Frechet distance and geometry of held-out images, by
+        the function that `pae evaluate` calls."""
         if self.judged is None:
             return {}
         part = len(device_batches(self.run.loop)[0])
-        count = min(len(self.judged), self.run.data.evaluation_images)
-        images = real_images(self.judged, self.run.model.image_size, rows=range(count))
+        rows = spread(len(self.judged), self.run.data.evaluation_images)
         record = evaluate_reconstruction(
             self.model,
-            images,
-            extractor=None,
+            real_images(self.judged, self.run.model.image_shape, rows=rows),
+            extractor=self.extractor,
             lpips=self.lpips,
             batch_size=part,
+            min_samples=2,  # a curve over steps: what counts is that every point has the same count
             facts={"lpips": f"lpips-{self.run.loss.lpips_net}"} if self.lpips is not None else None,
         )
+        if self.run.geometry:
+            judged = Subset(self.judged, rows.tolist())
+            record["metrics"] |= processes.from_first(lambda: self._geometry(judged, part))
         if self.run_dir is not None:
             write_evaluation(record, self.run_dir, step)
         return {name: metric["value"] for name, metric in record["metrics"].items()}
+
+    def _geometry(self, judged: Subset, batch_size: int) -> dict[str, Any]:
+        """GSQ, eRank and LPC of held-out images, by the functions that `pae profile` calls."""
+        config = MeasureConfig(count=len(judged), lpc_count=-(-len(judged) // 10), batch_size=batch_size)
+        space = pae_space(self.model, "this tokenizer", "")
+        size = self.run.model.image_shape
+        found = measure_tokenizer(space, judged, size=size, lpips=self.lpips, config=config).metrics
+        return metric_facts({name: found[name] for name in ("lpc", "gsq", "erank") if name in found})
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
