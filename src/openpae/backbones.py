@@ -161,6 +161,30 @@ def _no_reports() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+class TokenMerger(nn.Module):
+    """Tokens of m x m neighbours side by side, through LayerNorm and an MLP (as InternVL joins them).
+
+    Args:
+        dim: width of the tokens.
+        out: width of the joined ones.
+        merge: m.
+    """
+
+    def __init__(self, dim: int, out: int, merge: int) -> None:
+        super().__init__()
+        self.merge = merge
+        self.norm = nn.LayerNorm(merge**2 * dim)
+        self.fc1 = nn.Linear(merge**2 * dim, out)
+        self.fc2 = nn.Linear(out, out)
+
+    def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """tokens: (B, h w, dim). Returns (B, h w / m^2, out)."""
+        m = self.merge
+        cells = tokens.reshape(-1, h // m, m, w // m, m, tokens.shape[-1]).transpose(2, 3)
+        out: Tensor = self.fc2(F.gelu(self.fc1(self.norm(cells.flatten(3).flatten(1, 2)))))
+        return out
+
+
 class EfficientNetTokens(nn.Module):
     """Tokens (B, h w, 432) of EfficientNet-Lite0 at stride 16: spatial detail beside semantics."""
 

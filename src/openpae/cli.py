@@ -12,7 +12,7 @@ from openpae import __version__
 from openpae.commands.bench import bench
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
-from openpae.commands.publish import export, push
+from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, train_generator, train_refiner, train_tokenizer
@@ -101,6 +101,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _command(evaluate, "evaluate"),
     "profile": _command(profile, "profile"),
     "study": _command(study, "study"),
+    "import-official": _command(import_official, "import-official"),
     "export": _command(export, "export"),
     "push": _command(push, "push"),
     "info": _command(info, "info"),

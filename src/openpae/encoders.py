@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from openpae.backbones import (
     EfficientNetTokens,
     RandomViT,
+    TokenMerger,
     build_tower,
     convert_internvit,
     drop_norm_affine,
@@ -54,7 +55,9 @@ class EncoderSpec:
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     merge: int = 1
-    """Tokens of the VFM per axis that are averaged to one; the stride counts the merged ones."""
+    """Tokens of the VFM per axis that become one; the stride counts the merged ones."""
+    merge_by: Literal["mean", "mlp"] = "mean"
+    """How. The MLP's weights belong to a released tokenizer, and its output is taken as it is."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the class that replace those beside the weights."""
     asks_to_interpolate: bool = False
@@ -174,6 +177,20 @@ ENCODERS = {
         options={"attention_bias": True},  # the hub's config says it by another name
         convert=convert_internvit,
     ),
+    # As the authors' released tokenizer has it, which alone holds the weights of the MLP.
+    "internvit-300m-mlp": EncoderSpec(
+        model_class="InternVLVisionModel",
+        repo="OpenGVLab/InternViT-300M-448px-V2_5",
+        stride=28,
+        dim=1024,
+        num_heads=16,
+        num_prefix_tokens=1,
+        final_norm=None,
+        merge=2,
+        merge_by="mlp",
+        options={"attention_bias": True},
+        convert=convert_internvit,
+    ),
     # A CNN: block 10 (112 channels) beside block 15 (320 channels, upsampled), each normalised per token.
     "efficientnet-lite0": EncoderSpec(
         family="efficientnet-lite0",
@@ -215,7 +232,9 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.trainable = trainable
-        self.backbone = backbone.eval().requires_grad_(trainable)
+        self.backbone = backbone
+        self.merger = TokenMerger(spec.dim, spec.dim, spec.merge) if spec.merge_by == "mlp" else None
+        self.eval().requires_grad_(trainable)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: training the whole tokenizer must not wake dropout in here."""
@@ -238,6 +257,8 @@ class FrozenEncoder(nn.Module):
                     f"{type(self.backbone).__name__} gave {tokens.shape[1]} patch tokens for {h} x {w}; its "
                     f"stride or num_prefix_tokens = {spec.num_prefix_tokens} is not that of its row"
                 )
+            if self.merger is not None:
+                return self.merger(tokens, h, w)  # type: ignore[no-any-return]
             if spec.merge > 1:
                 tokens = to_tokens(F.avg_pool2d(to_grid(tokens, h, w), spec.merge))
             if spec.final_norm is None:
@@ -317,9 +338,10 @@ def load_encoder(
         name: a row of `ENCODERS`.
         source: hub name or local folder to take the weights from, in place of the row's own.
         trainable: let it be finetuned.
-        state: the backbone's weights, where they are at hand: the source (which may then also be a file of
-            what `encoder_architecture` gives) is asked for the architecture alone. Names of the hub's file,
-            of the class or of its earlier versions; the last norm's may be missing.
+        state: the weights under the names of a FrozenEncoder, where they are at hand: the source (which may
+            then also be a file of what `encoder_architecture` gives) is asked for the architecture alone.
+            Behind "backbone." follow names of the hub's file, of the class or of its earlier versions; the
+            last norm's may be missing.
 
     Raises:
         ValueError: an unknown name, a source for a row that takes none, or weights that do not fit.
@@ -328,10 +350,20 @@ def load_encoder(
     spec = encoder_spec(name)
     if source is not None and spec.family != "transformers":
         raise ValueError(f"encoder {name!r} takes its weights from a package, so encoder_source must be null")
-    backbone = _backbone(spec, lambda: _pretrained(spec, source or spec.repo, state), state is None)
-    if state is not None and spec.family != "transformers":
-        load_strict(backbone, state, f"weights of the encoder {name!r}")
-    return FrozenEncoder(spec, backbone, trainable=trainable)
+    if spec.merge_by == "mlp" and state is None:
+        raise ValueError(
+            f"encoder {name!r} has an MLP whose weights only a released tokenizer holds; import one with pae "
+            "import-official, or train with internvit-300m"
+        )
+    inner, outer = _parted(state)
+    backbone = _backbone(spec, lambda: _pretrained(spec, source or spec.repo, inner), state is None)
+    if inner is not None and spec.family != "transformers":
+        load_strict(backbone, inner, f"weights of the encoder {name!r}")
+    encoder = FrozenEncoder(spec, backbone, trainable=trainable)
+    if state is not None:
+        own = {f"backbone.{key}": value for key, value in encoder.backbone.state_dict().items()}
+        load_strict(encoder, own | outer, f"weights of the encoder {name!r}")
+    return encoder
 
 
 def empty_encoder(
@@ -375,6 +407,14 @@ def encoder_architecture(encoder: Encoder | None) -> dict[str, Any] | None:
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     del plain["_name_or_path"]  # where it came from on this machine
     return plain
+
+
+def _parted(state: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
+    """The backbone's weights, under its own names, and the others."""
+    if state is None:
+        return None, {}
+    inner = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
+    return inner, {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
 
 def _backbone(spec: EncoderSpec, tower: Callable[[], nn.Module], pretrained: bool) -> nn.Module:

@@ -412,7 +412,7 @@ def _saved_encoder(path: Path, config: PAEConfig, kept: Mapping[str, Tensor]) ->
     trainable = config.fusion == "finetune"
     if not kept:
         return load_encoder(config.encoder, config.encoder_source, trainable=trainable)
-    state = {name.removeprefix("encoder.backbone."): value for name, value in kept.items()}
+    state = {name.removeprefix("encoder."): value for name, value in kept.items()}
     beside = path / ENCODER
     source = str(beside) if beside.is_file() else config.encoder_source
     return load_encoder(config.encoder, source, trainable=trainable, state=state)

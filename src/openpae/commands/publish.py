@@ -4,14 +4,107 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from openpae.commands.console import Out
+from openpae.commands.console import Out, Progress
 
 Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
 Repo = Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")]
+
+
+def import_official(
+    file: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    out: Out,
+    /,
+    encoder: str = "dinov2-l",
+    encoder_source: str | None = None,
+    decoder_heads: int | None = None,
+    tokenizer: Path | None = None,
+    statistics: Path | None = None,
+    classes: int | None = None,
+) -> None:
+    """Import released weights (PAE's, LightningDiT of VA-VAE, DiT-DH of RAE) or an existing latent cache.
+
+    Sizes are read off the weights, and every name must find its place. Pickles are read without running what
+    they hold.
+
+    Args:
+        file: a tokenizer or generator file (.pt, .safetensors), or a folder of safetensors shards with
+            latents, latents_flip and labels.
+        out: new folder for the tokenizer, the generator or the latents.
+        encoder: for a tokenizer: its VFM, a row of the table of encoders (dinov2-l, dinov3-l, siglip2-so,
+            mae-l, internvit-300m-mlp). Its weights come with the file; its config from the hub.
+        encoder_source: for a tokenizer: hub name or local folder with the VFM's config.json.
+        decoder_heads: for a tokenizer whose decoder is none of the paper's sizes: its attention heads.
+        tokenizer: for a generator or latents: folder of the imported tokenizer that they belong to.
+        statistics: for a generator: the file with mean and std of its latents (latents_stats.pt).
+        classes: for latents: number of classes; by default the largest label plus one.
+    """
+    from openpae.official import released_kind
+    from openpae.weights import read_tensors
+
+    if file.is_dir():
+        _import_latents(file, out, tokenizer, classes)
+        return
+    released = read_tensors(file)
+    if released_kind(released) == "tokenizer":
+        _import_tokenizer(released, out, encoder, encoder_source, decoder_heads)
+    else:
+        _import_generator(released, out, tokenizer, statistics)
+
+
+def _import_tokenizer(
+    released: dict[str, Any], out: Path, encoder: str, source: str | None, decoder_heads: int | None
+) -> None:
+    from openpae import official
+    from openpae.folders import identity_of
+
+    config = official.released_tokenizer_config(released, encoder, source, decoder_heads)
+    official.import_tokenizer(released, config).save_pretrained(out)
+    c, h, w = config.latent_shape
+    print(f"tokenizer of {config.image_size}-pixel images to {c} x {h} x {w} latents in {out}")
+    print(f"fingerprint {identity_of(out).fingerprint}")
+
+
+def _import_generator(
+    released: dict[str, Any], out: Path, tokenizer: Path | None, statistics: Path | None
+) -> None:
+    from openpae import official
+    from openpae.folders import identity_of
+
+    if statistics is None:
+        raise ValueError("a generator needs the statistics of its latents: --statistics latents_stats.pt")
+    generator = official.import_generator(released, official.released_generator_config(released))
+    generator.set_statistics(*official.read_statistics(statistics))
+    # Latents of a tokenizer that is not ours can be sampled, but no tokenizer of ours decodes them.
+    generator.made_with = "unknown" if tokenizer is None else identity_of(tokenizer).fingerprint
+    generator.save_pretrained(out)
+    c, h, w = generator.config.latent_shape
+    print(f"{type(generator).__name__} of {c} x {h} x {w} latents, {generator.null_label} classes, in {out}")
+
+
+def _import_latents(source: Path, out: Path, tokenizer: Path | None, classes: int | None) -> None:
+    from openpae import config as configs
+    from openpae.data.foreign import import_latents
+    from openpae.folders import CONFIG, identity_of, model_folder
+    from openpae.tokenizer import PAEConfig
+
+    if tokenizer is None:
+        raise ValueError("latents belong to a tokenizer: --tokenizer FOLDER (import that first)")
+    config = configs.load(PAEConfig, model_folder(tokenizer) / CONFIG)
+    with Progress("importing", "latents") as progress:
+        shards = import_latents(
+            source,
+            out,
+            tokenizer_print=identity_of(tokenizer).fingerprint,
+            image_size=config.image_size,
+            latent_shape=config.latent_shape,
+            num_classes=classes,
+            progress=progress,
+        )
+    print(f"{len(shards):,} latents {shards.shape[1:]} in {out}")
 
 
 def export(

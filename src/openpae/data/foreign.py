@@ -1,0 +1,168 @@
+"""Latent caches that other programs wrote, as ours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from openpae.data.caches import Progress
+from openpae.data.shards import Layout, Part, Shards, ShardWriter
+
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """What one file of such a cache holds."""
+
+    path: Path
+    labels: Tensor
+    shape: tuple[int, ...]
+    dtype: str
+    flips: bool
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows (stop - start, versions, C, h, w)."""
+        with safe_open(self.path, "pt") as file:
+            names = ("latents", "latents_flip") if self.flips else ("latents",)
+            return torch.stack([file.get_slice(name)[start:stop] for name in names], dim=1)
+
+
+def import_latents(
+    source: Path,
+    folder: Path,
+    *,
+    tokenizer_print: str,
+    image_size: int,
+    latent_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    per_shard: int = 4096,
+    chunk: int = 256,
+    progress: Progress | None = None,
+) -> Shards:
+    """Convert a folder of safetensors shards with `latents`, `latents_flip` and `labels`, as the scripts of
+    LightningDiT and PAE write them; an interrupted run goes on.
+
+    Latents are kept in their precision, not normalised: these scripts normalise when they read, by the
+    statistics beside them, which are computed anew here over all rows.
+
+    Args:
+        source: the folder; its .safetensors files are taken by name.
+        folder: where.
+        tokenizer_print: fingerprint of the tokenizer that made them; generator training compares it.
+        image_size: side of the images that were encoded.
+        latent_shape: (C, h, w) of that tokenizer.
+        num_classes: K; None takes the largest label plus one.
+        per_shard: rows per shard.
+        chunk: rows in memory at once.
+        progress: called with (done, all) rows.
+
+    Returns:
+        The complete cache.
+
+    Raises:
+        FileNotFoundError: no such files.
+        ValueError: a file is damaged or holds something else than the others or the tokenizer's latents, or
+            a label is none of the classes.
+    """
+    files = _opened(source)
+    first = files[0]
+    if first.shape != latent_shape:
+        raise ValueError(f"{source} holds latents {first.shape}, but the tokenizer makes {latent_shape}")
+    labels = torch.cat([file.labels for file in files])
+    count = int(labels.max()) + 1 if num_classes is None else num_classes
+    if not 0 <= int(labels.min()) <= int(labels.max()) < count:
+        raise ValueError(
+            f"labels in {source} must lie in [0, {count - 1}], got {int(labels.min())} to {int(labels.max())}"
+        )
+    facts = repr([(file.path.name, file.path.stat().st_size) for file in files]).encode()
+    attributes: dict[str, Any] = {
+        "tokenizer": tokenizer_print,
+        "image_size": image_size,
+        "precision": "fp32",
+        "images": hashlib.sha256(facts + labels.numpy().tobytes()).hexdigest()[:16],
+        "classes": [str(label) for label in range(count)],
+        "source": "imported",
+    }
+    layout = Layout(
+        kind="latents",
+        dtype=first.dtype,
+        shape=(2 if first.flips else 1, *first.shape),
+        sources=len(labels),
+        per_shard=per_shard,
+        attributes=attributes,
+    )
+    writer = ShardWriter(folder, layout)
+    for shard in writer.missing():
+        writer.write_parts(shard, _parts(files, layout.span(shard), chunk))
+        if progress:
+            progress(layout.span(shard).stop, layout.sources)
+    return writer.finish()
+
+
+def _opened(source: Path) -> list[_File]:
+    paths = sorted(source.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"no .safetensors files in {source}")
+    files = [_read(path) for path in paths]
+    for file in files[1:]:
+        ours, theirs = ((f.shape, f.dtype, f.flips) for f in (files[0], file))
+        if ours != theirs:
+            raise ValueError(
+                f"{file.path} holds latents {theirs[0]} in {theirs[1]}, but {files[0].path.name} {ours[0]} "
+                f"in {ours[1]}; a cache must be of one kind, with or without latents_flip"
+            )
+    return files
+
+
+def _read(path: Path) -> _File:
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            if not {"latents", "labels"} <= names <= {"latents", "latents_flip", "labels"}:
+                raise ValueError(
+                    f"{path} must hold latents, labels and, if any, latents_flip, got "
+                    f"{', '.join(sorted(names)) or 'nothing'}"
+                )
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            dtype = file.get_slice("latents").get_dtype()
+            labels = file.get_tensor("labels")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    rows, *shape = shapes["latents"]
+    if (
+        len(shape) != 3
+        or shapes.get("latents_flip", shapes["latents"]) != shapes["latents"]
+        or shapes["labels"] != (rows,)
+        or dtype not in _TYPES
+        or labels.is_floating_point()
+    ):
+        raise ValueError(
+            f"{path} must hold latents (N, C, h, w), as many latents_flip and N whole labels, got {shapes} "
+            f"in {dtype}"
+        )
+    return _File(
+        path=path,
+        labels=labels.long(),
+        shape=tuple(shape),
+        dtype=_TYPES[dtype],
+        flips="latents_flip" in names,
+    )
+
+
+def _parts(files: list[_File], span: range, chunk: int) -> Iterator[Part]:
+    """The rows of a span, some at a time."""
+    begin = 0
+    for file in files:
+        start, stop = max(span.start - begin, 0), min(span.stop - begin, len(file.labels))
+        for at in range(start, stop, chunk):
+            end = min(at + chunk, stop)
+            yield Part(rows=file.rows(at, end), labels=file.labels[at:end].tolist())
+        begin += len(file.labels)
