@@ -22,6 +22,7 @@ from PIL import Image
 from openpae.checkpoint import write_generator
 from openpae.cli import main
 from openpae.data.images import PackedImages
+from openpae.data.shards import Shards
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.evaluation import EvaluationRun
 from openpae.folders import identity_of
@@ -220,6 +221,32 @@ def test_two_processes_and_other_batches_give_the_numbers_of_one(
     check_same(one, two)
     if judged == "samples":
         assert one["samples_sha256"] == two["samples_sha256"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_training_on_two_processes_is_judged_as_on_one(
+    tokenizer_folder: Path, packed: PackedImages, latents: Shards, tmp_path: Path
+) -> None:
+    images = packed.shards.folder
+    common = [
+        "train-generator",
+        "generator/tiny",
+        "--latents",
+        latents.folder,
+        "--tokenizer",
+        tokenizer_folder,
+    ]
+    judged = ["--evaluation-images", images, "--evaluation-samples", "7", "--extractor", "random"]
+    loop = ["--loop.steps", "2", "--loop.global-batch-size", "4", "--sampler.steps", "2"]
+    run(*common[:2], tmp_path / "one", *common[2:], *judged, *loop)
+    on_two(tmp_path, *common[:2], tmp_path / "two", *common[2:], *judged, *loop)
+    one, two = (
+        json.loads((tmp_path / name / "evaluations" / "step-00000002.json").read_text())
+        for name in ("one", "two")
+    )
+    assert (one["processes"], two["processes"], one["samples"], two["samples"]) == (1, 2, 7, 7)
+    for name in ("frechet", "kid", "precision", "recall"):
+        assert two["metrics"][name]["value"] == pytest.approx(one["metrics"][name]["value"], rel=1e-3), name
 
 
 @pytest.mark.slow
