@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openpae import config as configs
 from openpae.bench.record import Found
@@ -17,7 +18,7 @@ from openpae.data.caches import cache_features, cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.shards import Layout, Shards, ShardWriter
 from openpae.data.training import TrainingLatents
-from openpae.tokenizer import build_tokenizer
+from openpae.tokenizer import PAE, build_tokenizer
 from openpae.train.engine import autocast
 from openpae.train.settings import pick_device
 from openpae.train.tokenizer import TokenizerRun
@@ -84,55 +85,61 @@ def bench_cache(
     Returns:
         latents_images_per_second, features_images_per_second.
     """
-    device = pick_device("auto")
     config = configs.load(TokenizerRun, preset).model
-    model = build_tokenizer(config).eval().to(device)
-    (height, width), grid = config.image_shape, config.grid_shape
+    model = build_tokenizer(config).eval().to(pick_device("auto"))
+    with tempfile.TemporaryDirectory() as name:
+        latents, features = _cache_seconds(model, Path(name), images, batch_size, precision)
+    return Found(
+        figures={
+            "latents_images_per_second": images / latents,
+            "features_images_per_second": images / features,
+        },
+        settings={"preset": preset, "images": images, "batch_size": batch_size, "precision": precision},
+        device=model.device,
+    )
 
-    def encode(x: torch.Tensor) -> torch.Tensor:
+
+def _cache_seconds(
+    model: PAE, folder: Path, images: int, batch_size: int, precision: str
+) -> tuple[float, float]:
+    """Time to cache the latents and the features of so many images, after one batch to warm up."""
+    config, device = model.config, model.device
+
+    def encode(x: Tensor) -> Tensor:
         with autocast(device, precision):
             return model.encode(x)
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        random_images(folder / "images", images, (height, width))
-        source = PackedImages(folder / "images")
-        with torch.no_grad():  # once, to warm up
-            encode(torch.rand(batch_size, 3, height, width, device=device))
-            model.features(torch.rand(batch_size, 3, height, width, device=device))
-        start = time.perf_counter()
-        cache_latents(
-            encode,
-            source,
-            folder / "latents",
-            image_size=(height, width),
-            latent_shape=config.latent_shape,
-            tokenizer_print="bench",
-            precision=precision,
-            batch_size=batch_size,
-            device=device,
-        )
-        between = time.perf_counter()
-        cache_features(
-            model.features,
-            source,
-            folder / "features",
-            image_size=(height, width),
-            shape=(math.prod(grid), model.spec.dim),
-            encoder_print="bench",
-            flips=True,
-            batch_size=batch_size,
-            device=device,
-        )
-        end = time.perf_counter()
-    return Found(
-        figures={
-            "latents_images_per_second": images / (between - start),
-            "features_images_per_second": images / (end - between),
-        },
-        settings={"preset": preset, "images": images, "batch_size": batch_size, "precision": precision},
+    random_images(folder / "images", images, config.image_shape)
+    source = PackedImages(folder / "images")
+    with torch.no_grad():
+        x = torch.rand(batch_size, 3, *config.image_shape, device=device)
+        encode(x)
+        model.features(x)
+    start = time.perf_counter()
+    cache_latents(
+        encode,
+        source,
+        folder / "latents",
+        image_size=config.image_shape,
+        latent_shape=config.latent_shape,
+        tokenizer_print="bench",
+        precision=precision,
+        batch_size=batch_size,
         device=device,
     )
+    between = time.perf_counter()
+    cache_features(
+        model.features,
+        source,
+        folder / "features",
+        image_size=config.image_shape,
+        shape=(math.prod(config.grid_shape), model.spec.dim),
+        encoder_print="bench",
+        flips=True,
+        batch_size=batch_size,
+        device=device,
+    )
+    return between - start, time.perf_counter() - between
 
 
 def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, classes: int = 1) -> Shards:

@@ -56,9 +56,8 @@ def bench_generator(
     """Count every named size of LightningDiT, and measure those that are asked for.
 
     Args:
-        sizes: what to measure; None measures all of them on a GPU and none on a CPU, where most would take
-            hours. All are counted.
-        patch_size: 1 or 2.
+        sizes: what to measure; None is all of them on a GPU and none on a CPU, where most take hours.
+        patch_size: of all.
         batch_size: images per step; None takes 256 on a GPU, halved until it fits, and 2 on a CPU.
         steps: timed training steps; the median counts.
         sample_steps: Euler steps of the timed samples, guided from t = 0.25 on; they are not decoded.
@@ -69,25 +68,25 @@ def bench_generator(
     Returns:
         For every size parameters, and forward_flops and train_flops of an image. For those measured also
         batch_size, train_images_per_second, model_flops_utilisation (None where the device's peak is not
-        known), peak_memory_gib of training (on a CPU that of the process so far, so from the smallest size
-        up) and sample_images_per_second; None for the others.
+        known), peak_memory_gib of training (on a CPU: of the process so far, from the smallest size up)
+        and sample_images_per_second; None for the others.
     """
     device = pick_device("auto")
     chosen = sizes if sizes is not None else (tuple(SIZES) if device.type == "cuda" else ())
     batches = [batch_size] if batch_size else [256, 128, 64, 32, 16, 8] if device.type == "cuda" else [2]
     sampler = SamplerConfig(steps=sample_steps)
+    loop = LoopConfig(
+        steps=steps + 2,
+        global_batch_size=batches[0],
+        precision=precision,
+        compile=compile,
+        ema_decay=0.9999,
+    )
     figures: dict[str, dict[str, float | None]] = {}
     for size in SIZES:
         config = LightningDiTConfig.of_size(size, patch_size=patch_size)
         figures[size] = {**count(config), **dict.fromkeys(_MEASURED)}
         if size in chosen:
-            loop = LoopConfig(
-                steps=steps + 2,
-                global_batch_size=batches[0],
-                precision=precision,
-                compile=compile,
-                ema_decay=0.9999,
-            )
             run = GeneratorRun(
                 model=config,
                 checkpoint_blocks=checkpoint_blocks,

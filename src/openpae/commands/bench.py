@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from openpae.commands.console import Precision, at_least_one
+
+if TYPE_CHECKING:
+    from openpae.bench.record import Comparison
 
 What = Literal["generator", "tokenizer", "refiner", "loader", "cache", "metrics"]
 
@@ -29,13 +33,12 @@ def bench(
     The options behind `compare` belong to the generator.
 
     Args:
-        what: generator: every size of LightningDiT counted, training and sampling measured; tokenizer: a step
-            of the quickstart's full objective beside one of L1 + LPIPS; refiner: a step of the quickstart's;
-            loader: latents per second and core from a warm cache; cache: images per second into the caches of
-            latents and features; metrics: the Frechet distance of 50,000 images, beside torch-fidelity's if
-            that is installed.
+        what: generator: every size counted, training and sampling measured; tokenizer: a step of the
+            quickstart's full objective beside one of L1 + LPIPS; refiner: a step of the quickstart's; loader:
+            latents per second and core; cache: images per second into the caches of latents and features;
+            metrics: the Frechet distance of 50,000 images, beside torch-fidelity's if that is there.
         out: also write the record (JSON) here.
-        compare: a record of the same bench: print each figure beside its, and their ratio.
+        compare: a record of the same bench, to stand beside this one with the ratio of each figure.
         sizes: which generators to measure; by default all on a GPU and none on a CPU. All are counted.
         patch_size: latent cells per token and axis; 1 by default.
         batch_size: images per step; by default 256 on a GPU, halved until it fits, and 2 on a CPU.
@@ -75,10 +78,13 @@ def bench(
     if out is not None:
         write_json(out, found)
     if other is not None:
-        figures, different = record.compare(found, other)
-        print(f"\n{'figure':44} {'here':>14} {'there':>14} {'ratio':>8}")
-        for figure in figures:
-            ratio = "-" if figure.ratio is None else f"{figure.ratio:.3f}"
-            print(f"{figure.name:44} {figure.ours:14.6g} {figure.theirs:14.6g} {ratio:>8}")
-        for line in different:
-            print(f"not the same: {line}")
+        _tell(*record.compare(found, other))
+
+
+def _tell(figures: Sequence[Comparison], different: Sequence[str]) -> None:
+    print(f"\n{'figure':44} {'here':>14} {'there':>14} {'ratio':>8}")
+    for figure in figures:
+        ratio = "-" if figure.ratio is None else f"{figure.ratio:.3f}"
+        print(f"{figure.name:44} {figure.ours:14.6g} {figure.theirs:14.6g} {ratio:>8}")
+    for line in different:
+        print(f"not the same: {line}")
