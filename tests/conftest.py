@@ -17,11 +17,12 @@ import torch
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
-from openpae.checkpoint import encoder_fingerprint, write_tokenizer
+from openpae.checkpoint import write_tokenizer
 from openpae.data.caches import cache_latents
 from openpae.data.images import ImageFolder, PackedImages, pack_images
 from openpae.data.shards import Shards
 from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.encoders import encoder_fingerprint
 from openpae.folders import identity_of
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
 

@@ -17,14 +17,19 @@ from conftest import shaken
 from openpae import config as configs
 from openpae.checkpoint import (
     check_pair,
-    encoder_fingerprint,
     load_generator,
     load_tokenizer,
     write_generator,
     write_tokenizer,
 )
 from openpae.dit import LightningDiT
-from openpae.encoders import ENCODERS, FrozenEncoder, encoder_architecture, load_encoder
+from openpae.encoders import (
+    ENCODERS,
+    FrozenEncoder,
+    encoder_architecture,
+    encoder_fingerprint,
+    load_encoder,
+)
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of, model_folder
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae import critics
-from openpae.critics import LPIPS, load_lpips, lpips_from_state
+from openpae.critics import LPIPS, load_lpips, load_perceptual, lpips_from_state
 
 NETS = ["vgg", "alex"]
 SMALLEST = {"vgg": 16, "alex": 31}
@@ -113,8 +113,10 @@ def test_usual_files_load_the_same(net: Any, tmp_path: Path) -> None:
         found = load_lpips(net, tmp_path).state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     save_file(plain | heads, tmp_path / "whole.safetensors")
-    found = load_lpips(net, tmp_path / "whole.safetensors").state_dict()
+    found = load_perceptual(net, tmp_path / "whole.safetensors").state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.raises(ValueError, match="network 'random' has no weights to load"):
+        load_perceptual("random", tmp_path)
     shutil.copy(tmp_path / f"{net}.pth", tmp_path / f"{net}-again.pth")
     with pytest.raises(ValueError, match=rf"holds weights twice: {net}.pth has lin0.model.1.weight, "):
         load_lpips(net, tmp_path)

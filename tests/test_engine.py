@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import kill_points
 from openpae import config as configs
-from openpae.checkpoint import encoder_fingerprint, load_generator, load_tokenizer
+from openpae.checkpoint import load_generator, load_tokenizer
 from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.shards import Shards, ShardWriter
 from openpae.data.training import ImageData, TrainingLatents
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
-from openpae.encoders import load_encoder
+from openpae.encoders import encoder_fingerprint, load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import file_hash, write_json
 from openpae.tokenizer import PAEConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae import config as configs
-from openpae.checkpoint import encoder_fingerprint, load_generator, load_tokenizer, write_tokenizer
+from openpae.checkpoint import load_generator, load_tokenizer, write_tokenizer
 from openpae.cli import main
 from openpae.data.caches import cache_latents
 from openpae.data.images import ImageFolder, PackedImages, center_crop, pack_images, resize_to_cover
@@ -24,6 +24,7 @@ from openpae.data.label_maps import read_segmented
 from openpae.data.training import TrainingImages
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, HeadConfig
+from openpae.encoders import encoder_fingerprint
 from openpae.eval.measure import MeasureConfig
 from openpae.eval.streams import source_batches
 from openpae.folders import identity_of

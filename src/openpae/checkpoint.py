@@ -12,12 +12,7 @@ from openpae import config as configs
 from openpae.dit import LightningDiT
 from openpae.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
 from openpae.encoders import Encoder
-from openpae.encoders import encoder_fingerprint as encoder_fingerprint
-from openpae.folders import CONFIG, ENCODER, model_folder, read_model, write_model
-from openpae.folders import WEIGHTS as WEIGHTS
-from openpae.folders import checkpoint_path as checkpoint_path
-from openpae.folders import checkpoint_steps as checkpoint_steps
-from openpae.folders import identity_of as identity_of
+from openpae.folders import CONFIG, ENCODER, identity_of, model_folder, read_model, write_model
 from openpae.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
 from openpae.storage import write_json
 from openpae.tokenizer import PAE, PAEConfig

@@ -13,8 +13,8 @@ import torch
 from openpae import config as configs
 from openpae.bench.data import random_images
 from openpae.bench.record import Found
-from openpae.checkpoint import encoder_fingerprint, write_prior
-from openpae.encoders import load_encoder
+from openpae.checkpoint import write_prior
+from openpae.encoders import encoder_fingerprint, load_encoder
 from openpae.priors import Refiner
 from openpae.storage import whole_folder
 from openpae.train.engine import seconds_per_step

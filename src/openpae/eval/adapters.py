@@ -22,9 +22,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from openpae.checkpoint import encoder_fingerprint, load_tokenizer
+from openpae.checkpoint import load_tokenizer
 from openpae.data.images import Size, height_width
-from openpae.encoders import EncoderInput, load_encoder
+from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.eval.geometry import Decode
 from openpae.eval.reconstruction import check_images
 from openpae.folders import identity_of

@@ -13,15 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.checkpoint import (
-    checkpoint_path,
-    checkpoint_steps,
-    encoder_fingerprint,
-    identity_of,
-    load_generator,
-    load_prior,
-    load_tokenizer,
-)
+from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.data.caches import (
     cache_features,
     cache_latents,
@@ -30,12 +22,13 @@ from openpae.data.caches import (
 )
 from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images
 from openpae.data.shards import Shards
-from openpae.encoders import EncoderInput, load_encoder
+from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.eval.adapters import LatentSpace, open_tokenizer
 from openpae.eval.measure import measure_tokenizer, spread
 from openpae.eval.records import evaluate_samples
 from openpae.eval.reference import features_of, reference_of, save_reference
 from openpae.eval.streams import Batch, drawn_images, real_images
+from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.report import image_grid
 from openpae.sampling import balanced_labels
 from openpae.storage import read_json, write_json

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import encoder_fingerprint, write_prior
+from openpae.checkpoint import write_prior
 from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
-from openpae.encoders import Encoder, EncoderInput, load_encoder
+from openpae.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import Refiner, RefinerConfig
 from openpae.train.engine import check_run, fit, open_run

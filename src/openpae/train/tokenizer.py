@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae import processes
-from openpae.checkpoint import encoder_fingerprint, load_prior, write_tokenizer
-from openpae.critics import load_perceptual
+from openpae.checkpoint import load_prior, write_tokenizer
+from openpae.critics import LPIPS, load_perceptual
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, Subset, open_images
 from openpae.data.order import StepBatches
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.discriminator import AUGMENT_DRAWS, LatentDenoiser, build_discriminator, diff_augment, frozen
-from openpae.encoders import Encoder, encoder_architecture, load_encoder
+from openpae.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.eval.adapters import pae_space
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
 from openpae.eval.measure import MeasureConfig, measure_tokenizer, spread
@@ -130,7 +130,7 @@ class TokenizerTask:
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
         loss, steps = run.loss, run.loop.steps
-        self.lpips = load_perceptual(loss.lpips_net).to(self.device) if loss.lpips or loss.mcr else None
+        self.lpips = self._perceptual(loss) if loss.lpips or loss.mcr else None
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
         self.mcr_from = math.ceil(loss.mcr_start * steps)
         self.gan_from = math.ceil(loss.gan_start * steps)
@@ -224,6 +224,9 @@ class TokenizerTask:
         """Write a tokenizer folder."""
         architecture = encoder_architecture(self.model.encoder)
         write_tokenizer(folder, weights, self.run.model, self.encoder_print, architecture)
+
+    def _perceptual(self, loss: TokenizerLoss) -> LPIPS:
+        return load_perceptual(loss.lpips_net, loss.lpips_weights).to(self.device)
 
     def _decode(
         self, x: Tensor, features: Tensor | None, draws: Draws, step: int
