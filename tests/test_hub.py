@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import openpae
+from openpae import card, hub
 from openpae import config as configs
-from openpae import hub
 from openpae.checkpoint import load_tokenizer, write_generator
 from openpae.dit import LightningDiT
 from openpae.ditdh import DiTDH, DiTDHConfig, HeadConfig
@@ -250,6 +252,26 @@ def test_a_refused_upload_is_one_clear_error(pair: Path, monkeypatch: pytest.Mon
         ConnectionError, match=r"me/pae was not uploaded \(name or service not known\); log in"
     ):
         hub.push(pair, "me/pae")
+
+
+def test_what_a_card_calls_is_there() -> None:
+    for kind in card._KINDS.values():
+        assert callable(getattr(openpae, kind.loader).from_pretrained)
+
+
+def test_the_python_of_the_docs_runs(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "hub.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    pair.rename(tmp_path / "quickstart")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "quickstart").rename(tmp_path / "runs" / "quickstart")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert [image.size for image in names["images"]] == [(32, 32)] * 2
+    assert names["tensor"].shape == (2, 3, 32, 32)
+    again = openpae.Pipeline.from_pretrained("models/pair")
+    torch.testing.assert_close(again([0, 1], steps=5, output="tensor"), names["tensor"], rtol=0, atol=0.05)
 
 
 def test_only_models_have_cards(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.ditdh import DiTDH, DiTDHConfig
 from openpae.encoders import ENCODERS, Encoder, EncoderSpec, FrozenEncoder, load_encoder
+from openpae.folders import identity_of
 from openpae.official import import_generator, import_tokenizer
 from openpae.pipeline import Pipeline
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images, sample_latents
@@ -14,6 +16,8 @@ __all__ = [
     "ENCODERS",
     "PAE",
     "DecoderConfig",
+    "DiTDH",
+    "DiTDHConfig",
     "Encoder",
     "EncoderSpec",
     "FrozenEncoder",
@@ -24,6 +28,7 @@ __all__ = [
     "SamplerConfig",
     "balanced_labels",
     "build_tokenizer",
+    "identity_of",
     "import_generator",
     "import_tokenizer",
     "load_encoder",
