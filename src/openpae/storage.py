@@ -25,15 +25,19 @@ class DiskFull(OSError):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A path to write to; when the block ends well it becomes `path`, otherwise `path` stays as it was.
+
+    Args:
+        path: of the file.
+        wanted: bytes that it will take, where that is known, for the message if there is no room.
 
     Raises:
         DiskFull: there is no room for it.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with told_if_full(path, partial):
+        with told_if_full(path, partial, wanted):
             yield partial
             _sync(partial)
             os.replace(partial, path)
@@ -43,11 +47,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A new folder to fill; when the block ends well it becomes `path` and replaces what stood there.
 
     Between the removal of an old folder and the renaming of the new one lies an instant in which `path` is
     absent; nothing half-written is ever seen there.
+
+    Args:
+        path: of the folder.
+        wanted: as in `whole_file`.
 
     Raises:
         DiskFull: there is no room for it.
@@ -60,7 +68,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        with told_if_full(path, partial):
+        with told_if_full(path, partial, wanted):
             yield partial
             for file in partial.rglob("*"):
                 _sync(file)
@@ -77,12 +85,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def told_if_full(path: Path, partial: Path | None = None) -> Iterator[None]:
+def told_if_full(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
     """Turn what libraries raise on a full disk into one error that says what to free; leave others alone.
 
     Args:
         path: what is being written.
         partial: the file or folder that takes the bytes until it is whole, and is given up if it fails.
+        wanted: bytes that it will take, where that is known.
 
     Raises:
         DiskFull: a write in the block failed for want of room.
@@ -95,9 +104,10 @@ def told_if_full(path: Path, partial: Path | None = None) -> Iterator[None]:
         if not _is_full(error, partial):
             raise
         written, free = _size(partial or path), shutil.disk_usage(path.parent).free
+        of_all = "" if wanted is None else f" of {wanted:,}"
         raise DiskFull(
-            f"no room for {path}: the disk, a quota or a limit took {written:,} bytes of it and no more "
-            f"({free:,} bytes are free on that disk); free some, older checkpoints for one, and run the same "
+            f"no room for {path}: the disk, a quota or a limit took {written:,}{of_all} bytes and no more "
+            f"({free:,} are free on that disk); free some, older checkpoints for one, and run the same "
             "command again: what was complete is as it was"
         ) from error
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import errno
 import io
+import re
+import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,16 @@ import torch
 from children import run_in_child
 from safetensors.torch import save_file
 
+from openpae.data.images import ImageFolder, pack_images
+from openpae.data.shards import Shards
+from openpae.describe import describe
+from openpae.dit import LightningDiTConfig
+from openpae.folders import checkpoint_steps
 from openpae.storage import DiskFull, told_if_full, whole_file, whole_folder, write_json
+from openpae.train import engine
+from openpae.train.generator import GeneratorRun, train_generator
+from openpae.train.settings import LoopConfig, OptimConfig
+from test_engine import curve, same, state_of
 
 NUMBERS = {"a": torch.arange(20_000.0), "b": torch.arange(3.0)}
 
@@ -56,8 +68,8 @@ def test_whoever_writes_the_error_is_one_and_the_old_content_stays(
         ended = run_in_child(action, largest_file=limit)
         assert ended.error.startswith(f"DiskFull: no room for {target}: "), ended.trace
         for part in (
-            "bytes of it and no more",
-            "bytes are free on that disk",
+            "bytes and no more",
+            "are free on that disk",
             "free some",
             "run the same command",
         ):
@@ -91,7 +103,7 @@ def test_the_systems_three_numbers_are_known(tmp_path: Path, code: int) -> None:
             raise OSError(code, "no")
 
     with (
-        pytest.raises(DiskFull, match=r"no room for .*a: .* took 0 bytes of it"),
+        pytest.raises(DiskFull, match=r"no room for .*a: .* took 0 bytes and"),
         told_if_full(tmp_path / "a"),
     ):
         torch.save(NUMBERS, Full())  # type: ignore[arg-type]
@@ -102,3 +114,89 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ended = run_in_child(lambda: write_json(tmp_path / "a.json", {"a": "x" * 1000}), largest_file=500)
     assert ended.error.startswith("DiskFull: no room for ")
     assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
+
+
+# Training
+
+
+@pytest.fixture
+def run(tiny_dit_config: LightningDiTConfig, latents: Shards) -> GeneratorRun:
+    loop = LoopConfig(
+        steps=8, global_batch_size=4, precision="fp32", device="cpu", ema_decay=0.8, log_every=1, save_every=2
+    )
+    return GeneratorRun(
+        model=tiny_dit_config, latents=latents.folder, optim=OptimConfig(lr=1e-3, clip=1.0), loop=loop
+    )
+
+
+def fill_up_at(step: int, limit: int) -> None:
+    """From the checkpoint of this step on, no file of this process grows beyond the limit."""
+    save = engine.saving.save
+
+    def limited(state: object, run_dir: Path, at: int, loop: LoopConfig) -> None:
+        if at >= step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        save(state, run_dir, at, loop)  # type: ignore[arg-type]
+
+    engine.saving.save = limited
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(100, id="nothing"),
+        pytest.param(50_000, id="some weights"),
+        pytest.param(500_000, id="weights but not all of the state"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_leaves_those_before(
+    run: GeneratorRun, tmp_path: Path, limit: int
+) -> None:
+    """After room was made the same command ends in the same weights."""
+    run_dir = tmp_path / "run"
+
+    def train() -> None:
+        fill_up_at(6, limit)
+        train_generator(run, run_dir, quiet=True)
+
+    ended = run_in_child(train)
+    assert ended.error.startswith(f"DiskFull: no room for {run_dir}/checkpoints/step-00000006: "), ended.trace
+    written, wanted = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) bytes", ended.error)[0]
+    )
+    assert written < wanted
+    assert checkpoint_steps(run_dir) == [2, 4]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    describe(run_dir, verify=True)
+    train_generator(run, run_dir, quiet=True)
+    train_generator(run, tmp_path / "whole", quiet=True)
+    assert same(state_of(run_dir), state_of(tmp_path / "whole"))
+    assert curve(run_dir) == curve(tmp_path / "whole")
+    size = sum(file.stat().st_size for file in (run_dir / "checkpoints" / "step-00000006").iterdir())
+    assert wanted == pytest.approx(size, rel=0.1)
+
+
+def test_a_log_that_does_not_fit_stops_the_run_in_one_line(run: GeneratorRun, tmp_path: Path) -> None:
+    """And TensorBoard's writer does not die in a thread of its own."""
+    run = replace(run, loop=replace(run.loop, steps=20, save_every=5))
+    ended = run_in_child(lambda: train_generator(run, tmp_path / "run", quiet=True), largest_file=1500)
+    assert re.match(r"DiskFull: no room for .*(log.jsonl|step-00000005): ", ended.error), ended.trace
+    train_generator(run, tmp_path / "run", quiet=True)
+    train_generator(run, tmp_path / "whole", quiet=True)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_shards_that_do_not_fit_are_not_there(image_folder: Path, tmp_path: Path) -> None:
+    def pack() -> None:
+        pack_images(ImageFolder(image_folder), tmp_path / "packed", size=32, per_shard=4)
+
+    ended = run_in_child(pack, largest_file=10_000)
+    assert re.match(
+        r"DiskFull: no room for .*00000.npy: .* took 10,000 of 12,288 bytes and no more", ended.error
+    )
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == ["header.json"]
+    pack()
+    Shards(tmp_path / "packed").verify()

@@ -136,7 +136,8 @@ class ShardWriter:
         labels: list[int] = []
         skipped: list[str] = []
         sums: list[NDArray[np.float64]] = []
-        with whole_file(self._file(shard)) as partial:
+        each = math.prod(self.layout.shape) * np.dtype(_STORED[self.layout.dtype]).itemsize
+        with whole_file(self._file(shard), len(self.layout.span(shard)) * each) as partial:
             with partial.open("wb") as file:
                 self._write_header(file, 0)
                 for part in parts:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from openpae import processes
-from openpae.storage import whole_file
+from openpae.storage import told_if_full, whole_file
 from openpae.train.settings import PROFILED_FROM, LoopConfig
 
 
@@ -40,14 +42,13 @@ class Journal:
         self.clock, self.clock_step = time.perf_counter(), self.start
         if not processes.is_first():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         if self.file.is_file():
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
             self.judged = any(_is_evaluation(line) for line in lines if line["step"] == self.start)
             with whole_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start + 1)
+        with told_if_full(self.file):
+            self.board = _Board(self.run_dir / "tensorboard", self.start + 1)
 
     def __exit__(self, *_: object) -> None:
         if processes.is_first():
@@ -97,10 +98,10 @@ class Journal:
         if not processes.is_first():
             return
         line = {"step": step, "images_seen": step * self.loop.global_batch_size, **values}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        with told_if_full(self.file):
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.board.add(step, values)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -108,6 +109,37 @@ class Journal:
         start = time.perf_counter()
         yield
         self.clock += time.perf_counter() - start
+
+
+class _Board:
+    """TensorBoard's file of one run, written where it is called: the thread of TensorBoard's own writer
+    would die on a full disk with a traceback that names no file."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self.file = (folder / name).open("wb", buffering=0)  # else a close would try again to write the rest
+        self.records = RecordWriter(self.file)
+        start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))  # hides later steps
+        for event in (Event(file_version="brain.Event:2"), start):
+            self._write(event)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=shown)))
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self.records.write(event.SerializeToString())
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ checkpoints/step-N/   a model folder that anyone can load, and beside it
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from openpae.train.health import Health
 from openpae.train.parallel import bare, is_sharded, shard_like, whole
 from openpae.train.settings import LoopConfig
 from openpae.train.task import Task
+from openpae.weights import pickle_refusal
 
 
 @dataclass
@@ -63,15 +65,15 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
 
     Raises:
         OSError: the first process can not write; the checkpoints before are as they were.
+        DiskFull: there is no room for it; the same.
     """
-    weights = state.exported_weights(loop)
-    with _folder_of_all(checkpoint_path(run_dir, step)) as folder:
+    weights, content = state.exported_weights(loop), _content(state)
+    with _folder_of_all(checkpoint_path(run_dir, step), _bytes([weights, content])) as folder:
         if is_sharded(state.exported):
-            content = _content(state)
             content["optimizers"] = {name: held["state"] for name, held in content["optimizers"].items()}
             save_shards(content, checkpoint_id=folder / "state")
         else:
-            processes.from_first(lambda: torch.save({"step": step, **_content(state)}, folder / "state.pt"))
+            processes.from_first(lambda: torch.save({"step": step, **content}, folder / "state.pt"))
         hashes = _hashes(folder)
         facts = {
             "step": step,
@@ -106,7 +108,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
             "share"
         )
     if (folder / "state.pt").is_file():
-        content = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        content = _read_state(folder / "state.pt")
     else:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
@@ -115,10 +117,10 @@ def resume(state: RunState, run_dir: Path) -> int | None:
 
 
 @contextmanager
-def _folder_of_all(path: Path) -> Iterator[Path]:
+def _folder_of_all(path: Path, wanted: int) -> Iterator[Path]:
     """`whole_folder` for all processes: the first makes it, and renames it when all have written."""
     with ExitStack() as stack:
-        yield processes.from_first(lambda: stack.enter_context(whole_folder(path)))
+        yield processes.from_first(lambda: stack.enter_context(whole_folder(path, wanted)))
         processes.from_first(stack.close)
 
 
@@ -129,6 +131,14 @@ def _content(state: RunState) -> dict[str, Any]:
         "ema": None if state.ema is None else state.ema.average,
         "health": state.health.norms,
     }
+
+
+def _bytes(content: Any) -> int:
+    """Of all tensors in it, however nested."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.itemsize
+    parts = content.values() if isinstance(content, Mapping) else content
+    return sum(map(_bytes, parts)) if isinstance(content, Mapping | list | tuple) else 0
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -169,6 +179,14 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] |
             )
         return step, passed_over
     return None
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(pickle_refusal(file, error)) from None
+    return content
 
 
 def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
