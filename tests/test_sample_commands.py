@@ -213,6 +213,7 @@ def test_half_precision_draws_nearly_the_same(pair: Pair, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of parts that compiling imports
 def test_a_compiled_generator_draws_the_same(pair: Pair, tmp_path: Path) -> None:
     common = ["sample", pair.tokenizer, pair.generator]
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
