@@ -6,8 +6,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +374,7 @@ def test_what_is_done_is_not_done_again(done: Plan, monkeypatch: pytest.MonkeyPa
     def never(*_: object) -> None:
         raise AssertionError("a stage was done again")
 
-    monkeypatch.setattr(work, "_WORK", dict.fromkeys(work._WORK, never))
+    monkeypatch.setattr(work, "WORK", dict.fromkeys(work.WORK, never))
     before = read(done)
     assert run_plan(done, tell=lambda _: None) == []
     assert read(done) == before
@@ -405,16 +408,16 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_numbers(
     done: Plan, data: StudyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(data, tmp_path, changes=QUICK, rows=["none"], seeds=[0])
-    whole = dict(work._WORK)
+    whole = dict(work.WORK)
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     for kind in ("tokenizer", "latents", "judge"):  # before it, in turn
-        monkeypatch.setattr(work, "_WORK", whole | {kind: stopped})
+        monkeypatch.setattr(work, "WORK", whole | {kind: stopped})
         with pytest.raises(KeyboardInterrupt):
             run_plan(plan, tell=lambda _: None)
-    monkeypatch.setattr(work, "_WORK", whole)
+    monkeypatch.setattr(work, "WORK", whole)
     run_plan(plan, tell=lambda _: None)
     values = [
         {(r["metric"], r["step"]): r["value"] for r in read(each) if r["row"] == "none"}
@@ -428,14 +431,14 @@ def test_a_row_whose_training_is_not_finite_does_not_stop_the_others(
 ) -> None:
     plan = planned(data, tmp_path, changes=QUICK, rows=["none"], seeds=[0, 1])
     first = plan.cells[0].tokenizer
-    whole = dict(work._WORK)
+    whole = dict(work.WORK)
 
     def train(stage: Any, places: Any, quiet: bool) -> Any:
         if stage.id == first:
             raise FloatingPointError("training is not finite at step 1")
         return whole["tokenizer"](stage, places, quiet)
 
-    monkeypatch.setattr(work, "_WORK", whole | {"tokenizer": train})
+    monkeypatch.setattr(work, "WORK", whole | {"tokenizer": train})
     (told,) = run_plan(plan, tell=lambda _: None)
     assert "none, seed 0" in told
     assert "not finite" in told
@@ -476,6 +479,22 @@ def test_processes_give_the_numbers_of_one(done: Plan, data: StudyData, tmp_path
     assert run_plan(plan, workers=2, tell=lambda _: None) == []
     numbers = [[(r["row"], r["metric"], r["step"], r["value"]) for r in read(each)] for each in (plan, done)]
     assert numbers[0] == numbers[1]
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_numbers_of_one_process(done: Plan, data: StudyData, tmp_path: Path) -> None:
+    """Gradients are summed in another order: the numbers agree to rounding."""
+    places = ["--images", data.images, "--held-out", data.held_out, "--out", tmp_path]
+    maps = ["--label-images", data.label_images, "--label-maps", data.label_maps]
+    chosen = ["--set", *QUICK, "--rows", "none", "--seeds", "0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, "-m", "openpae", "study", "study/tiny", *places, *maps, *chosen]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True)
+    with (tmp_path / "tiny" / "results.csv").open(encoding="utf-8") as file:
+        found = {(r["metric"], r["step"]): float(r["value"]) for r in csv.DictReader(file)}
+    expected = {(r["metric"], r["step"]): float(r["value"]) for r in read(done) if r["row"] == "none"}
+    assert found == pytest.approx(expected, rel=0.01, abs=1e-4)
 
 
 def test_the_command_tells_a_plan(done: Plan, data: StudyData, capsys: pytest.CaptureFixture[str]) -> None:

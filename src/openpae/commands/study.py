@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from openpae import config as configs
-from openpae.commands.console import at_least_one
+from openpae.commands.console import at_least_one, tell
 
 
 def study(
@@ -30,7 +30,7 @@ def study(
     """Run a grid of trainings and measurements, and compare it with the paper: table, verdicts, report.
 
     What is done is never done again: the same command goes on after an interruption, and studies that
-    share an OUT share what they have in common.
+    share an OUT share what they have in common. Under torchrun all processes share each stage.
 
     Args:
         studies: presets (study/table2a-small) or files, one or several; several also get a report of all.
@@ -52,6 +52,7 @@ def study(
         raise ValueError(
             "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
         )
+    from openpae import processes
     from openpae.study.plan import StudyData, make_plan
     from openpae.study.rehearse import estimates
     from openpae.study.run import describe_plan, run_plan
@@ -64,24 +65,26 @@ def study(
         label_maps=label_maps,
         reference=reference,
     )
-    plan = make_plan(
-        [configs.load(Study, name) for name in studies], data, out, changes=set, rows=rows, seeds=seeds
-    )
+    loaded = [configs.load(Study, name) for name in studies]
+    plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
         known = estimates(plan, rehearse=True, tell=lambda line: print(line, file=sys.stderr))
         print(describe_plan(plan, known, workers))
         return
-    words = [*studies, *(f"--set {change}" for change in set), *(f"--rows {row}" for row in rows)]
-    command = " ".join(["pae study", *words, f"--images {_last(images)} --held-out {_last(held_out)}"])
-    if label_images is not None and label_maps is not None:
-        command += f" --label-images {_last(label_images)} --label-maps {_last(label_maps)}"
-    if reference is not None:
-        command += f" --reference {_last(reference)}"
-    failed = run_plan(plan, workers=workers, command=command)
-    for one in plan.studies:
-        print(
-            f"open {out / one.name / 'report.html'} in a browser; numbers in {out / one.name / 'results.csv'}"
-        )
+    where = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
+    where |= {"reference": reference}
+    words = [
+        *studies,
+        *(["--set", *set] if set else []),
+        *(["--rows", *rows] if rows else []),
+        *(["--seeds", *map(str, seeds)] if seeds else []),
+        *(f"--{name} {_last(path)}" for name, path in where.items() if path is not None),
+    ]
+    with processes.joined():
+        failed = run_plan(plan, workers=workers, command=f"pae study {' '.join(words)}", tell=tell)
+        for one in plan.studies:
+            folder = out / one.name
+            tell(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
     if failed:
         raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from openpae.data.images import open_images
 from openpae.storage import read_json
+from openpae.study.once import run_stage
 from openpae.study.plan import Plan
 from openpae.study.stage import (
     FeatureSettings,
@@ -24,7 +25,6 @@ from openpae.study.stage import (
     Stage,
     facts,
 )
-from openpae.study.work import run_stage
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
 from openpae.train.tokenizer import TokenizerRun

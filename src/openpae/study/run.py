@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 import openpae
+from openpae import processes
+from openpae.study.once import run_stage
 from openpae.study.page import study_page
 from openpae.study.plan import Plan
 from openpae.study.rehearse import Estimate, estimates
 from openpae.study.settings import Study
 from openpae.study.stage import Places, Stage
 from openpae.study.table import collect, write_table
-from openpae.study.work import run_stage
 from openpae.train.engine import Stopped
 
 Tell = Callable[[str], None]
@@ -46,8 +47,14 @@ def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Tell = pr
 
     Raises:
         Stopped, KeyboardInterrupt: told to stop; tables and reports are written, the same command goes on.
+        ValueError: several workers under torchrun.
         OSError: a process died, of want of memory for one.
     """
+    if workers > 1 and processes.world() > 1:
+        raise ValueError(
+            f"workers must be 1 under torchrun, whose processes share each stage, got {workers}; "
+            "take one of both"
+        )
     board = _Board(plan, tell, workers)
     try:
         if workers == 1:
@@ -55,7 +62,8 @@ def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Tell = pr
         else:
             _in_processes(plan, board, workers)
     finally:
-        write_results(plan, command)
+        if processes.is_first():
+            write_results(plan, command)
     return [f"{plan.stages[name].what} ({name}): {error}" for name, error in board.failed.items()]
 
 
@@ -119,7 +127,10 @@ class _Board:
     def __init__(self, plan: Plan, tell: Tell, workers: int) -> None:
         self.plan, self.tell, self.workers = plan, tell, workers
         self.failed: dict[str, str] = {}
-        self.done = {name for name in plan.stages if plan.places.record(name).is_file()}
+        # The first process looks for all: what is done must not change between two glances.
+        self.done = processes.from_first(
+            lambda: {name for name in plan.stages if plan.places.record(name).is_file()}
+        )
         self.commit = version()
 
     def ready(self, running: Sequence[str] = ()) -> Iterator[Stage]:
@@ -134,6 +145,8 @@ class _Board:
     def finished(self, stage: Stage, record: Mapping[str, Any]) -> None:
         """Count a stage, and tell how long the others take."""
         self.done.add(stage.id)
+        if not processes.is_first():
+            return
         left = estimates(self.plan)
         waiting = len(self.plan.stages) - len(self.done)
         untold = waiting - len(left)
@@ -148,7 +161,8 @@ class _Board:
     def fail(self, stage: Stage, error: FloatingPointError) -> None:
         """Leave a stage out."""
         self.failed[stage.id] = str(error)
-        self.tell(f"failed: {stage.kind} ({stage.what}): {error}")
+        if processes.is_first():
+            self.tell(f"failed: {stage.kind} ({stage.what}): {error}")
 
 
 def _one_by_one(plan: Plan, board: _Board) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
+from openpae import processes
 from openpae.eval.extractors import ExtractorName
 from openpae.study.settings import JudgeSettings, MeasureSettings
 
@@ -138,6 +142,21 @@ class Places:
     def lock(self, name: str) -> Path:
         """The file that a process holds while it works on a stage."""
         return self.out / "stages" / ".locks" / name
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Hold the lock of a stage for the block; under torchrun the first process holds it for all."""
+        lock = FileLock(self.lock(name))
+
+        def acquire() -> None:
+            self.lock(name).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+
+        processes.from_first(acquire)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def facts(settings: Any) -> Any:

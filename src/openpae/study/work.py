@@ -1,18 +1,17 @@
-"""What each kind of stage does. It goes on where it was interrupted; with its record it is done."""
+"""What each kind of stage does. Each goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from openpae import config as configs
+from openpae import processes
 from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.data.caches import (
     cache_features,
@@ -31,7 +30,7 @@ from openpae.eval.streams import Batch, drawn_images, real_images
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.report import image_grid
 from openpae.sampling import balanced_labels
-from openpae.storage import read_json, write_json
+from openpae.storage import write_json
 from openpae.study import shared
 from openpae.study.stage import (
     FeatureSettings,
@@ -44,7 +43,6 @@ from openpae.study.stage import (
     ReferenceSettings,
     Stage,
     StageKind,
-    facts,
 )
 from openpae.train.generator import GeneratorRun, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
@@ -62,50 +60,6 @@ SHOWN = 10
 """Samples that the report shows of a generator."""
 
 
-def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False) -> dict[str, Any]:
-    """Do a stage, or take what is there; another process at the same stage is waited for.
-
-    Args:
-        stage: its inputs are done.
-        places: where.
-        commit: which code does it; goes into the record.
-        quiet: no progress bars.
-
-    Returns:
-        Its record: metrics, seconds (over interruptions), settings.
-
-    Raises:
-        What its library functions raise; `Stopped` among them, after which the same call goes on.
-    """
-    record, lock = places.record(stage.id), places.lock(stage.id)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        if record.is_file():
-            return read_json(record)
-        begun = lock.with_suffix(".seconds")
-        spent = read_json(begun)["seconds"] if begun.is_file() else 0.0
-        start = time.perf_counter()
-        try:
-            metrics = _WORK[stage.kind](stage, places, quiet)
-        finally:
-            seconds = spent + time.perf_counter() - start
-            write_json(begun, {"seconds": seconds})
-        result = {
-            "stage": stage.kind,
-            "what": stage.what,
-            "metrics": metrics,
-            "seconds": seconds,
-            "commit": commit,
-            "threads": torch.get_num_threads(),
-            "device": pick_device("auto").type,
-            "inputs": dict(stage.inputs),
-            "settings": facts(stage.settings),
-        }
-        write_json(record, result)
-        begun.unlink()
-    return result
-
-
 class _At:
     """The folders of a stage and of its inputs."""
 
@@ -120,7 +74,7 @@ def _pack(stage: Stage, places: Places, quiet: bool) -> Metrics:
     at, settings = _At(stage, places), _settings(stage, PackSettings)
     source = open_images(at.inputs["images"])
     rows = range(0, len(source), settings.every)[: settings.count]
-    pack_images(Subset(source, rows), at.folder, size=settings.size)
+    processes.from_first(lambda: pack_images(Subset(source, rows), at.folder, size=settings.size))
     return {}
 
 
@@ -156,18 +110,22 @@ def _refiner(stage: Stage, places: Places, quiet: bool) -> Metrics:
 
 def _raw_targets(stage: Stage, places: Places, quiet: bool) -> Metrics:
     at, settings = _At(stage, places), _settings(stage, RawSettings)
-    if not at.folder.exists():
-        fit_targets(
-            load_encoder(settings.encoder, settings.encoder_source),
-            open_images(at.inputs["images"]),
-            at.folder,
-            kind=settings.projection,
-            latent_dim=settings.latent_dim,
-            image_size=settings.image_size,
-            patch_size=settings.patch_size,
-            count=settings.count,
-            device=pick_device("auto"),
-        )
+
+    def fit() -> None:
+        if not at.folder.exists():
+            fit_targets(
+                load_encoder(settings.encoder, settings.encoder_source),
+                open_images(at.inputs["images"]),
+                at.folder,
+                kind=settings.projection,
+                latent_dim=settings.latent_dim,
+                image_size=settings.image_size,
+                patch_size=settings.patch_size,
+                count=settings.count,
+                device=pick_device("auto"),
+            )
+
+    processes.from_first(fit)
     return {}
 
 
@@ -189,7 +147,7 @@ def _cache_targets(prior: Path, features: Path, places: Places) -> None:
     """Make the cache that the tokenizer's training would make; here one process does and the others wait."""
     name = identity_of(prior).fingerprint
     folder = features.with_name(f"{features.name}-{name}")
-    with FileLock(places.lock(folder.name)):
+    with places.alone(folder.name):
         targets = load_prior(prior)
         cache_targets(
             targets.to(pick_device("auto")),
@@ -222,14 +180,16 @@ def _measure(stage: Stage, places: Places, quiet: bool) -> Metrics:
         settings.metrics,
         device,
     )
-    measured = measure_tokenizer(
-        _space(at, device),
-        open_images(held_out),
-        size=part.image_size,
-        segmented=segmented,
-        lpips=shared.perceptual(settings.lpips, device),
-        real=real,
-        config=settings.metrics,
+    measured = processes.from_first(
+        lambda: measure_tokenizer(
+            _space(at, device),
+            open_images(held_out),
+            size=part.image_size,
+            segmented=segmented,
+            lpips=shared.perceptual(settings.lpips, device),
+            real=real,
+            config=settings.metrics,
+        )
     )
     names = {"frechet": "rfid", "interpolated_frechet": "ifid"}
     return {
@@ -290,10 +250,13 @@ def _reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
     rows = None if settings.count is None else spread(len(source), settings.count)
     stream = real_images(source, settings.image_size, rows=rows)
     judge = shared.extractor(settings.extractor, settings.extractor_weights, pick_device("auto"))
-    at.folder.mkdir(parents=True, exist_ok=True)
-    save_reference(
-        reference_of(features_of(stream, judge), stream.name, stream.preprocessing), at.folder / REFERENCE
-    )
+    found = reference_of(features_of(stream, judge), stream.name, stream.preprocessing)
+
+    def save() -> None:
+        at.folder.mkdir(parents=True, exist_ok=True)
+        save_reference(found, at.folder / REFERENCE)
+
+    processes.from_first(save)
     return {}
 
 
@@ -328,9 +291,13 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
         batch_size=settings.batch_size,
         min_samples=2,  # the report shows the floor of so few beside the distance
     )
-    at.folder.mkdir(parents=True, exist_ok=True)
-    write_json(at.folder / "evaluation.json", record)
-    image_grid(torch.stack(shown), SHOWN).save(at.folder / "samples.png")
+
+    def keep() -> None:
+        at.folder.mkdir(parents=True, exist_ok=True)
+        write_json(at.folder / "evaluation.json", record)
+        image_grid(torch.stack(shown), SHOWN).save(at.folder / "samples.png")
+
+    processes.from_first(keep)
     names = {"frechet": "gfid", "frechet_floor": "gfid_floor"}
     return {
         names.get(name, name): {"value": metric["value"], "stderr": metric["stderr"]}
@@ -338,7 +305,7 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
     }
 
 
-_WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
+WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
     "pack": _pack,
     "features": _features,
     "refiner": _refiner,
@@ -350,6 +317,7 @@ _WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
     "reference": _reference,
     "judge": _judge,
 }
+"""Each needs its stage, the places, and whether to be quiet; under torchrun every process calls it."""
 
 
 def _settings(stage: Stage, kind: type[configs.T]) -> configs.T:
@@ -359,15 +327,16 @@ def _settings(stage: Stage, kind: type[configs.T]) -> configs.T:
 
 def _begun(run: configs.T, folder: Path) -> configs.T:
     """The same run; one that was begun before OUT was moved learns its new paths."""
-    if (folder / "config.yaml").is_file():
+    if processes.is_first() and (folder / "config.yaml").is_file():
         configs.save(run, folder / "config.yaml")
     return run
 
 
 def _forget_training(run_dir: Path) -> None:
     """Remove optimizer states: a run that is done is never gone on with, and they are most of its size."""
-    for step in checkpoint_steps(run_dir):
-        (checkpoint_path(run_dir, step) / "state.pt").unlink(missing_ok=True)
+    if processes.is_first():
+        for step in checkpoint_steps(run_dir):
+            (checkpoint_path(run_dir, step) / "state.pt").unlink(missing_ok=True)
 
 
 def _space(at: _At, device: torch.device) -> LatentSpace:

@@ -1,0 +1,63 @@
+"""Do a stage once: whoever comes second takes the record of the first."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from openpae import processes
+from openpae.storage import read_json, write_json
+from openpae.study import work
+from openpae.study.stage import Places, Stage, facts
+from openpae.train.settings import pick_device
+
+
+def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False) -> dict[str, Any]:
+    """Do a stage, or take what is there; another process at the same stage is waited for.
+
+    Under torchrun every process must call it: they share the work of training, caching and judging.
+
+    Args:
+        stage: its inputs are done.
+        places: where.
+        commit: which code does it; goes into the record.
+        quiet: no progress bars.
+
+    Returns:
+        Its record: metrics, seconds (over interruptions), settings.
+
+    Raises:
+        What its library functions raise; `Stopped` among them, after which the same call goes on.
+    """
+    record = places.record(stage.id)
+    with places.alone(stage.id):
+        if (
+            known := processes.from_first(lambda: read_json(record) if record.is_file() else None)
+        ) is not None:
+            return known
+        begun = places.lock(stage.id).with_suffix(".seconds")
+        spent = read_json(begun)["seconds"] if begun.is_file() else 0.0
+        start = time.perf_counter()
+        try:
+            metrics = work.WORK[stage.kind](stage, places, quiet)
+        finally:
+            seconds = spent + time.perf_counter() - start
+            if processes.is_first():
+                write_json(begun, {"seconds": seconds})
+        result = {
+            "stage": stage.kind,
+            "what": stage.what,
+            "metrics": metrics,
+            "seconds": seconds,
+            "commit": commit,
+            "threads": torch.get_num_threads(),
+            "processes": processes.world(),
+            "device": pick_device("auto").type,
+            "inputs": dict(stage.inputs),
+            "settings": facts(stage.settings),
+        }
+        processes.from_first(lambda: write_json(record, result))
+        processes.from_first(begun.unlink)
+    return result
