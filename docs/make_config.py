@@ -15,8 +15,18 @@ from openpae.data.training import ImageData
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
 from openpae.ditdh import DiTDHConfig, HeadConfig
+from openpae.eval.measure import MeasureConfig
 from openpae.priors import RefinerConfig
 from openpae.sampling import SamplerConfig
+from openpae.study.settings import (
+    Claim,
+    JudgeSettings,
+    MeasureSettings,
+    Reported,
+    Study,
+    StudyRow,
+    StudySetup,
+)
 from openpae.tokenizer import DecoderConfig, PAEConfig
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
@@ -24,10 +34,11 @@ from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun
 from openpae.upsampling import LowPassConfig
 
-RUNS = (RefinerRun, TokenizerRun, GeneratorRun)
+RUNS = (RefinerRun, TokenizerRun, GeneratorRun, Study, StudySetup)
 PARTS = (
     *(PAEConfig, DecoderConfig, RefinerConfig, LowPassConfig, LightningDiTConfig, DiTDHConfig),
     *(HeadConfig, ImageData, TokenizerLoss, DiscriminatorConfig, OptimConfig, LoopConfig, SamplerConfig),
+    *(StudyRow, Claim, Reported, MeasureSettings, MeasureConfig, JudgeSettings),
 )
 
 
@@ -53,7 +64,10 @@ def table(cls: type) -> str:
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        choices = [arg for arg in typing.get_args(hints[field.name]) if dataclasses.is_dataclass(arg)]
+        hint = hints[field.name]
+        choices = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]
+        if typing.get_origin(hint) is tuple:
+            choices = []  # a list of configs, not a choice among them
         kind = " or ".join(choice.__name__ for choice in choices) or str(field.type).replace(" | ", " or ")
         meaning = docs[field.name].replace("|", "\\|")
         rows.append(f"| `{field.name}` | {kind} | {default(field)} | {meaning} |")

@@ -143,10 +143,15 @@ class Reported:
     """The paper's numbers of a row (ImageNet 256); null where it gives none."""
 
     ssc: float | None = None
+    """SSC."""
     lpc: float | None = None
+    """LPC."""
     gsq: float | None = None
+    """GSQ."""
     rfid: float | None = None
+    """rFID."""
     gfid: float | None = None
+    """gFID."""
 
 
 @dataclass(frozen=True, kw_only=True)
