@@ -23,15 +23,10 @@ from openpae.checkpoint import (
     write_tokenizer,
 )
 from openpae.dit import LightningDiT
-from openpae.encoders import (
-    ENCODERS,
-    FrozenEncoder,
-    encoder_architecture,
-    encoder_fingerprint,
-    load_encoder,
-)
+from openpae.encoders import FrozenEncoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of, model_folder
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
+from openpae.vfms import ENCODERS
 
 
 @pytest.fixture

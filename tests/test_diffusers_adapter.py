@@ -55,7 +55,7 @@ def test_a_transformers_encoder_comes_back_too(tmp_path: Path, monkeypatch: pyte
     import transformers
 
     from openpae.diffusers_adapter import AutoencoderPAE
-    from openpae.encoders import ENCODERS
+    from openpae.vfms import ENCODERS
 
     vit = transformers.ViTMAEModel(
         transformers.ViTMAEConfig(

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.encoders import ENCODERS, FrozenEncoder, load_encoder
+from openpae.encoders import FrozenEncoder, load_encoder
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig
+from openpae.vfms import ENCODERS
 
 VIT = {
     "hidden_size": 24,

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from openpae.backbones import drop_norm_affine
-from openpae.encoders import ENCODERS, EncoderSpec, FrozenEncoder, encoder_spec, load_encoder
+from openpae.encoders import FrozenEncoder, load_encoder
+from openpae.vfms import ENCODERS, EncoderSpec, encoder_spec
 
 SPEC = EncoderSpec(stride=8, dim=6, num_heads=2, num_prefix_tokens=2)
 

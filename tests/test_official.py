@@ -22,7 +22,7 @@ from openpae import official
 from openpae.checkpoint import load_tokenizer
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, HeadConfig
-from openpae.encoders import ENCODERS, FrozenEncoder, empty_encoder, encoder_architecture, load_encoder
+from openpae.encoders import FrozenEncoder, empty_encoder, encoder_architecture, load_encoder
 from openpae.folders import identity_of
 from openpae.layers import rope_2d, sincos_2d
 from openpae.official import (
@@ -35,6 +35,7 @@ from openpae.official import (
 )
 from openpae.sampling import SamplerConfig, sample_latents
 from openpae.tokenizer import PAE, DecoderConfig, PAEConfig
+from openpae.vfms import ENCODERS
 from test_encoder_zoo import FAMILIES, HUB_INTERNVIT, Family, made
 
 GOLDEN = Path(__file__).parent / "golden" / "lightningdit_tiny.safetensors"

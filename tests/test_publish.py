@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.cli import main
 from openpae.data.shards import Shards
-from openpae.encoders import ENCODERS
 from openpae.folders import identity_of
 from openpae.pipeline import Pipeline
+from openpae.vfms import ENCODERS
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -27,6 +27,7 @@ ORDER = [
         "assets",
         "layers",
         "backbones",
+        "vfms",
         "encoders",
         "upsampling",
         "priors",

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from openpae.backbones import drop_norm_affine
-from openpae.encoders import ENCODERS, EncoderSpec, FrozenEncoder, load_encoder
+from openpae.encoders import FrozenEncoder, load_encoder
 from openpae.layers import sincos_2d
 from openpae.modulator import DetailFusion, DetailModulator
 from openpae.official import import_tokenizer
@@ -27,6 +27,7 @@ from openpae.tokenizer import (
     Projector,
     build_tokenizer,
 )
+from openpae.vfms import ENCODERS, EncoderSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "pae_dinov2_tiny.safetensors"
 

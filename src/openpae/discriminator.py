@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.encoders import IMAGENET_MEAN, IMAGENET_STD
 from openpae.layers import timestep_features, to_grid
+from openpae.vfms import IMAGENET_MEAN, IMAGENET_STD
 
 AUGMENT_DRAWS = 7
 """Uniform numbers per image that `diff_augment` needs."""

@@ -16,11 +16,9 @@ from openpae import hub
 from openpae.encoders import (
     Encoder,
     EncoderInput,
-    EncoderSpec,
     FrozenEncoder,
     encoder_architecture,
     encoder_fingerprint,
-    encoder_spec,
     load_encoder,
 )
 from openpae.folders import CONFIG, ENCODER, model_folder, read_model
@@ -37,6 +35,7 @@ from openpae.layers import (
     unpatchify,
 )
 from openpae.modulator import DetailModulator
+from openpae.vfms import EncoderSpec, encoder_spec
 from openpae.weights import load_strict
 
 
@@ -68,7 +67,7 @@ class PAEConfig:
     """A tokenizer. The defaults are the paper's main model: DINOv2-L, 32 channels on 16x16."""
 
     encoder: str = "dinov2-l"
-    """The VFM, a row of openpae.encoders.ENCODERS."""
+    """The VFM, a row of openpae.vfms.ENCODERS."""
     encoder_source: str | None = None
     """Hub name or local folder of its weights; null takes the row's own."""
     image_size: int = 256

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.encoders import IMAGENET_MEAN, IMAGENET_STD
 from openpae.layers import to_grid, to_tokens
+from openpae.vfms import IMAGENET_MEAN, IMAGENET_STD
 
 FeatureUpsampler = Callable[[Tensor, Tensor], Tensor]
 """(image (1, 3, H, W), normalised as for ImageNet; features (1, D, h, w)) -> features (1, D, H, W)."""

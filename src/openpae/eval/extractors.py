@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from openpae.assets import fetch
 from openpae.critics import LPIPS, load_lpips
-from openpae.encoders import IMAGENET_MEAN, IMAGENET_STD
 from openpae.eval.inception import Inception2015
 from openpae.eval.reconstruction import quantize
 from openpae.storage import fingerprint
+from openpae.vfms import IMAGENET_MEAN, IMAGENET_STD
 from openpae.weights import load_strict, read_tensors
 
 ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]

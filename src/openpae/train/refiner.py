@@ -34,7 +34,7 @@ class RefinerRun:
     model: RefinerConfig = field(default_factory=RefinerConfig)
     """The refiner."""
     encoder: str = "dinov2-l"
-    """The VFM, a row of openpae.encoders.ENCODERS."""
+    """The VFM, a row of openpae.vfms.ENCODERS."""
     encoder_source: str | None = None
     """Hub name or local folder of its weights; null takes the row's own."""
     image_size: int = 256
