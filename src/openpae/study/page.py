@@ -12,10 +12,19 @@ from PIL import Image
 from openpae import config as configs
 from openpae.report import Page
 from openpae.study.plan import Cell, Plan
-from openpae.study.settings import HIGHER_IS_BETTER, MetricName, Study, StudyRow, StudySetup, reported
+from openpae.study.settings import (
+    HIGHER_IS_BETTER,
+    Claim,
+    MetricName,
+    Study,
+    StudyRow,
+    StudySetup,
+    reported,
+)
 from openpae.study.table import (
     Comparison,
     Result,
+    Verdict,
     compare,
     correlations,
     curves,
@@ -56,11 +65,26 @@ def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         "pixels; its numbers stand in brackets. Compare the order of rows, not the numbers: images, sizes, "
         "encoder and the features of the distances differ.",
     )
+    verdicts = [found.verdict for study in studies for _, found in decided(study, results)]
+    if verdicts:
+        page.cards({f"claims {name}": str(verdicts.count(name)) for name in get_args(Verdict)})
     for study in studies:
         _show_study(page, plan, study, results, alone=len(studies) == 1)
-    _show_correlations(page, plan)
+    _show_correlations(page, plan, [study.name for study in studies])
     _show_method(page, plan, studies, results, command)
     return page
+
+
+def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Comparison]]:
+    """Each claim of a study with what our numbers say of it."""
+    pairs = []
+    for claim in study.claims:
+        better, worse = (
+            list(finals(results, study.name, name, claim.metric).values())
+            for name in (claim.better, claim.worse)
+        )
+        pairs.append((claim, compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER)))
+    return pairs
 
 
 def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result], *, alone: bool) -> None:
@@ -110,16 +134,10 @@ def _number(metric: str, mean: float, error: float | None) -> str:
 def _show_claims(page: Page, study: Study, results: Sequence[Result]) -> None:
     if not study.claims:
         return
-    rows = []
-    for claim in study.claims:
-        better, worse = (
-            list(finals(results, study.name, name, claim.metric).values())
-            for name in (claim.better, claim.worse)
-        )
-        found = compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER)
-        rows.append(
-            [claim.text, f"{TITLES[claim.metric]}: {claim.better} better than {claim.worse}", *_told(found)]
-        )
+    rows = [
+        [claim.text, f"{TITLES[claim.metric]}: {claim.better} better than {claim.worse}", *_told(found)]
+        for claim, found in decided(study, results)
+    ]
     page.table(["the paper says", "tested as", "gain ± standard error", "95 % interval", "verdict"], rows)
 
 
@@ -227,8 +245,8 @@ def _show_samples(page: Page, plan: Plan, study: Study) -> None:
         page.rows(strips, "Samples of each row: the same noise and classes everywhere, not chosen.")
 
 
-def _show_correlations(page: Page, plan: Plan) -> None:
-    found = points(plan)
+def _show_correlations(page: Page, plan: Plan, names: Sequence[str]) -> None:
+    found = points(plan, names)
     metrics = [name for name in get_args(MetricName) if name not in ("gfid", "kid", "precision", "recall")]
     table = correlations(found, metrics, against=("psnr", "rfid"))
     if not table:

@@ -174,14 +174,14 @@ class Point:
     """Negative gfid: higher is better."""
 
 
-def points(plan: Plan) -> list[Point]:
-    """Every tokenizer that was generated from, once, judged under the plan's most common settings.
+def points(plan: Plan, names: Sequence[str]) -> list[Point]:
+    """Every tokenizer of these studies that was generated from, once, under their most common judging.
 
     The same tokenizer and generator serve several studies; samplers that differ would make distances that do
     not compare.
     """
     found: dict[tuple[str, str], Point] = {}
-    judged = [(cell, max(cell.judges)) for cell in plan.cells if cell.judges]
+    judged = [(cell, max(cell.judges)) for cell in plan.cells if cell.judges and cell.study in names]
     settings = [repr(plan.stages[cell.judges[step]].settings) for cell, step in judged]
     common = max(set(settings), key=settings.count, default="")
     for (cell, step), own in zip(judged, settings, strict=True):
