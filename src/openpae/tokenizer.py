@@ -3,7 +3,7 @@ paper)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,6 @@ from openpae import hub
 from openpae.encoders import (
     Encoder,
     EncoderInput,
-    FrozenEncoder,
     encoder_architecture,
     encoder_fingerprint,
     load_encoder,
@@ -327,24 +326,24 @@ class PAE(nn.Module):
         config = configs.load(PAEConfig, path / CONFIG)
         state, identity = read_model(path)
         kept = {name: value for name, value in state.items() if name.startswith("encoder.")}
-        if decode_only and encoder is None:
+        finetuned = config.fusion == "finetune"
+        if encoder is None:
             state = {name: value for name, value in state.items() if name not in kept}
-        elif encoder is None:
-            encoder = _saved_encoder(path, config, kept)
-            state = {name: value for name, value in state.items() if name not in kept}
+            if not decode_only:
+                source = str(path / ENCODER) if (path / ENCODER).is_file() else config.encoder_source
+                own = {name.removeprefix("encoder."): value for name, value in kept.items()} or None
+                encoder = load_encoder(config.encoder, source, trainable=finetuned, state=own)
         model = cls(config, encoder)
         # What the file does not hold of the encoder is as it was built.
         built = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
         load_strict(model, built | state, f"weights in {path}")
         model.made_with, model.keeps_encoder = identity.made_with, bool(kept)
-        if encoder is not None and config.fusion != "finetune":
-            found = encoder_fingerprint(encoder)
-            if found != identity.made_with:
-                raise ValueError(
-                    f"{path} was trained with an encoder of fingerprint {identity.made_with}, but "
-                    f"{config.encoder!r} now has {found}; point encoder_source to the weights that it was "
-                    "trained with"
-                )
+        if encoder is not None and not finetuned and encoder_fingerprint(encoder) != identity.made_with:
+            raise ValueError(
+                f"{path} was trained with an encoder of fingerprint {identity.made_with}, but "
+                f"{config.encoder!r} now has {encoder_fingerprint(encoder)}; point encoder_source to the "
+                "weights that it was trained with"
+            )
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
@@ -404,14 +403,3 @@ def build_tokenizer(config: PAEConfig) -> PAE:
     """
     trainable = config.fusion == "finetune"
     return PAE(config, load_encoder(config.encoder, config.encoder_source, trainable=trainable))
-
-
-def _saved_encoder(path: Path, config: PAEConfig, kept: Mapping[str, Tensor]) -> FrozenEncoder:
-    """The encoder of a saved tokenizer: of the weights kept with it, or from its own home."""
-    trainable = config.fusion == "finetune"
-    if not kept:
-        return load_encoder(config.encoder, config.encoder_source, trainable=trainable)
-    state = {name.removeprefix("encoder."): value for name, value in kept.items()}
-    beside = path / ENCODER
-    source = str(beside) if beside.is_file() else config.encoder_source
-    return load_encoder(config.encoder, source, trainable=trainable, state=state)
