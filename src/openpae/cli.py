@@ -15,7 +15,7 @@ from openpae.commands.measure import evaluate, profile
 from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
-from openpae.commands.train import cache_latents, train_generator, train_refiner, train_tokenizer
+from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,6 +91,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _command(quickstart, "quickstart"),
     "pack": _command(pack, "pack"),
     "train-refiner": train_refiner,
+    "fit-targets": _command(fit_targets, "fit-targets"),
     "train-tokenizer": train_tokenizer,
     "cache-latents": _command(cache_latents, "cache-latents"),
     "train-generator": train_generator,
