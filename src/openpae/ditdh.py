@@ -126,7 +126,7 @@ class DiTDH(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
     made_with: str | None = None
-    """Fingerprint of the tokenizer whose latents it makes, known where it was loaded and needed to save it."""
+    """Fingerprint of the tokenizer whose latents it makes, known where it was loaded; saving needs it."""
 
     def __init__(self, config: DiTDHConfig, *, checkpoint_blocks: int = 0) -> None:
         super().__init__()
