@@ -137,10 +137,18 @@ class Moments:
         mean = rows.mean(0)
         centred = rows - mean
         if self.sums is None:
-            self.sums = _Sums(len(rows), mean, centred.T @ centred)
+            self.sums = _Sums(len(rows), mean, _scatter(centred))
         else:
-            self.sums.scatter.addmm_(centred.T, centred)
+            self.sums.scatter += _scatter(centred)
             self.sums.add_mean(len(rows), mean)
+
+
+def _scatter(centred: Tensor) -> Tensor:
+    """x^T x. NumPy sees that both factors are one and computes half of it, PyTorch does not."""
+    if centred.device.type != "cpu":
+        return centred.T @ centred
+    rows = centred.numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
