@@ -300,3 +300,33 @@ def test_a_tokenizer_without_its_encoder_still_decodes(line: Path) -> None:
         assert tokenizer.decode(torch.randn(1, 8, 4, 4)).shape == (1, 3, 32, 32)
     with pytest.raises(RuntimeError, match="built without its encoder"):
         tokenizer.encode(torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+            "CUDA out of memory. Tried to allocate 9",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you\nframe #0"),
+            "not enough memory: you; lower",
+        ),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "sizes of the model"),
+        (MemoryError(), "out of memory; lower --batch-size"),
+    ],
+)
+def test_want_of_memory_is_one_line_and_other_faults_keep_their_traceback(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: object) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "pack", fail)
+    said = fails(capsys, "pack")
+    assert message in said
+    assert len(said.splitlines()) == 1
+    error = RuntimeError("a bug of ours")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        run("pack")

@@ -117,8 +117,16 @@ def check_pair(tokenizer: str | Path, generator: str | Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the generator was trained on the latents of another tokenizer.
+        ValueError: one of them is no such model, or the generator was trained on the latents of another
+            tokenizer.
     """
+    for folder, what, classes in (
+        (tokenizer, "tokenizer", [PAEConfig]),
+        (generator, "generator", [*GENERATORS]),
+    ):
+        kind = configs.read_yaml(model_folder(folder) / CONFIG).get("kind")
+        if kind not in [cls.__name__ for cls in classes]:
+            raise ValueError(f"{folder} is no {what}: its config is of kind {kind!r}")
     ours, theirs = identity_of(tokenizer), identity_of(generator)
     if theirs.made_with != ours.fingerprint:
         raise ValueError(

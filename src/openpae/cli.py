@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
+
+_NO_MEMORY = ("out of memory", "not enough memory", "Storage size calculation overflowed")
+"""What torch says in a RuntimeError: on a GPU, on a CPU, and of sizes that no machine has."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
     from openpae.train.engine import Stopped  # torch takes a second; --help does not need it
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text, nor a terminal speak UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+    plain, warnings.formatwarning = warnings.formatwarning, _as_line
     try:
         COMMANDS[name](arguments[1:])
     except Stopped as stop:
@@ -49,10 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         sys.exit(_fail(str(error)))
-    except RuntimeError as error:
-        if debug or "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if debug or not (isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)):
             raise
-        sys.exit(_fail(f"{error}; lower --batch-size or loop.device_batch_size"))
+        message = str(error).splitlines()[0] if str(error) else "out of memory"
+        sys.exit(_fail(f"{message}; lower --batch-size or loop.device_batch_size, or the sizes of the model"))
+    finally:
+        warnings.formatwarning = plain
 
 
 def quickstart(
@@ -72,6 +83,10 @@ def quickstart(
 
     report = run_quickstart(out, parse_budget(budget), seed=seed)
     print(f"open {report} in a browser")
+
+
+def _as_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"pae: warning: {message}\n"
 
 
 def _fail(message: str) -> int:

@@ -16,6 +16,7 @@ from openpae.ditdh import GENERATORS
 from openpae.folders import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import read_json
 from openpae.train.journal import read_log
+from openpae.train.saving import read_facts
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
@@ -109,8 +110,13 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
         **{key: _short(value) for key, value in data.items() if key != "kind"},
     }
     if (folder / "checkpoint.json").is_file():
-        facts["step"] = f"{read_json(folder / 'checkpoint.json')['step']:,}"
+        facts["step"] = f"{read_json(folder / 'checkpoint.json').get('step')}"
     if verify:
+        if (folder / "checkpoint.json").is_file():
+            try:
+                read_facts(folder)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {folder} is damaged: {error}") from None
         if kind == "PAEConfig":
             load_tokenizer(folder, decode_only=True)
         elif kind in [config.__name__ for config in GENERATORS]:
@@ -124,7 +130,8 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
 def _run(folder: Path, verify: bool) -> dict[str, str]:
     data = configs.read_yaml(folder / "config.yaml")
     steps = checkpoint_steps(folder)
-    planned = data.get("loop", {}).get("steps", 0)
+    if not isinstance(loop := data.get("loop"), dict) or type(planned := loop.get("steps")) is not int:
+        raise ValueError(f"{folder / 'config.yaml'} is no config of a run: it has no loop.steps")
     facts = {
         "what": f"a run ({data.get('kind')})",
         "checkpoints": ", ".join(f"{step:,}" for step in steps) or "none",
@@ -135,8 +142,8 @@ def _run(folder: Path, verify: bool) -> dict[str, str]:
         for line in lines:
             last |= line
         facts |= {name: f"{value:.5g}" for name, value in last.items() if name not in ("step", "lr")}
-    if steps:
-        inside = _model(checkpoint_path(folder, steps[-1]), verify)
+    for step in steps if verify else steps[-1:]:
+        inside = _model(checkpoint_path(folder, step), verify)
         facts |= {name: inside[name] for name in ("parameters", "fingerprint", "verified") if name in inside}
     return facts
 

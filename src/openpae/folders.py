@@ -76,7 +76,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
     if _print_of(state, config, identity.made_with) != identity.fingerprint:
         raise ValueError(
             f"{path} is damaged or was edited: weights and config do not give its fingerprint "
-            f"{identity.fingerprint}"
+            f"{identity.fingerprint}; bring them back as they were, or take another checkpoint"
         )
     return state, identity
 

@@ -59,7 +59,8 @@ def run_of(
         raise ValueError(
             f"pae {command} needs a run folder after the config: pae {command} {paths[0]} RUN_DIR"
         )
-    return run, Path(paths[1])
+    # Flags are held to what a file is held to: no nan, no number beyond 2^63.
+    return configs.from_dict(kind, configs.to_dict(run)), Path(paths[1])
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:

@@ -116,6 +116,22 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     return step
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's checkpoint.json says, once every file has the checksum in it.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged; the message names it.
+    """
+    facts = read_json(folder / "checkpoint.json")
+    kinds = {"step": int, "inputs": dict, "passed_over": list, "sha256": dict}
+    if wrong := [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]:
+        raise ValueError(f"checkpoint.json has no fitting {', '.join(wrong)}")
+    for name, digest in facts["sha256"].items():
+        if file_hash(folder / name) != digest:
+            raise ValueError(f"its checksum is wrong ({name})")
+    return facts
+
+
 @contextmanager
 def _folder_of_all(path: Path, wanted: int) -> Iterator[Path]:
     """`whole_folder` for all processes: the first makes it, and renames it when all have written."""
@@ -163,21 +179,18 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] |
     for step in reversed(checkpoint_steps(run_dir)):
         folder = checkpoint_path(run_dir, step)
         try:
-            facts = read_json(folder / "checkpoint.json")
-            trained_on, passed_over = facts["inputs"], facts["passed_over"]
-            for name, digest in facts["sha256"].items():
-                if file_hash(folder / name) != digest:
-                    raise ValueError(f"its checksum is wrong ({name})")
-        except (OSError, ValueError, KeyError) as error:
+            facts = read_facts(folder)
+        except (OSError, ValueError) as error:
             warnings.warn(f"checkpoint {folder} is damaged and was passed over: {error}", stacklevel=3)
             continue
+        trained_on = facts["inputs"]
         if trained_on != inputs:
             changed = sorted(name for name, _ in trained_on.items() ^ inputs.items())
             raise ValueError(
                 f"{run_dir} was trained with other {', '.join(dict.fromkeys(changed))}: what its config "
                 "names has changed since; bring it back or name another run folder"
             )
-        return step, passed_over
+        return step, facts["passed_over"]
     return None
 
 

@@ -1,0 +1,48 @@
+"""Each row of the table of errors: the exit code, one line, never a traceback; and docs/errors.md says so."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from cases import CASES
+from running import Case, Outcome, run_case, workspace
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Outcome]:
+    """What comes of a row; each is run once."""
+    folder = tmp_path_factory.mktemp("cases")
+    (folder / "workspace").mkdir()
+    workspace(folder / "workspace")
+    return functools.cache(lambda case: run_case(case, folder / "workspace", folder / "copy"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}: {case.given}")
+def test_what_can_not_work_is_one_line(case: Case, outcome_of: Callable[[Case], Outcome]) -> None:
+    outcome = outcome_of(case)
+    assert "Traceback" not in outcome.everything, outcome.everything
+    assert (outcome.code, bool(re.search(case.says, outcome.line))) == (case.code, True), outcome.everything
+    assert "code was run" not in outcome.everything
+
+
+def test_the_page_says_what_happens(outcome_of: Callable[[Case], Outcome]) -> None:
+    """Otherwise run: python docs/make_errors.py"""
+    page = make_errors().page({case: outcome_of(case) for case in CASES})
+    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page
+
+
+def make_errors() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_errors", ROOT / "docs" / "make_errors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
