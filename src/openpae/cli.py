@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import tyro
+from typing import Any
 
 from openpae import __version__
 from openpae.commands.bench import bench
+from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
 from openpae.commands.publish import export, import_official, push
@@ -96,7 +97,12 @@ def _fail(message: str) -> int:
 
 def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
-        tyro.cli(function, args=list(argv), prog=f"pae {name}")
+        @functools.wraps(function)
+        def hand_on(*args: Any, **named: Any) -> tuple[Any, Any]:
+            return args, named
+
+        args, named = parsed(hand_on, args=list(argv), prog=f"pae {name}")
+        function(*args, **named)
 
     run.__doc__ = function.__doc__
     return run

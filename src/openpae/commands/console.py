@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -21,6 +23,40 @@ Reference = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
+
+
+def parsed(target: Callable[..., T], **options: Any) -> T:
+    """What `tyro.cli` gives; a value that a config of ours refuses is told in the config's own words.
+
+    Args:
+        target: config class, or function that only hands on what it is given.
+        options: of `tyro.cli`.
+
+    Raises:
+        ValueError: a config refuses a value.
+        SystemExit: tyro has told what it can not read, or the help.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found: T = tyro.cli(target, **options)
+            return found
+    except SystemExit as stop:
+        fault = stop.__context__
+        while fault is not None:
+            if isinstance(fault, ValueError) and _is_ours(fault):
+                raise fault from None
+            fault = fault.__cause__ or fault.__context__
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _is_ours(fault: BaseException) -> bool:
+    """Whether our code raised it."""
+    trace = fault.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("openpae.")
 
 
 def run_of(
@@ -48,7 +84,7 @@ def run_of(
             )
     loaded = configs.load(kind, paths[0])
     loaded = loaded if change is None else change(loaded)
-    run = tyro.cli(
+    run: T = parsed(
         kind,
         default=loaded,
         args=list(argv[len(paths) :]),
