@@ -71,6 +71,17 @@ def test_a_folder_gives_the_same_images_and_no_picture_beside_them(
     assert stored_images(tmp_path).count == 2
 
 
+def test_a_folder_of_pae_sample_gives_its_images_and_its_record(levels: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number, pixels in enumerate(levels):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:06d}.png")
+    (tmp_path / "samples.json").write_text('{"nfe": 30}')
+    Image.new("RGB", (50, 50)).save(tmp_path / "grid.png")
+    for folder in (tmp_path, tmp_path / "images"):
+        stream = stored_images(folder)
+        assert (stream.count, stream.facts) == (7, {"nfe": 30})
+
+
 def test_what_is_told_beside_an_npz_comes_with_it(levels: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", levels)
     (tmp_path / "samples.json").write_text('{"nfe": 30, "tokenizer": "abc"}')

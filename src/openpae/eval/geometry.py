@@ -204,8 +204,7 @@ def latent_perturbation_consistency(
     if not radii or min(radii) <= 0:
         raise ValueError(f"radii must be positive, got {', '.join(map(str, radii)) or 'none'}")
     inverse = torch.tensor([1 / rho for rho in radii], dtype=torch.float64)
-    weights = (inverse / inverse.sum()).repeat_interleave(2) / (2 * directions)  # one per decoded move
-    weights = weights.repeat(directions)
+    weights = (inverse / inverse.sum()).repeat_interleave(2).repeat(directions) / (2 * directions)  # per move
     together = max(1, batch_size // (1 + len(weights)))  # images whose moves fill one batch
     values = []
     with torch.no_grad():
@@ -214,8 +213,7 @@ def latent_perturbation_consistency(
             for i, z in enumerate(latents[start : start + together], start):
                 u = unit_directions(z, directions, seed=seed, image=i)
                 moves.append(torch.cat([z[None], *(moved_latents(z, one, radii) for one in u)]))
-            flat = torch.cat(moves)
-            images = torch.cat([decode(part) for part in torch.split(flat, batch_size)])
+            images = torch.cat([decode(part) for part in torch.split(torch.cat(moves), batch_size)])
             images = images.view(len(moves), -1, *images.shape[1:])  # (b, 1 + moves, 3, H, W), anchor first
             moved = images[:, 1:].flatten(0, 1)
             anchors = images[:, :1].expand_as(images[:, 1:]).flatten(0, 1)

@@ -17,6 +17,7 @@ from openpae.eval.adapters import Tokenizer, check_tokenizer
 from openpae.eval.estimate import Estimate
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.geometry import (
+    Decode,
     effective_rank,
     global_semantic_quality,
     latent_perturbation_consistency,
@@ -140,23 +141,7 @@ def measure_tokenizer(
             missing, f"{tokenizer.name} has no decoder, so there are no images to compare"
         )
     else:
-        if lpips is None:
-            undefined |= dict.fromkeys(("lpc", "lpips"), "no LPIPS network was given")
-        else:
-            metrics["lpc"] = latent_perturbation_consistency(
-                latents[spread(len(latents), config.lpc_count)],
-                tokenizer.decode,
-                lpips,
-                directions=config.directions,
-                batch_size=config.batch_size,
-                seed=config.seed,
-            )
-        if real is None:
-            undefined |= dict.fromkeys(("frechet", "interpolated_frechet"), "no feature extractor was given")
-        else:
-            metrics["interpolated_frechet"] = interpolated_frechet(
-                latents, tokenizer.decode, real, batch_size=config.batch_size, seed=config.seed
-            )
+        _continuity(latents, tokenizer.decode, lpips, real, config, metrics, undefined)
     tick(min(config.lpc_count, len(rows)))
     return Measured(
         name=tokenizer.name,
@@ -229,6 +214,34 @@ def _semantic(
     else:
         metrics["gsq"] = global_semantic_quality(
             pooled, labels, classes=config.classes, repeats=config.repeats, seed=config.seed
+        )
+
+
+def _continuity(
+    latents: Tensor,
+    decode: Decode,
+    lpips: LPIPS | None,
+    real: FeatureSet | None,
+    config: MeasureConfig,
+    metrics: dict[str, Estimate],
+    undefined: dict[str, str],
+) -> None:
+    if lpips is None:
+        undefined |= dict.fromkeys(("lpc", "lpips"), "no LPIPS network was given")
+    else:
+        metrics["lpc"] = latent_perturbation_consistency(
+            latents[spread(len(latents), config.lpc_count)],
+            decode,
+            lpips,
+            directions=config.directions,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+    if real is None:
+        undefined |= dict.fromkeys(("frechet", "interpolated_frechet"), "no feature extractor was given")
+    else:
+        metrics["interpolated_frechet"] = interpolated_frechet(
+            latents, decode, real, batch_size=config.batch_size, seed=config.seed
         )
 
 

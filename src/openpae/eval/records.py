@@ -57,24 +57,23 @@ def evaluate_reconstruction(
         ValueError: images that the tokenizer does not take.
     """
     pairs = ReconstructionMetrics(lpips)
-    real, decoded = (FeatureSet(extractor), FeatureSet(extractor)) if extractor else (None, None)
+    sets = [] if extractor is None else [FeatureSet(extractor), FeatureSet(extractor)]
     with torch.no_grad():
         for batch in images.batches(batch_size):
             x = batch.images.to(tokenizer.device)
             y = tokenizer.reconstruct(x).float()
             pairs.update(x, y, batch.numbers)
-            for features, shown in ((real, x), (decoded, y)):
-                if features is not None:
-                    features.update(shown, batch.numbers)
+            for features, shown in zip(sets, (x, y), strict=False):
+                features.update(shown, batch.numbers)
     pairs.gather()
-    for features in (real, decoded):
-        if features is not None:
-            features.gather()
+    for features in sets:
+        features.gather()
 
     def compute() -> dict[str, Any]:
         metrics = pairs.compute()
         found: dict[str, Any] = {}
-        if extractor is not None and real is not None and decoded is not None:
+        if extractor is not None:
+            real, decoded = sets
             reference = reference_of(real, images.name, images.preprocessing)
             evaluation = Evaluation(extractor, reference, _settings(real.n, reference, min_samples))
             evaluation.merge(decoded)

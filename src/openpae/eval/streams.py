@@ -132,23 +132,26 @@ def source_batches(
 def stored_images(path: Path) -> ImageStream:
     """Generated images as they are stored: an npz file (ADM layout), or a folder of image files.
 
-    What `pae sample` wrote beside an npz (its name with .json) tells how they were made.
+    The samples.json that `pae sample` wrote beside them, or beside an npz a file of its name, tells how they
+    were made.
 
     Args:
-        path: the file, or the folder.
+        path: the file, the folder, or a folder of `pae sample`.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: no images of one size.
     """
-    if path.is_dir() and (path / "samples.npz").is_file():
-        path = path / "samples.npz"  # a folder of pae sample, with a picture beside the samples
+    # A folder of pae sample, with a picture beside the samples.
+    if (path / "samples.npz").is_file():
+        path = path / "samples.npz"
+    elif (path / "samples.json").is_file():
+        path = path / "images"
     if path.is_dir():
         return _folder_images(path)
     if not path.is_file():
         raise FileNotFoundError(f"no samples at {path}; give an npz file (arr_0) or a folder of images")
-    beside = path.with_suffix(".json")
-    return npz_stream(path, read_json(beside) if beside.is_file() else {})
+    return npz_stream(path, _told(path.with_suffix(".json")))
 
 
 def npz_stream(path: Path, facts: Facts | None = None, *, count: int | None = None) -> ImageStream:
@@ -342,8 +345,12 @@ def _folder_images(path: Path) -> ImageStream:
         size=(height, width),
         preprocessing=AS_STORED,
         batches=batches,
-        facts={"data": source.fingerprint()},
+        facts=_told(path.with_name("samples.json")) if path.name == "images" else {},
     )
+
+
+def _told(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def _parts(rows: range, batch_size: int) -> Iterator[range]:
