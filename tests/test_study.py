@@ -22,7 +22,7 @@ from scipy import stats
 from openpae import cli
 from openpae import config as configs
 from openpae.storage import read_json
-from openpae.study import work
+from openpae.study import once, work
 from openpae.study.plan import Plan, StudyData, make_plan, resolve_rows, snapshots
 from openpae.study.rehearse import estimates
 from openpae.study.run import describe_plan, run_plan
@@ -422,6 +422,32 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_numbers(
     values = [
         {(r["metric"], r["step"]): r["value"] for r in read(each) if r["row"] == "none"}
         for each in (plan, done)
+    ]
+    assert values[0] == values[1]
+
+
+def test_a_study_that_was_moved_in_the_middle_goes_on(
+    done: Plan, data: StudyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of a run names folders; those of a run that is not done learn where it is now."""
+    plan = planned(data, tmp_path / "old", changes=QUICK, rows=["none"], seeds=[0])
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = [stage for stage in plan.stages.values() if stage.kind in ("pack", "features")]
+    for stage in before:
+        once.run_stage(stage, plan.places, commit="", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(once, "write_json", stopped)  # trained, and killed before it was recorded
+        with pytest.raises(KeyboardInterrupt):
+            once.run_stage(plan.stages[plan.cells[0].tokenizer], plan.places, commit="", quiet=True)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = planned(data, tmp_path / "new", changes=QUICK, rows=["none"], seeds=[0])
+    assert run_plan(moved, tell=lambda _: None) == []
+    values = [
+        {(r["metric"], r["step"]): r["value"] for r in read(each) if r["row"] == "none"}
+        for each in (moved, done)
     ]
     assert values[0] == values[1]
 

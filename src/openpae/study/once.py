@@ -11,6 +11,7 @@ from openpae import processes
 from openpae.storage import read_json, write_json
 from openpae.study import work
 from openpae.study.stage import Places, Stage, facts
+from openpae.train.saving import forget_training
 from openpae.train.settings import pick_device
 
 
@@ -58,6 +59,12 @@ def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False)
             "inputs": dict(stage.inputs),
             "settings": facts(stage.settings),
         }
-        processes.from_first(lambda: write_json(record, result))
-        processes.from_first(begun.unlink)
+
+        def close() -> None:
+            write_json(record, result)
+            begun.unlink()
+            if stage.kind in ("refiner", "tokenizer", "generator"):
+                forget_training(places.folder(stage.id))
+
+        processes.from_first(close)
     return result

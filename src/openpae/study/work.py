@@ -27,7 +27,7 @@ from openpae.eval.measure import measure_tokenizer, spread
 from openpae.eval.records import evaluate_samples
 from openpae.eval.reference import features_of, reference_of, save_reference
 from openpae.eval.streams import Batch, drawn_images, real_images
-from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
+from openpae.folders import checkpoint_path, identity_of
 from openpae.report import image_grid
 from openpae.sampling import balanced_labels
 from openpae.storage import write_json
@@ -104,7 +104,6 @@ def _refiner(stage: Stage, places: Places, quiet: bool) -> Metrics:
         run.data, images=at.inputs["images"], feature_cache=at.inputs.get("features"), evaluation=None
     )
     train_refiner(_begun(dataclasses.replace(run, data=data), at.folder), at.folder, quiet=quiet)
-    _forget_training(at.folder)
     return {}
 
 
@@ -139,7 +138,6 @@ def _tokenizer(stage: Stage, places: Places, quiet: bool) -> Metrics:
     )
     run = dataclasses.replace(run, data=data, prior=prior)
     train_tokenizer(_begun(run, at.folder), at.folder, quiet=quiet)
-    _forget_training(at.folder)
     return {}
 
 
@@ -240,7 +238,6 @@ def _generator(stage: Stage, places: Places, quiet: bool) -> Metrics:
         run, latents=at.inputs["latents"], held_out_latents=None, tokenizer=None, evaluation_images=None
     )
     train_generator(_begun(run, at.folder), at.folder, quiet=quiet)
-    _forget_training(at.folder)
     return {}
 
 
@@ -330,13 +327,6 @@ def _begun(run: configs.T, folder: Path) -> configs.T:
     if processes.is_first() and (folder / "config.yaml").is_file():
         configs.save(run, folder / "config.yaml")
     return run
-
-
-def _forget_training(run_dir: Path) -> None:
-    """Remove optimizer states: a run that is done is never gone on with, and they are most of its size."""
-    if processes.is_first():
-        for step in checkpoint_steps(run_dir):
-            (checkpoint_path(run_dir, step) / "state.pt").unlink(missing_ok=True)
 
 
 def _space(at: _At, device: torch.device) -> LatentSpace:
