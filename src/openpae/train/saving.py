@@ -116,22 +116,6 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     return step
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's checkpoint.json says, once every file has the checksum in it.
-
-    Raises:
-        OSError, ValueError: a file is missing or damaged; the message names it.
-    """
-    facts = read_json(folder / "checkpoint.json")
-    kinds = {"step": int, "inputs": dict, "passed_over": list, "sha256": dict}
-    if wrong := [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]:
-        raise ValueError(f"checkpoint.json has no fitting {', '.join(wrong)}")
-    for name, digest in facts["sha256"].items():
-        if file_hash(folder / name) != digest:
-            raise ValueError(f"its checksum is wrong ({name})")
-    return facts
-
-
 def forget_training(run_dir: Path) -> None:
     """Keep of a run that is over its models alone. The rest, most of its size, is there to go on with it."""
     for step in checkpoint_steps(run_dir):
