@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from openpae import config as configs
 from openpae import processes
@@ -115,6 +117,15 @@ def trained(run: Run, run_dir: Path) -> dict[str, Any]:
                 gradients[f"{player}.{number}"] = whole.clone()
 
         optimizer.register_step_pre_hook(note)
+    reductions = dict.fromkeys(task.players, 0)
+    for name, player in task.players.items():
+        if isinstance(player, DistributedDataParallel):
+
+            def reduce(state, bucket, name=name):  # type: ignore[no-untyped-def]  # DDP reads annotations
+                reductions[name] += bucket.is_last()
+                return allreduce_hook(state, bucket)
+
+            player.register_comm_hook(None, reduce)
     if isinstance(task, TokenizerTask):
         assert task.discriminator is not None
         # Where no patch is beyond the hinge, the gradient of the last bias is truly 0, and Adam would turn
@@ -123,7 +134,7 @@ def trained(run: Run, run_dir: Path) -> dict[str, Any]:
             task.discriminator.get_parameter("to_logits.bias").add_(1)
     open_run(run_dir, run)
     metrics = fit(task, run_dir, run.optim, run.loop, quiet=True)
-    return {"rows": rows, "gradients": gradients, "metrics": metrics}
+    return {"rows": rows, "gradients": gradients, "metrics": metrics, "reductions": reductions}
 
 
 def with_loop(run: Run, **changes: Any) -> Run:
@@ -338,6 +349,13 @@ def test_four_processes_train_what_one_trains(
     check(4, four, alone, home, job)
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
+def test_gradients_are_reduced_once_a_step(two: Mapping[str, list[Any]], stage: str) -> None:
+    """Of each player, however many device batches a step has and however often a loss asks the network."""
+    for found in two[f"{stage}-ddp"]:
+        assert set(found["reductions"].values()) == {STEPS}
+
+
 def check_goes_on(run_dir: Path, whole: Path) -> None:
     """From halfway on: the losses of the run that was not interrupted, and the same model in the end."""
     compare(losses(run_dir, after=STEPS // 2), losses(whole, after=STEPS // 2))
@@ -454,6 +472,27 @@ def test_shards_train_in_bf16(two: Mapping[str, list[Any]], home: Path) -> None:
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert all(value.isfinite().all() for value in weights.values())
     assert two["bf16"][0]["metrics"] == two["bf16"][1]["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which the compiler imports
+def test_compiled_runs_are_the_same(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> None:
+    """Compiled as a whole, by one process and by two in either way."""
+    jobs: dict[str, Job] = {
+        f"{parallel}-compiled": (
+            trained,
+            with_loop(runs[f"generator-{parallel}"], steps=4, save_every=4, compile=True),
+            home / f"{parallel}-compiled",
+        )
+        for parallel in ("ddp", "fsdp")
+    }
+    together(2, home / "compiled", jobs)
+    run = with_loop(runs["generator-ddp"], steps=4, save_every=4, compile=True)
+    trained(run, home / "alone-compiled")
+    whole = with_loop(runs["generator-ddp"], steps=4, save_every=4)
+    trained(whole, home / "four-steps")
+    for name in ("alone", *("ddp", "fsdp")):
+        compare(losses(home / f"{name}-compiled"), losses(home / "four-steps"))
 
 
 @pytest.mark.slow
