@@ -143,6 +143,17 @@ def test_a_sampler_is_judged_without_files_and_says_how_it_drew(
         assert stored[name] == pytest.approx(value, rel=1e-4), name
 
 
+def test_a_preset_draws_as_it_says(
+    tokenizer_folder: Path, generator_folder: Path, packed: PackedImages, tmp_path: Path
+) -> None:
+    pair = ["--tokenizer", tokenizer_folder, "--generator", generator_folder, "--sample-count", "3"]
+    options = ["--preset", "few-15", "--guidance", "1.5", *FAST, "--out", tmp_path / "record.json"]
+    run("evaluate", packed.shards.folder, *pair, *options)
+    sampler = json.loads((tmp_path / "record.json").read_text())["sampler"]
+    assert (sampler["guidance"], sampler["tuned_on"]) == (1.5, None)
+    assert 15 <= sampler["nfe"] <= 30
+
+
 def test_a_weak_generator_guides_and_is_named(
     tokenizer_folder: Path, generator_folder: Path, packed: PackedImages, tmp_path: Path
 ) -> None:
@@ -323,10 +334,10 @@ def test_not_square_samples_need_a_reference_of_their_size(levels: np.ndarray, t
         ({"generator": Path("g"), "sample_count": 5}, "generator needs tokenizer"),
         ({"generator": Path("g"), "tokenizer": Path("t")}, "and sample_count"),
         ({"tokenizer": Path("t"), "sample_count": 5}, "generator is missing"),
-        ({"samples": Path("s"), "autoguidance": Path("g")}, "guides generator, which is missing"),
         ({"samples": Path("s"), "count": 5}, "a reference of samples is taken whole"),
         ({"tokenizer": Path("t"), "save_reference": Path("r")}, "compared with their own originals"),
-        ({"samples": Path("s"), "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"samples": Path("s"), "min_samples": 1}, "min_samples must be at least 2, got 1"),
+        ({"samples": Path("s"), "lpips_weights": "w"}, "which compares reconstructions alone"),
     ],
 )
 def test_contradictions_are_refused_at_the_door(options: dict[str, Any], message: str) -> None:
@@ -340,5 +351,8 @@ def test_what_is_not_there_is_named(
     missing = tmp_path / "none"
     assert "no samples at" in fails(capsys, "evaluate", packed.shards.folder, "--samples", missing, *FAST)
     assert "no reference at" in fails(capsys, "evaluate", missing, "--samples", npz, *FAST)
+    bare = ["evaluate", packed.shards.folder, "--samples", npz, *FAST]
+    assert "the sampler's options say how --generator draws" in fails(capsys, *bare, "--steps", "9")
+    assert "--batch-size must be at least 1, got 0" in fails(capsys, *bare, "--batch-size", "0")
     saved = ["--save-reference", tmp_path / "r.npz", *FAST]
     assert "the side to crop them to is needed: --size" in fails(capsys, "evaluate", image_folder, *saved)

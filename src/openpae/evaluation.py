@@ -13,11 +13,25 @@ from openpae.critics import PerceptualNet, load_perceptual
 from openpae.data.images import height_width, open_images
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
-from openpae.eval.reference import Reference, open_reference, save_reference
+from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.streams import ImageStream, drawn_images, npz_stream, real_images, stored_images
 from openpae.folders import identity_of
 from openpae.processes import is_first
 from openpae.sampling import SamplerConfig, balanced_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a generator draws the samples that are judged."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Solver and guidance."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks; the path itself is followed in float32."""
+    autoguidance: Path | None = None
+    """A smaller or less trained generator of the same latents, which guides in place of the null class."""
+    compile: bool = False
+    """Compile the generators."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +44,10 @@ class EvaluationRun:
     """Judge its reconstructions of the reference's images; with generator, it decodes the samples."""
     generator: Path | None = None
     """Judge what it makes, straight from the sampler; needs tokenizer and sample_count."""
-    autoguidance: Path | None = None
-    """A smaller or less trained generator of the same latents, which guides in place of the null class."""
     sample_count: int | None = None
     """How many samples to draw, in equal numbers of every class; published numbers take 50,000."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """How they are drawn."""
     seed: int = 0
     """Of their noise: sample i depends on (seed, i) alone."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks that draw them."""
     extractor: ExtractorName = "vgg16"
     """Features of the Frechet distance; distances of two extractors do not compare. inception is that of
     published FIDs."""
@@ -59,8 +67,6 @@ class EvaluationRun:
     save_reference: Path | None = None
     """Write the reference's features here (npz), so that the next evaluation need not compute them; with
     nothing to judge that is all that is done."""
-    batch_size: int = 32
-    """Images per forward pass and process; changes no number beyond rounding."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -68,7 +74,6 @@ class EvaluationRun:
             ("count", 1),
             ("size", 1),
             ("min_samples", 2),
-            ("batch_size", 1),
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -80,11 +85,13 @@ class EvaluationRun:
             raise ValueError(
                 "sample_count is the number of samples that generator draws; generator is missing"
             )
-        if self.generator is None and self.autoguidance is not None:
-            raise ValueError("autoguidance guides generator, which is missing")
         if self.count is not None and (self.tokenizer is None or self.generator is not None):
             raise ValueError(
                 "count is the number of images to reconstruct; a reference of samples is taken whole"
+            )
+        if self.lpips_weights is not None and (self.tokenizer is None or self.generator is not None):
+            raise ValueError(
+                "lpips_weights are for LPIPS, which compares reconstructions alone"
             )
         if self.samples is None and self.tokenizer is None and self.save_reference is None:
             raise ValueError("nothing to judge: give samples, tokenizer, or tokenizer and generator")
@@ -103,7 +110,14 @@ class EvaluationRun:
         return judged / "evaluation.json"
 
 
-def run_evaluation(reference: Path, run: EvaluationRun, device: torch.device) -> dict[str, Any] | None:
+def run_evaluation(
+    reference: Path,
+    run: EvaluationRun,
+    device: torch.device,
+    *,
+    drawing: Drawing | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any] | None:
     """Judge, and give the record; None where only a reference was to be made.
 
     Under torchrun every process must call it: each works on its share, and all get the record.
@@ -113,6 +127,8 @@ def run_evaluation(reference: Path, run: EvaluationRun, device: torch.device) ->
             both), or a file of save_reference.
         run: what is judged, and how.
         device: where to compute.
+        drawing: how the generator draws; None is the sampler's defaults. Only for a generator.
+        batch_size: images per forward pass and process; changes no number beyond rounding.
 
     Raises:
         FileNotFoundError, ValueError: something that is not there, or that does not fit.
@@ -121,54 +137,57 @@ def run_evaluation(reference: Path, run: EvaluationRun, device: torch.device) ->
         raise FileNotFoundError(
             f"no reference at {reference}; give a folder of real images, packed images, or an npz file"
         )
+    if run.generator is None and drawing is not None:
+        raise ValueError("how samples are drawn says something about generator, which is missing")
     extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
-        return _reconstruction(reference, run, run.tokenizer, extractor, device)
-    samples = _samples(run, device)
-    known = _reference(reference, run, extractor, samples)
+        return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size)
+    samples = _samples(run, drawing or Drawing(), device)
+    size = run.size if run.size is not None or samples is None else samples.size
+    known = open_reference(reference, extractor, size=size, batch_size=batch_size)
     if run.save_reference is not None and is_first():
         save_reference(known, run.save_reference)
     if samples is None:
         return None
     return evaluate_samples(
-        samples, known, extractor=extractor, batch_size=run.batch_size, min_samples=run.min_samples
+        samples, known, extractor=extractor, batch_size=batch_size, min_samples=run.min_samples
     )
 
 
-def _samples(run: EvaluationRun, device: torch.device) -> ImageStream | None:
+def _samples(run: EvaluationRun, drawing: Drawing, device: torch.device) -> ImageStream | None:
     if run.samples is not None:
         return stored_images(run.samples)
     if run.generator is None or run.tokenizer is None or run.sample_count is None:
         return None
     facts = check_pair(run.tokenizer, run.generator)
     tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
-    generator = load_generator(run.generator).to(device)
-    weak = None
-    if run.autoguidance is not None:
-        facts |= {"autoguidance": check_pair(run.tokenizer, run.autoguidance)["generator"]}
-        weak = load_generator(run.autoguidance).to(device)
+    generator, weak = load_generator(run.generator).to(device), None
+    if drawing.autoguidance is not None:
+        facts |= {"autoguidance": check_pair(run.tokenizer, drawing.autoguidance)["generator"]}
+        weak = load_generator(drawing.autoguidance).to(device)
+    for model in (generator, weak) if drawing.compile else ():
+        if model is not None:
+            model.compile()
     return drawn_images(
         tokenizer,
         generator,
         balanced_labels(run.sample_count, generator.config.num_classes),
-        run.sampler,
+        drawing.sampler,
         size=tokenizer.config.image_shape,
         seed=run.seed,
-        precision=run.precision,
+        precision=drawing.precision,
         weak=weak,
-        facts={"labels": "class-balanced", **facts},
+        facts={"labels": "class-balanced", "compile": drawing.compile, **facts},
     )
 
 
-def _reference(
-    path: Path, run: EvaluationRun, extractor: FeatureExtractor, samples: ImageStream | None
-) -> Reference:
-    size = run.size if run.size is not None or samples is None else samples.size
-    return open_reference(path, extractor, size=size, batch_size=run.batch_size)
-
-
 def _reconstruction(
-    reference: Path, run: EvaluationRun, folder: Path, extractor: FeatureExtractor, device: torch.device
+    reference: Path,
+    run: EvaluationRun,
+    folder: Path,
+    extractor: FeatureExtractor,
+    device: torch.device,
+    batch_size: int,
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder).to(device)
     size = height_width(run.size or tokenizer.config.image_shape)
@@ -188,7 +207,7 @@ def _reconstruction(
         images,
         extractor=extractor,
         lpips=load_perceptual(run.lpips, run.lpips_weights).to(device),
-        batch_size=run.batch_size,
+        batch_size=batch_size,
         min_samples=run.min_samples,
         facts={"tokenizer": identity_of(folder).fingerprint, "lpips": f"lpips-{run.lpips}"},
     )

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from openpae.commands.console import Device, Progress, Reference
-from openpae.evaluation import EvaluationRun, run_evaluation
+from openpae.commands.console import Device, Progress, Reference, at_least_one
+from openpae.commands.sample import SamplerChoice
+from openpae.evaluation import Drawing, EvaluationRun, run_evaluation
 from openpae.profile import ProfileRun, run_profile
 
 
@@ -16,6 +17,7 @@ def evaluate(
     reference: Reference,
     /,
     run: tyro.conf.OmitArgPrefixes[EvaluationRun],
+    sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     out: Path | None = None,
     device: Device = "auto",
 ) -> None:
@@ -33,8 +35,21 @@ def evaluate(
     from openpae.storage import write_json
     from openpae.train.settings import pick_device
 
+    at_least_one(batch_size=sampler.batch_size)
+    drawing = None
+    if run.generator is not None:
+        drawing = Drawing(
+            sampler=sampler.config(),
+            precision=sampler.precision,
+            autoguidance=sampler.autoguidance,
+            compile=sampler.compile,
+        )
+    elif sampler != SamplerChoice(batch_size=sampler.batch_size):
+        raise ValueError("the sampler's options say how --generator draws; give it, or leave them out")
     with processes.joined(device):
-        record = run_evaluation(reference, run, pick_device(device))
+        record = run_evaluation(
+            reference, run, pick_device(device), drawing=drawing, batch_size=sampler.batch_size
+        )
         if not processes.is_first():
             return
     if run.save_reference is not None:
