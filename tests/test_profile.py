@@ -114,6 +114,7 @@ def test_batch_size_changes_no_number(
 
 
 def test_what_can_not_be_defined_says_why(tmp_path: Path, packed: Any, segmented: Segmented) -> None:
+    packed = PackedImages(packed.shards.folder)  # of its own: the fixture serves other tests
     packed.labels = np.zeros(len(packed), np.int64)
     flat = Segmented(name="flat", images=segmented.images, labels=0 * segmented.labels, ignore=None)
     found = measure_tokenizer(open_tokenizer("encoder:random-tiny/8"), packed, size=32, segmented=flat)
