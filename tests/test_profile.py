@@ -14,7 +14,7 @@ from PIL import Image
 
 from openpae.checkpoint import load_tokenizer
 from openpae.critics import LPIPS
-from openpae.data.images import ImageFolder
+from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import open_tokenizer
 from openpae.eval.estimate import Estimate
