@@ -301,6 +301,7 @@ def state_of_tiny(run_dir: Path, loop: LoopConfig) -> Any:
 @pytest.mark.parametrize(
     "spoil",
     [
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
         lambda f: (f / "state.pt").write_bytes((f / "state.pt").read_bytes()[:-1]),
         lambda f: (f / "state.pt").write_bytes(b"\x00" + (f / "state.pt").read_bytes()[1:]),
         lambda f: (f / "state.pt").unlink(),
@@ -886,7 +887,8 @@ def test_only_the_last_checkpoints_are_kept_and_the_last_step_is_one(tmp_path: P
         facts = json.loads((checkpoint_path(tmp_path / str(keep), 5) / "checkpoint.json").read_text())
         assert facts["images_seen"] == 20
         state = checkpoint_path(tmp_path / str(keep), 5) / "state.pt"
-        assert facts["sha256"] == {"state.pt": file_hash(state)}
+        weights = state.with_name("model.safetensors")
+        assert facts["sha256"] == {file.name: file_hash(file) for file in (weights, state)}
 
 
 def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from openpae import processes
-from openpae.folders import checkpoint_path, checkpoint_steps
+from openpae.folders import README, checkpoint_path, checkpoint_steps
 from openpae.storage import file_hash, read_json, whole_folder, write_json
 from openpae.train.ema import Ema
 from openpae.train.health import Health
@@ -74,20 +74,15 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
             save_shards(content, checkpoint_id=folder / "state")
         else:
             processes.from_first(lambda: torch.save({"step": step, **content}, folder / "state.pt"))
-        hashes = _hashes(folder)
+        processes.from_first(lambda: state.task.write(folder, weights))
         facts = {
             "step": step,
             "images_seen": step * loop.global_batch_size,
             "inputs": dict(state.task.inputs),
             "passed_over": state.passed_over,
-            "sha256": hashes,
+            "sha256": _hashes(folder),
         }
-
-        def write_model() -> None:
-            state.task.write(folder, weights)
-            write_json(folder / "checkpoint.json", facts)
-
-        processes.from_first(write_model)
+        processes.from_first(lambda: write_json(folder / "checkpoint.json", facts))
     processes.from_first(lambda: _remove_old(run_dir, loop))
 
 
@@ -167,8 +162,8 @@ def _bytes(content: Any) -> int:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the state; each process reads its share."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """SHA-256 of every file of the checkpoint but its README; each process reads its share."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != README)
     own = {
         files[i].relative_to(folder).as_posix(): file_hash(files[i]) for i in processes.own_rows(len(files))
     }
