@@ -90,9 +90,7 @@ class EvaluationRun:
                 "count is the number of images to reconstruct; a reference of samples is taken whole"
             )
         if self.lpips_weights is not None and (self.tokenizer is None or self.generator is not None):
-            raise ValueError(
-                "lpips_weights are for LPIPS, which compares reconstructions alone"
-            )
+            raise ValueError("lpips_weights are for LPIPS, which compares reconstructions alone")
         if self.samples is None and self.tokenizer is None and self.save_reference is None:
             raise ValueError("nothing to judge: give samples, tokenizer, or tokenizer and generator")
         if self.save_reference is not None and self.tokenizer is not None and self.generator is None:
