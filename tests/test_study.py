@@ -145,6 +145,7 @@ def test_configs_that_do_not_fit_each_other_are_told_before_anything_runs(
             ["tokenizer.model.latent_dim=4", "generator.model.latent_dim=4"],
             "full: the refiner's latent_dim is 8, the tokenizer's 4",
         ),
+        (["refiner.data.augment=flip"], "full: the refiner's data.augment is flip, the tokenizer's none"),
         (["generator.model.num_classes=3"], "has 2 classes; pass --set generator.model.num_classes=2"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -203,7 +204,8 @@ def test_inputs_come_before_what_needs_them(data: StudyData, tmp_path: Path) -> 
 
 def test_features_without_mirror_images_do_not_give_their_latents(data: StudyData, tmp_path: Path) -> None:
     for augment, served in (("none", False), ("flip", True)):
-        plan = planned(data, tmp_path, changes=[f"tokenizer.data.augment={augment}"])
+        both = [f"{stage}.data.augment={augment}" for stage in ("refiner", "tokenizer")]
+        plan = planned(data, tmp_path, changes=both)
         latents = [stage for stage in plan.stages.values() if stage.kind == "latents"]
         assert all(("features" in dict(stage.inputs)) == served for stage in latents)
 

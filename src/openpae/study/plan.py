@@ -347,6 +347,8 @@ def _check_fit(at: str, row: StudyRow, parts: Resolved) -> None:
         pairs["latent_dim"] = (refiner.model.latent_dim, tokenizer.model.latent_dim, "refiner")
         pairs["grid"] = (refiner.model.grid_shape, tokenizer.model.grid_shape, "refiner")
         pairs["image_size"] = (refiner.image_size, tokenizer.model.image_size, "refiner")
+        if None not in (refiner.data.feature_cache, tokenizer.data.feature_cache):
+            pairs["data.augment"] = (refiner.data.augment, tokenizer.data.augment, "refiner")
     for what, (other, own, whose) in pairs.items():
         if other != own:
             raise ValueError(
