@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.data import openmoji
+from openpae.data import backgrounds
 from openpae.data.openmoji import (
     BACKGROUND,
     CATEGORIES,
@@ -77,7 +77,7 @@ def test_emoji_are_large_whole_and_inside_the_margin(tmp_path: Path) -> None:
 def test_backgrounds_are_soft_and_both_plain_and_graded() -> None:
     plain = 0
     for number in range(60):
-        pixels = np.asarray(openmoji._background(np.random.default_rng(number), 24)).astype(int)
+        pixels = np.asarray(backgrounds.soft_background(np.random.default_rng(number), 24)).astype(int)
         assert pixels.shape == (24, 24, 3)
         assert pixels.mean() > 150  # light
         steps = max(np.abs(np.diff(pixels, axis=0)).max(), np.abs(np.diff(pixels, axis=1)).max())
@@ -87,10 +87,10 @@ def test_backgrounds_are_soft_and_both_plain_and_graded() -> None:
 
 
 def test_oklab_ends_at_black_and_white() -> None:
-    assert openmoji._oklch_to_rgb(1.0, 0.0, np.array(0.0)).tolist() == [255, 255, 255]
-    assert openmoji._oklch_to_rgb(0.0, 0.0, np.array(0.0)).tolist() == [0, 0, 0]
+    assert backgrounds.oklch_to_rgb(1.0, 0.0, np.array(0.0)).tolist() == [255, 255, 255]
+    assert backgrounds.oklch_to_rgb(0.0, 0.0, np.array(0.0)).tolist() == [0, 0, 0]
     # sRGB red in Oklch: published as L 0.6280, C 0.2577, h 29.23 degrees
-    red = openmoji._oklch_to_rgb(0.6280, 0.2577, np.radians(29.23))
+    red = backgrounds.oklch_to_rgb(0.6280, 0.2577, np.radians(29.23))
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 2
 
 

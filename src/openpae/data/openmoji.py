@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import resvg_py
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from openpae.assets import fetch
+from openpae.data.backgrounds import soft_background
 
 CATEGORIES = (
     "Smileys & Emotion",
@@ -238,7 +237,7 @@ def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -
     rng = _draw(seed, "scene", str(index))
     low, high = _SCENE_COUNT
     chosen = [emojis[int(i)] for i in rng.integers(len(emojis), size=int(rng.integers(low, high + 1)))]
-    background = _background(rng, size)
+    background = soft_background(rng, size)
     placed: list[tuple[Image.Image, _Placement]] = []
     classes: list[int] = []
     for emoji in chosen:
@@ -311,7 +310,7 @@ def _tile(svg: Path, side: int) -> Image.Image:
 
 def _picture(tile: Image.Image, emoji: Emoji, seed: int, index: int, size: int) -> Image.Image:
     rng = _draw(seed, "picture", emoji.codepoints, str(index))
-    image = _background(rng, size)
+    image = soft_background(rng, size)
     placement = _place(rng, tile.size, size, _PICTURE_SCALE, _PICTURE_SHIFT, _may_mirror(emoji))
     layer = _layer(tile, placement, size)
     image.paste(layer, (0, 0), layer)
@@ -364,48 +363,6 @@ def _all_visible(placed: Sequence[tuple[Image.Image, _Placement]], size: int) ->
             return False
         covered |= own
     return True
-
-
-def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A soft colour, or a soft gradient between two neighbouring ones, RGB."""
-    hue, lightness, chroma = rng.uniform(0, 2 * math.pi), rng.uniform(0.84, 0.95), rng.uniform(0.03, 0.085)
-    turn, lift = rng.uniform(-0.9, 0.9), rng.uniform(-0.06, 0.03)
-    direction = rng.uniform(0, 2 * math.pi)
-    if rng.random() < 0.5:
-        return Image.new("RGB", (size, size), tuple(_oklch_to_rgb(lightness, chroma, np.array(hue)).tolist()))
-    along = np.linspace(-0.5, 0.5, size)
-    x, y = math.cos(direction) * along[None, :], math.sin(direction) * along[:, None]
-    ramp = (x + y) / (abs(math.cos(direction)) + abs(math.sin(direction))) + 0.5  # 0 to 1, corner to corner
-    return Image.fromarray(_oklch_to_rgb(lightness + lift * ramp, chroma, hue + turn * ramp))
-
-
-def _oklch_to_rgb(
-    lightness: float | NDArray[np.float64], chroma: float, hue: NDArray[np.float64]
-) -> NDArray[np.uint8]:
-    """Oklab lightness, chroma and hue (radians) to sRGB bytes, (..., 3).
-
-    Equal numbers look equally light and strong, which HSV does not give. Matrices: B. Ottosson, "A perceptual
-    color space for image processing" (2020).
-    """
-    lab = np.stack([lightness + 0 * hue, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
-    to_lms = np.array(
-        [
-            [1.0, 0.3963377774, 0.2158037573],
-            [1.0, -0.1055613458, -0.0638541728],
-            [1.0, -0.0894841775, -1.2914855480],
-        ]
-    )
-    to_linear = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.7076147010],
-        ]
-    )
-    linear = np.clip((lab @ to_lms.T) ** 3 @ to_linear.T, 0, 1)
-    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    rgb: NDArray[np.uint8] = np.round(255 * encoded).astype(np.uint8)
-    return rgb
 
 
 def _as_tensor(image: Image.Image) -> Tensor:
