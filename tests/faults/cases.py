@@ -334,6 +334,12 @@ CASES: tuple[Case, ...] = (
         "of images are the same folder; an image can not be of two classes: remove the link",
     ),
     folder(
+        "two images of one name, to be written as PNGs",
+        saved("images/cats/1.jpg", Image.new("RGB", (8, 8))),
+        "cats/1.jpg and cats/1.png would both become out/cats/1.png; rename one",
+        "pae reconstruct tokenizer images out",
+    ),
+    folder(
         "a target that holds something else",
         written("out/thesis.tex", "years of work"),
         "out is not empty and holds no images; name a new folder",

@@ -156,21 +156,32 @@ def reconstruct(
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images)
     rows = range(len(source) if count is None else min(count, len(source)))
+    targets = _targets(
+        out, [f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows]
+    )
     metrics = ReconstructionMetrics()
     with Progress("reconstructing", "img") as progress, torch.no_grad():
         done = 0
         for x in source_batches(source, model.config.image_shape, batch_size, rows):
             y = model.reconstruct(x.to(where)).float().cpu()
             metrics.update(x, y)
-            for index, pixels in zip(range(done, done + len(y)), y, strict=True):
-                name = f"{index:06d}" if isinstance(source, PackedImages) else source.name(index)
-                target = (out / name).with_name(f"{Path(name).stem}.png")
+            for target, pixels in zip(targets[done : done + len(y)], y, strict=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 to_image(pixels).save(target)
             done += len(y)
             progress(done, len(rows))
     for estimate in metrics.compute().values():
         print(estimate)
+
+
+def _targets(out: Path, names: list[str]) -> list[Path]:
+    """Where each image's PNG goes; ValueError where one would replace another (a.jpg and a.png)."""
+    first: dict[Path, str] = {}
+    for name in names:
+        target = (out / name).with_name(f"{Path(name).stem}.png")
+        if (other := first.setdefault(target, name)) != name:
+            raise ValueError(f"{other} and {name} would both become {target}; rename one")
+    return list(first)
 
 
 def sample(
