@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -187,6 +188,23 @@ def test_a_file_that_can_not_be_read_is_named_with_the_systems_reason(tmp_path: 
     assert "can not be decoded: Input/output error" in refused(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
     assert "can not be decoded: Is a directory" in refused(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    "fault", [MemoryError(), OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOMEM, "no")]
+)
+def test_want_of_the_machine_is_not_blamed_on_the_file(
+    tmp_path: Path, fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --skip-broken, sound images would be left out."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    Image.new("L", (1, 1)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(type(fault)):
+        read_image(tmp_path / "a.png")
 
 
 # Folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import deque
@@ -183,6 +184,7 @@ def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
 
     Raises:
         BrokenImage: the file can not be decoded, or the function raises; the message names the file.
+        MemoryError, OSError: memory or file handles ran out, which is no fault of the file.
     """
     try:
         # Opened here, as Pillow leaves a file open that it can not read from.
@@ -191,7 +193,11 @@ def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
     except UnidentifiedImageError:
         reason = f"no known image format ({' '.join(FORMATS)})"
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # the machine's fault, not the file's
+            raise
         reason = error.strerror or str(error)
+    except MemoryError:
+        raise MemoryError(f"out of memory at {path}") from None
     except Exception as error:  # the bytes of a damaged file can lead a decoder to any of them
         reason = str(error) or type(error).__name__
     raise BrokenImage(f"{path} can not be decoded: {reason}")
