@@ -52,7 +52,8 @@ LOOP = LoopConfig(
     log_every=1,
     save_every=STEPS // 2,
 )
-JOBS = [f"{stage}-{parallel}" for stage in ("tokenizer", "generator") for parallel in ("ddp", "fsdp")]
+QUICK, REST = ["tokenizer-ddp", "generator-fsdp"], ["tokenizer-fsdp", "generator-ddp"]
+JOBS = [*QUICK, *(pytest.param(job, marks=pytest.mark.slow) for job in REST)]
 
 Run = TokenizerRun | GeneratorRun
 Job = tuple[Any, ...]
@@ -268,8 +269,8 @@ def alone(runs: Mapping[str, Run], home: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> dict[str, list[Any]]:
-    """Each stage by two processes in both ways, and a checkpoint of one process gone on with by two."""
-    jobs: dict[str, Job] = {name: (trained, run, home / f"{name}-2") for name, run in runs.items()}
+    """What two processes do in the ordinary suite."""
+    jobs: dict[str, Job] = {name: (trained, runs[name], home / f"{name}-2") for name in QUICK}
     halfway(home / "generator", home / "one-two")
     jobs["one-two"] = (trained, runs["generator-fsdp"], home / "one-two")
     jobs["helpers"] = (helpers,)
@@ -278,16 +279,32 @@ def two(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> dict[s
     for policy in ("stop", "skip", "rollback"):
         run = with_loop(runs["generator-ddp"], steps=6, save_every=2, on_nonfinite=policy)
         jobs[policy] = (poisoned, run, home / policy)
-    jobs["signal"] = (told_to_stop, with_loop(runs["generator-fsdp"], save_every=STEPS), home / "signal")
+    jobs["signal"] = (told_to_stop, with_loop(runs["generator-ddp"], save_every=STEPS), home / "signal")
     jobs["unequal"] = (started_unequal, runs["generator-ddp"])
     jobs["uneven"] = (refused, with_loop(runs["generator-ddp"], global_batch_size=5, device_batch_size=None))
-    jobs["bf16"] = (trained, with_loop(runs["tokenizer-fsdp"], steps=3, precision="bf16"), home / "bf16")
     return together(2, home / "two", jobs)
 
 
 @pytest.fixture(scope="module")
-def four(runs: Mapping[str, Run], two: Mapping[str, Any], home: Path) -> dict[str, list[Any]]:
-    """The same by four, and the checkpoints of two processes gone on with by four."""
+def two_more(runs: Mapping[str, Run], home: Path) -> dict[str, list[Any]]:
+    """What they do in the slow one."""
+    jobs: dict[str, Job] = {name: (trained, runs[name], home / f"{name}-2") for name in REST}
+    jobs["bf16"] = (trained, with_loop(runs["tokenizer-fsdp"], steps=3, precision="bf16"), home / "bf16")
+    return together(2, home / "two-more", jobs)
+
+
+@pytest.fixture
+def by_two(request: pytest.FixtureRequest, job: str) -> dict[str, list[Any]]:
+    """The group that has done this job."""
+    found: dict[str, list[Any]] = request.getfixturevalue("two" if job in QUICK else "two_more")
+    return found
+
+
+@pytest.fixture(scope="module")
+def four(
+    runs: Mapping[str, Run], two: Mapping[str, Any], two_more: Mapping[str, Any], home: Path
+) -> dict[str, list[Any]]:
+    """All jobs by four, and the checkpoints of two processes gone on with by four."""
     jobs = {name: (trained, run, home / f"{name}-4") for name, run in runs.items()}
     for name, run in runs.items():
         halfway(home / f"{name}-2", home / f"{name}-two-four")
@@ -336,23 +353,23 @@ def check(world: int, found: Mapping[str, list[Any]], alone: Mapping[str, Any], 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes_train_what_one_trains(
-    alone: Mapping[str, Any], two: Mapping[str, list[Any]], home: Path, job: str
+    alone: Mapping[str, Any], by_two: Mapping[str, list[Any]], home: Path, job: str
 ) -> None:
-    check(2, two, alone, home, job)
+    check(2, by_two, alone, home, job)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", QUICK + REST)
 def test_four_processes_train_what_one_trains(
     alone: Mapping[str, Any], four: Mapping[str, list[Any]], home: Path, job: str
 ) -> None:
     check(4, four, alone, home, job)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
-def test_gradients_are_reduced_once_a_step(two: Mapping[str, list[Any]], stage: str) -> None:
+@pytest.mark.parametrize("job", ["tokenizer-ddp", pytest.param("generator-ddp", marks=pytest.mark.slow)])
+def test_gradients_are_reduced_once_a_step(by_two: Mapping[str, list[Any]], job: str) -> None:
     """Of each player, however many device batches a step has and however often a loss asks the network."""
-    for found in two[f"{stage}-ddp"]:
+    for found in by_two[job]:
         assert set(found["reductions"].values()) == {STEPS}
 
 
@@ -369,7 +386,7 @@ def check_goes_on(run_dir: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_one_process_goes_on_with_a_checkpoint_of_two(
-    runs: Mapping[str, Run], two: Mapping[str, Any], home: Path, job: str
+    runs: Mapping[str, Run], by_two: Mapping[str, Any], home: Path, job: str
 ) -> None:
     """The state is one file under ddp, and shards of both processes under fsdp."""
     halfway(home / f"{job}-2", home / f"{job}-two-one")
@@ -381,7 +398,7 @@ def test_one_process_goes_on_with_a_checkpoint_of_two(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", QUICK + REST)
 def test_four_processes_go_on_with_a_checkpoint_of_two(four: Mapping[str, Any], home: Path, job: str) -> None:
     check_goes_on(home / f"{job}-two-four", home / job.split("-")[0])
 
@@ -466,12 +483,13 @@ def test_processes_must_start_alike_and_share_equally(two: Mapping[str, list[Any
         assert error.startswith("ValueError: loop.global_batch_size must be a multiple of the number of proc")
 
 
-def test_shards_train_in_bf16(two: Mapping[str, list[Any]], home: Path) -> None:
+@pytest.mark.slow
+def test_shards_train_in_bf16(two_more: Mapping[str, list[Any]], home: Path) -> None:
     """Weights and their average stay float32; all players of the tokenizer."""
     weights = read_model(checkpoint_path(home / "bf16", 3))[0]
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert all(value.isfinite().all() for value in weights.values())
-    assert two["bf16"][0]["metrics"] == two["bf16"][1]["metrics"]
+    assert two_more["bf16"][0]["metrics"] == two_more["bf16"][1]["metrics"]
 
 
 @pytest.mark.slow
