@@ -172,7 +172,8 @@ def test_what_is_shared_is_planned_once(data: StudyData, tmp_path: Path) -> None
     """Three rows, two seeds: images, features, refiner and raw targets once; the rest for each of the six."""
     plan = planned(data, tmp_path)
     once = {"pack": 1, "features": 1, "refiner": 1, "raw-targets": 1, "reference": 1}
-    assert kinds(plan) == once | {"tokenizer": 6, "measure": 6, "latents": 6, "generator": 6, "judge": 12}
+    each = ("tokenizer", "measure", "latents", "generator", "own-reference")
+    assert kinds(plan) == once | dict.fromkeys(each, 6) | {"judge": 12}
     none = next(cell for cell in plan.cells if cell.row == "none")
     assert "prior" not in dict(plan.stages[none.tokenizer].inputs)  # nothing in it looks at targets
     again = tiny(name="again", rows=tiny().rows[:1], claims=(), faster=None)
@@ -344,7 +345,7 @@ def test_the_table_is_tidy(done: Plan) -> None:
     measured = {row["metric"] for row in rows if row["row"] == "full" and not row["step"]}
     assert {"ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "rfid", "ifid"} <= measured
     judged = {(row["metric"], row["step"]) for row in rows if row["row"] == "full" and row["step"]}
-    assert {("gfid", "2"), ("gfid", "4"), ("kid", "4"), ("gfid_floor", "4")} <= judged
+    assert {("gfid", "2"), ("gfid", "4"), ("gfid_own", "4"), ("gfid_floor", "4")} <= judged
     record = read_json(done.places.record(next(c.judges[4] for c in done.cells if c.row == "none")))
     (line,) = (r for r in rows if (r["row"], r["metric"], r["step"]) == ("none", "gfid", "4"))
     assert float(line["value"]) == record["metrics"]["gfid"]["value"]

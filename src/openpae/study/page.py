@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import get_args
@@ -23,6 +24,7 @@ from openpae.study.settings import (
 )
 from openpae.study.table import (
     Comparison,
+    Point,
     Result,
     Verdict,
     compare,
@@ -36,13 +38,14 @@ from openpae.study.table import (
 
 TITLES = {
     "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "psnr": "PSNR", "ssim": "SSIM",
-    "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD", "gfid": "gFD", "kid": "KID", "precision": "precision",
-    "recall": "recall",
+    "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD", "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID",
+    "precision": "precision", "recall": "recall",
 }  # fmt: skip
 """What a table calls each metric; FD is an FID only in features of Inception."""
 
-_TABLE = ("ssc", "lpc", "gsq", "erank", "psnr", "rfid", "gfid", "kid")
-_DIGITS = {"psnr": 2, "rfid": 2, "gfid": 2, "ifid": 2}
+_TABLE = ("ssc", "lpc", "gsq", "erank", "psnr", "rfid", "gfid", "gfid_own", "kid")
+_QUALITIES = ("gfid", "gfid_own")
+_DIGITS = {"psnr": 2, "rfid": 2, "gfid": 2, "gfid_own": 2, "ifid": 2}
 
 
 def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str) -> Page:
@@ -151,13 +154,10 @@ def _told(found: Comparison) -> list[str]:
 def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
     if study.faster is None:
         return
-    fast = curves(results, study.name, study.faster, "gfid")
     rows = []
-    for row in study.rows:
-        if row.name == study.faster:
-            continue
-        found = speed_up(fast, curves(results, study.name, row.name, "gfid"))
-        if found is None:
+    for row, metric in itertools.product(study.rows, _QUALITIES):
+        fast, slow = (curves(results, study.name, name, metric) for name in (study.faster, row.name))
+        if row.name == study.faster or (found := speed_up(fast, slow)) is None:
             continue
         factors = ", ".join(
             f"{'≥ ' if seed in found.at_least else ''}{factor:.1f}" if factor else "never"
@@ -167,12 +167,13 @@ def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
             "-" if end is None else f"{math.exp(end):.1f}"
             for end in (found.comparison.low, found.comparison.high)
         )
-        rows.append([row.name, factors, f"{low} to {high}", found.comparison.verdict])
+        rows.append([row.name, TITLES[metric], factors, f"{low} to {high}", found.comparison.verdict])
     if rows:
         page.table(
             [
-                f"{study.faster} reaches the final gFD of",
-                "this many times earlier (by seed)",
+                f"{study.faster} ends where this row ends",
+                "in",
+                "so many times earlier (by seed)",
                 "95 % interval of the geometric mean",
                 "is it earlier?",
             ],
@@ -181,13 +182,14 @@ def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
 
 
 def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in study.rows:
-        found = curves(results, study.name, row.name, "gfid")
+    drawn: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row, metric in itertools.product(study.rows, _QUALITIES):
+        found = curves(results, study.name, row.name, metric)
         if found and max(map(len, found.values())) > 1:
-            lines[row.name] = _mean_curve(found)
-    if lines:
-        page.charts({"gFD of samples, mean over seeds": lines}, "steps of the generator", log=True)
+            title = f"{TITLES[metric]} of samples, mean over seeds"
+            drawn.setdefault(title, {})[row.name] = _mean_curve(found)
+    if drawn:
+        page.charts(drawn, "steps of the generator", log=True)
     swept = [row for row in study.rows if row.x is not None]
     if swept:
         charts = {}
@@ -246,44 +248,51 @@ def _show_samples(page: Page, plan: Plan, study: Study) -> None:
 
 
 def _show_correlations(page: Page, plan: Plan, names: Sequence[str]) -> None:
-    found = points(plan, names)
-    metrics = [name for name in get_args(MetricName) if name not in ("gfid", "kid", "precision", "recall")]
-    table = correlations(found, metrics, against=("psnr", "rfid"))
-    if not table:
+    tables = {quality: points(plan, names, quality) for quality in _QUALITIES}
+    if not any(_correlation_rows(found) for found in tables.values()):
         return
     page.heading("Which measure of a tokenizer tells how well a generator will do?")
     page.text(
-        f"Spearman's rank correlation with gFD over {len(found)} tokenizers of "
-        f"{len({point.group for point in found})} settings, with 95 % bootstrap intervals over settings. "
-        "Both are turned so that larger is better: 1 means that the better measure always goes with the "
+        "Spearman's rank correlation over all tokenizers, with 95 % bootstrap intervals over settings. Both "
+        "sides are turned so that larger is better: 1 means that the better measure always goes with the "
         "better samples. The paper says that geometry (SSC, LPC, GSQ) does so and reconstruction (PSNR, rFD) "
-        "does not: shown, if the interval lies above 0; contradicted, if below."
+        "does not: shown, if the interval lies above 0; contradicted, if below. gFD holds the error of the "
+        "decoder too, so where that is large it follows rFD; own gFD, the distance to the tokenizer's own "
+        "reconstructions, does not."
     )
+    for quality, found in tables.items():
+        if rows := _correlation_rows(found):
+            settings = len({point.group for point in found})
+            what = f"with {TITLES[quality]}: {len(found)} tokenizers, {settings} settings"
+            header = [what, "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's"]
+            page.table([*header, "verdict"], rows)
+            page.charts(_dots(found, quality), "the measure", dots=True)
+
+
+def _correlation_rows(found: Sequence[Point]) -> list[list[str]]:
+    judged = ("gfid", "gfid_own", "kid", "precision", "recall")
+    metrics = [name for name in get_args(MetricName) if name not in judged]
     rows = []
-    for one in table:
+    for one in correlations(found, metrics, against=("psnr", "rfid")):
         verdict = "-"
         if one.metric in ("ssc", "lpc", "gsq"):
             verdict = "shown" if one.low > 0 else "contradicted" if one.high < 0 else "not shown"
         over = [
-            f"{one.over[name][0]:+.2f} ({one.over[name][1]:+.2f} to {one.over[name][2]:+.2f})"
-            if name in one.over
-            else "-"
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.over[name]) if name in one.over else "-"
             for name in ("psnr", "rfid")
         ]
         rows.append(
             [TITLES[one.metric], f"{one.rho:+.2f}", f"{one.low:+.2f} to {one.high:+.2f}", *over, verdict]
         )
-    page.table(
-        ["measure", "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's", "verdict"],
-        rows,
-    )
-    dots = {
-        f"{TITLES[name]} and gFD": {
-            "tokenizers": [(p.metrics[name], -p.quality) for p in found if name in p.metrics]
-        }
-        for name in ("ssc", "lpc", "gsq", "erank", "psnr", "rfid")
-    }
-    page.charts({title: line for title, line in dots.items() if line["tokenizers"]}, "the measure", dots=True)
+    return rows
+
+
+def _dots(found: Sequence[Point], quality: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    drawn = {}
+    for name in ("ssc", "lpc", "gsq", "erank", "psnr", "rfid"):
+        if line := [(p.metrics[name], -p.quality) for p in found if name in p.metrics]:
+            drawn[f"{TITLES[name]} and {TITLES[quality]}"] = {"tokenizers": line}
+    return drawn
 
 
 def _show_method(

@@ -194,8 +194,13 @@ class _Draft:
                 parts.generator, loop=dataclasses.replace(parts.generator.loop, seed=seed)
             )
             generator = self._add("generator", trained, {"latents": latents}, what)
-            judges = self._judges(trained, parts.judge, size, tokenizer, generator, train, what)
-            own += [latents, generator, *judges.values()]
+            own_reference = self._own_reference(parts.judge, size, tokenizer, latents, what)
+            against = {
+                "reference": self._real_reference(parts.judge, size, train, what),
+                "own-reference": own_reference,
+            }
+            judges = self._judges(trained, parts.judge, size, tokenizer, generator, against, what)
+            own += [latents, generator, *([own_reference] if own_reference else []), *judges.values()]
         cell = Cell(
             study=study.name, row=row.name, seed=seed, tokenizer=tokenizer, measure=measure,
             generator=generator, judges=judges, own=tuple(name for name in own if name in self.stages),
@@ -209,26 +214,40 @@ class _Draft:
         size: int,
         tokenizer: str,
         generator: str,
-        train: str,
+        against: Mapping[str, str | None],
         what: str,
     ) -> dict[int, str]:
         steps = snapshots(run) if settings.curve else [run.loop.steps]
-        # The same result, whoever asks; the number of real images is the reference's.
-        plain = dataclasses.replace(settings, curve=False, reference_images=None)
-        reference = self.reference or train
-        if not (reference in self.roots and Path(self.roots[reference]).is_file()):
-            features = ReferenceSettings(
-                extractor=settings.extractor,
-                extractor_weights=settings.extractor_weights,
-                image_size=size,
-                count=settings.reference_images,
-            )
-            reference = self._add("reference", features, {"images": reference}, what)
-        inputs = {"tokenizer": tokenizer, "generator": generator, "reference": reference}
+        # The same result, whoever asks; the numbers of real images are the references'.
+        plain = dataclasses.replace(settings, curve=False, reference_images=None, own_images=0)
+        inputs = {"tokenizer": tokenizer, "generator": generator, **against}
         return {
             step: self._add("judge", JudgeStage(settings=plain, step=step, image_size=size), inputs, what)
             for step in steps
         }
+
+    def _real_reference(self, settings: JudgeSettings, size: int, train: str, what: str) -> str:
+        root = self.reference or train
+        if root in self.roots and Path(self.roots[root]).is_file():
+            return root
+        features = self._reference_settings(settings, size, settings.reference_images)
+        return self._add("reference", features, {"images": root}, what)
+
+    def _own_reference(
+        self, settings: JudgeSettings, size: int, tokenizer: str, latents: str, what: str
+    ) -> str | None:
+        if not settings.own_images:
+            return None
+        features = self._reference_settings(settings, size, settings.own_images)
+        return self._add("own-reference", features, {"tokenizer": tokenizer, "latents": latents}, what)
+
+    def _reference_settings(self, settings: JudgeSettings, size: int, count: int | None) -> ReferenceSettings:
+        return ReferenceSettings(
+            extractor=settings.extractor,
+            extractor_weights=settings.extractor_weights,
+            image_size=size,
+            count=count,
+        )
 
     def _images(self, root: str, setup: StudySetup, size: int, every: int, what: str) -> str:
         if not setup.pack:

@@ -192,12 +192,16 @@ class _Rehearsal:
         if isinstance(settings, JudgeStage):
             return settings.settings.samples
         if isinstance(settings, RawSettings | ReferenceSettings):
-            return min(settings.count or self._images(stage), self._images(stage))
+            images = self._images(stage)
+            return min(settings.count or images, images)
         return self._images(stage)
 
     def _images(self, stage: Stage) -> int:
         """Images of a stage's source; packed ones after `every`."""
-        name = dict(stage.inputs)["images"]
+        inputs = dict(stage.inputs)
+        if "images" not in inputs:  # reconstructions of latents
+            return self._images(self.plan.stages[inputs["latents"]])
+        name = inputs["images"]
         if name in self.plan.places.roots:
             every = stage.settings.every if isinstance(stage.settings, PackSettings) else 1
             return len(range(0, len(open_images(self.plan.places.folder(name))), every))

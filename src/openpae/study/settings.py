@@ -33,12 +33,15 @@ MetricName = Literal[
     "rfid",
     "ifid",
     "gfid",
+    "gfid_own",
     "kid",
     "precision",
     "recall",
 ]
 """rfid, ifid and gfid are Frechet distances of reconstructions, of decoded mixtures of neighbours, and of
-samples, in the features of the study's extractor; they are FIDs where that is Inception."""
+samples to real images, gfid_own of samples to the tokenizer's own reconstructions of them, in the features of
+the study's extractor; they are FIDs where that is Inception. A tokenizer that reconstructs badly spoils gfid
+for any generator; gfid_own is what the generator adds."""
 
 _OWN = frozenset(
     {"data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer"}
@@ -92,6 +95,9 @@ class JudgeSettings:
     """inception: its weights file; dinov2: a local folder in place of the hub's."""
     reference_images: int | None = None
     """Images to compare with, evenly spread; null takes all."""
+    own_images: int = 0
+    """Training images, evenly spread, whose reconstructions the samples are also compared with: gfid_own. 0
+    leaves it out."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the networks."""
     batch_size: int = 64
@@ -105,6 +111,8 @@ class JudgeSettings:
                 raise ValueError(f"judge.{name} must be >= 2, got {value}")
         if self.batch_size < 1:
             raise ValueError(f"judge.batch_size must be >= 1, got {self.batch_size}")
+        if self.own_images == 1 or self.own_images < 0:
+            raise ValueError(f"judge.own_images must be >= 2, or 0 for none, got {self.own_images}")
 
 
 @dataclass(frozen=True, kw_only=True)

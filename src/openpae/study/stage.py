@@ -27,6 +27,7 @@ StageKind = Literal[
     "latents",
     "generator",
     "reference",
+    "own-reference",
     "judge",
 ]
 
@@ -86,7 +87,8 @@ class LatentSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSettings:
-    """What samples are compared with: real images in the features of an extractor."""
+    """What samples are compared with: real images, or a tokenizer's reconstructions of them, in the features
+    of an extractor."""
 
     extractor: ExtractorName
     extractor_weights: Path | None

@@ -171,14 +171,19 @@ class Point:
     """The tokenizer's setting: seeds of one setting are not independent of each other."""
     metrics: Mapping[str, float]
     quality: float
-    """Negative gfid: higher is better."""
+    """Negative distance of samples: higher is better."""
 
 
-def points(plan: Plan, names: Sequence[str]) -> list[Point]:
+def points(plan: Plan, names: Sequence[str], quality: str = "gfid") -> list[Point]:
     """Every tokenizer of these studies that was generated from, once, under their most common judging.
 
     The same tokenizer and generator serve several studies; samplers that differ would make distances that do
     not compare.
+
+    Args:
+        plan: what was done.
+        names: of the studies.
+        quality: gfid, or gfid_own; tokenizers without it are left out.
     """
     found: dict[tuple[str, str], Point] = {}
     judged = [(cell, max(cell.judges)) for cell in plan.cells if cell.judges and cell.study in names]
@@ -186,11 +191,10 @@ def points(plan: Plan, names: Sequence[str]) -> list[Point]:
     common = max(set(settings), key=settings.count, default="")
     for (cell, step), own in zip(judged, settings, strict=True):
         judge, measure = _record(plan, cell.judges[step]), _record(plan, cell.measure)
-        if own == common and judge and measure:
+        if own == common and judge and measure and quality in judge["metrics"]:
             metrics = {name: entry["value"] for name, entry in measure["metrics"].items()}
-            point = Point(
-                group=f"{cell.study}/{cell.row}", metrics=metrics, quality=-judge["metrics"]["gfid"]["value"]
-            )
+            value = judge["metrics"][quality]["value"]
+            point = Point(group=f"{cell.study}/{cell.row}", metrics=metrics, quality=-value)
             found.setdefault((cell.tokenizer, cell.judges[step]), point)
     return list(found.values())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,12 @@ from openpae.data.images import ImageSource, PackedImages, Subset, open_images, 
 from openpae.data.shards import Shards
 from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.eval.adapters import LatentSpace, open_tokenizer
+from openpae.eval.extractors import FeatureExtractor
+from openpae.eval.frechet import frechet_distance
 from openpae.eval.measure import measure_tokenizer, spread
 from openpae.eval.records import evaluate_samples
-from openpae.eval.reference import features_of, reference_of, save_reference
-from openpae.eval.streams import Batch, drawn_images, real_images
+from openpae.eval.reference import FeatureSet, features_of, reference_of, save_reference
+from openpae.eval.streams import Batch, ImageStream, drawn_images, real_images
 from openpae.folders import checkpoint_path, identity_of
 from openpae.report import image_grid
 from openpae.sampling import balanced_labels
@@ -247,14 +250,45 @@ def _reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
     rows = None if settings.count is None else spread(len(source), settings.count)
     stream = real_images(source, settings.image_size, rows=rows)
     judge = shared.extractor(settings.extractor, settings.extractor_weights, pick_device("auto"))
+    _keep_reference(stream, judge, at.folder)
+    return {}
+
+
+def _own_reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
+    at, settings = _At(stage, places), _settings(stage, ReferenceSettings)
+    device = pick_device("auto")
+    latents, tokenizer = Shards(at.inputs["latents"], kind="latents"), _decoder(at, device)
+    rows = spread(len(latents), settings.count or len(latents))
+
+    def batches(size: int) -> Iterator[Batch]:
+        own = processes.own_rows(len(rows))
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            chosen = rows[list(part)]
+            z = latents.gather(chosen, np.zeros_like(chosen)).to(device)  # the images, not their mirrors
+            with torch.no_grad():
+                yield Batch(tokenizer.decode(z.float()).clamp(0, 1).float(), part)
+
+    stream = ImageStream(
+        name=at.inputs["latents"].name,
+        count=len(rows),
+        size=(settings.image_size, settings.image_size),
+        preprocessing="decoded, clamped to [0, 1]",
+        batches=batches,
+    )
+    judge = shared.extractor(settings.extractor, settings.extractor_weights, device)
+    _keep_reference(stream, judge, at.folder)
+    return {}
+
+
+def _keep_reference(stream: ImageStream, judge: FeatureExtractor, folder: Path) -> None:
     found = reference_of(features_of(stream, judge), stream.name, stream.preprocessing)
 
     def save() -> None:
-        at.folder.mkdir(parents=True, exist_ok=True)
-        save_reference(found, at.folder / REFERENCE)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_reference(found, folder / REFERENCE)
 
     processes.from_first(save)
-    return {}
 
 
 def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
@@ -271,20 +305,24 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
         precision=settings.precision,
         facts={"labels": "class-balanced", "step": part.step},
     )
+    name, weights = settings.extractor, settings.extractor_weights
+    judge = shared.extractor(name, weights, device)
     shown: list[Tensor] = []
+    features = FeatureSet(judge) if "own-reference" in at.inputs else None
 
     def batches(size: int) -> Iterator[Batch]:
         for batch in stream.batches(size):
             shown.extend(batch.images[: SHOWN - len(shown)].cpu())
+            if features is not None:
+                features.update(batch.images, batch.numbers)
             yield batch
 
-    name, weights = settings.extractor, settings.extractor_weights
     known = at.inputs["reference"]
     reference = shared.reference(known if known.is_file() else known / REFERENCE, name, weights, device)
     record = evaluate_samples(
         dataclasses.replace(stream, batches=batches),
         reference,
-        extractor=shared.extractor(name, weights, device),
+        extractor=judge,
         batch_size=settings.batch_size,
         min_samples=2,  # the report shows the floor of so few beside the distance
     )
@@ -296,10 +334,16 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
 
     processes.from_first(keep)
     names = {"frechet": "gfid", "frechet_floor": "gfid_floor"}
-    return {
+    metrics: Metrics = {
         names.get(name, name): {"value": metric["value"], "stderr": metric["stderr"]}
         for name, metric in record["metrics"].items()
     }
+    if features is not None:
+        features.gather()
+        own = shared.reference(at.inputs["own-reference"] / REFERENCE, name, weights, device)
+        distance = frechet_distance(features.pooled.gaussian(), own.pooled)
+        metrics["gfid_own"] = {"value": distance, "stderr": None}
+    return metrics
 
 
 WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
@@ -312,6 +356,7 @@ WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
     "latents": _latents,
     "generator": _generator,
     "reference": _reference,
+    "own-reference": _own_reference,
     "judge": _judge,
 }
 """Each needs its stage, the places, and whether to be quiet; under torchrun every process calls it."""
