@@ -19,6 +19,7 @@ from openpae.critics import LPIPS
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.fid import Evaluation, EvaluationConfig, frechet_floor
+from openpae.eval.frechet import frechet_distance
 from openpae.eval.reconstruction import ReconstructionMetrics
 from openpae.eval.reference import FeatureSet, Reference, device_of, reference_of
 from openpae.eval.streams import ImageStream
@@ -100,6 +101,7 @@ def evaluate_samples(
     extractor: FeatureExtractor,
     batch_size: int = 32,
     min_samples: int = 10_000,
+    others: Mapping[str, Reference] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Frechet distances (gFID's and sFID's kind), Inception Score, KID, precision, recall of samples.
@@ -113,6 +115,8 @@ def evaluate_samples(
         extractor: of the features.
         batch_size: images per forward pass; changes no number beyond rounding.
         min_samples: fewer samples than this are warned of: the distance is then much too large.
+        others: further references by name, in the features of the same extractor; each adds the metric
+            frechet_NAME, the distance of the samples to it.
         facts: what else the record should say, over what the stream says of itself (sampler, fingerprints).
 
     Returns:
@@ -132,6 +136,14 @@ def evaluate_samples(
     def compute() -> dict[str, Any]:
         _check_told(samples, evaluation.samples.sha256())
         metrics, found = _judged(evaluation)
+        for name, other in (others or {}).items():
+            distance = frechet_distance(evaluation.samples.pooled.gaussian(), other.pooled)
+            metrics[f"frechet_{name}"] = Estimate(
+                name=f"frechet_{name}",
+                value=distance,
+                n=samples.count,
+                settings={"reference": other.name, "reference_sha256": other.sha256},
+            )
         return {
             "metrics": metric_facts(metrics),
             **found,

@@ -25,10 +25,9 @@ from openpae.data.shards import Shards
 from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.eval.adapters import LatentSpace, open_tokenizer
 from openpae.eval.extractors import FeatureExtractor
-from openpae.eval.frechet import frechet_distance
 from openpae.eval.measure import measure_tokenizer, spread
 from openpae.eval.records import evaluate_samples
-from openpae.eval.reference import FeatureSet, features_of, reference_of, save_reference
+from openpae.eval.reference import features_of, reference_of, save_reference
 from openpae.eval.streams import Batch, ImageStream, drawn_images, real_images
 from openpae.folders import checkpoint_path, identity_of
 from openpae.report import image_grid
@@ -308,13 +307,12 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
     name, weights = settings.extractor, settings.extractor_weights
     judge = shared.extractor(name, weights, device)
     shown: list[Tensor] = []
-    features = FeatureSet(judge) if "own-reference" in at.inputs else None
+    own = at.inputs.get("own-reference")
+    others = {} if own is None else {"own": shared.reference(own / REFERENCE, name, weights, device)}
 
     def batches(size: int) -> Iterator[Batch]:
         for batch in stream.batches(size):
             shown.extend(batch.images[: SHOWN - len(shown)].cpu())
-            if features is not None:
-                features.update(batch.images, batch.numbers)
             yield batch
 
     known = at.inputs["reference"]
@@ -325,6 +323,7 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
         extractor=judge,
         batch_size=settings.batch_size,
         min_samples=2,  # the report shows the floor of so few beside the distance
+        others=others,
     )
 
     def keep() -> None:
@@ -333,17 +332,11 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
         image_grid(torch.stack(shown), SHOWN).save(at.folder / "samples.png")
 
     processes.from_first(keep)
-    names = {"frechet": "gfid", "frechet_floor": "gfid_floor"}
-    metrics: Metrics = {
+    names = {"frechet": "gfid", "frechet_floor": "gfid_floor", "frechet_own": "gfid_own"}
+    return {
         names.get(name, name): {"value": metric["value"], "stderr": metric["stderr"]}
         for name, metric in record["metrics"].items()
     }
-    if features is not None:
-        features.gather()
-        own = shared.reference(at.inputs["own-reference"] / REFERENCE, name, weights, device)
-        distance = frechet_distance(features.pooled.gaussian(), own.pooled)
-        metrics["gfid_own"] = {"value": distance, "stderr": None}
-    return metrics
 
 
 WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
