@@ -19,8 +19,7 @@ from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.critics import load_perceptual
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
-from openpae.data.openmoji import CATEGORIES, Emoji, emoji_catalog, render_dataset, split_catalog
-from openpae.data.shards import Layout, ShardWriter
+from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.eval.extractors import load_extractor
 from openpae.eval.reconstruction import quantize
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
@@ -81,8 +80,8 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     train, held_out = (side[:limit] for side in split_catalog(emoji_catalog()))
     pictures = max(1, min(8, round(budget / 240)))
     with clock.stage("render emoji"):
-        images = _render(out / "data" / "train", train, pictures, seed)
-        judged = _render(out / "data" / "held-out", held_out, 2, seed + 1)
+        images = pack_pictures(out / "data" / "train", train, size=64, pictures=pictures, seed=seed)
+        judged = pack_pictures(out / "data" / "held-out", held_out, size=64, pictures=2, seed=seed + 1)
 
     with clock.stage("train refiner"):
         run_dir = out / "refiner"
@@ -166,24 +165,6 @@ def _line(what: str) -> Callable[[int, int], None]:
         print(f"\r  {what}: {done:,} / {total:,}", end=end, file=sys.stderr, flush=True)
 
     return show
-
-
-def _render(folder: Path, emojis: list[Emoji], pictures: int, seed: int) -> PackedImages:
-    """Emoji pictures as packed images; done once."""
-    layout = Layout(
-        kind="images",
-        dtype="uint8",
-        shape=(3, 64, 64),
-        sources=len(emojis) * pictures,
-        per_shard=len(emojis) * pictures,
-        attributes={"classes": list(CATEGORIES), "source": f"openmoji, {pictures} each, seed {seed}"},
-    )
-    writer = ShardWriter(folder, layout)
-    if writer.missing():
-        images, labels = render_dataset(emojis, size=64, renders_per_emoji=pictures, seed=seed)
-        writer.write(0, images, labels.tolist())
-    writer.finish()
-    return PackedImages(folder)
 
 
 def _planned(kind: type[T], run_dir: Path, plan: Callable[[], T]) -> T:

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from openpae.assets import fetch
 from openpae.data.backgrounds import soft_background
+from openpae.data.images import PackedImages
+from openpae.data.shards import Layout, ShardWriter
 
 CATEGORIES = (
     "Smileys & Emotion",
@@ -215,6 +217,37 @@ def render_dataset(
             pass
     labels = torch.tensor([emoji.category for emoji in emojis]).repeat_interleave(renders_per_emoji)
     return images.flatten(0, 1), labels
+
+
+def pack_pictures(
+    folder: Path, emojis: Sequence[Emoji], *, size: int, pictures: int, seed: int
+) -> PackedImages:
+    """Pictures of every emoji (`render_dataset`) as packed images; what is complete is not done again.
+
+    Args:
+        folder: for the packed images.
+        emojis: what to draw.
+        size: side in pixels, >= 16.
+        pictures: of each emoji.
+        seed: another seed, other pictures.
+
+    Raises:
+        ValueError: as `render_dataset`, or the folder holds other images.
+    """
+    layout = Layout(
+        kind="images",
+        dtype="uint8",
+        shape=(3, size, size),
+        sources=len(emojis) * pictures,
+        per_shard=len(emojis) * pictures,
+        attributes={"classes": list(CATEGORIES), "source": f"openmoji, {pictures} each, seed {seed}"},
+    )
+    writer = ShardWriter(folder, layout)
+    if writer.missing():
+        images, labels = render_dataset(emojis, size=size, renders_per_emoji=pictures, seed=seed)
+        writer.write(0, images, labels.tolist())
+    writer.finish()
+    return PackedImages(folder)
 
 
 def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -> Scene:
