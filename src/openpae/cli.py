@@ -68,21 +68,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def quickstart(
-    out: Path = Path("runs/quickstart"),
-    budget: str = "12min",
+    out: Path | None = None,
+    budget: str | None = None,
     seed: int = 0,
+    pretrained: bool = False,
 ) -> None:
     """Train a small tokenizer and generator on emoji, sample, measure, and write report.html: all in one
     command.
 
     Args:
-        out: folder for everything; the same command goes on where it was interrupted.
-        budget: time for all of it: 3min, 12min, 2h.
+        out: folder for everything; the same command goes on where it was interrupted. By default
+            runs/quickstart, or runs/pretrained.
+        budget: time for all of it: 3min, 12min, 2h. By default 12min.
         seed: of weights, data order and noise.
+        pretrained: train nothing; show in a minute what the pretrained pair of the package does.
     """
-    from openpae.quickstart import parse_budget, run_quickstart
+    from openpae.quickstart import parse_budget, run_quickstart, show_pretrained
 
-    report = run_quickstart(out, parse_budget(budget), seed=seed)
+    if pretrained and budget is not None:
+        raise ValueError("--pretrained trains nothing, so it has no --budget; leave one of them out")
+    if pretrained:
+        report = show_pretrained(out or Path("runs/pretrained"), seed=seed)
+    else:
+        report = run_quickstart(out or Path("runs/quickstart"), parse_budget(budget or "12min"), seed=seed)
     print(f"open {report} in a browser")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -25,8 +26,9 @@ from openpae.eval.reconstruction import quantize
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
 from openpae.eval.reference import features_of, reference_of
 from openpae.eval.streams import real_images, tensor_images
-from openpae.folders import identity_of
-from openpae.quickstart_page import quickstart_report
+from openpae.folders import PARTS, identity_of
+from openpae.pipeline import Pipeline
+from openpae.quickstart_page import pretrained_report, quickstart_report
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.storage import read_json, whole_file, write_json
 from openpae.tokenizer import PAE
@@ -40,6 +42,10 @@ T = TypeVar("T")
 
 SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
 """How the quickstart samples: few steps, because its generator is as small as its latents."""
+
+
+PRETRAINED = Path(__file__).parent / "pretrained" / "openmoji"
+"""The pretrained release: a pair for 64-pixel emoji, trained by docs/make_pretrained.py."""
 
 
 def parse_budget(text: str) -> float:
@@ -113,6 +119,50 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     with clock.stage("sample and measure"):
         record, samples, labels = _measure(out, tokenizer, judged, budget, seed)
     return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
+
+
+def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0) -> Path:
+    """What a pretrained pair does: held-out emoji and their reconstructions, samples, a report.
+
+    Args:
+        out: folder for everything; what is complete is not done again.
+        folder: the pair, with the subfolders tokenizer and generator.
+        seed: of the noise and of the backgrounds.
+
+    Returns:
+        The report, an HTML file.
+
+    Raises:
+        FileNotFoundError: no pair in the folder.
+        ValueError: `out` holds the result of another quickstart.
+    """
+    pipeline = Pipeline.from_pretrained(folder, decode_only=False)
+    facts = check_pair(*(folder / part for part in PARTS))
+    clock = _Clock(out, math.inf)
+    _same_plan(out, {"pretrained": facts["generator"], "seed": seed})
+    emojis = split_catalog(emoji_catalog())[1]
+    with clock.stage("render emoji"):
+        judged = pack_pictures(out / "data" / "held-out", emojis, size=64, pictures=2, seed=seed + 1)
+    with clock.stage("reconstruct"):
+        record = evaluate_reconstruction(
+            pipeline.tokenizer,
+            real_images(judged, 64, name="held-out emoji"),
+            extractor=None,
+            lpips=None,
+            batch_size=64,
+        )
+        write_json(out / "evaluation.json", record)
+    with clock.stage("sample"):
+        labels = balanced_labels(12 * len(CATEGORIES), len(CATEGORIES))
+        samples, show = [], _line("sampling")
+        for images in sample_images(
+            pipeline.tokenizer, pipeline.generator, labels, SAMPLER, seed=seed, batch_size=36
+        ):
+            samples.append(images)
+            show(sum(map(len, samples)), len(labels))
+    return pretrained_report(
+        out, folder, clock.seconds, pipeline.tokenizer, judged, record, torch.cat(samples), labels, SAMPLER
+    )
 
 
 def _same_plan(out: Path, plan: dict[str, Any]) -> None:

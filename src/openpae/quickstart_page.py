@@ -14,13 +14,17 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES
+from openpae.folders import PARTS, README, RECORD
 from openpae.losses import perturb
 from openpae.report import Page, image_grid, pca_pictures, png_bytes
 from openpae.sampling import SamplerConfig
-from openpae.storage import whole_file
+from openpae.storage import read_json, whole_file
 from openpae.tokenizer import PAE
 from openpae.train.journal import read_log
+from openpae.train.objective import TokenizerLoss
 from openpae.train.tokenizer import TokenizerRun
+
+_OPENMOJI = "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
 
 
 def quickstart_report(
@@ -65,7 +69,8 @@ def quickstart_report(
             "real against real": f"{generated['frechet_floor']['value']:.1f}",
         }
     )
-    _show_pictures(page, out, tokenizer, judged, samples, labels)
+    angles = configs.load(TokenizerRun, out / "tokenizer" / "config.yaml").loss.mcr_angles
+    _show_pictures(page, out, tokenizer, judged, angles, samples, labels)
     page.heading("Training")
     page.charts(_curves(out / "refiner", "refiner", ("reconstruction", "gram"), ()), "steps of the refiner")
     terms = ("l1", "lpips", "gan", "ssr", "mcr", "scr")
@@ -93,15 +98,74 @@ def quickstart_report(
     page.fold("sampler", yaml.safe_dump(configs.to_dict(sampler), sort_keys=False))
     facts = {key: value for key, value in record["samples"].items() if key not in ("metrics", "kind")}
     page.fold("what the numbers were measured with", yaml.safe_dump(facts, sort_keys=False))
-    page.text(
-        "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
+    page.text(_OPENMOJI)
+    page.write(out / "report.html")
+    return out / "report.html"
+
+
+def pretrained_report(
+    out: Path,
+    folder: Path,
+    seconds: Mapping[str, float],
+    tokenizer: PAE,
+    judged: PackedImages,
+    record: Mapping[str, Any],
+    samples: Tensor,
+    labels: Tensor,
+    sampler: SamplerConfig,
+) -> Path:
+    """As `quickstart_report`, of a pretrained pair: pictures, and what was measured of it here and before.
+
+    Args:
+        out: where the page and the grids go.
+        folder: the pair; its evaluation.json files are shown.
+        seconds: time per stage.
+        tokenizer: of the pair.
+        judged: held-out emoji.
+        record: what was measured of their reconstructions.
+        samples: generated images in [0, 1], (n, 3, H, W).
+        labels: their classes, (n,).
+        sampler: how they were drawn.
+
+    Returns:
+        The page's path.
+    """
+    found = record["metrics"]
+    page = Page(
+        "openpae quickstart, pretrained",
+        "A PAE tokenizer and a LightningDiT generator of OpenMoji pictures (64 x 64, nine categories), as "
+        f"they come with the package, in {sum(seconds.values()):.0f} seconds.",
     )
+    page.cards(
+        {
+            "PSNR of held-out emoji": f"{found['psnr']['value']:.1f} dB",
+            "SSIM": f"{found['ssim']['value']:.3f}",
+            "held-out emoji": f"{record['images']:,}",
+            "generated": f"{len(samples):,}",
+        }
+    )
+    _show_pictures(page, out, tokenizer, judged, TokenizerLoss().mcr_angles, samples, labels)
+    page.heading("Metrics")
+    header = ["metric", "value", "standard error", "over"]
+    page.table(header, _rows("here", found))
+    for part in PARTS:
+        if (folder / part / RECORD).is_file():
+            page.table(header, _rows(f"{part}, of the release", read_json(folder / part / RECORD)["metrics"]))
+    page.fold("sampler", yaml.safe_dump(configs.to_dict(sampler), sort_keys=False))
+    page.fold("model card", (folder / README).read_text(encoding="utf-8"))
+    page.text(_OPENMOJI)
     page.write(out / "report.html")
     return out / "report.html"
 
 
 def _show_pictures(
-    page: Page, out: Path, tokenizer: PAE, judged: PackedImages, samples: Tensor, labels: Tensor
+    page: Page,
+    out: Path,
+    tokenizer: PAE,
+    judged: PackedImages,
+    angles: tuple[float, float],
+    samples: Tensor,
+    labels: Tensor,
 ) -> None:
     """Reconstructions, latents and samples; the grids are also kept as PNG files."""
     chosen = np.linspace(0, len(judged) - 1, 24).round().astype(np.int64)
@@ -117,7 +181,7 @@ def _show_pictures(
         pairs, "Rows of three: picture, its reconstruction, its latent (first three principal components)."
     )
     direction = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(0))
-    medium, large = _angles(out)
+    medium, large = angles
     with torch.no_grad():
         moved = [tokenizer.decode(perturb(z[:12], direction, angle)).clamp(0, 1) for angle in (medium, large)]
     page.heading("Small moves on the sphere change little")
@@ -134,11 +198,6 @@ def _show_pictures(
     for name, picture in (("reconstructions.png", pairs), ("samples.png", grid)):
         with whole_file(out / name) as partial:
             partial.write_bytes(png_bytes(picture))
-
-
-def _angles(out: Path) -> tuple[float, float]:
-    """The medium and the large angle that the tokenizer was trained with, in degrees."""
-    return configs.load(TokenizerRun, out / "tokenizer" / "config.yaml").loss.mcr_angles
 
 
 def _curves(

@@ -1,0 +1,183 @@
+"""Train the pretrained release and write it: OpenMoji tokenizer and generator, bf16, cards and metrics.
+
+An interrupted call goes on. About an hour and a half on one core:
+
+    python docs/make_pretrained.py --work runs/openmoji --out pretrained/openmoji
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from openpae import config as configs
+from openpae import hub
+from openpae.checkpoint import check_pair, load_generator, load_tokenizer
+from openpae.critics import load_perceptual
+from openpae.data.caches import cache_latents
+from openpae.data.images import PackedImages
+from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
+from openpae.eval.extractors import load_extractor
+from openpae.eval.records import evaluate_reconstruction, evaluate_samples
+from openpae.eval.reference import features_of, reference_of
+from openpae.eval.streams import drawn_images, real_images
+from openpae.folders import PARTS, README, RECORD, identity_of
+from openpae.pipeline import Pipeline
+from openpae.quickstart import SAMPLER
+from openpae.sampling import balanced_labels
+from openpae.storage import write_json
+from openpae.train.generator import GeneratorRun, train_generator
+from openpae.train.refiner import RefinerRun, train_refiner
+from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+
+PICTURES = {"train": 3, "held-out": 2}
+"""Of each emoji: another background, place and size."""
+SAMPLES = 1_800
+ABOUT = """## Data, attribution, licences
+
+Trained on pictures of [OpenMoji](https://openmoji.org) emoji, rendered at 64 pixels on soft backgrounds:
+{train:,} pictures of nine of ten emoji; {held_out:,} pictures of the others are held out and measured.
+All emojis designed by OpenMoji, the open-source emoji and icon project; licence [CC BY-SA
+4.0](https://creativecommons.org/licenses/by-sa/4.0/), which is why these weights carry it too. The
+frozen encoder, EfficientNet-Lite0 (ImageNet; Apache-2.0, package `efficientnet-lite-pytorch`), is not in
+the files: it is fetched when images are encoded. LPIPS, in training and measuring, has weights of
+torchvision's AlexNet and VGG16 (BSD).
+
+Classes: {classes}.
+
+## How it was trained
+
+`python docs/make_pretrained.py` of the package openpae: the presets `refiner/openmoji`,
+`tokenizer/openmoji` (PSNR and the other metrics above are of held-out emoji) and `generator/openmoji`,
+one after the other on one core of a CPU, {steps}. The weights in the files are the moving averages, in
+bf16; metrics are of these files, computed in float32.
+
+## What it is for, and what not
+
+For looking at what PAE does within a minute, for tests and for teaching. It is small and was trained for
+minutes where a model of the paper takes weeks of GPUs: samples show the colours and shapes of their
+category, not the letters of a flag or the fingers of a hand; photographs are outside of what it has
+seen. Distances are in VGG16 features, not Inception's: they do not compare with a published FID.
+"""
+
+
+def main(
+    work: Path = Path("runs/openmoji"), out: Path = Path("pretrained/openmoji"), threads: int = 1
+) -> None:
+    """Render, train all three stages, and write the release.
+
+    Args:
+        work: folder for data, caches and runs.
+        out: folder for the release; replaced if it holds nothing but a saved pair.
+        threads: of the processor.
+    """
+    torch.set_num_threads(threads)
+    train(work)
+    release(work, out)
+
+
+def train(work: Path) -> None:
+    """All three stages, from the presets refiner, tokenizer and generator/openmoji."""
+    sides = dict(zip(PICTURES, split_catalog(emoji_catalog()), strict=True))
+    images = {
+        name: pack_pictures(work / "data" / name, sides[name], size=64, pictures=count, seed=seed)
+        for seed, (name, count) in enumerate(PICTURES.items())
+    }
+    refiner = configs.load(RefinerRun, "refiner/openmoji")
+    data = dataclasses.replace(refiner.data, images=work / "data" / "train", feature_cache=work / "features")
+    train_refiner(dataclasses.replace(refiner, data=data), work / "refiner")
+
+    run = configs.load(TokenizerRun, "tokenizer/openmoji")
+    data = dataclasses.replace(
+        run.data,
+        images=work / "data" / "train",
+        evaluation=work / "data" / "held-out",
+        feature_cache=work / "features",
+    )
+    train_tokenizer(dataclasses.replace(run, prior=work / "refiner", data=data), work / "tokenizer")
+
+    tokenizer = load_tokenizer(work / "tokenizer")
+    for name, source in images.items():
+        cache_latents(
+            tokenizer.encode,
+            source,
+            work / "latents" / name,
+            image_size=tokenizer.config.image_shape,
+            latent_shape=tokenizer.config.latent_shape,
+            tokenizer_print=identity_of(work / "tokenizer").fingerprint,
+            flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
+        )
+    generator = configs.load(GeneratorRun, "generator/openmoji")
+    generator = dataclasses.replace(
+        generator, latents=work / "latents" / "train", held_out_latents=work / "latents" / "held-out"
+    )
+    train_generator(generator, work / "generator")
+
+
+def release(work: Path, out: Path) -> None:
+    """The pair in bf16 with its metrics and its card."""
+    with tempfile.TemporaryDirectory() as folder:
+        pair = Path(folder) / "pair"
+        trained = Pipeline.join(work / "tokenizer", work / "generator", decode_only=False)
+        trained.save_pretrained(pair, precision="bf16")
+        for part, record in measured(work, pair).items():
+            write_json(pair / part / RECORD, record)
+        hub.stage(pair, out, "pretrained/openmoji", licence="cc-by-sa-4.0")
+    loops = {
+        name: configs.load(kind, work / name / "config.yaml").loop
+        for name, kind in (("refiner", RefinerRun), ("tokenizer", TokenizerRun), ("generator", GeneratorRun))
+    }
+    about = ABOUT.format(
+        train=len(PackedImages(work / "data" / "train")),
+        held_out=len(PackedImages(work / "data" / "held-out")),
+        classes=", ".join(f"{number} {name}" for number, name in enumerate(CATEGORIES)),
+        steps=", ".join(
+            f"{loop.steps:,} steps of {loop.global_batch_size} ({name})" for name, loop in loops.items()
+        ),
+    )
+    with (out / README).open("a", encoding="utf-8") as file:
+        file.write(f"\n{about}")
+
+
+def measured(work: Path, pair: Path) -> dict[str, dict[str, Any]]:
+    """Held-out reconstructions and samples, of the files that are given away."""
+    tokenizer, generator = load_tokenizer(pair / "tokenizer"), load_generator(pair / "generator")
+    extractor = load_extractor("vgg16")  # not the encoder's own features: they would judge in their own cause
+    train, held_out = (PackedImages(work / "data" / name) for name in PICTURES)
+    real = real_images(train, 64, name="emoji of the training set")
+    facts = check_pair(*(pair / part for part in PARTS))
+    return {
+        "tokenizer": evaluate_reconstruction(
+            tokenizer,
+            real_images(held_out, 64, name="held-out emoji"),
+            extractor=extractor,
+            lpips=load_perceptual("vgg"),
+            batch_size=64,
+            min_samples=2,
+        ),
+        "generator": evaluate_samples(
+            drawn_images(
+                tokenizer,
+                generator,
+                balanced_labels(SAMPLES, len(CATEGORIES)),
+                SAMPLER,
+                size=(64, 64),
+                seed=0,
+                precision="fp32",
+                facts={"labels": "class-balanced", **facts},
+            ),
+            reference_of(features_of(real, extractor, 64), real.name, real.preprocessing),
+            extractor=extractor,
+            batch_size=60,
+            min_samples=2,
+        ),
+    }
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
