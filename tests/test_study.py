@@ -23,10 +23,10 @@ from openpae import cli
 from openpae import config as configs
 from openpae.storage import read_json
 from openpae.study import once, work
-from openpae.study.plan import Plan, StudyData, make_plan, resolve_rows, snapshots
+from openpae.study.plan import Plan, make_plan, own_data, resolve_rows, snapshots
 from openpae.study.rehearse import estimates
 from openpae.study.run import describe_plan, run_plan
-from openpae.study.settings import Claim, Study, StudyRow, StudySetup, resolve
+from openpae.study.settings import Claim, Study, StudyData, StudyRow, StudySetup, resolve
 from openpae.study.table import (
     Point,
     compare,
@@ -536,3 +536,28 @@ def test_the_command_tells_a_plan(done: Plan, data: StudyData, capsys: pytest.Ca
         cli.main(["study", *where])
     assert stop.value.code == 2
     assert "needs at least one STUDY" in capsys.readouterr().err
+
+
+def test_images_are_those_of_the_study_or_all_given(
+    data: StudyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A data set is taken whole: the study's label maps never meet somebody else's images."""
+    monkeypatch.chdir(tmp_path)
+    for arguments, told in (
+        (["study/table2a-small"], "no images at data/tiny-imagenet-100/train"),
+        (["study/table2a-small", "--images", str(data.images)], "--images was given without --held-out"),
+        (["study/table2a-small", "--label-maps", "maps"], "--label-maps was given without --images"),
+        (["study/table2a-full"], "study/setup/full names no images"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["study", *arguments])
+        assert stopped.value.code == 2
+        assert told in capsys.readouterr().err.replace("\n", " ")
+    for place in ("tiny-imagenet-100/train", "tiny-imagenet-100/val"):
+        shutil.copytree(data.images, tmp_path / "data" / place)
+    for place, source in (("images", data.label_images), ("masks", data.label_maps)):
+        assert source is not None
+        shutil.copytree(source, tmp_path / "data" / "camvid-256" / "val" / place)
+    found = own_data([configs.load(Study, name) for name in ("study/table2a-small", "study/table7-small")])
+    assert found.images == Path("data/tiny-imagenet-100/train")
+    assert found.label_maps == Path("data/camvid-256/val/masks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,8 @@ from openpae.commands.console import at_least_one, tell
 def study(
     studies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STUDY")],
     /,
-    images: Path,
-    held_out: Path,
+    images: Path | None = None,
+    held_out: Path | None = None,
     label_images: Path | None = None,
     label_maps: Path | None = None,
     reference: Path | None = None,
@@ -34,8 +35,9 @@ def study(
 
     Args:
         studies: presets (study/table2a-small) or files, one or several; several also get a report of all.
-        images: training images, one subfolder per class.
-        held_out: other images of the same classes, on which tokenizers are measured.
+        images: training images, one subfolder per class; by default those that the studies name
+            (data/tiny-imagenet-100 at small size).
+        held_out: other images of the same classes, on which tokenizers are measured; given with images.
         label_images: images with label maps, for SSC; without them it is left out.
         label_maps: their maps: index PNGs named as the images, or a COCO panoptic JSON.
         reference: what samples are compared with, an npz in ADM's layout or images; the training images by
@@ -53,26 +55,34 @@ def study(
             "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
         )
     from openpae import processes
-    from openpae.study.plan import StudyData, make_plan
+    from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
     from openpae.study.run import describe_plan, run_plan
-    from openpae.study.settings import Study
+    from openpae.study.settings import Study, StudyData
 
-    data = StudyData(
-        images=images,
-        held_out=held_out,
-        label_images=label_images,
-        label_maps=label_maps,
-        reference=reference,
-    )
     loaded = [configs.load(Study, name) for name in studies]
+    given = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
+    if images is not None and held_out is not None:
+        data = StudyData(
+            images=images,
+            held_out=held_out,
+            label_images=label_images,
+            label_maps=label_maps,
+            reference=reference,
+        )
+    elif (named := [name for name, path in given.items() if path is not None]) != []:
+        raise ValueError(
+            f"--{named[0]} was given without --{'images' if images is None else 'held-out'}; give both, or "
+            "neither for the images that the studies name"
+        )
+    else:
+        data = dataclasses.replace(own_data(loaded), reference=reference)
     plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
         known = estimates(plan, rehearse=True, tell=lambda line: print(line, file=sys.stderr))
         print(describe_plan(plan, known, workers))
         return
-    where = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
-    where |= {"reference": reference}
+    where = given | {"reference": reference}
     words = [
         *studies,
         *(["--set", *set] if set else []),

@@ -15,6 +15,7 @@ from openpae.study.settings import (
     JudgeSettings,
     Resolved,
     Study,
+    StudyData,
     StudyRow,
     StudySetup,
     resolve,
@@ -34,26 +35,6 @@ from openpae.study.stage import (
 )
 from openpae.train.generator import GeneratorRun
 from openpae.train.tokenizer import TokenizerRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyData:
-    """Where the images of a study are."""
-
-    images: Path
-    """Training images: one subfolder per class."""
-    held_out: Path
-    """Other images of the same classes: tokenizers are measured on them."""
-    label_images: Path | None = None
-    """Images with label maps, for SSC; None leaves it out."""
-    label_maps: Path | None = None
-    """Their maps: index PNGs or a COCO panoptic JSON."""
-    reference: Path | None = None
-    """What samples are compared with: an npz in ADM's layout, or images; None takes the training images."""
-
-    def __post_init__(self) -> None:
-        if (self.label_images is None) != (self.label_maps is None):
-            raise ValueError("label_images and label_maps are needed both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +63,30 @@ class Plan:
     """By id, inputs before what needs them."""
     cells: tuple[Cell, ...]
     places: Places
+
+
+def own_data(studies: Sequence[Study]) -> StudyData:
+    """The images that the studies name themselves.
+
+    Raises:
+        FileNotFoundError: they are not where the studies say.
+        ValueError: the studies name none, or not the same.
+    """
+    setups = {study.setup: configs.load(StudySetup, study.setup) for study in studies}
+    for name, setup in setups.items():
+        if setup.data is None:
+            raise ValueError(f"{name} names no images; say where yours are with --images and --held-out")
+    data, *others = (setup.data for setup in setups.values())
+    assert data is not None
+    if any(other != data for other in others):
+        raise ValueError(f"{' and '.join(setups)} name different images; give --images and --held-out")
+    for path in (data.images, data.held_out, data.label_images, data.label_maps):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(
+                f"no images at {path}, where {next(iter(setups))} has them; put them there, or say where "
+                "yours are with --images, --held-out and, for SSC, --label-images and --label-maps"
+            )
+    return data
 
 
 def make_plan(

@@ -116,6 +116,26 @@ class JudgeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudyData:
+    """Where the images of a study are."""
+
+    images: Path
+    """Training images: one subfolder per class."""
+    held_out: Path
+    """Other images of the same classes: tokenizers are measured on them."""
+    label_images: Path | None = None
+    """Images with label maps, for SSC; None leaves it out."""
+    label_maps: Path | None = None
+    """Their maps: index PNGs or a COCO panoptic JSON."""
+    reference: Path | None = None
+    """What samples are compared with: an npz in ADM's layout, or images; None takes the training images."""
+
+    def __post_init__(self) -> None:
+        if (self.label_images is None) != (self.label_maps is None):
+            raise ValueError("label_images and label_maps are needed both, or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudySetup:
     """What all rows of a study share: a size."""
 
@@ -125,6 +145,8 @@ class StudySetup:
     """Preset or file of the tokenizer."""
     generator: str
     """Preset or file of the generator."""
+    data: StudyData | None = None
+    """The images that it is meant for; the command can name others."""
     pack: bool = True
     """Decode and centre-crop all images once. Random crops need the originals: false then."""
     every: int = 1
