@@ -330,7 +330,7 @@ class _Fitting:
             unit_scale=True,
             disable=quiet or not processes.is_first(),
             desc=self.run_dir.name,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log gets a line, not a film
             file=sys.stderr,
             dynamic_ncols=True,
         )
