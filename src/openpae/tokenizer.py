@@ -28,6 +28,8 @@ from openpae.layers import (
     init_vit,
     resize_positions,
     sincos_2d,
+    start_at_self,
+    start_with_spectrum,
     to_grid,
     to_sphere,
     to_tokens,
@@ -375,6 +377,14 @@ class PAE(nn.Module):
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
         """Save and upload to the hub; see `hub.push`. Returns the address."""
         return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
+
+    def start_local(self) -> None:
+        """Other initial weights: detail passes both projectors from the first step, and the first images have
+        the spectrum of photographs (`layers.start_at_self`, `layers.start_with_spectrum`)."""
+        for projector in (self.projector, self.deprojector):
+            if projector is not None:
+                start_at_self(projector.attn)
+        start_with_spectrum(self.decoder.to_pixels, self.decoder.patch_size)
 
     @property
     def device(self) -> torch.device:

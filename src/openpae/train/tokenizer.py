@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ class TokenizerRun:
 
     model: PAEConfig = field(default_factory=PAEConfig)
     """The tokenizer."""
+    start: Literal["vit", "local"] = "vit"
+    """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
+    itself, and images with the spectrum of photographs; a run of minutes is a decibel ahead
+    (docs/results.md), what it does to a long one is not known."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -123,7 +127,10 @@ class TokenizerTask:
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
-        self.model = PAE(run.model, encoder).to(self.device)
+        self.model = PAE(run.model, encoder)
+        if run.start == "local":
+            self.model.start_local()
+        self.model.to(self.device)
         # Before training: a finetuned encoder is told by what it started from.
         self.encoder_print = encoder_fingerprint(encoder)
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_print}
