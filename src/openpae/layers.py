@@ -236,9 +236,9 @@ def start_with_spectrum(to_pixels: nn.Linear, patch: int, scale: float = 0.2) ->
         W = sum_k (scale patch / f_k) b_k m_k^T
 
     b_k: cosine patterns (DCT-II) of three colours, grey at its frequency f_k, the two opponent colours as if
-    at three times theirs; m_k: normal directions of variance 1 / width. For inputs of unit variance each pattern
-    then has an amplitude of scale patch / f_k. With equal variance for all pixels the fine patterns are noise
-    that has to be unlearnt before they can be learnt.
+    at three times theirs; m_k: normal directions of variance 1 / width. For inputs of unit variance each
+    pattern then has an amplitude of scale patch / f_k. With equal variance for all pixels the fine patterns
+    are noise that has to be unlearnt before they can be learnt.
     """
     wave = torch.cos(torch.outer(torch.arange(patch), torch.arange(patch) + 0.5) * (math.pi / patch))
     wave = wave / wave.norm(dim=1, keepdim=True)  # (u, position)
