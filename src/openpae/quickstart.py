@@ -121,13 +121,14 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
 
 
-def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0) -> Path:
+def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limit: int | None = None) -> Path:
     """What a pretrained pair does: held-out emoji and their reconstructions, samples, a report.
 
     Args:
         out: folder for everything; what is complete is not done again.
         folder: the pair, with the subfolders tokenizer and generator.
         seed: of the noise and of the backgrounds.
+        limit: held-out emoji to use, for a trial; None uses all.
 
     Returns:
         The report, an HTML file.
@@ -139,8 +140,8 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0) -> P
     pipeline = Pipeline.from_pretrained(folder, decode_only=False)
     facts = check_pair(*(folder / part for part in PARTS))
     clock = _Clock(out, math.inf)
-    _same_plan(out, {"pretrained": facts["generator"], "seed": seed})
-    emojis = split_catalog(emoji_catalog())[1]
+    _same_plan(out, {"pretrained": facts["generator"], "seed": seed, "limit": limit})
+    emojis = split_catalog(emoji_catalog())[1][:limit]
     with clock.stage("render emoji"):
         judged = pack_pictures(out / "data" / "held-out", emojis, size=64, pictures=2, seed=seed + 1)
     with clock.stage("reconstruct"):
