@@ -361,6 +361,17 @@ def test_the_report_stands_alone_and_names_the_papers_numbers(done: Plan) -> Non
     assert str(done.places.out) not in page
 
 
+def test_the_tables_are_markdown_too(done: Plan) -> None:
+    """The numbers of results.csv, in a table whose lines all have as many cells."""
+    text = (done.places.out / "tiny" / "results.md").read_text(encoding="utf-8")
+    (line,) = (r for r in read(done) if (r["row"], r["metric"], r["step"]) == ("none", "gfid", "4"))
+    (row,) = re.findall(r"^\| none \| 1 \|.*$", text, re.M)
+    assert f"| {float(line['value']):.2f} " in row
+    for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.M):
+        assert len({cells.count("|") for cells in table.splitlines()}) == 1
+    assert "not shown: one seed has no error bar" in text
+
+
 def test_results_are_read_by_their_last_step(done: Plan) -> None:
     from openpae.study.table import collect
 

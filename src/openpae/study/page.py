@@ -68,9 +68,9 @@ def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         "pixels; its numbers stand in brackets. Compare the order of rows, not the numbers: images, sizes, "
         "encoder and the features of the distances differ.",
     )
-    verdicts = [found.verdict for study in studies for _, found in decided(study, results)]
-    if verdicts:
-        page.cards({f"claims {name}": str(verdicts.count(name)) for name in get_args(Verdict)})
+    said = [found.verdict for study in studies for _, found in decided(study, results)]
+    if said:
+        page.cards({f"claims {name}": str(said.count(name)) for name in get_args(Verdict)})
     for study in studies:
         _show_study(page, plan, study, results, alone=len(studies) == 1)
     _show_correlations(page, plan, [study.name for study in studies])
@@ -94,17 +94,10 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
     page.heading("Numbers" if alone else study.title)
     if study.text:
         page.text(study.text)
-    present = [
-        metric
-        for metric in _TABLE
-        if any(finals(results, study.name, row.name, metric) for row in study.rows)
-    ]
-    if not present:
+    if not numbers(study, results)[1]:
         page.text("Nothing of it is done yet.")
         return
-    header = ["mean ± standard error over seeds (the paper)", "seeds"]
-    header += [f"{TITLES[metric]} {'↑' if metric in HIGHER_IS_BETTER else '↓'}" for metric in present]
-    page.table(header, [_row(study, row, present, results) for row in study.rows])
+    page.table(*numbers(study, results))
     floor = [one.value for one in results if one.study == study.name and one.metric == "gfid_floor"]
     if floor:
         page.text(
@@ -115,6 +108,18 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
     _show_speed(page, study, results)
     _show_plots(page, study, results)
     _show_samples(page, plan, study)
+
+
+def numbers(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a study's table: means and standard errors over seeds; no rows if none is done."""
+    present = [
+        metric
+        for metric in _TABLE
+        if any(finals(results, study.name, row.name, metric) for row in study.rows)
+    ]
+    header = ["mean ± standard error over seeds (the paper)", "seeds"]
+    header += [f"{TITLES[metric]} {'↑' if metric in HIGHER_IS_BETTER else '↓'}" for metric in present]
+    return header, [_row(study, row, present, results) for row in study.rows] if present else []
 
 
 def _row(study: Study, row: StudyRow, present: Sequence[str], results: Sequence[Result]) -> list[str]:
@@ -135,13 +140,17 @@ def _number(metric: str, mean: float, error: float | None) -> str:
 
 
 def _show_claims(page: Page, study: Study, results: Sequence[Result]) -> None:
-    if not study.claims:
-        return
+    if study.claims:
+        page.table(*verdicts(study, results))
+
+
+def verdicts(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a study's claims."""
     rows = [
         [claim.text, f"{TITLES[claim.metric]}: {claim.better} better than {claim.worse}", *_told(found)]
         for claim, found in decided(study, results)
     ]
-    page.table(["the paper says", "tested as", "gain ± standard error", "95 % interval", "verdict"], rows)
+    return ["the paper says", "tested as", "gain ± standard error", "95 % interval", "verdict"], rows
 
 
 def _told(found: Comparison) -> list[str]:
@@ -152,11 +161,16 @@ def _told(found: Comparison) -> list[str]:
 
 
 def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
-    if study.faster is None:
-        return
+    header, rows = speed(study, results)
+    if rows:
+        page.table(header, rows)
+
+
+def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of how many times earlier a row is where another one ends; no rows if none asks."""
     rows = []
-    for row, metric in itertools.product(study.rows, _QUALITIES):
-        fast, slow = (curves(results, study.name, name, metric) for name in (study.faster, row.name))
+    for row, metric in itertools.product(study.rows if study.faster else (), _QUALITIES):
+        fast, slow = (curves(results, study.name, name or "", metric) for name in (study.faster, row.name))
         if row.name == study.faster or (found := speed_up(fast, slow)) is None:
             continue
         factors = ", ".join(
@@ -168,17 +182,14 @@ def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
             for end in (found.comparison.low, found.comparison.high)
         )
         rows.append([row.name, TITLES[metric], factors, f"{low} to {high}", found.comparison.verdict])
-    if rows:
-        page.table(
-            [
-                f"{study.faster} ends where this row ends",
-                "in",
-                "so many times earlier (by seed)",
-                "95 % interval of the geometric mean",
-                "is it earlier?",
-            ],
-            rows,
-        )
+    header = [
+        f"{study.faster} ends where this row ends",
+        "in",
+        "so many times earlier (by seed)",
+        "95 % interval of the geometric mean",
+        "is it earlier?",
+    ]
+    return header, rows
 
 
 def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
@@ -261,12 +272,18 @@ def _show_correlations(page: Page, plan: Plan, names: Sequence[str]) -> None:
         "reconstructions, does not."
     )
     for quality, found in tables.items():
-        if rows := _correlation_rows(found):
-            settings = len({point.group for point in found})
-            what = f"with {TITLES[quality]}: {len(found)} tokenizers, {settings} settings"
-            header = [what, "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's"]
-            page.table([*header, "verdict"], rows)
+        header, rows = ranks(found, quality)
+        if rows:
+            page.table(header, rows)
             page.charts(_dots(found, quality), "the measure", dots=True)
+
+
+def ranks(found: Sequence[Point], quality: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of rank correlations; no rows of too few settings."""
+    settings = len({point.group for point in found})
+    what = f"with {TITLES[quality]}: {len(found)} tokenizers, {settings} settings"
+    header = [what, "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's", "verdict"]
+    return header, _correlation_rows(found)
 
 
 def _correlation_rows(found: Sequence[Point]) -> list[list[str]]:

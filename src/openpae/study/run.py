@@ -19,6 +19,7 @@ import torch
 
 import openpae
 from openpae import processes
+from openpae.storage import whole_file
 from openpae.study.once import run_stage
 from openpae.study.page import study_page
 from openpae.study.plan import Plan
@@ -26,6 +27,7 @@ from openpae.study.rehearse import Estimate, estimates
 from openpae.study.settings import Study
 from openpae.study.stage import Places, Stage
 from openpae.study.table import collect, write_table
+from openpae.study.text import study_text
 from openpae.train.engine import Stopped
 
 Tell = Callable[[str], None]
@@ -79,6 +81,8 @@ def write_results(plan: Plan, command: str) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         results = collect(plan, [study.name for study in studies])
         write_table(results, folder / "results.csv")
+        with whole_file(folder / "results.md") as partial:
+            partial.write_text(study_text(plan, studies, results, command), encoding="utf-8")
         study_page(plan, studies, results, command).write(folder / "report.html")
         pages.append(folder / "report.html")
     return pages
