@@ -40,7 +40,7 @@ from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
 PICTURES = {"train": 3, "held-out": 2}
 """Of each emoji: another background, place and size."""
-SAMPLES = 1_800
+SAMPLES = 540
 ABOUT = """## Data, attribution, licences
 
 Trained on pictures of [OpenMoji](https://openmoji.org) emoji, rendered at 64 pixels on soft backgrounds:
