@@ -36,7 +36,7 @@ from openpae.encoders import encoder_fingerprint, load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import file_hash, write_json
 from openpae.tokenizer import PAEConfig
-from openpae.train import engine
+from openpae.train import engine, saving
 from openpae.train.ema import Ema
 from openpae.train.engine import Stopped, fit, open_run, seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
@@ -1162,3 +1162,29 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="another process is training"):
         fit(Tiny(), tmp_path / "run", OPTIM, LOOP, quiet=True)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found by chance: kill -9 between two files of a folder that is being removed."""
+    for step in (1, 2, 3):
+        folder = checkpoint_path(tmp_path, step)
+        folder.mkdir(parents=True)
+        for name in ("config.yaml", "model.safetensors"):
+            (folder / name).touch()
+
+    def killed(folder: Path) -> None:
+        (folder / "config.yaml").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.shutil, "rmtree", killed)
+    loop = LoopConfig(steps=3, global_batch_size=1, keep_last=1)
+    with pytest.raises(KeyboardInterrupt):
+        saving._remove_old(tmp_path, loop)
+    assert checkpoint_steps(tmp_path) == [2, 3]
+    for step in (2, 3):
+        assert {file.name for file in checkpoint_path(tmp_path, step).iterdir()} == {
+            "config.yaml",
+            "model.safetensors",
+        }

@@ -173,12 +173,15 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _remove_old(run_dir: Path, loop: LoopConfig) -> None:
     for step in checkpoint_steps(run_dir)[: -loop.keep_last]:
         if not (loop.keep_every and step and step % loop.keep_every == 0):
-            shutil.rmtree(checkpoint_path(run_dir, step))
+            folder = checkpoint_path(run_dir, step)
+            # Out of sight at once: killed in the middle, half a checkpoint would look like a whole one.
+            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
+            shutil.rmtree(removed)
 
 
 def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:
     """Step of the newest sound checkpoint, and the data that it went past."""
-    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written or removed
         shutil.rmtree(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = checkpoint_path(run_dir, step)
