@@ -1181,10 +1181,19 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it(
     monkeypatch.setattr(saving.shutil, "rmtree", killed)
     loop = LoopConfig(steps=3, global_batch_size=1, keep_last=1)
     with pytest.raises(KeyboardInterrupt):
-        saving._remove_old(tmp_path, loop)
+        saving.remove_old(tmp_path, loop, 3)
     assert checkpoint_steps(tmp_path) == [2, 3]
     for step in (2, 3):
         assert {file.name for file in checkpoint_path(tmp_path, step).iterdir()} == {
             "config.yaml",
             "model.safetensors",
         }
+
+
+def test_old_checkpoints_go_up_to_a_sound_one_alone(tmp_path: Path) -> None:
+    """A damaged newer one neither counts nor is removed: it was named, and its owner may want to look."""
+    for step in range(6):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    loop = LoopConfig(steps=5, global_batch_size=1, save_every=1, keep_last=2, keep_every=2)
+    saving.remove_old(tmp_path, loop, 4)
+    assert checkpoint_steps(tmp_path) == [2, 3, 4, 5]

@@ -161,7 +161,9 @@ class _Fitting:
     def run(self, quiet: bool) -> dict[str, float]:
         """From the newest checkpoint to the last step; returns the last evaluation."""
         loop, ballot = self.loop, processes.Ballot()
-        start = saving.resume(self.state, self.run_dir)
+        start = found = saving.resume(self.state, self.run_dir)
+        if found is not None:
+            processes.from_first(lambda: saving.remove_old(self.run_dir, loop, found))
         if start is None and loop.on_nonfinite == "rollback":  # there must be something to go back to
             saving.save(self.state, self.run_dir, 0, loop)
         start = start or 0

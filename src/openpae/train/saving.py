@@ -83,7 +83,7 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
             "sha256": _hashes(folder),
         }
         processes.from_first(lambda: write_json(folder / "checkpoint.json", facts))
-    processes.from_first(lambda: _remove_old(run_dir, loop))
+    processes.from_first(lambda: remove_old(run_dir, loop, step))
 
 
 def resume(state: RunState, run_dir: Path) -> int | None:
@@ -170,8 +170,12 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: digest for part in processes.gather(own) for name, digest in part.items()}
 
 
-def _remove_old(run_dir: Path, loop: LoopConfig) -> None:
-    for step in checkpoint_steps(run_dir)[: -loop.keep_last]:
+def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
+    """Remove what `keep_last` and `keep_every` do not keep of the checkpoints up to a sound one, `newest`.
+
+    Also done where a run goes on: a kill may have come between a save and this.
+    """
+    for step in [step for step in checkpoint_steps(run_dir) if step <= newest][: -loop.keep_last]:
         if not (loop.keep_every and step and step % loop.keep_every == 0):
             folder = checkpoint_path(run_dir, step)
             # Out of sight at once: killed in the middle, half a checkpoint would look like a whole one.
