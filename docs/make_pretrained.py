@@ -1,6 +1,6 @@
 """Train the pretrained release and write it: OpenMoji tokenizer and generator, bf16, cards and metrics.
 
-An interrupted call goes on. About an hour and a half on one core:
+An interrupted call goes on. Less than two hours on one core:
 
     python docs/make_pretrained.py --work runs/openmoji --out pretrained/openmoji
 """
@@ -21,7 +21,6 @@ from openpae import config as configs
 from openpae import hub
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.critics import load_perceptual
-from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.eval.estimate import mean_of
@@ -29,9 +28,9 @@ from openpae.eval.extractors import load_extractor
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples, metric_facts
 from openpae.eval.reference import features_of, reference_of
 from openpae.eval.streams import real_images, tensor_images
-from openpae.folders import PARTS, README, RECORD, identity_of
+from openpae.folders import PARTS, README, RECORD
 from openpae.pipeline import Pipeline
-from openpae.quickstart import SAMPLER
+from openpae.quickstart import SAMPLER, cache_pictures
 from openpae.sampling import balanced_labels, sample_images
 from openpae.storage import write_json
 from openpae.train.generator import GeneratorRun, train_generator
@@ -107,17 +106,7 @@ def train(work: Path) -> None:
     )
     train_tokenizer(dataclasses.replace(run, prior=work / "refiner", data=data), work / "tokenizer")
 
-    tokenizer = load_tokenizer(work / "tokenizer")
-    for name, source in images.items():
-        cache_latents(
-            tokenizer.encode,
-            source,
-            work / "latents" / name,
-            image_size=tokenizer.config.image_shape,
-            latent_shape=tokenizer.config.latent_shape,
-            tokenizer_print=identity_of(work / "tokenizer").fingerprint,
-            flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
-        )
+    cache_pictures(work, images)
     generator = configs.load(GeneratorRun, "generator/openmoji")
     generator = dataclasses.replace(
         generator, latents=work / "latents" / "train", held_out_latents=work / "latents" / "held-out"

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,20 +97,8 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
         run_dir = out / "tokenizer"
         run = _planned(TokenizerRun, run_dir, lambda: _plan_tokenizer(out, clock, seed))
         train_tokenizer(run, run_dir)
-    tokenizer = load_tokenizer(out / "tokenizer")
-
     with clock.stage("cache latents"):
-        for name, source in (("train", images), ("held-out", judged)):
-            cache_latents(
-                tokenizer.encode,
-                source,
-                out / "latents" / name,
-                image_size=tokenizer.config.image_shape,
-                latent_shape=tokenizer.config.latent_shape,
-                tokenizer_print=identity_of(out / "tokenizer").fingerprint,
-                flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
-                progress=_line("encoding"),
-            )
+        tokenizer = cache_pictures(out, {"train": images, "held-out": judged})
 
     with clock.stage("train generator"):
         run_dir = out / "generator"
@@ -121,11 +109,28 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
 
 
+def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> PAE:
+    """Cache the latents of pictures in out/latents by the tokenizer of out/tokenizer, which is returned."""
+    tokenizer = load_tokenizer(out / "tokenizer")
+    for name, source in pictures.items():
+        cache_latents(
+            tokenizer.encode,
+            source,
+            out / "latents" / name,
+            image_size=tokenizer.config.image_shape,
+            latent_shape=tokenizer.config.latent_shape,
+            tokenizer_print=identity_of(out / "tokenizer").fingerprint,
+            flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
+            progress=_line("encoding"),
+        )
+    return tokenizer
+
+
 def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limit: int | None = None) -> Path:
     """What a pretrained pair does: held-out emoji and their reconstructions, samples, a report.
 
     Args:
-        out: folder for everything; what is complete is not done again.
+        out: folder for everything; pictures that are there are not rendered again.
         folder: the pair, with the subfolders tokenizer and generator.
         seed: of the noise and of the backgrounds.
         limit: held-out emoji to use, for a trial; None uses all.
@@ -140,6 +145,7 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
     pipeline = Pipeline.from_pretrained(folder, decode_only=False)
     facts = check_pair(*(folder / part for part in PARTS))
     clock = _Clock(out, math.inf)
+    clock.seconds.clear()  # nothing goes on from an earlier call: only this one's time counts
     _same_plan(out, {"pretrained": facts["generator"], "seed": seed, "limit": limit})
     emojis = split_catalog(emoji_catalog())[1][:limit]
     with clock.stage("render emoji"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from openpae import config as configs
 from openpae.commands.console import at_least_one, tell
+
+if TYPE_CHECKING:
+    from openpae.study.settings import StudyData
 
 
 def study(
@@ -58,25 +62,11 @@ def study(
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
     from openpae.study.run import describe_plan, run_plan
-    from openpae.study.settings import Study, StudyData
+    from openpae.study.settings import Study
 
     loaded = [configs.load(Study, name) for name in studies]
     given = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
-    if images is not None and held_out is not None:
-        data = StudyData(
-            images=images,
-            held_out=held_out,
-            label_images=label_images,
-            label_maps=label_maps,
-            reference=reference,
-        )
-    elif (named := [name for name, path in given.items() if path is not None]) != []:
-        raise ValueError(
-            f"--{named[0]} was given without --{'images' if images is None else 'held-out'}; give both, or "
-            "neither for the images that the studies name"
-        )
-    else:
-        data = dataclasses.replace(own_data(loaded), reference=reference)
+    data = dataclasses.replace(_data(given) or own_data(loaded), reference=reference)
     plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
         known = estimates(plan, rehearse=True, tell=lambda line: print(line, file=sys.stderr))
@@ -97,6 +87,28 @@ def study(
             tell(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
     if failed:
         raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
+
+
+def _data(given: Mapping[str, Path | None]) -> StudyData | None:
+    """The images that the command names; None where it names none. A data set is given whole."""
+    from openpae.study.settings import StudyData
+
+    images, held_out = given["images"], given["held-out"]
+    if images is not None and held_out is not None:
+        return StudyData(
+            images=images,
+            held_out=held_out,
+            label_images=given["label-images"],
+            label_maps=given["label-maps"],
+        )
+    for name, path in given.items():
+        if path is not None:
+            missing = "images" if images is None else "held-out"
+            raise ValueError(
+                f"--{name} was given without --{missing}; give both, or neither for the images that the "
+                "studies name"
+            )
+    return None
 
 
 def _last(path: Path) -> str:

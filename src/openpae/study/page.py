@@ -94,10 +94,11 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
     page.heading("Numbers" if alone else study.title)
     if study.text:
         page.text(study.text)
-    if not numbers(study, results)[1]:
+    header, rows = numbers(study, results)
+    if not rows:
         page.text("Nothing of it is done yet.")
         return
-    page.table(*numbers(study, results))
+    page.table(header, rows)
     floor = [one.value for one in results if one.study == study.name and one.metric == "gfid_floor"]
     if floor:
         page.text(
@@ -169,9 +170,10 @@ def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
 def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of how many times earlier a row is where another one ends; no rows if none asks."""
     rows = []
-    for row, metric in itertools.product(study.rows if study.faster else (), _QUALITIES):
-        fast, slow = (curves(results, study.name, name or "", metric) for name in (study.faster, row.name))
-        if row.name == study.faster or (found := speed_up(fast, slow)) is None:
+    faster = study.faster
+    for row, metric in itertools.product(study.rows if faster else (), _QUALITIES):
+        fast, slow = (curves(results, study.name, str(name), metric) for name in (faster, row.name))
+        if row.name == faster or (found := speed_up(fast, slow)) is None:
             continue
         factors = ", ".join(
             f"{'≥ ' if seed in found.at_least else ''}{factor:.1f}" if factor else "never"
@@ -269,7 +271,8 @@ def _show_correlations(page: Page, plan: Plan, names: Sequence[str]) -> None:
         "better samples. The paper says that geometry (SSC, LPC, GSQ) does so and reconstruction (PSNR, rFD) "
         "does not: shown, if the interval lies above 0; contradicted, if below. gFD holds the error of the "
         "decoder too, so where that is large it follows rFD; own gFD, the distance to the tokenizer's own "
-        "reconstructions, does not."
+        "reconstructions, does not, but grows with their spread: it favours a tokenizer whose images are all "
+        "alike."
     )
     for quality, found in tables.items():
         header, rows = ranks(found, quality)

@@ -41,7 +41,8 @@ MetricName = Literal[
 """rfid, ifid and gfid are Frechet distances of reconstructions, of decoded mixtures of neighbours, and of
 samples to real images, gfid_own of samples to the tokenizer's own reconstructions of them, in the features of
 the study's extractor; they are FIDs where that is Inception. A tokenizer that reconstructs badly spoils gfid
-for any generator; gfid_own is what the generator adds."""
+for any generator; gfid_own leaves that error out, but grows with the spread of the reconstructions: it
+favours a tokenizer whose images are all alike."""
 
 _OWN = frozenset(
     {"data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer"}
