@@ -150,7 +150,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         data = yaml.load(content.decode("utf-8"), Loader=_UniqueKeyLoader)
     except Exception as error:  # a wrong tag, date or depth leads PyYAML to any of them
-        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file} is not valid YAML: {_abridged(str(error))}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold keys and values, got {_type_name(data)}")
     return data
@@ -280,6 +280,12 @@ def _shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return f"a very large {_type_name(value)}"
+
+
+def _abridged(message: str) -> str:
+    """One line with both ends of a message: PyYAML repeats a name whole, and says last where it stands."""
+    line = " ".join(message.split())
+    return line if len(line) <= 400 else f"{line[:200]} ... {line[-200:]}"
 
 
 def _type_name(value: Any) -> str:
