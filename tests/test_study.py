@@ -23,12 +23,14 @@ from openpae import cli
 from openpae import config as configs
 from openpae.storage import read_json
 from openpae.study import once, work
+from openpae.study.page import decided, ranks
 from openpae.study.plan import Plan, make_plan, own_data, resolve_rows, snapshots
 from openpae.study.rehearse import estimates
 from openpae.study.run import describe_plan, run_plan
 from openpae.study.settings import Claim, Study, StudyData, StudyRow, StudySetup, resolve
 from openpae.study.table import (
     Point,
+    Result,
     compare,
     correlations,
     curves,
@@ -81,6 +83,18 @@ def data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyD
 
 def planned(data: StudyData, out: Path, *studies: Study, **options: Any) -> Plan:
     return make_plan(studies or [tiny()], data, out, **options)
+
+
+def by_seed(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def result(study: Study, row: StudyRow, seed: int, value: float) -> Result:
+    """A Frechet distance of samples."""
+    return Result(
+        study=study.name, row=row.name, seed=seed, metric="gfid", step=240, value=value, stderr=None,
+        seconds=1, commit="",
+    )  # fmt: skip
 
 
 # Settings
@@ -228,29 +242,52 @@ def test_snapshots_are_the_checkpoints_that_the_loop_keeps_for_good(data: StudyD
 
 
 def test_a_verdict_is_that_of_welchs_interval() -> None:
-    a, b = [2.0, 2.3, 1.9, 2.2], [2.6, 2.5, 2.9]
+    a, b = by_seed(2.0, 2.3, 1.9, 2.2), by_seed(2.6, 2.5, 2.9)
     found = compare(a, b, higher=False)
-    interval = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    interval = stats.ttest_ind(list(b.values()), list(a.values()), equal_var=False).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
-    assert found.gain == pytest.approx(np.mean(b) - np.mean(a))
+    assert found.gain == pytest.approx(np.mean(list(b.values())) - np.mean(list(a.values())))
     assert found.verdict == "shown"
     assert compare(b, a, higher=False).verdict == "contradicted"
     assert compare(b, a, higher=True).verdict == "shown"
-    assert compare([1.0, 2.0], [1.2, 2.1], higher=True).verdict == "not shown"
+    assert compare(by_seed(1.0, 2.0), by_seed(1.2, 2.1), higher=True).verdict == "not shown"
+
+
+def test_rows_of_the_same_models_are_compared_seed_by_seed() -> None:
+    """The seeds are far apart, their differences alike: the paired interval sees it, Welch's does not."""
+    a, b = by_seed(10.0, 20.0, 30.0), {2: 31.1, 0: 11.0, 1: 20.9, 7: 500.0}
+    interval = stats.ttest_1samp([1.0, 0.9, 1.1], 0).confidence_interval(0.95)
+    found = compare(a, b, higher=False, paired=True)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert found.verdict == "shown"
+    assert compare(a, {seed: b[seed] for seed in a}, higher=False).verdict == "not shown"
+    study = configs.load(Study, "study/table6-small")
+    results = [result(study, row, seed, a[seed] + i) for i, row in enumerate(study.rows) for seed in a]
+    assert {found.verdict for _, found in decided(study, results)} == {
+        "contradicted"
+    }  # each step more is worse
+    assert {found.stderr for _, found in decided(study, results)} == {0.0}
 
 
 def test_without_an_error_bar_nothing_is_shown() -> None:
-    one = compare([1.0], [2.0, 2.1], higher=False)
-    assert (one.verdict, one.reason) == ("not shown", "one seed has no error bar")
+    one = compare(by_seed(1.0), by_seed(2.0, 2.1), higher=False)
+    assert (one.verdict, one.reason) == ("agrees", "one seed, which has no error bar")
     assert one.gain == pytest.approx(1.05)
-    assert compare([], [2.0], higher=False).reason == "not run yet"
+    assert compare(by_seed(1.0), by_seed(2.0, 2.1), higher=True).verdict == "disagrees"
+    assert compare({}, by_seed(2.0), higher=False).reason == "not run yet"
+    assert compare(by_seed(1.0), {3: 2.0}, higher=False, paired=True).reason == "not run yet"
 
 
-def test_needed_seeds_follow_the_usual_formula() -> None:
-    """Two-sided 5 %, power 80 %: 16 per group for one standard deviation, 63 for half of one."""
-    assert needed_seeds(1.0, 1.0) == 16
-    assert needed_seeds(0.5, 1.0) == 63
-    assert needed_seeds(100.0, 1.0) == 2
+def test_needed_seeds_are_those_of_the_t_test() -> None:
+    """Two-sided 5 %, power 80 %, as tables of the t test have it: 17 and 64 per group for differences of one
+    standard deviation and of half of one; never as few as there are."""
+    assert needed_seeds(1.0, 1.0) == needed_seeds(-1.0, 1.0) == "about 17"
+    assert needed_seeds(0.5, 1.0) == "about 64"
+    assert needed_seeds(100.0, 1.0, more_than=3) == "about 4"
+    assert needed_seeds(0.01, 1.0) == "more than 100"
+    kept = compare(by_seed(1.0, 2.0, 3.0), by_seed(3.0, 4.0, 5.5), higher=False)
+    assert kept.verdict == "not shown"
+    assert kept.reason.endswith(": about 6")
 
 
 def test_mean_error_is_numpys() -> None:
@@ -320,7 +357,20 @@ def test_the_speed_up_is_that_of_the_final_quality() -> None:
     at_once = speed_up({0: [(100, 1.0)]}, slow)
     assert at_once is not None
     assert (at_once.factors, at_once.at_least) == ({0: 4.0}, frozenset({0}))
+    both = speed_up({0: [(100, 1.0)], 1: [(100, 1.0)]}, slow)
+    assert both is not None
+    assert (both.comparison.verdict, both.comparison.low) == ("not shown", None)  # two lower bounds alike
     assert speed_up({5: [(1, 1.0)]}, slow) is None
+
+
+def test_own_distances_have_no_verdict() -> None:
+    """The paper says nothing of them."""
+    found = [
+        Point(group=f"row {i}", metrics={"ssc": float(i), "psnr": i % 3, "rfid": i % 4}, quality=i)
+        for i in range(8)
+    ]
+    verdicts = {quality: [row[-1] for row in ranks(found, quality)[1]] for quality in ("gfid", "gfid_own")}
+    assert verdicts == {"gfid": ["shown", "-", "-"], "gfid_own": ["-", "-", "-"]}
 
 
 # All of it
@@ -355,7 +405,7 @@ def test_the_table_is_tidy(done: Plan) -> None:
 def test_the_report_stands_alone_and_names_the_papers_numbers(done: Plan) -> None:
     page = (done.places.out / "tiny" / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="http', page)
-    for text in ("(0.35)", "(1.86)", "gFD", "one seed has no error bar", "not shown", "pae study tiny"):
+    for text in ("(0.35)", "(1.86)", "gFD", "one seed, which has no error bar", "agrees", "pae study tiny"):
         assert text in page
     assert page.count("data:image/png;base64,") == 2  # a strip of samples for each row
     assert str(done.places.out) not in page
@@ -369,7 +419,7 @@ def test_the_tables_are_markdown_too(done: Plan) -> None:
     assert f"| {float(line['value']):.2f} " in row
     for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.M):
         assert len({cells.count("|") for cells in table.splitlines()}) == 1
-    assert "not shown: one seed has no error bar" in text
+    assert "agrees: one seed, which has no error bar" in text
 
 
 def test_results_are_read_by_their_last_step(done: Plan) -> None:

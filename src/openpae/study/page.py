@@ -29,6 +29,7 @@ from openpae.study.table import (
     Verdict,
     compare,
     correlations,
+    cost,
     curves,
     finals,
     mean_error,
@@ -45,6 +46,7 @@ TITLES = {
 
 _TABLE = ("ssc", "lpc", "gsq", "erank", "psnr", "rfid", "gfid", "gfid_own", "kid")
 _QUALITIES = ("gfid", "gfid_own")
+"""The paper speaks of the first alone: the second has no verdicts."""
 _DIGITS = {"psnr": 2, "rfid": 2, "gfid": 2, "gfid_own": 2, "ifid": 2}
 
 
@@ -70,23 +72,30 @@ def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     )
     said = [found.verdict for study in studies for _, found in decided(study, results)]
     if said:
-        page.cards({f"claims {name}": str(said.count(name)) for name in get_args(Verdict)})
+        always = ("shown", "not shown", "contradicted")
+        counts = {name: said.count(name) for name in get_args(Verdict)}
+        page.cards({f"claims {name}": str(n) for name, n in counts.items() if n or name in always})
     for study in studies:
         _show_study(page, plan, study, results, alone=len(studies) == 1)
     _show_correlations(page, plan, [study.name for study in studies])
-    _show_method(page, plan, studies, results, command)
+    _show_method(page, plan, studies, command)
     return page
 
 
 def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Comparison]]:
     """Each claim of a study with what our numbers say of it."""
     pairs = []
+    changes = {row.name: row.set for row in study.rows}
     for claim in study.claims:
-        better, worse = (
-            list(finals(results, study.name, name, claim.metric).values())
-            for name in (claim.better, claim.worse)
+        names = claim.better, claim.worse
+        better, worse = (finals(results, study.name, name, claim.metric) for name in names)
+        found = compare(
+            better,
+            worse,
+            higher=claim.metric in HIGHER_IS_BETTER,
+            paired=all(item.startswith("judge.") for name in names for item in changes[name]),
         )
-        pairs.append((claim, compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER)))
+        pairs.append((claim, found))
     return pairs
 
 
@@ -171,19 +180,18 @@ def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list
     """Header and rows of how many times earlier a row is where another one ends; no rows if none asks."""
     rows = []
     faster = study.faster
-    for row, metric in itertools.product(study.rows if faster else (), _QUALITIES):
-        fast, slow = (curves(results, study.name, str(name), metric) for name in (faster, row.name))
+    for row in study.rows if faster else ():
+        fast, slow = (curves(results, study.name, str(name), "gfid") for name in (faster, row.name))
         if row.name == faster or (found := speed_up(fast, slow)) is None:
             continue
         factors = ", ".join(
             f"{'≥ ' if seed in found.at_least else ''}{factor:.1f}" if factor else "never"
             for seed, factor in found.factors.items()
         )
-        low, high = (
-            "-" if end is None else f"{math.exp(end):.1f}"
-            for end in (found.comparison.low, found.comparison.high)
-        )
-        rows.append([row.name, TITLES[metric], factors, f"{low} to {high}", found.comparison.verdict])
+        what = found.comparison
+        low, high = ("-" if end is None else f"{math.exp(end):.1f}" for end in (what.low, what.high))
+        told = what.verdict + (f": {what.reason}" if what.reason else "")
+        rows.append([row.name, TITLES["gfid"], factors, f"{low} to {high}", told])
     header = [
         f"{study.faster} ends where this row ends",
         "in",
@@ -262,14 +270,15 @@ def _show_samples(page: Page, plan: Plan, study: Study) -> None:
 
 def _show_correlations(page: Page, plan: Plan, names: Sequence[str]) -> None:
     tables = {quality: points(plan, names, quality) for quality in _QUALITIES}
-    if not any(_correlation_rows(found) for found in tables.values()):
+    if not any(ranks(found, quality)[1] for quality, found in tables.items()):
         return
     page.heading("Which measure of a tokenizer tells how well a generator will do?")
     page.text(
         "Spearman's rank correlation over all tokenizers, with 95 % bootstrap intervals over settings. Both "
         "sides are turned so that larger is better: 1 means that the better measure always goes with the "
         "better samples. The paper says that geometry (SSC, LPC, GSQ) does so and reconstruction (PSNR, rFD) "
-        "does not: shown, if the interval lies above 0; contradicted, if below. gFD holds the error of the "
+        "does not: shown, if the interval lies above 0; contradicted, if below; of eRank it "
+        "claims nothing. gFD holds the error of the "
         "decoder too, so where that is large it follows rFD; own gFD, the distance to the tokenizer's own "
         "reconstructions, does not, but grows with their spread: it favours a tokenizer whose images are all "
         "alike."
@@ -286,16 +295,16 @@ def ranks(found: Sequence[Point], quality: str) -> tuple[list[str], list[list[st
     settings = len({point.group for point in found})
     what = f"with {TITLES[quality]}: {len(found)} tokenizers, {settings} settings"
     header = [what, "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's", "verdict"]
-    return header, _correlation_rows(found)
+    return header, _correlation_rows(found, quality)
 
 
-def _correlation_rows(found: Sequence[Point]) -> list[list[str]]:
+def _correlation_rows(found: Sequence[Point], quality: str) -> list[list[str]]:
     judged = ("gfid", "gfid_own", "kid", "precision", "recall")
     metrics = [name for name in get_args(MetricName) if name not in judged]
     rows = []
     for one in correlations(found, metrics, against=("psnr", "rfid")):
         verdict = "-"
-        if one.metric in ("ssc", "lpc", "gsq"):
+        if quality == "gfid" and one.metric in ("ssc", "lpc", "gsq"):
             verdict = "shown" if one.low > 0 else "contradicted" if one.high < 0 else "not shown"
         over = [
             "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.over[name]) if name in one.over else "-"
@@ -315,22 +324,22 @@ def _dots(found: Sequence[Point], quality: str) -> dict[str, dict[str, list[tupl
     return drawn
 
 
-def _show_method(
-    page: Page, plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str
-) -> None:
+def _show_method(page: Page, plan: Plan, studies: Sequence[Study], command: str) -> None:
     page.heading("How it was measured")
     page.text(
         "A gain is the difference of the means over seeds, turned so that positive is what the paper says. "
         "Its 95 % interval is Welch's t interval. A claim is shown where the interval lies above 0, "
-        "contradicted where it lies below 0, and not shown otherwise; each claim is decided by itself, so "
-        "one in twenty true ones may be missed by chance. Refiner and raw targets are made once: their own "
-        "noise is in no interval."
+        "contradicted where it lies below 0, and not shown otherwise; with one seed it only agrees or "
+        "disagrees. Rows that share tokenizer and generator are compared seed by seed (paired t interval). "
+        "Each claim is decided by itself: of claims without any effect one in forty is called shown and one "
+        "in forty contradicted, and with two or three seeds many true ones are not shown. Intervals hold the "
+        "seeds alone: all runs see the same images, and refiner and raw targets are made once."
     )
-    totals = {(one.study, one.row, one.seed): one.seconds for one in results}
+    seconds, code = cost(plan, [study.name for study in studies])
     facts = {
         "command": command,
-        "code": ", ".join(sorted({one.commit for one in results})) or "-",
-        "time of the rows": f"{sum(totals.values()) / 3600:.2f} h, stages that rows share counted for each",
+        "code": ", ".join(code) or "-",
+        "time of the rows": f"{seconds / 3600:.2f} h, each stage once; without what all rows share",
     }
     page.table(["", ""], list(facts.items()))
     for study in studies:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from openpae.study.page import numbers, ranks, speed, verdicts
 from openpae.study.plan import Plan
 from openpae.study.settings import Study
-from openpae.study.table import Result, points
+from openpae.study.table import Result, cost, points
 
 
 def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str) -> str:
@@ -31,9 +31,8 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     if any(rows for _, rows in tables):
         parts.append("## Rank correlations with the quality of samples")
         parts += [_table(header, rows) for header, rows in tables if rows]
-    code = ", ".join(sorted({one.commit for one in results})) or "-"
-    seconds = sum({(one.study, one.row, one.seed): one.seconds for one in results}.values())
-    parts += ["## How", f"`{command}`, code {code}, {seconds / 3600:.2f} h for the stages of the rows."]
+    seconds, code = cost(plan, names)
+    parts += ["## How", f"`{command}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
