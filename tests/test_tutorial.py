@@ -26,7 +26,7 @@ SMALLER = {
     "--model.num-classes 10": "--model.num-classes 2",
     "--count 80 --steps 40": "--count 6 --steps 2",
     "samples.npz": "samples.npz --extractor random",
-    "study/setup/small": "study/setup/tiny",
+    "study/setup/own": "study/setup/tiny",
     "generator.model.num_classes=10": (
         "generator.model.num_classes=2, judge.curve=false, judge.samples=4, measure.metrics.count=8, "
         "refiner.loop.steps=2, tokenizer.loop.steps=2, generator.loop.steps=2"
