@@ -432,6 +432,9 @@ def test_results_are_read_by_their_last_step(done: Plan) -> None:
     assert [point.quality for point in points(done, ["tiny"])] == [
         -finals(results, "tiny", row, "gfid")[0] for row in ("none", "full")
     ]
+    none, full = done.cells
+    again = dataclasses.replace(full, row="another generator", judges=none.judges)
+    assert len(points(dataclasses.replace(done, cells=(none, full, again)), ["tiny"])) == 2  # tokenizers
 
 
 def test_what_is_done_is_not_done_again(done: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

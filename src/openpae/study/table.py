@@ -211,15 +211,15 @@ class Point:
 def points(plan: Plan, names: Sequence[str], quality: str = "gfid") -> list[Point]:
     """Every tokenizer of these studies that was generated from, once, under their most common judging.
 
-    The same tokenizer and generator serve several studies; samplers that differ would make distances that do
-    not compare.
+    The same tokenizer serves several studies and rows; samplers that differ would make distances that do not
+    compare, and of several generators of one tokenizer the first counts.
 
     Args:
         plan: what was done.
         names: of the studies.
         quality: gfid, or gfid_own; tokenizers without it are left out.
     """
-    found: dict[tuple[str, str], Point] = {}
+    found: dict[str, Point] = {}
     judged = [(cell, max(cell.judges)) for cell in plan.cells if cell.judges and cell.study in names]
     settings = [repr(plan.stages[cell.judges[step]].settings) for cell, step in judged]
     common = max(set(settings), key=settings.count, default="")
@@ -229,7 +229,7 @@ def points(plan: Plan, names: Sequence[str], quality: str = "gfid") -> list[Poin
             metrics = {name: entry["value"] for name, entry in measure["metrics"].items()}
             value = judge["metrics"][quality]["value"]
             point = Point(group=f"{cell.study}/{cell.row}", metrics=metrics, quality=-value)
-            found.setdefault((cell.tokenizer, cell.judges[step]), point)
+            found.setdefault(cell.tokenizer, point)
     return list(found.values())
 
 
