@@ -1,6 +1,6 @@
 """Train the pretrained release and write it: OpenMoji tokenizer and generator, bf16, cards and metrics.
 
-An interrupted call goes on. Less than two hours on one core:
+An interrupted call goes on. Two and a half hours on one core:
 
     python docs/make_pretrained.py --work runs/openmoji --out pretrained/openmoji
 """
@@ -62,9 +62,9 @@ bf16; metrics are of these files, computed in float32.
 ## What it is for, and what not
 
 For looking at what PAE does within a minute, for tests and for teaching. It is small and was trained for
-minutes where a model of the paper takes weeks of GPUs: samples show the colours and shapes of their
-category, not the letters of a flag or the fingers of a hand; photographs are outside of what it has
-seen.
+hours of one core where a model of the paper takes weeks of GPUs: samples show faces with features, busts,
+hearts, boxes and flags as such, of animals and vehicles the colours and shapes; photographs are outside of
+what it has seen.
 Distances are in VGG16 features, not Inception's: they do not compare with a published FID.
 `class_agreement` is the share of samples whose nearest training picture in these features has the class
 that was asked for (chance 0.11), `class_agreement_of_held_out` the same of real held-out pictures.
