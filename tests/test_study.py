@@ -263,9 +263,7 @@ def test_rows_of_the_same_models_are_compared_seed_by_seed() -> None:
     assert compare(a, {seed: b[seed] for seed in a}, higher=False).verdict == "not shown"
     study = configs.load(Study, "study/table6-small")
     results = [result(study, row, seed, a[seed] + i) for i, row in enumerate(study.rows) for seed in a]
-    assert {found.verdict for _, found in decided(study, results)} == {
-        "contradicted"
-    }  # each step more is worse
+    assert {found.verdict for _, found in decided(study, results)} == {"contradicted"}
     assert {found.stderr for _, found in decided(study, results)} == {0.0}
 
 

@@ -35,6 +35,7 @@ from openpae.study.table import (
     mean_error,
     points,
     speed_up,
+    verdict_of,
 )
 
 TITLES = {
@@ -303,9 +304,8 @@ def _correlation_rows(found: Sequence[Point], quality: str) -> list[list[str]]:
     metrics = [name for name in get_args(MetricName) if name not in judged]
     rows = []
     for one in correlations(found, metrics, against=("psnr", "rfid")):
-        verdict = "-"
-        if quality == "gfid" and one.metric in ("ssc", "lpc", "gsq"):
-            verdict = "shown" if one.low > 0 else "contradicted" if one.high < 0 else "not shown"
+        claimed = quality == "gfid" and one.metric in ("ssc", "lpc", "gsq")
+        verdict = verdict_of(one.low, one.high) if claimed else "-"
         over = [
             "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.over[name]) if name in one.over else "-"
             for name in ("psnr", "rfid")

@@ -22,6 +22,9 @@ Verdict = Literal["shown", "not shown", "contradicted", "agrees", "disagrees"]
 MIN_SETTINGS = 5
 """Settings from which on a rank correlation is worth a look."""
 
+MOST_SEEDS = 100
+"""Seeds a row above which it does not matter how many it would take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -139,8 +142,7 @@ def compare(
     a, b = (sign * np.array(list(row.values()), dtype=np.float64) for row in (better, worse))
     gain = float(a.mean() - b.mean())
     if min(len(a), len(b)) < 2:
-        one = _undecided(gain, "one seed, which has no error bar")
-        return replace(one, verdict="agrees" if gain > 0 else "disagrees")
+        return _of_one_seed(gain)
     if paired:
         return _decided((a - b).tolist())
     from scipy.stats import t
@@ -151,7 +153,7 @@ def compare(
     if error:
         freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
         half = float(t.ppf(0.975, freedom)) * error
-    verdict = _verdict(gain - half, gain + half)
+    verdict = verdict_of(gain - half, gain + half)
     reason = ""
     if verdict == "not shown" and gain:
         spread = math.sqrt((float(a.var(ddof=1)) + float(b.var(ddof=1))) / 2)
@@ -162,7 +164,7 @@ def compare(
     )
 
 
-def needed_seeds(gain: float, spread: float, *, more_than: int = 1, at_most: int = 100) -> str:
+def needed_seeds(gain: float, spread: float, *, more_than: int = 1) -> str:
     """Seeds per row with which a t test at 5 % finds a true difference four times in five: "about 7".
 
     Power of the two-sided t test of two rows of n: noncentral t with 2 n - 2 degrees of freedom and
@@ -170,18 +172,24 @@ def needed_seeds(gain: float, spread: float, *, more_than: int = 1, at_most: int
     """
     from scipy.stats import nct, t
 
-    for n in range(more_than + 1, at_most + 1):
+    for n in range(more_than + 1, MOST_SEEDS + 1):
         limit, centre = t.ppf(0.975, 2 * n - 2), abs(gain) / spread * math.sqrt(n / 2)
         if nct.sf(limit, 2 * n - 2, centre) >= 0.8:
             return f"about {n}"
-    return f"more than {at_most}"
+    return f"more than {MOST_SEEDS}"
 
 
 def _undecided(gain: float, reason: str) -> Comparison:
     return Comparison(gain=gain, stderr=None, low=None, high=None, verdict="not shown", reason=reason)
 
 
-def _verdict(low: float, high: float) -> Verdict:
+def _of_one_seed(gain: float) -> Comparison:
+    one = _undecided(gain, "one seed, which has no error bar")
+    return replace(one, verdict="agrees" if gain > 0 else "disagrees")
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """What a 95 % interval of a gain says: does it lie above 0, below, or across?"""
     return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
 
 
@@ -189,12 +197,12 @@ def _decided(gains: Sequence[float]) -> Comparison:
     """Whether gains, one per seed, lie above 0 (one-sample t interval)."""
     gain, error = mean_error(gains)
     if error is None:
-        return _undecided(gain, "one seed, which has no error bar")
+        return _of_one_seed(gain)
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(gains) - 1)) * error
     low, high = gain - half, gain + half
-    return Comparison(gain=gain, stderr=error, low=low, high=high, verdict=_verdict(low, high), reason="")
+    return Comparison(gain=gain, stderr=error, low=low, high=high, verdict=verdict_of(low, high), reason="")
 
 
 @dataclass(frozen=True, kw_only=True)
