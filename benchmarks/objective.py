@@ -19,12 +19,12 @@ import tyro
 
 from openpae import config as configs
 from openpae.checkpoint import load_prior, load_tokenizer
-from openpae.critics import load_lpips
 from openpae.data.images import ImageFolder, PackedImages, Subset, pack_images
 from openpae.eval.geometry import global_semantic_quality, latent_perturbation_consistency
 from openpae.eval.reconstruction import psnr
 from openpae.layers import to_tokens
 from openpae.losses import gram_alignment, perturb
+from openpae.lpips_weights import load_lpips
 from openpae.storage import read_json, write_json
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer

@@ -21,7 +21,8 @@ from torch import Tensor
 from openpae.checkpoint import load_generator
 from openpae.flow import time_grid
 from openpae.guidance import guided_velocity
-from openpae.sampling import SamplerConfig, balanced_labels, initial_noise, sample_latents
+from openpae.runtime.draws import initial_noise
+from openpae.sampling import SamplerConfig, balanced_labels, sample_latents
 from openpae.solvers import Field, euler, heun, multistep
 
 Solver = Callable[[Field, Tensor, Tensor], Tensor]

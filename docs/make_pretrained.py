@@ -20,15 +20,16 @@ from torch import Tensor
 from openpae import config as configs
 from openpae import hub
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
-from openpae.critics import load_perceptual
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.eval.estimate import mean_of
 from openpae.eval.extractors import load_extractor
+from openpae.eval.features import features_of
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples, metric_facts
-from openpae.eval.reference import features_of, reference_of
+from openpae.eval.reference import reference_of
 from openpae.eval.streams import real_images, tensor_images
 from openpae.folders import PARTS, README, RECORD
+from openpae.lpips_weights import load_perceptual
 from openpae.pipeline import Pipeline
 from openpae.quickstart import SAMPLER, cache_pictures
 from openpae.sampling import balanced_labels, sample_images

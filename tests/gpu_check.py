@@ -22,10 +22,10 @@ from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
 from openpae.dit import LightningDiTConfig
 from openpae.ditdh import DiTDHConfig, build_generator
-from openpae.sampling import SamplerConfig, initial_noise, sample_latents
+from openpae.runtime.draws import Draws, initial_noise
+from openpae.sampling import SamplerConfig, sample_latents
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.task import Draws
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
 pytestmark = [

@@ -15,13 +15,7 @@ from torch import Tensor, nn
 
 from conftest import shaken
 from openpae import config as configs
-from openpae.checkpoint import (
-    check_pair,
-    load_generator,
-    load_tokenizer,
-    write_generator,
-    write_tokenizer,
-)
+from openpae.checkpoint import check_pair, load_generator, load_tokenizer, write_generator, write_tokenizer
 from openpae.dit import LightningDiT
 from openpae.encoders import FrozenEncoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of, model_folder

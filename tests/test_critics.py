@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae import critics
-from openpae.critics import LPIPS, load_lpips, load_perceptual, lpips_from_state
+from openpae.critics import LPIPS
+from openpae.lpips_weights import load_lpips, load_perceptual, lpips_from_state
 
 NETS = ["vgg", "alex"]
 SMALLEST = {"vgg": 16, "alex": 31}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
+from openpae.denoiser import LatentDenoiser
 from openpae.discriminator import (
     AUGMENT_DRAWS,
     DiscriminatorConfig,
     FeatureDiscriminator,
-    LatentDenoiser,
     PatchDiscriminator,
     SpectralConv2d,
     build_discriminator,
@@ -24,7 +24,7 @@ from openpae.discriminator import (
     frozen,
 )
 from openpae.losses import denoising_loss, discriminator_hinge, generator_hinge
-from openpae.train.task import Draws
+from openpae.runtime.draws import Draws
 
 
 @pytest.fixture(autouse=True)

@@ -32,13 +32,14 @@ from openpae.data.training import ImageData
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
 from openpae.folders import checkpoint_path, checkpoint_steps, read_model
+from openpae.runtime.draws import Draws
 from openpae.tokenizer import PAEConfig
 from openpae.train.engine import fit, open_run
 from openpae.train.generator import GeneratorRun, GeneratorTask
 from openpae.train.journal import read_log
 from openpae.train.objective import TokenizerLoss
 from openpae.train.settings import LoopConfig, OptimConfig
-from openpae.train.task import Draws, Update
+from openpae.train.task import Update
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask
 
 STEPS = 20

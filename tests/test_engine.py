@@ -34,6 +34,8 @@ from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
 from openpae.encoders import encoder_fingerprint, load_encoder
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
+from openpae.runtime.device import pick_device
+from openpae.runtime.draws import Draws
 from openpae.storage import file_hash, write_json
 from openpae.tokenizer import PAEConfig
 from openpae.train import engine, saving
@@ -42,8 +44,8 @@ from openpae.train.engine import Stopped, fit, open_run, seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.health import Health
 from openpae.train.journal import read_log
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, lr_at, pick_device
-from openpae.train.task import Draws, Task, Update
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, lr_at
+from openpae.train.task import Task, Update
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask, train_tokenizer
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from openpae.data.pixels import quantize
 from openpae.eval.extractors import (
     INCEPTION,
     EfficientNetFeatures,
@@ -19,7 +20,6 @@ from openpae.eval.extractors import (
     load_inception,
 )
 from openpae.eval.inception import Inception2015, resize_bilinear_tf1
-from openpae.eval.reconstruction import quantize
 
 
 @pytest.fixture(autouse=True)

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from openpae.eval.extractors import INCEPTION, Features
+from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.fid import Evaluation, EvaluationConfig, frechet_floor
 from openpae.eval.frechet import frechet_distance, gaussian_of
-from openpae.eval.reference import (
-    FeatureSet,
-    features_of,
-    open_reference,
-    read_reference,
-    reference_of,
-    save_reference,
-)
+from openpae.eval.reference import open_reference, read_reference, reference_of, save_reference
 from openpae.eval.scores import kid, precision_recall
 from openpae.eval.streams import tensor_images
 

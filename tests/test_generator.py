@@ -21,11 +21,11 @@ from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, GeneratorConfig, HeadConfig
 from openpae.flow import dimension_shift
 from openpae.folders import checkpoint_path, identity_of
-from openpae.sampling import SamplerConfig, initial_noise, sample_latents
+from openpae.runtime.draws import Draws, initial_noise
+from openpae.sampling import SamplerConfig, sample_latents
 from openpae.train.engine import fit, open_run
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.settings import LoopConfig, OptimConfig
-from openpae.train.task import Draws
 
 WIDE = DiTDHConfig(
     latent_dim=8,

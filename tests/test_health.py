@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpae.folders import checkpoint_path, checkpoint_steps
+from openpae.runtime.draws import Draws
 from openpae.train import engine
 from openpae.train.engine import fit
 from openpae.train.health import MEMORY, WARM_UP, Health, NotFinite
 from openpae.train.journal import read_log
 from openpae.train.settings import LoopConfig, OptimConfig, adamw
-from openpae.train.task import Draws, Update
+from openpae.train.task import Update
 
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
 LOOP = LoopConfig(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from openpae.eval.extractors import Features
+from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance, gaussian_of
-from openpae.eval.interpolation import interpolated_frechet, latent_partners, slerp
-from openpae.eval.reference import FeatureSet
+from openpae.eval.interpolation import interpolated_frechet, latent_partners
+from openpae.layers import slerp
 
 
 class Pixels:

@@ -17,10 +17,11 @@ from openpae.data.images import PackedImages
 from openpae.data.training import ImageBatch
 from openpae.discriminator import DiscriminatorConfig
 from openpae.layers import to_tokens
+from openpae.runtime.draws import Draws
 from openpae.train.objective import latent_noise
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.settings import LoopConfig
-from openpae.train.task import Draws, Update
+from openpae.train.task import Update
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask, train_tokenizer
 
 FULL: dict[str, Any] = {

@@ -19,15 +19,9 @@ from openpae.data.label_maps import Segmented
 from openpae.eval.adapters import open_tokenizer
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import load_extractor
+from openpae.eval.features import features_of
 from openpae.eval.geometry import effective_rank, global_semantic_quality, spatial_structure_consistency
-from openpae.eval.measure import (
-    METRIC_NAMES,
-    MeasureConfig,
-    Measured,
-    measure_tokenizer,
-    work_of,
-)
-from openpae.eval.reference import features_of
+from openpae.eval.measure import METRIC_NAMES, MeasureConfig, Measured, measure_tokenizer, work_of
 from openpae.eval.streams import real_images, source_batches
 from openpae.profile import ProfileRun, run_profile
 from openpae.profile_page import radar_scores

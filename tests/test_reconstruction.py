@@ -8,8 +8,9 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
+from openpae.data.pixels import quantize
 from openpae.eval.estimate import Estimate, jackknife_error, mean_of
-from openpae.eval.reconstruction import ReconstructionMetrics, psnr, quantize, ssim
+from openpae.eval.reconstruction import ReconstructionMetrics, psnr, ssim
 
 
 def pair(n: int = 4, size: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:

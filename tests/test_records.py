@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openpae import config as configs
-from openpae.critics import LPIPS, load_perceptual
+from openpae.critics import LPIPS
 from openpae.data.images import PackedImages, Subset
 from openpae.data.shards import Shards
 from openpae.eval.adapters import pae_space
@@ -19,6 +19,7 @@ from openpae.eval.measure import MeasureConfig, measure_tokenizer
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
 from openpae.eval.reference import Reference, open_reference, save_reference
 from openpae.eval.streams import drawn_images, real_images, tensor_images
+from openpae.lpips_weights import load_perceptual
 from openpae.sampling import SamplerConfig, balanced_labels
 from openpae.tokenizer import PAE
 from openpae.train.generator import GeneratorRun, GeneratorTask

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from conftest import kill_points
 from openpae import sample_files
+from openpae.data.pixels import quantize
 from openpae.dit import LightningDiT
-from openpae.eval.reconstruction import quantize
-from openpae.eval.reference import FeatureSet
+from openpae.eval.features import FeatureSet
 from openpae.sample_files import FILES, Format, SampleSet, draw_samples
 from openpae.sampling import SamplerConfig, balanced_labels, sample_batches, sample_images
 from openpae.tokenizer import PAE

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from conftest import shaken
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.flow import time_grid
+from openpae.runtime.draws import SampleNoise, initial_noise
 from openpae.sampling import (
-    SampleNoise,
     SamplerConfig,
     balanced_labels,
     evaluations,
-    initial_noise,
     sample_batches,
     sample_images,
     sample_latents,

@@ -15,7 +15,8 @@ import torch
 from openpae import config as configs
 from openpae.dit import LightningDiT
 from openpae.eval.extractors import FeatureExtractor, load_extractor
-from openpae.eval.reference import FeatureSet, Reference, reference_of
+from openpae.eval.features import FeatureSet
+from openpae.eval.reference import Reference, reference_of
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.search import Candidate, Judge, SearchConfig, search_guidance, successive_halving
 from openpae.tokenizer import PAE

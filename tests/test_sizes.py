@@ -21,6 +21,7 @@ from openpae.cli import main
 from openpae.data.caches import cache_latents
 from openpae.data.images import ImageFolder, PackedImages, center_crop, pack_images, resize_to_cover
 from openpae.data.label_maps import read_segmented
+from openpae.data.pixels import pca_pictures, thumbnails
 from openpae.data.training import TrainingImages
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, HeadConfig
@@ -31,7 +32,6 @@ from openpae.folders import identity_of
 from openpae.layers import sincos_2d
 from openpae.priors import RefinerConfig
 from openpae.profile import ProfileRun, run_profile
-from openpae.report import pca_pictures, thumbnails
 from openpae.sampling import SamplerConfig, sample_images
 from openpae.storage import whole_folder
 from openpae.tokenizer import PAE, PAEConfig, build_tokenizer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from openpae.dit import LightningDiT
-from openpae.sampling import SamplerConfig, initial_noise, sample_latents
+from openpae.runtime.draws import initial_noise
+from openpae.sampling import SamplerConfig, sample_latents
 from openpae.tokenizer import PAE
 from openpae.walk import walk_images, walk_seeds
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
-from openpae.critics import PerceptualNet, load_perceptual
+from openpae.critics import PerceptualNet
 from openpae.data.images import height_width, open_images
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
 from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.streams import ImageStream, drawn_images, npz_stream, real_images, stored_images
 from openpae.folders import identity_of
+from openpae.lpips_weights import load_perceptual
 from openpae.processes import is_first
 from openpae.sampling import SamplerConfig, balanced_labels
 

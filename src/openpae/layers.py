@@ -260,3 +260,19 @@ def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) ->
     )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Interpolate along the sphere: a and b (B, C, h, w), each flattened; t = 0 gives a, 1 gives b.
+
+        (sin((1 - t) w) a + sin(t w) b) / sin w,   w = angle between a and b
+
+    Where the two lie on one line, which leaves no angle, it is (1 - t) a + t b.
+    """
+    angle = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1).clamp(-1, 1).acos()
+    angle = angle.view(-1, 1, 1, 1)
+    straight = angle.sin() < 1e-6
+    sine = torch.where(straight, 1.0, angle.sin())
+    weight_a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
+    weight_b = torch.where(straight, t, (t * angle).sin() / sine)
+    return weight_a.to(a) * a + weight_b.to(b) * b

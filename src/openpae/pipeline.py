@@ -14,9 +14,9 @@ from torch import Tensor
 from openpae import hub
 from openpae.card import model_card
 from openpae.checkpoint import check_pair, load_generator
+from openpae.data.pixels import to_image
 from openpae.ditdh import Generator
 from openpae.folders import PARTS, README, identity_of, new_model_folder
-from openpae.report import to_image
 from openpae.sampling import SamplerConfig, sample_images
 from openpae.tokenizer import PAE
 

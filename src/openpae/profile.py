@@ -11,18 +11,20 @@ from typing import Any, Literal
 
 import torch
 
-from openpae.critics import LPIPS, PerceptualNet, load_perceptual
-from openpae.data.images import ImageSource, Size, height_width, open_images, plain_size
+from openpae.critics import LPIPS, PerceptualNet
+from openpae.data.images import ImageSource, Size, chosen_rows, height_width, open_images, plain_size
 from openpae.data.label_maps import Segmented, read_segmented, render_segmented
 from openpae.eval.adapters import LatentSpace, open_tokenizer
 from openpae.eval.extractors import ExtractorName, load_extractor
+from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.fid import frechet_floor
 from openpae.eval.geometry import RADII
-from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, measure_tokenizer, work_of
-from openpae.eval.records import metric_facts, package_versions
-from openpae.eval.reference import FeatureSet, features_of
+from openpae.eval.measure import MeasureConfig, Measured, measure_tokenizer, work_of
+from openpae.eval.records import metric_facts
 from openpae.eval.streams import real_images
+from openpae.lpips_weights import load_perceptual
 from openpae.profile_page import profile_page
+from openpae.runtime.provenance import package_versions
 from openpae.storage import fingerprint, write_json
 
 

@@ -15,15 +15,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.data.images import ImageSource, Size, height_width
+from openpae.data.images import ImageSource, Size, chosen_rows, height_width, spread
 from openpae.data.label_maps import Segmented
+from openpae.data.pixels import framed, image_grid, label_pictures, pca_pictures, thumbnails, to_unit
 from openpae.eval.adapters import Tokenizer
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import INCEPTION
 from openpae.eval.geometry import RADII, majority_labels, moved_latents, spectral_clusters, unit_directions
-from openpae.eval.measure import MeasureConfig, Measured, chosen_rows, spread
+from openpae.eval.measure import MeasureConfig, Measured
 from openpae.eval.streams import source_batches
-from openpae.report import Page, framed, image_grid, label_pictures, pca_pictures, thumbnails
+from openpae.report import Page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ def _show_segments(
 ) -> None:
     page.heading("Clusters of the tokens beside the label maps")
     chosen = spread(len(segmented.images), _SHOWN)
-    pixels = segmented.images[chosen].float() / 255
+    pixels = to_unit(segmented.images[chosen])
     labels = _numbered(segmented.labels[chosen], segmented.ignore)
     rows = {
         "image": _row(_small(pixels)),

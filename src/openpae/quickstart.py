@@ -17,16 +17,17 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.checkpoint import check_pair, load_generator, load_tokenizer
-from openpae.critics import load_perceptual
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
+from openpae.data.pixels import quantize
 from openpae.eval.extractors import load_extractor
-from openpae.eval.reconstruction import quantize
+from openpae.eval.features import features_of
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
-from openpae.eval.reference import features_of, reference_of
+from openpae.eval.reference import reference_of
 from openpae.eval.streams import real_images, tensor_images
 from openpae.folders import PARTS, identity_of
+from openpae.lpips_weights import load_perceptual
 from openpae.pipeline import Pipeline
 from openpae.quickstart_page import pretrained_report, quickstart_report
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images

@@ -14,9 +14,10 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES
+from openpae.data.pixels import image_grid, pca_pictures, to_unit
 from openpae.folders import PARTS, README, RECORD
 from openpae.losses import perturb
-from openpae.report import Page, image_grid, pca_pictures, png_bytes
+from openpae.report import Page, png_bytes
 from openpae.sampling import SamplerConfig
 from openpae.storage import read_json, whole_file
 from openpae.tokenizer import PAE
@@ -169,7 +170,7 @@ def _show_pictures(
 ) -> None:
     """Reconstructions, latents and samples; the grids are also kept as PNG files."""
     chosen = np.linspace(0, len(judged) - 1, 24).round().astype(np.int64)
-    x = judged.shards.gather(chosen).float() / 255
+    x = to_unit(judged.shards.gather(chosen))
     with torch.no_grad():
         z = tokenizer.encode(x)
         y = tokenizer.decode(z).clamp(0, 1)

@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from openpae.storage import whole_file
 
@@ -153,84 +151,6 @@ class Page:
         )
         with whole_file(path) as partial:
             partial.write_text(page, encoding="utf-8")
-
-
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Images (n, 3, H, W) in [0, 1] side by side in rows of `columns`, on white."""
-    n, _, height, width = images.shape
-    rows = -(-n // columns)
-    grid = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
-    for i, image in enumerate(images.detach().float().cpu()):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        grid[:, top : top + height, left : left + width] = image
-    return to_image(grid)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [0, 1] as a Pillow image."""
-    levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
-
-
-def pca_pictures(z: Tensor, size: int) -> Tensor:
-    """Latents as colours: the first three principal components of all tokens, (B, 3, H, W) in [0, 1].
-
-    Args:
-        z: latents, (B, C, h, w). The components are those of this batch, so colours compare within it.
-        size: longer side of the pictures; each token becomes a square.
-    """
-    tokens = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-    centred = tokens - tokens.mean(dim=0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    scores = centred @ directions[:3].T
-    low, high = (torch.quantile(scores, q, dim=0) for q in (0.01, 0.99))
-    colours = ((scores - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
-    pictures = colours.view(len(z), *z.shape[-2:], -1).permute(0, 3, 1, 2)
-    if pictures.shape[1] < 3:  # fewer than three latent channels
-        pictures = torch.cat(
-            [pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1
-        )
-    return torch.nn.functional.interpolate(pictures, size=_fitting(z, size), mode="nearest")
-
-
-def label_pictures(labels: Tensor, size: int) -> Tensor:
-    """Label maps (B, h, w) as colours, (B, 3, H, W) in [0, 1] of longer side `size`: 20 in turn, white where
-    negative."""
-    from matplotlib import colormaps
-
-    table = [colormaps["tab20"](k % 20)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)]]
-    colours = torch.tensor([*table, (1.0, 1.0, 1.0)])
-    index = torch.where(labels < 0, len(table), labels.remainder(len(table)))
-    return torch.nn.functional.interpolate(
-        colours[index].permute(0, 3, 1, 2), size=_fitting(labels, size), mode="nearest"
-    )
-
-
-def thumbnails(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], scaled so that the longer side is `size`."""
-    x = images.detach().float().cpu()
-    shape = _fitting(x, size)
-    if x.shape[-2:] == shape:
-        return x
-    scaled = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True)
-    return scaled.clamp(0, 1)
-
-
-def _fitting(pictures: Tensor, size: int) -> tuple[int, int]:
-    """(H, W) in the proportion of pictures (..., h, w), the longer side `size`."""
-    h, w = pictures.shape[-2:]
-    return (max(1, round(h * size / max(h, w))), max(1, round(w * size / max(h, w))))
-
-
-def framed(images: Tensor, colours: Sequence[str], width: int = 4) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], each with a frame over its border in its colour, such as "#2f9e6e"."""
-    framed = images.detach().float().cpu().clone()
-    for image, colour in zip(framed, colours, strict=True):
-        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])[:, None, None]
-        inner = image[:, width:-width, width:-width].clone()
-        image[:] = rgb
-        image[:, width:-width, width:-width] = inner
-    return framed
 
 
 def _data_url(image: Image.Image) -> str:

@@ -26,12 +26,10 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae import processes
+from openpae.data.pixels import hash_of_all, hashes_of, image_grid, quantize, to_unit
 from openpae.data.shards import Layout, Shards, ShardWriter
-from openpae.eval.reconstruction import quantize
-from openpae.eval.records import package_versions
-from openpae.eval.reference import hash_of_all, hashes_of
 from openpae.guidance import VelocityModel
-from openpae.report import image_grid
+from openpae.runtime.provenance import package_versions
 from openpae.sampling import Decoder, SamplerConfig, decoded, evaluations, sample_batches
 from openpae.storage import file_hash, read_json, whole_file, whole_folder, write_json
 
@@ -184,7 +182,7 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         sha256 = hash_of_all(hashes)
         first = shards.gather(np.arange(min(len(shards), _SHOWN)))
         with whole_file(out / "grid.png") as partial:
-            image_grid(first.float() / 255, samples.columns).save(partial, format="PNG")
+            image_grid(to_unit(first), samples.columns).save(partial, format="PNG")
     record = {
         **samples.told(),
         "samples_sha256": sha256,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from openpae.flow import LAST_STEP, noisy_grid, time_grid
 from openpae.guidance import VelocityModel, check_labels, check_weak, guided_velocity
+from openpae.runtime.draws import SampleNoise, _moved
 from openpae.solvers import euler, euler_maruyama, heun, multistep, runge_kutta
 
 Solver = Literal["euler", "heun", "multistep", "sde", "rk45"]
@@ -73,42 +73,6 @@ class Decoder(Protocol):
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) around [0, 1] of latents (B, C, h, w)."""
         ...
-
-
-class SampleNoise:
-    """Standard normal draws for a batch of samples, each from a generator of its own.
-
-    What a sample gets depends on (seed, index) alone, to the bit: not on the batch, the process or the
-    device, because all is drawn on the CPU. A GPU does not wait: the host draws while it computes.
-
-    Args:
-        seed: another seed, other samples.
-        indices: number of each sample, (B,).
-        shape: of one draw, (C, h, w).
-        device: where the draws are needed.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        indices: Sequence[int],
-        shape: tuple[int, int, int],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.shape, self.device = shape, torch.device(device)
-        self.generators = [torch.Generator().manual_seed(_mix(seed, index)) for index in indices]
-
-    def draw(self) -> Tensor:
-        """The next draws, (B, C, h, w), float32: the initial noise first, then one a step of the SDE."""
-        noise = torch.empty(len(self.generators), *self.shape)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.normal_(generator=generator)
-        return _moved(noise, self.device)
-
-
-def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Initial noise of the samples with these indices, (B, C, h, w), float32, CPU; see `SampleNoise`."""
-    return SampleNoise(seed, indices, shape).draw()
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
@@ -321,16 +285,3 @@ def _visited(config: SamplerConfig) -> list[float]:
 def _pixels(tokenizer: Decoder, z: Tensor) -> Tensor:
     with torch.no_grad():
         return tokenizer.decode(z).clamp(0, 1).float()
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for the copy."""
-    if device.type != "cuda":
-        return x.to(device)
-    # PyTorch keeps the pinned memory until the copy is done.
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def _mix(seed: int, index: int) -> int:
-    """One 56-bit seed of two numbers, so that (0, 1) and (1, 0) differ."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest(), "big")

@@ -16,21 +16,15 @@ from typing import Any
 from openpae import config as configs
 from openpae import processes
 from openpae.eval.extractors import FeatureExtractor
+from openpae.eval.features import FeatureSet
 from openpae.eval.fid import Evaluation, EvaluationConfig
 from openpae.eval.frechet import frechet_distance
-from openpae.eval.records import package_versions
-from openpae.eval.reference import FeatureSet, Reference
+from openpae.eval.reference import Reference
 from openpae.guidance import VelocityModel
-from openpae.sampling import (
-    Decoder,
-    SamplerConfig,
-    balanced_labels,
-    decoded,
-    evaluations,
-    sample_batches,
-)
+from openpae.runtime.device import autocast
+from openpae.runtime.provenance import package_versions
+from openpae.sampling import Decoder, SamplerConfig, balanced_labels, decoded, evaluations, sample_batches
 from openpae.storage import read_json, write_json
-from openpae.train.engine import autocast
 
 Candidate = tuple[float, float, float]
 """guidance, guidance_start, guidance_end."""

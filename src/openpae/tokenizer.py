@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 from openpae import config as configs
 from openpae import hub
-from openpae.encoders import (
-    Encoder,
-    EncoderInput,
-    encoder_architecture,
-    encoder_fingerprint,
-    load_encoder,
-)
+from openpae.encoders import Encoder, EncoderInput, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.folders import CONFIG, ENCODER, model_folder, read_model
 from openpae.layers import (
     SelfAttention,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openpae.eval.interpolation import slerp
 from openpae.guidance import VelocityModel
-from openpae.layers import to_grid, to_tokens
-from openpae.sampling import Decoder, SamplerConfig, initial_noise, sample_latents
+from openpae.layers import slerp, to_grid, to_tokens
+from openpae.runtime.draws import initial_noise
+from openpae.sampling import Decoder, SamplerConfig, sample_latents
 from openpae.tokenizer import PAE
 
 

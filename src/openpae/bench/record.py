@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from openpae.runtime.device import device_name
 from openpae.storage import read_json
 
 
@@ -39,19 +38,6 @@ def record(bench: str, found: Found) -> dict[str, Any]:
         "settings": dict(found.settings),
         "figures": dict(found.figures),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """A GPU by its name, a CPU by its model and number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if info.is_file():  # Linux, where Python does not know the model
-        lines = info.read_text(encoding="utf-8").splitlines()
-        model = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
-        )
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def peak_gib(device: torch.device) -> float:

@@ -32,8 +32,8 @@ def evaluate(
         device: auto takes a GPU if there is one.
     """
     from openpae import processes
+    from openpae.runtime.device import pick_device
     from openpae.storage import write_json
-    from openpae.train.settings import pick_device
 
     at_least_one(batch_size=sampler.batch_size)
     drawing = None
@@ -81,7 +81,7 @@ def profile(
         tokenizers: what to measure, one or several.
         device: auto takes a GPU if there is one.
     """
-    from openpae.train.settings import pick_device
+    from openpae.runtime.device import pick_device
 
     with Progress("measuring", "img") as progress:
         found = run_profile(tokenizers, run, device=pick_device(device), progress=progress)

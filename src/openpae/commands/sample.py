@@ -22,6 +22,7 @@ from openpae.commands.console import (
     Tokenizer,
     at_least_one,
 )
+from openpae.data.pixels import to_unit
 from openpae.ditdh import Generator as GeneratorModel
 from openpae.eval.extractors import ExtractorName
 from openpae.sample_files import FILES, Format, SampleSet, draw_samples
@@ -147,10 +148,10 @@ def reconstruct(
 
     from openpae.checkpoint import load_tokenizer
     from openpae.data.images import PackedImages, open_images
+    from openpae.data.pixels import to_image
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.eval.streams import source_batches
-    from openpae.report import to_image
-    from openpae.train.settings import pick_device
+    from openpae.runtime.device import pick_device
 
     where = pick_device(device)
     model = load_tokenizer(tokenizer).to(where)
@@ -205,7 +206,7 @@ def sample(
         device: auto takes a GPU if there is one.
     """
     from openpae import processes
-    from openpae.train.engine import autocast
+    from openpae.runtime.device import autocast
 
     run.check()
     config = sampler.config()
@@ -256,7 +257,7 @@ def interpolate(
         frames: pictures of the walk, the two ends counted.
         device: auto takes a GPU if there is one.
     """
-    from openpae.report import image_grid, to_image
+    from openpae.data.pixels import image_grid, to_image
     from openpae.storage import whole_file, whole_folder
 
     generated = (generator, seeds, label)
@@ -355,7 +356,7 @@ class _Models:
     @classmethod
     def load(cls, tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> _Models:
         from openpae.checkpoint import check_pair, load_generator, load_tokenizer
-        from openpae.train.settings import pick_device
+        from openpae.runtime.device import pick_device
 
         facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
         if sampler.autoguidance is not None:
@@ -380,14 +381,14 @@ def _walk_of_images(
 ) -> torch.Tensor:
     from openpae.checkpoint import load_tokenizer
     from openpae.data.images import center_crop, read_image
-    from openpae.train.settings import pick_device
+    from openpae.runtime.device import pick_device
     from openpae.walk import walk_images
 
     if sampler != SamplerChoice():
         raise ValueError("between two images nothing is sampled: leave the sampler's options out")
     tokenizer = load_tokenizer(folder).to(pick_device(device))
     first, last = (
-        torch.from_numpy(center_crop(read_image(path), tokenizer.config.image_shape)).float() / 255
+        to_unit(torch.from_numpy(center_crop(read_image(path), tokenizer.config.image_shape)))
         for path in images
     )
     return walk_images(tokenizer, first, last, frames)
@@ -402,7 +403,7 @@ def _walk_of_seeds(
     frames: int,
     device: str,
 ) -> torch.Tensor:
-    from openpae.train.engine import autocast
+    from openpae.runtime.device import autocast
     from openpae.walk import walk_seeds
 
     models = _Models.load(folder, generator, sampler, device)

@@ -91,8 +91,7 @@ def cache_latents(
     from openpae.data import caches
     from openpae.data.images import open_images
     from openpae.folders import identity_of
-    from openpae.train.engine import autocast
-    from openpae.train.settings import pick_device
+    from openpae.runtime.device import autocast, pick_device
 
     with processes.joined(device):
         where = pick_device(device)
@@ -160,8 +159,8 @@ def fit_targets(
     )
     from openpae.data.images import open_images
     from openpae.encoders import load_encoder
+    from openpae.runtime.device import pick_device
     from openpae.train import targets
-    from openpae.train.settings import pick_device
 
     with Progress("VFM features", "img") as progress:
         targets.fit_targets(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openpae import processes
 from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, in_order, plain_size
+from openpae.data.pixels import to_unit
 from openpae.data.shards import TYPES, Layout, Part, Shards, ShardWriter
 
 Progress = Callable[[int, int], None]
@@ -161,7 +162,7 @@ def cache_latents_of_features(
     def parts(span: range) -> Iterator[Part]:
         for start in range(span.start, span.stop, batch_size):
             rows = np.arange(start, min(start + batch_size, span.stop))
-            x, known = source.shards.gather(rows).to(device).float() / 255, features.gather(rows).to(device)
+            x, known = to_unit(source.shards.gather(rows).to(device)), features.gather(rows).to(device)
             latents = [
                 encode(view, known[:, version]).cpu()
                 for version, view in enumerate((x, x.flip(-1))[:versions])
@@ -279,6 +280,6 @@ def _write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterato
 
 @torch.no_grad()
 def _both_ways(function: Callable[[Tensor], Tensor], images: Tensor, layout: Layout) -> Tensor:
-    x = images.float() / 255
+    x = to_unit(images)
     versions = [x, x.flip(-1)][: layout.shape[0]]
     return torch.stack([function(version).to(TYPES[layout.dtype]).cpu() for version in versions], dim=1)

@@ -365,3 +365,13 @@ def decode_batch(
                 raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
             broken.append(str(error))
     return images[: len(kept)], kept, broken
+
+
+def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:
+    """Which images are measured: `count` of the source, evenly spread, or all of them; in order."""
+    return spread(len(source), count)
+
+
+def spread(total: int, count: int) -> NDArray[np.int64]:
+    """`count` of the numbers below `total`, evenly spread, so that every class has its share; or all."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
@@ -50,29 +48,6 @@ def loader(dataset: Dataset[Any], sampler: StepBatches, num_workers: int, *, pin
     )
 
 
-def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Batches, NamedTuples of tensors, on a device. A GPU copies the next one, from pinned memory, while it
-    computes on this one."""
-    if device.type != "cuda":
-        yield from (_moved(batch, device) for batch in batches)
-        return
-    copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting = None
-    for batch in batches:
-        with torch.cuda.stream(copies):
-            coming = _moved(batch, device)
-        if waiting is not None:
-            yield waiting
-        here = torch.cuda.current_stream(device)
-        here.wait_stream(copies)
-        for tensor in coming:
-            if isinstance(tensor, Tensor):  # its memory must not serve anew before the losses have read it
-                tensor.record_stream(here)
-        waiting = coming
-    if waiting is not None:
-        yield waiting
-
-
 def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
     """Rows at these positions of an endless series of epochs, each a fresh permutation of `count` rows."""
     epochs, offsets = np.divmod(positions, count)
@@ -93,11 +68,6 @@ def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
     return x
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-    return type(batch)(*moved)
 
 
 def _as_is(batch: Any) -> Any:

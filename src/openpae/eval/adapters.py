@@ -24,9 +24,9 @@ from torch import Tensor
 
 from openpae.checkpoint import load_tokenizer
 from openpae.data.images import Size, height_width
+from openpae.data.pixels import check_images
 from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.eval.geometry import Decode
-from openpae.eval.reconstruction import check_images
 from openpae.folders import identity_of
 from openpae.layers import to_grid
 from openpae.storage import file_hash, fingerprint

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.assets import fetch
-from openpae.critics import LPIPS, load_lpips
+from openpae.critics import LPIPS
+from openpae.data.pixels import quantize
 from openpae.eval.inception import Inception2015
-from openpae.eval.reconstruction import quantize
+from openpae.lpips_weights import load_lpips
 from openpae.storage import fingerprint
 from openpae.vfms import IMAGENET_MEAN, IMAGENET_STD
 from openpae.weights import load_strict, read_tensors

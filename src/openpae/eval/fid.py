@@ -11,8 +11,9 @@ from torch import Tensor
 
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import FeatureExtractor
+from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import Gaussian, frechet_distance, gaussian_of
-from openpae.eval.reference import FeatureSet, Reference
+from openpae.eval.reference import Reference
 from openpae.eval.scores import inception_score, kid, precision_recall
 
 

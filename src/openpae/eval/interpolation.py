@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae.eval.estimate import Estimate
+from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.geometry import Decode
-from openpae.eval.reference import FeatureSet
+from openpae.layers import slerp
 
 
 def interpolated_frechet(
@@ -105,22 +106,6 @@ def latent_partners(
         for row, choice in enumerate(nearest, start):
             partners[row] = choice[_draw(latents[row], others[choice], seed, row)]
     return partners
-
-
-def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Interpolate along the sphere: a and b (B, C, h, w), each flattened; t = 0 gives a, 1 gives b.
-
-        (sin((1 - t) w) a + sin(t w) b) / sin w,   w = angle between a and b
-
-    Where the two lie on one line, which leaves no angle, it is (1 - t) a + t b.
-    """
-    angle = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1).clamp(-1, 1).acos()
-    angle = angle.view(-1, 1, 1, 1)
-    straight = angle.sin() < 1e-6
-    sine = torch.where(straight, 1.0, angle.sin())
-    weight_a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
-    weight_b = torch.where(straight, t, (t * angle).sin() / sine)
-    return weight_a.to(a) * a + weight_b.to(b) * b
 
 
 def _draw(latent: Tensor, choices: Tensor, seed: int, image: int) -> int:

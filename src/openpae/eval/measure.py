@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.critics import LPIPS
-from openpae.data.images import ImageSource, Size
+from openpae.data.images import ImageSource, Size, chosen_rows, spread
 from openpae.data.label_maps import Segmented
+from openpae.data.pixels import to_unit
 from openpae.eval.adapters import Tokenizer, check_tokenizer
 from openpae.eval.estimate import Estimate
+from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.geometry import (
     Decode,
@@ -27,7 +29,6 @@ from openpae.eval.geometry import (
 )
 from openpae.eval.interpolation import interpolated_frechet
 from openpae.eval.reconstruction import ReconstructionMetrics
-from openpae.eval.reference import FeatureSet
 from openpae.eval.streams import source_batches
 
 METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
@@ -88,16 +89,6 @@ class Measured:
     """Latents averaged over the grid, in the order of the images, (n, C)."""
     spectrum: Tensor
     """Singular values of these, largest first."""
-
-
-def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:
-    """Which images are measured: `count` of the source, evenly spread, or all of them; in order."""
-    return spread(len(source), count)
-
-
-def spread(total: int, count: int) -> NDArray[np.int64]:
-    """`count` of the numbers below `total`, evenly spread, so that every class has its share; or all."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def measure_tokenizer(
@@ -257,7 +248,7 @@ def _structure(
         undefined["ssc"] = "no label maps were given"
         return
     latents = torch.cat(
-        [tokenizer.encode(x.float() / 255).cpu() for x in torch.split(segmented.images, config.batch_size)]
+        [tokenizer.encode(to_unit(x)).cpu() for x in torch.split(segmented.images, config.batch_size)]
     )
     grid = majority_labels(segmented.labels, *latents.shape[-2:], ignore=segmented.ignore)
     if all(len(torch.unique(cells[cells != segmented.ignore])) < 2 for cells in grid):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae import processes
+from openpae.data.pixels import check_images, quantize, to_unit
 from openpae.eval.estimate import Estimate, mean_of
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
@@ -16,34 +17,6 @@ ImageDistance = Callable[[Tensor, Tensor], Tensor]
 
 SSIM_WINDOW = 11
 """Side of the Gaussian window of SSIM, in pixels (Wang et al., 2004)."""
-
-
-def check_images(images: Tensor, name: str = "images") -> None:
-    """Refuse what is no batch of RGB images in [0, 1].
-
-    Raises:
-        ValueError: wrong shape, type or value range.
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
-        raise ValueError(f"{name} must be RGB (B, 3, H, W) with B > 0, got {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise ValueError(f"{name} must be float in [0, 1], got {images.dtype}; divide uint8 images by 255")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # written so that NaN fails too
-        raise ValueError(
-            f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; clamp a decoder's output, "
-            f"map [-1, 1] by (x + 1) / 2, divide [0, 255] by 255"
-        )
-
-
-def quantize(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to the 256 levels that image files hold: uint8, same shape.
-
-    Raises:
-        ValueError: not RGB images in [0, 1].
-    """
-    check_images(images)
-    return (images.float() * 255).round().to(torch.uint8)
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -122,7 +95,7 @@ class ReconstructionMetrics:
         _check_pair(images, reconstructions)
         start = max(self.index, default=-1) + 1
         self.index.extend(range(start, start + len(images)) if index is None else index)
-        x, y = (quantize(batch).float() / 255 for batch in (images, reconstructions))
+        x, y = (to_unit(quantize(batch)) for batch in (images, reconstructions))
         self.values["psnr"].append(psnr(x, y).cpu())
         self.values["ssim"].append(ssim(x, y).cpu())
         if self.lpips is not None:

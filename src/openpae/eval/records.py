@@ -6,8 +6,6 @@ Under torchrun every process must call these functions: each works on its share,
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,13 @@ from openpae import processes
 from openpae.critics import LPIPS
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import FeatureExtractor
+from openpae.eval.features import FeatureSet, device_of
 from openpae.eval.fid import Evaluation, EvaluationConfig, frechet_floor
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.reconstruction import ReconstructionMetrics
-from openpae.eval.reference import FeatureSet, Reference, device_of, reference_of
+from openpae.eval.reference import Reference, reference_of
 from openpae.eval.streams import ImageStream
+from openpae.runtime.provenance import package_versions
 from openpae.storage import fingerprint, write_json
 from openpae.tokenizer import PAE
 
@@ -168,18 +168,6 @@ def write_evaluation(record: Mapping[str, Any], run_dir: Path, step: int) -> Non
         folder = run_dir / "evaluations"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"step-{step:08d}.json", {**record, "step": step})
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a number may depend on, as far as they are installed."""
-    names = ("openpae", "torch", "numpy", "pillow", "scipy", "scikit-learn", "transformers", "diffusers")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions | {"python": platform.python_version()}
 
 
 def _settings(count: int, reference: Reference, min_samples: int) -> EvaluationConfig:

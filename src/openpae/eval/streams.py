@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
-from openpae.eval.reconstruction import check_images
+from openpae.data.pixels import check_images, to_unit
 from openpae.guidance import VelocityModel
 from openpae.processes import own_rows
 from openpae.sampling import Decoder, SamplerConfig, decoded, evaluations, sample_batches
@@ -111,11 +111,11 @@ def source_batches(
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         if isinstance(source, PackedImages) and packed == (height, width):
-            yield source.shards.gather(np.asarray(part, dtype=np.int64)).float() / 255
+            yield to_unit(source.shards.gather(np.asarray(part, dtype=np.int64)))
             continue
         images = [source.read(int(row)) for row in part]
         enlarged += sum(image.height < height or image.width < width for image in images)
-        yield torch.stack([torch.from_numpy(center_crop(image, size)) for image in images]).float() / 255
+        yield to_unit(torch.stack([torch.from_numpy(center_crop(image, size)) for image in images]))
     if enlarged and enlarged == len(rows):
         raise ValueError(
             f"all {enlarged} images are smaller than the {height} x {width} pixels that are needed (the "
@@ -285,7 +285,7 @@ def _npz_batches(path: Path, batch_size: int, count: int) -> Iterator[Batch]:
             if mine := rows[own.start :: own.step]:
                 pixels = np.frombuffer(data, np.uint8).reshape(len(rows), height, width, 3)
                 images = torch.from_numpy(pixels[own.start :: own.step].copy()).permute(0, 3, 1, 2)
-                yield Batch(images.float() / 255, mine)
+                yield Batch(to_unit(images), mine)
 
 
 def npz_keys(path: Path) -> set[str]:
@@ -337,7 +337,7 @@ def _folder_images(path: Path) -> ImageStream:
                         "keep other pictures out of the folder"
                     )
             pixels = np.stack([np.asarray(image) for image in images])
-            yield Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, part)
+            yield Batch(to_unit(torch.from_numpy(pixels).permute(0, 3, 1, 2)), part)
 
     return ImageStream(
         name=str(path),

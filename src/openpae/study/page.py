@@ -13,15 +13,7 @@ from PIL import Image
 from openpae import config as configs
 from openpae.report import Page
 from openpae.study.plan import Cell, Plan
-from openpae.study.settings import (
-    HIGHER_IS_BETTER,
-    Claim,
-    MetricName,
-    Study,
-    StudyRow,
-    StudySetup,
-    reported,
-)
+from openpae.study.settings import HIGHER_IS_BETTER, Claim, MetricName, Study, StudyRow, StudySetup, reported
 from openpae.study.table import (
     Comparison,
     Point,

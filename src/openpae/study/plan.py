@@ -11,15 +11,7 @@ from typing import Any
 from openpae import config as configs
 from openpae.data.images import open_images
 from openpae.storage import file_hash
-from openpae.study.settings import (
-    JudgeSettings,
-    Resolved,
-    Study,
-    StudyData,
-    StudyRow,
-    StudySetup,
-    resolve,
-)
+from openpae.study.settings import JudgeSettings, Resolved, Study, StudyData, StudyRow, StudySetup, resolve
 from openpae.study.stage import (
     FeatureSettings,
     JudgeStage,

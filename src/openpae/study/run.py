@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 
-import openpae
 from openpae import processes
+from openpae.runtime.provenance import version
 from openpae.storage import whole_file
 from openpae.study.once import run_stage
 from openpae.study.page import study_page
@@ -106,23 +105,6 @@ def describe_plan(plan: Plan, known: Mapping[str, Estimate], workers: int) -> st
         f"{len(known) - rehearsed} stages timed by others that are done, {rehearsed} by a rehearsal"
     )
     return "\n".join(lines)
-
-
-def version() -> str:
-    """Version of the package, and the last commit that changed it where it is a checkout; + if changed
-    since."""
-    folder = str(Path(__file__).parent.parent)
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = git("log", "-1", "--format=%h", "--", folder)
-        edited = "+" if commit and git("status", "--porcelain", "--", folder) else ""
-    except FileNotFoundError:  # no git
-        commit = edited = ""
-    return f"{openpae.__version__} {commit}{edited}".strip()
 
 
 class _Board:

@@ -14,23 +14,20 @@ from torch import Tensor
 from openpae import config as configs
 from openpae import processes
 from openpae.checkpoint import load_generator, load_prior, load_tokenizer
-from openpae.data.caches import (
-    cache_features,
-    cache_latents,
-    cache_latents_of_features,
-    cache_targets,
-)
-from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images
+from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features, cache_targets
+from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images, spread
+from openpae.data.pixels import image_grid
 from openpae.data.shards import Shards
 from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.eval.adapters import LatentSpace, open_tokenizer
 from openpae.eval.extractors import FeatureExtractor
-from openpae.eval.measure import measure_tokenizer, spread
+from openpae.eval.features import features_of
+from openpae.eval.measure import measure_tokenizer
 from openpae.eval.records import evaluate_samples
-from openpae.eval.reference import features_of, reference_of, save_reference
+from openpae.eval.reference import reference_of, save_reference
 from openpae.eval.streams import Batch, ImageStream, drawn_images, real_images
 from openpae.folders import checkpoint_path, identity_of
-from openpae.report import image_grid
+from openpae.runtime.device import pick_device
 from openpae.sampling import balanced_labels
 from openpae.storage import write_json
 from openpae.study import shared
@@ -48,7 +45,6 @@ from openpae.study.stage import (
 )
 from openpae.train.generator import GeneratorRun, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.settings import pick_device
 from openpae.train.targets import fit_targets
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from openpae import config as configs
 from openpae import processes
-from openpae.data.order import to_device
+from openpae.runtime.device import autocast, to_device
+from openpae.runtime.draws import Draws
 from openpae.train import diagnosis, saving
 from openpae.train.ema import Ema
 from openpae.train.health import Health, NotFinite
@@ -30,7 +31,7 @@ from openpae.train.journal import Journal, profiled
 from openpae.train.parallel import filled, is_sharded, reducing, whole
 from openpae.train.saving import RunState
 from openpae.train.settings import LoopConfig, OptimConfig, device_batches, lr_at
-from openpae.train.task import Draws, Task, Update
+from openpae.train.task import Task, Update
 
 HOW = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
@@ -336,11 +337,6 @@ class _Fitting:
             file=sys.stderr,
             dynamic_ncols=True,
         )
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The one place where mixed precision is opened."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _without(steps: range, passed_over: Sequence[int]) -> Sequence[int]:

@@ -24,11 +24,13 @@ from openpae.eval.reference import open_reference
 from openpae.eval.streams import drawn_images
 from openpae.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.folders import identity_of
+from openpae.runtime.device import pick_device
+from openpae.runtime.draws import Draws
 from openpae.sampling import SamplerConfig, balanced_labels
 from openpae.train.engine import check_run, fit, open_run
 from openpae.train.parallel import bare, distribute
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches, pick_device
-from openpae.train.task import Draws, Update
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches
+from openpae.train.task import Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from openpae.losses import (
     kl_penalty,
     semantic_alignment,
 )
-from openpae.train.task import Draws
+from openpae.runtime.draws import Draws
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,17 @@ from openpae.checkpoint import write_prior
 from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches
+from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import Refiner, RefinerConfig
+from openpae.runtime.device import pick_device
+from openpae.runtime.draws import Draws
 from openpae.train.engine import check_run, fit, open_run
 from openpae.train.parallel import bare, distribute
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches, pick_device
-from openpae.train.task import Draws, Update
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches
+from openpae.train.task import Update
 from openpae.upsampling import LowPassConfig, load_anyup, reference_features
 
 
@@ -147,7 +150,7 @@ class RefinerTask:
 
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """One update of the refiner."""
-        images = batch.images.float() / 255
+        images = to_unit(batch.images)
         features = self.features(images) if batch.features is None else batch.features.float()
         grid = self.run.model.grid_shape
         reference = reference_features(features, images, *grid, self.upsampler, self.run.low_pass)

@@ -168,14 +168,3 @@ def adamw(modules: nn.Module | Sequence[nn.Parameter], optim: OptimConfig) -> Op
     return torch.optim.AdamW(
         trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-
-
-def pick_device(device: str) -> torch.device:
-    """The device that a config means.
-
-    Raises:
-        ValueError: cuda is asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from openpae.checkpoint import write_prior
 from openpae.data.caches import Progress
-from openpae.data.images import ImageSource
+from openpae.data.images import ImageSource, spread
 from openpae.encoders import Encoder, EncoderInput, encoder_fingerprint
-from openpae.eval.measure import spread
 from openpae.eval.streams import source_batches
 from openpae.priors import LinearTargets, fit_pca, random_targets
 from openpae.storage import whole_folder

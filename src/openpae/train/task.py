@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from openpae.runtime.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -67,36 +67,3 @@ class Task(Protocol):
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the first player, with these weights, as a model folder into an existing empty folder."""
         ...
-
-
-class Draws:
-    """The random numbers of one device batch: a pure function of (seed, step, name, rows).
-
-    They are drawn for the global batch and cut, so neither the device batch size nor the number of
-    devices changes what a sample gets, and an interrupted run needs no generator state to go on.
-
-    Args:
-        seed: of the run.
-        step: the optimizer step.
-        rows: rows of the global batch that this device batch holds.
-        whole: size of the global batch.
-        device: where the numbers are drawn.
-    """
-
-    def __init__(self, seed: int, step: int, rows: range, whole: int, device: torch.device) -> None:
-        self.seed, self.step, self.rows, self.whole, self.device = seed, step, rows, whole, device
-
-    def normal(self, name: str, *shape: int) -> Tensor:
-        """Standard normal, (B, *shape)."""
-        return self._cut(torch.randn(self.whole, *shape, generator=self._generator(name), device=self.device))
-
-    def uniform(self, name: str, *shape: int) -> Tensor:
-        """Uniform in [0, 1), (B, *shape)."""
-        return self._cut(torch.rand(self.whole, *shape, generator=self._generator(name), device=self.device))
-
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=7).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest, "big"))
-
-    def _cut(self, numbers: Tensor) -> Tensor:
-        return numbers[self.rows.start : self.rows.stop : self.rows.step]

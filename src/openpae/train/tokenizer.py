@@ -14,16 +14,18 @@ from torch.optim import Optimizer
 
 from openpae import processes
 from openpae.checkpoint import load_prior, write_tokenizer
-from openpae.critics import LPIPS, load_perceptual
+from openpae.critics import LPIPS
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, Subset, open_images
+from openpae.data.images import ImageSource, Subset, open_images, spread
 from openpae.data.order import StepBatches
+from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
-from openpae.discriminator import AUGMENT_DRAWS, LatentDenoiser, build_discriminator, diff_augment, frozen
+from openpae.denoiser import LatentDenoiser
+from openpae.discriminator import AUGMENT_DRAWS, build_discriminator, diff_augment, frozen
 from openpae.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.eval.adapters import pae_space
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
-from openpae.eval.measure import MeasureConfig, measure_tokenizer, spread
+from openpae.eval.measure import MeasureConfig, measure_tokenizer
 from openpae.eval.records import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.streams import real_images
 from openpae.folders import identity_of
@@ -35,6 +37,9 @@ from openpae.losses import (
     perturb,
     reached_angle,
 )
+from openpae.lpips_weights import load_perceptual
+from openpae.runtime.device import pick_device
+from openpae.runtime.draws import Draws
 from openpae.tokenizer import PAE, PAEConfig
 from openpae.train.engine import check_run, fit, open_run
 from openpae.train.objective import (
@@ -46,8 +51,8 @@ from openpae.train.objective import (
     prior_terms,
 )
 from openpae.train.parallel import bare, distribute
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches, pick_device
-from openpae.train.task import Draws, Update
+from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches
+from openpae.train.task import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +169,7 @@ class TokenizerTask:
 
         L = L1 + w LPIPS + w GAN + w SSR + w MCR + w SCR + w KL + w diffusion
         """
-        x = batch.images.float() / 255
+        x = to_unit(batch.images)
         features = batch.features
         if features is None and self.prior is not None:
             features = self.model.features(x)  # once, for the encoder's path and for the prior

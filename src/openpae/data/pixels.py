@@ -1,0 +1,132 @@
+"""Pixels: levels and unit range, checks, hashes, grids and pictures of latents and labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_unit(levels: Tensor) -> Tensor:
+    """Images of 256 levels, integers in [0, 255] of any shape, as float32 in [0, 1]."""
+    return levels.float() / 255
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Refuse what is no batch of RGB images in [0, 1].
+
+    Raises:
+        ValueError: wrong shape, type or value range.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+        raise ValueError(f"{name} must be RGB (B, 3, H, W) with B > 0, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be float in [0, 1], got {images.dtype}; divide uint8 images by 255")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+        raise ValueError(
+            f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; clamp a decoder's output, "
+            f"map [-1, 1] by (x + 1) / 2, divide [0, 255] by 255"
+        )
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to the 256 levels that image files hold: uint8, same shape.
+
+    Raises:
+        ValueError: not RGB images in [0, 1].
+    """
+    check_images(images)
+    return (images.float() * 255).round().to(torch.uint8)
+
+
+def hashes_of(levels: Tensor) -> list[bytes]:
+    """What names each image: 16 bytes over its pixels, uint8 (B, 3, H, W), channels last."""
+    pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
+
+
+def hash_of_all(hashes: Iterable[bytes]) -> str:
+    """SHA-256 over what `hashes_of` gave, whatever the order of the images."""
+    return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1] side by side in rows of `columns`, on white."""
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    grid = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images.detach().float().cpu()):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[:, top : top + height, left : left + width] = image
+    return to_image(grid)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [0, 1] as a Pillow image."""
+    levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def pca_pictures(z: Tensor, size: int) -> Tensor:
+    """Latents as colours: the first three principal components of all tokens, (B, 3, H, W) in [0, 1].
+
+    Args:
+        z: latents, (B, C, h, w). The components are those of this batch, so colours compare within it.
+        size: longer side of the pictures; each token becomes a square.
+    """
+    tokens = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    centred = tokens - tokens.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    scores = centred @ directions[:3].T
+    low, high = (torch.quantile(scores, q, dim=0) for q in (0.01, 0.99))
+    colours = ((scores - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
+    pictures = colours.view(len(z), *z.shape[-2:], -1).permute(0, 3, 1, 2)
+    if pictures.shape[1] < 3:  # fewer than three latent channels
+        pictures = torch.cat(
+            [pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1
+        )
+    return torch.nn.functional.interpolate(pictures, size=_fitting(z, size), mode="nearest")
+
+
+def label_pictures(labels: Tensor, size: int) -> Tensor:
+    """Label maps (B, h, w) as colours, (B, 3, H, W) in [0, 1] of longer side `size`: 20 in turn, white where
+    negative."""
+    from matplotlib import colormaps
+
+    table = [colormaps["tab20"](k % 20)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)]]
+    colours = torch.tensor([*table, (1.0, 1.0, 1.0)])
+    index = torch.where(labels < 0, len(table), labels.remainder(len(table)))
+    return torch.nn.functional.interpolate(
+        colours[index].permute(0, 3, 1, 2), size=_fitting(labels, size), mode="nearest"
+    )
+
+
+def thumbnails(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], scaled so that the longer side is `size`."""
+    x = images.detach().float().cpu()
+    shape = _fitting(x, size)
+    if x.shape[-2:] == shape:
+        return x
+    scaled = torch.nn.functional.interpolate(x, shape, mode="bicubic", antialias=True)
+    return scaled.clamp(0, 1)
+
+
+def _fitting(pictures: Tensor, size: int) -> tuple[int, int]:
+    """(H, W) in the proportion of pictures (..., h, w), the longer side `size`."""
+    h, w = pictures.shape[-2:]
+    return (max(1, round(h * size / max(h, w))), max(1, round(w * size / max(h, w))))
+
+
+def framed(images: Tensor, colours: Sequence[str], width: int = 4) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], each with a frame over its border in its colour, such as "#2f9e6e"."""
+    framed = images.detach().float().cpu().clone()
+    for image, colour in zip(framed, colours, strict=True):
+        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])[:, None, None]
+        inner = image[:, width:-width, width:-width].clone()
+        image[:] = rgb
+        image[:, width:-width, width:-width] = inner
+    return framed

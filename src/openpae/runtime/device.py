@@ -1,0 +1,69 @@
+"""Where it runs: the device, how batches get there, and the precision of the arithmetic."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The one place where mixed precision is opened."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a config means.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Batches, NamedTuples of tensors, on a device. A GPU copies the next one, from pinned memory, while it
+    computes on this one."""
+    if device.type != "cuda":
+        yield from (_moved(batch, device) for batch in batches)
+        return
+    copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = _moved(batch, device)
+        if waiting is not None:
+            yield waiting
+        here = torch.cuda.current_stream(device)
+        here.wait_stream(copies)
+        for tensor in coming:
+            if isinstance(tensor, Tensor):  # its memory must not serve anew before the losses have read it
+                tensor.record_stream(here)
+        waiting = coming
+    if waiting is not None:
+        yield waiting
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    moved = (x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+    return type(batch)(*moved)
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU by its name, a CPU by its model and number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.is_file():  # Linux, where Python does not know the model
+        lines = info.read_text(encoding="utf-8").splitlines()
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
+        )
+    return f"{model}, {os.cpu_count()} cores"
