@@ -23,13 +23,13 @@ from torch.nn import functional
 from openpae import config as configs
 from openpae.checkpoint import load_generator
 from openpae.data.shards import Shards
+from openpae.engine.journal import read_log
+from openpae.engine.settings import OptimConfig
 from openpae.flow import interpolate
 from openpae.folders import checkpoint_path, checkpoint_steps
 from openpae.runtime.device import autocast
 from openpae.storage import write_json
 from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.journal import read_log
-from openpae.train.settings import OptimConfig
 
 
 def main(

@@ -15,6 +15,7 @@ from openpae.data.training import ImageData
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
 from openpae.ditdh import DiTDHConfig, HeadConfig
+from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.eval.measure import MeasureConfig
 from openpae.priors import RefinerConfig
 from openpae.sampling import SamplerConfig
@@ -30,7 +31,6 @@ from openpae.study.settings import (
 from openpae.tokenizer import DecoderConfig, PAEConfig
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
-from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun
 from openpae.upsampling import LowPassConfig
 

@@ -31,15 +31,15 @@ from openpae.data.shards import Shards
 from openpae.data.training import ImageData
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
+from openpae.engine.journal import read_log
+from openpae.engine.loop import fit, open_run
+from openpae.engine.settings import LoopConfig, OptimConfig
+from openpae.engine.task import Update
 from openpae.folders import checkpoint_path, checkpoint_steps, read_model
 from openpae.runtime.draws import Draws
 from openpae.tokenizer import PAEConfig
-from openpae.train.engine import fit, open_run
 from openpae.train.generator import GeneratorRun, GeneratorTask
-from openpae.train.journal import read_log
 from openpae.train.objective import TokenizerLoss
-from openpae.train.settings import LoopConfig, OptimConfig
-from openpae.train.task import Update
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask
 
 STEPS = 20

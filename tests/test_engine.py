@@ -33,19 +33,20 @@ from openpae.data.training import ImageData, TrainingLatents
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiTConfig
 from openpae.encoders import encoder_fingerprint, load_encoder
+from openpae.engine import checkpoints
+from openpae.engine import loop as loop_module
+from openpae.engine.ema import Ema
+from openpae.engine.health import Health
+from openpae.engine.journal import read_log
+from openpae.engine.loop import Stopped, fit, open_run, seconds_per_step
+from openpae.engine.settings import LoopConfig, OptimConfig, adamw, lr_at
+from openpae.engine.task import Task, Update
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.storage import file_hash, write_json
 from openpae.tokenizer import PAEConfig
-from openpae.train import engine, saving
-from openpae.train.ema import Ema
-from openpae.train.engine import Stopped, fit, open_run, seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
-from openpae.train.health import Health
-from openpae.train.journal import read_log
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, lr_at
-from openpae.train.task import Task, Update
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask, train_tokenizer
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)
@@ -645,7 +646,7 @@ def test_no_step_waits_for_the_device(
         health.at_once = False  # as on a GPU
         return health
 
-    monkeypatch.setattr(engine, "Health", late)
+    monkeypatch.setattr(loop_module, "Health", late)
     updates = task.updates
 
     def counting(batch: Any, draws: Draws, step: int) -> Iterator[Update]:
@@ -1180,10 +1181,10 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it(
         (folder / "config.yaml").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving.shutil, "rmtree", killed)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
     loop = LoopConfig(steps=3, global_batch_size=1, keep_last=1)
     with pytest.raises(KeyboardInterrupt):
-        saving.remove_old(tmp_path, loop, 3)
+        checkpoints.remove_old(tmp_path, loop, 3)
     assert checkpoint_steps(tmp_path) == [2, 3]
     for step in (2, 3):
         assert {file.name for file in checkpoint_path(tmp_path, step).iterdir()} == {
@@ -1197,5 +1198,5 @@ def test_old_checkpoints_go_up_to_a_sound_one_alone(tmp_path: Path) -> None:
     for step in range(6):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
     loop = LoopConfig(steps=5, global_batch_size=1, save_every=1, keep_last=2, keep_every=2)
-    saving.remove_old(tmp_path, loop, 4)
+    checkpoints.remove_old(tmp_path, loop, 4)
     assert checkpoint_steps(tmp_path) == [2, 3, 4, 5]

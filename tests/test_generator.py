@@ -19,13 +19,13 @@ from openpae.data.shards import Shards
 from openpae.describe import describe
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDH, DiTDHConfig, GeneratorConfig, HeadConfig
+from openpae.engine.loop import fit, open_run
+from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.flow import dimension_shift
 from openpae.folders import checkpoint_path, identity_of
 from openpae.runtime.draws import Draws, initial_noise
 from openpae.sampling import SamplerConfig, sample_latents
-from openpae.train.engine import fit, open_run
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
-from openpae.train.settings import LoopConfig, OptimConfig
 
 WIDE = DiTDHConfig(
     latent_dim=8,

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openpae.engine import loop as loop_module
+from openpae.engine.health import MEMORY, WARM_UP, Health, NotFinite
+from openpae.engine.journal import read_log
+from openpae.engine.loop import fit
+from openpae.engine.settings import LoopConfig, OptimConfig, adamw
+from openpae.engine.task import Update
 from openpae.folders import checkpoint_path, checkpoint_steps
 from openpae.runtime.draws import Draws
-from openpae.train import engine
-from openpae.train.engine import fit
-from openpae.train.health import MEMORY, WARM_UP, Health, NotFinite
-from openpae.train.journal import read_log
-from openpae.train.settings import LoopConfig, OptimConfig, adamw
-from openpae.train.task import Update
 
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
 LOOP = LoopConfig(
@@ -128,7 +128,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
         health.at_once = False
         return health
 
-    monkeypatch.setattr(engine, "Health", build)
+    monkeypatch.setattr(loop_module, "Health", build)
 
 
 def by_hand(loop: LoopConfig, data_steps: Sequence[int], left_out: Sequence[int] = ()) -> Tiny:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from openpae.train.journal import Journal, read_log
-from openpae.train.settings import LoopConfig
+from openpae.engine.journal import Journal, read_log
+from openpae.engine.settings import LoopConfig
 
 LOOP = LoopConfig(steps=10, global_batch_size=4)
 

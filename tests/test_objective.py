@@ -16,12 +16,12 @@ from openpae.checkpoint import load_prior, load_tokenizer
 from openpae.data.images import PackedImages
 from openpae.data.training import ImageBatch
 from openpae.discriminator import DiscriminatorConfig
+from openpae.engine.settings import LoopConfig
+from openpae.engine.task import Update
 from openpae.layers import to_tokens
 from openpae.runtime.draws import Draws
 from openpae.train.objective import latent_noise
 from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.settings import LoopConfig
-from openpae.train.task import Update
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask, train_tokenizer
 
 FULL: dict[str, Any] = {

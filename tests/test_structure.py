@@ -51,6 +51,7 @@ ORDER = [
         "official",
         "sampling",
         "eval",
+        "engine",
         "train",
     ),
     *(

@@ -12,8 +12,8 @@ from openpae.checkpoint import load_prior
 from openpae.cli import main
 from openpae.data.images import open_images
 from openpae.encoders import EncoderInput, load_encoder
+from openpae.engine.journal import read_log
 from openpae.eval.streams import source_batches
-from openpae.train.journal import read_log
 from openpae.train.targets import fit_targets
 
 SIZES = ["--latent-dim", "8", "--image-size", "32", "--patch-size", "8"]

@@ -18,11 +18,11 @@ from openpae.data.shards import Shards
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.ditdh import DiTDHConfig, HeadConfig, build_generator
+from openpae.engine.loop import fit
+from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.runtime.draws import Draws, initial_noise
 from openpae.sampling import SamplerConfig, sample_latents
-from openpae.train.engine import fit
 from openpae.train.generator import GeneratorRun, GeneratorTask
-from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask
 
 _READS = {

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
-    from openpae.train.engine import Stopped  # torch takes a second; --help does not need it
+    from openpae.engine.loop import Stopped  # torch takes a second; --help does not need it
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text, nor a terminal speak UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -13,10 +13,10 @@ from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.data.images import ImageFolder
 from openpae.data.shards import Shards
 from openpae.ditdh import GENERATORS
+from openpae.engine.checkpoints import read_facts
+from openpae.engine.journal import read_log
 from openpae.folders import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
 from openpae.storage import read_json
-from openpae.train.journal import read_log
-from openpae.train.saving import read_facts
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),

@@ -21,6 +21,8 @@ from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.data.pixels import quantize
+from openpae.engine.loop import seconds_per_step
+from openpae.engine.settings import LoopConfig
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import features_of
 from openpae.eval.records import evaluate_reconstruction, evaluate_samples
@@ -33,10 +35,8 @@ from openpae.quickstart_page import pretrained_report, quickstart_report
 from openpae.sampling import SamplerConfig, balanced_labels, sample_images
 from openpae.storage import read_json, whole_file, write_json
 from openpae.tokenizer import PAE
-from openpae.train.engine import seconds_per_step
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.refiner import RefinerRun, RefinerTask, train_refiner
-from openpae.train.settings import LoopConfig
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask, train_tokenizer
 
 T = TypeVar("T")

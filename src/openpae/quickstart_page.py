@@ -15,13 +15,13 @@ from openpae import config as configs
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES
 from openpae.data.pixels import image_grid, pca_pictures, to_unit
+from openpae.engine.journal import read_log
 from openpae.folders import PARTS, README, RECORD
 from openpae.losses import perturb
 from openpae.report import Page, png_bytes
 from openpae.sampling import SamplerConfig
 from openpae.storage import read_json, whole_file
 from openpae.tokenizer import PAE
-from openpae.train.journal import read_log
 from openpae.train.objective import TokenizerLoss
 from openpae.train.tokenizer import TokenizerRun
 

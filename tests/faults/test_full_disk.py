@@ -21,11 +21,11 @@ from openpae.data.images import ImageFolder, pack_images
 from openpae.data.shards import Shards
 from openpae.describe import describe
 from openpae.dit import LightningDiTConfig
+from openpae.engine import loop as loop_module
+from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.folders import checkpoint_steps
 from openpae.storage import DiskFull, told_if_full, whole_file, whole_folder, write_json
-from openpae.train import engine
 from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.settings import LoopConfig, OptimConfig
 from test_engine import curve, same, state_of
 
 NUMBERS = {"a": torch.arange(20_000.0), "b": torch.arange(3.0)}
@@ -131,14 +131,14 @@ def run(tiny_dit_config: LightningDiTConfig, latents: Shards) -> GeneratorRun:
 
 def fill_up_at(step: int, limit: int) -> None:
     """From the checkpoint of this step on, no file of this process grows beyond the limit."""
-    save = engine.saving.save
+    save = loop_module.saving.save
 
     def limited(state: object, run_dir: Path, at: int, loop: LoopConfig) -> None:
         if at >= step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         save(state, run_dir, at, loop)  # type: ignore[arg-type]
 
-    engine.saving.save = limited
+    loop_module.saving.save = limited
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ from openpae.data.training import ImageData
 from openpae.describe import describe
 from openpae.discriminator import DiscriminatorConfig
 from openpae.dit import LightningDiT, LightningDiTConfig
+from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
 from openpae.sample_files import SampleSet, draw_samples
 from openpae.sampling import SamplerConfig, balanced_labels
 from openpae.tokenizer import PAE, PAEConfig
 from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.settings import LoopConfig, OptimConfig
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, train_tokenizer
 from test_engine import curve, same, state_of
 

@@ -15,9 +15,9 @@ from openpae.bench.data import random_images
 from openpae.bench.record import Found
 from openpae.checkpoint import write_prior
 from openpae.encoders import encoder_fingerprint, load_encoder
+from openpae.engine.loop import seconds_per_step
 from openpae.priors import Refiner
 from openpae.storage import whole_folder
-from openpae.train.engine import seconds_per_step
 from openpae.train.refiner import RefinerRun, RefinerTask
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask
 from openpae.upsampling import reference_features

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from openpae import processes
+from openpae.engine.checkpoints import forget_training
 from openpae.runtime.device import pick_device
 from openpae.storage import read_json, write_json
 from openpae.study import work
 from openpae.study.stage import Places, Stage, facts
-from openpae.train.saving import forget_training
 
 
 def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from openpae import processes
+from openpae.engine.loop import Stopped
 from openpae.runtime.provenance import version
 from openpae.storage import whole_file
 from openpae.study.once import run_stage
@@ -27,7 +28,6 @@ from openpae.study.settings import Study
 from openpae.study.stage import Places, Stage
 from openpae.study.table import collect, write_table
 from openpae.study.text import study_text
-from openpae.train.engine import Stopped
 
 Tell = Callable[[str], None]
 

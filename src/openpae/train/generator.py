@@ -18,6 +18,10 @@ from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.dit import LightningDiTConfig
 from openpae.ditdh import GeneratorConfig, build_generator
+from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.parallel import bare, distribute
+from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
+from openpae.engine.task import Update
 from openpae.eval.extractors import ExtractorName, load_extractor
 from openpae.eval.records import evaluate_samples, write_evaluation
 from openpae.eval.reference import open_reference
@@ -27,10 +31,6 @@ from openpae.folders import identity_of
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.sampling import SamplerConfig, balanced_labels
-from openpae.train.engine import check_run, fit, open_run
-from openpae.train.parallel import bare, distribute
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches
-from openpae.train.task import Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
+from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.parallel import bare, distribute
+from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
+from openpae.engine.task import Update
 from openpae.losses import feature_reconstruction, gram_alignment
 from openpae.priors import Refiner, RefinerConfig
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.train.engine import check_run, fit, open_run
-from openpae.train.parallel import bare, distribute
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches
-from openpae.train.task import Update
 from openpae.upsampling import LowPassConfig, load_anyup, reference_features
 
 

@@ -23,6 +23,10 @@ from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_
 from openpae.denoiser import LatentDenoiser
 from openpae.discriminator import AUGMENT_DRAWS, build_discriminator, diff_augment, frozen
 from openpae.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
+from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.parallel import bare, distribute
+from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
+from openpae.engine.task import Update
 from openpae.eval.adapters import pae_space
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
 from openpae.eval.measure import MeasureConfig, measure_tokenizer
@@ -41,7 +45,6 @@ from openpae.lpips_weights import load_perceptual
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.tokenizer import PAE, PAEConfig
-from openpae.train.engine import check_run, fit, open_run
 from openpae.train.objective import (
     TokenizerLoss,
     generic_terms,
@@ -50,9 +53,6 @@ from openpae.train.objective import (
     latent_noise,
     prior_terms,
 )
-from openpae.train.parallel import bare, distribute
-from openpae.train.settings import LoopConfig, OptimConfig, adamw, device_batches
-from openpae.train.task import Update
 
 
 @dataclass(frozen=True, kw_only=True)

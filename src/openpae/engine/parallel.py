@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from openpae import processes
+from openpae.engine.settings import LoopConfig, device_batches
 from openpae.storage import fingerprint
-from openpae.train.settings import LoopConfig, device_batches
 
 
 def distribute(

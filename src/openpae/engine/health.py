@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openpae import processes
-from openpae.train.settings import LoopConfig, OptimConfig
+from openpae.engine.settings import LoopConfig, OptimConfig
 
 WARM_UP = 20
 """Steps of a player before its mean gradient norm is trusted."""

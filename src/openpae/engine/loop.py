@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 from openpae import config as configs
 from openpae import processes
+from openpae.engine import checkpoints, diagnosis
+from openpae.engine.checkpoints import RunState
+from openpae.engine.ema import Ema
+from openpae.engine.health import Health, NotFinite
+from openpae.engine.journal import Journal, profiled
+from openpae.engine.parallel import filled, is_sharded, reducing, whole
+from openpae.engine.settings import LoopConfig, OptimConfig, device_batches, lr_at
+from openpae.engine.task import Task, Update
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
-from openpae.train import diagnosis, saving
-from openpae.train.ema import Ema
-from openpae.train.health import Health, NotFinite
-from openpae.train.journal import Journal, profiled
-from openpae.train.parallel import filled, is_sharded, reducing, whole
-from openpae.train.saving import RunState
-from openpae.train.settings import LoopConfig, OptimConfig, device_batches, lr_at
-from openpae.train.task import Task, Update
 
 HOW = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
@@ -162,11 +162,11 @@ class _Fitting:
     def run(self, quiet: bool) -> dict[str, float]:
         """From the newest checkpoint to the last step; returns the last evaluation."""
         loop, ballot = self.loop, processes.Ballot()
-        start = found = saving.resume(self.state, self.run_dir)
+        start = found = checkpoints.resume(self.state, self.run_dir)
         if found is not None:
-            processes.from_first(lambda: saving.remove_old(self.run_dir, loop, found))
+            processes.from_first(lambda: checkpoints.remove_old(self.run_dir, loop, found))
         if start is None and loop.on_nonfinite == "rollback":  # there must be something to go back to
-            saving.save(self.state, self.run_dir, 0, loop)
+            checkpoints.save(self.state, self.run_dir, 0, loop)
         start = start or 0
         log, metrics = Journal(self.run_dir, start, loop), {}
         data_steps = _without(range(start, loop.steps), self.state.passed_over)
@@ -199,7 +199,7 @@ class _Fitting:
                     bar.set_postfix_str(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
                 with log.paused():
                     if save:  # before it is judged: an evaluation that fails must not cost the step
-                        saving.save(self.state, self.run_dir, done, loop)
+                        checkpoints.save(self.state, self.run_dir, done, loop)
                     if judge:
                         metrics = self._evaluate(done, log)
                 if stop and not last:

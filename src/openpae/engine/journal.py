@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from openpae import processes
+from openpae.engine.settings import PROFILED_FROM, LoopConfig
 from openpae.storage import told_if_full, whole_file
-from openpae.train.settings import PROFILED_FROM, LoopConfig
 
 
 class Journal:

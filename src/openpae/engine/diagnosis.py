@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openpae import processes
-from openpae.train.parallel import bare
-from openpae.train.task import Task
+from openpae.engine.parallel import bare
+from openpae.engine.task import Task
 
 
 class Findings:
