@@ -18,14 +18,14 @@ import torch
 import tyro
 
 from openpae import config as configs
-from openpae.checkpoint import load_prior, load_tokenizer
 from openpae.data.images import ImageFolder, PackedImages, Subset, pack_images
-from openpae.eval.geometry import global_semantic_quality, latent_perturbation_consistency
 from openpae.eval.reconstruction import psnr
-from openpae.layers import to_tokens
-from openpae.losses import gram_alignment, perturb
-from openpae.lpips_weights import load_lpips
-from openpae.storage import read_json, write_json
+from openpae.geometry.metrics import global_semantic_quality, latent_perturbation_consistency
+from openpae.models.layers import to_tokens
+from openpae.models.lpips_weights import load_lpips
+from openpae.models.saved import load_prior, load_tokenizer
+from openpae.objective.losses import gram_alignment, perturb
+from openpae.storage.files import read_json, write_json
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from openpae import config as configs
-from openpae.checkpoint import load_generator
 from openpae.data.shards import Shards
 from openpae.engine.journal import read_log
 from openpae.engine.settings import OptimConfig
-from openpae.flow import interpolate
-from openpae.folders import checkpoint_path, checkpoint_steps
+from openpae.models.saved import load_generator
+from openpae.objective.flow import interpolate
 from openpae.runtime.device import autocast
-from openpae.storage import write_json
+from openpae.storage.files import write_json
+from openpae.storage.model_folder import checkpoint_path, checkpoint_steps
 from openpae.train.generator import GeneratorRun, train_generator
 
 

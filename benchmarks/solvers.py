@@ -18,12 +18,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from openpae.checkpoint import load_generator
-from openpae.flow import time_grid
-from openpae.guidance import guided_velocity
+from openpae.models.saved import load_generator
+from openpae.objective.flow import time_grid
 from openpae.runtime.draws import initial_noise
-from openpae.sampling import SamplerConfig, balanced_labels, sample_latents
-from openpae.solvers import Field, euler, heun, multistep
+from openpae.sampling.guidance import guided_velocity
+from openpae.sampling.sampler import SamplerConfig, balanced_labels, sample_latents
+from openpae.sampling.solvers import Field, euler, heun, multistep
 
 Solver = Callable[[Field, Tensor, Tensor], Tensor]
 

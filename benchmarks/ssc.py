@@ -16,7 +16,7 @@ import torch
 import tyro
 from PIL import Image
 
-from openpae.eval.geometry import spatial_structure_consistency
+from openpae.geometry.metrics import spatial_structure_consistency
 
 
 def main(

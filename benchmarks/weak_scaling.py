@@ -25,10 +25,10 @@ import tyro
 from torch import distributed, multiprocessing
 
 from openpae.data.shards import Layout, ShardWriter
-from openpae.dit import LightningDiTConfig
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.storage import write_json
+from openpae.models.dit import LightningDiTConfig
+from openpae.storage.files import write_json
 from openpae.train.generator import GeneratorRun, GeneratorTask
 
 MODEL = LightningDiTConfig(

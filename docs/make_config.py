@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from openpae.data.training import ImageData
-from openpae.discriminator import DiscriminatorConfig
-from openpae.dit import LightningDiTConfig
-from openpae.ditdh import DiTDHConfig, HeadConfig
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.eval.measure import MeasureConfig
-from openpae.priors import RefinerConfig
-from openpae.sampling import SamplerConfig
+from openpae.geometry.measure import MeasureConfig
+from openpae.models.discriminator import DiscriminatorConfig
+from openpae.models.dit import LightningDiTConfig
+from openpae.models.ditdh import DiTDHConfig, HeadConfig
+from openpae.models.priors import RefinerConfig
+from openpae.models.tokenizer import DecoderConfig, PAEConfig
+from openpae.models.upsampling import LowPassConfig
+from openpae.sampling.sampler import SamplerConfig
 from openpae.study.settings import (
     Claim,
     JudgeSettings,
@@ -28,11 +30,9 @@ from openpae.study.settings import (
     StudyRow,
     StudySetup,
 )
-from openpae.tokenizer import DecoderConfig, PAEConfig
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun
-from openpae.upsampling import LowPassConfig
 
 RUNS = (RefinerRun, TokenizerRun, GeneratorRun, Study, StudySetup)
 PARTS = (

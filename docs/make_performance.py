@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from openpae.dit import SIZES, LightningDiT, LightningDiTConfig
-from openpae.tokenizer import PAE, PAEConfig
+from openpae.models.dit import SIZES, LightningDiT, LightningDiTConfig
+from openpae.models.tokenizer import PAE, PAEConfig
 
 PAGE = Path(__file__).parent / "performance.md"
 IMAGENET = 1_281_167

@@ -18,22 +18,22 @@ import tyro
 from torch import Tensor
 
 from openpae import config as configs
-from openpae import hub
-from openpae.checkpoint import check_pair, load_generator, load_tokenizer
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.eval.estimate import mean_of
+from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples, metric_facts
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import features_of
-from openpae.eval.records import evaluate_reconstruction, evaluate_samples, metric_facts
+from openpae.eval.image_stream import real_images, tensor_images
 from openpae.eval.reference import reference_of
-from openpae.eval.streams import real_images, tensor_images
-from openpae.folders import PARTS, README, RECORD
-from openpae.lpips_weights import load_perceptual
-from openpae.pipeline import Pipeline
-from openpae.quickstart import SAMPLER, cache_pictures
-from openpae.sampling import balanced_labels, sample_images
-from openpae.storage import write_json
+from openpae.models.lpips_weights import load_perceptual
+from openpae.models.saved import check_pair, load_generator, load_tokenizer
+from openpae.quickstart.run import SAMPLER, cache_pictures
+from openpae.sampling.pipeline import Pipeline
+from openpae.sampling.sampler import balanced_labels, sample_images
+from openpae.storage import hub
+from openpae.storage.files import write_json
+from openpae.storage.model_folder import PARTS, README, RECORD
 from openpae.train.generator import GeneratorRun, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer

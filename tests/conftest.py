@@ -17,14 +17,14 @@ import torch
 from hypothesis import settings
 from PIL import Image, ImageDraw
 
-from openpae.checkpoint import write_tokenizer
 from openpae.data.caches import cache_latents
 from openpae.data.images import ImageFolder, PackedImages, pack_images
 from openpae.data.shards import Shards
-from openpae.dit import LightningDiT, LightningDiTConfig
-from openpae.encoders import encoder_fingerprint
-from openpae.folders import identity_of
-from openpae.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
+from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.encoders import encoder_fingerprint
+from openpae.models.saved import write_tokenizer
+from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
+from openpae.storage.model_folder import identity_of
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -104,7 +104,7 @@ def tokenizer_folder(tiny_config: PAEConfig, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def latents(tokenizer_folder: Path, packed: PackedImages, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """The packed images and their mirror images as latents of that tokenizer, in three shards."""
-    from openpae.checkpoint import load_tokenizer
+    from openpae.models.saved import load_tokenizer
 
     model = load_tokenizer(tokenizer_folder)
     return cache_latents(

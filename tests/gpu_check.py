@@ -17,13 +17,13 @@ import torch
 from openpae import config as configs
 from openpae.bench.generator import bench_generator
 from openpae.bench.record import record
-from openpae.checkpoint import load_generator, load_tokenizer
 from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
-from openpae.dit import LightningDiTConfig
-from openpae.ditdh import DiTDHConfig, build_generator
+from openpae.models.dit import LightningDiTConfig
+from openpae.models.ditdh import DiTDHConfig, build_generator
+from openpae.models.saved import load_generator, load_tokenizer
 from openpae.runtime.draws import Draws, initial_noise
-from openpae.sampling import SamplerConfig, sample_latents
+from openpae.sampling.sampler import SamplerConfig, sample_latents
 from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from openpae.checkpoint import load_generator, load_tokenizer
 from openpae.cli import COMMANDS, main
 from openpae.data.shards import Shards
-from openpae.folders import checkpoint_path, checkpoint_steps
+from openpae.models.saved import load_generator, load_tokenizer
+from openpae.storage.model_folder import checkpoint_path, checkpoint_steps
 
 SMALL = ["--loop.steps", "6", "--loop.global-batch-size", "4", "--loop.save-every", "3"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from openpae import cli, quickstart
+from openpae import cli
+from openpae.quickstart import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     """The whole quickstart on a few emoji, then the README's ten lines on its result."""
     monkeypatch.chdir(tmp_path)
     out = Path("runs/quickstart")
-    report = quickstart.run_quickstart(out, 1.0, limit=30)
+    report = run.run_quickstart(out, 1.0, limit=30)
     page = report.read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 2
     assert page.count("<svg") >= 4
@@ -44,9 +45,9 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     assert tuple(names["again"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
     assert tuple(names["pictures"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"holds a quickstart with budget 1\.0"):
-        quickstart.run_quickstart(out, 2.0, limit=30)
+        run.run_quickstart(out, 2.0, limit=30)
     before = (out / "tokenizer" / "config.yaml").read_bytes()
-    quickstart.run_quickstart(out, 1.0, limit=30)  # again: nothing is trained anew
+    run.run_quickstart(out, 1.0, limit=30)  # again: nothing is trained anew
     assert (out / "tokenizer" / "config.yaml").read_bytes() == before
 
 
@@ -88,7 +89,7 @@ def test_every_command_line_parses(line: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(line)
     if arguments[0] == "quickstart":
-        monkeypatch.setattr(quickstart, "run_quickstart", lambda *_, **__: Path("report.html"))
+        monkeypatch.setattr(run, "run_quickstart", lambda *_, **__: Path("report.html"))
         cli.main(arguments)
         return
     with pytest.raises((FileNotFoundError, SystemExit)) as stop:

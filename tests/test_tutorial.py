@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openpae import cli
-from openpae.storage import read_json
+from openpae.storage.files import read_json
 
 TEXT = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|yaml)\n(.*?)```", TEXT, re.S)

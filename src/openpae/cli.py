@@ -83,7 +83,7 @@ def quickstart(
         seed: of weights, data order and noise.
         pretrained: train nothing; show in a minute what the pretrained pair of the package does.
     """
-    from openpae.quickstart import parse_budget, run_quickstart, show_pretrained
+    from openpae.quickstart.run import parse_budget, run_quickstart, show_pretrained
 
     if pretrained and budget is not None:
         raise ValueError("--pretrained trains nothing, so it has no --budget; leave one of them out")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from openpae.storage import whole_file
+from openpae.storage.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

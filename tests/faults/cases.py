@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from running import GENERATOR, TOKENIZER, Case
 
 from openpae import cli
-from openpae.storage import file_hash, read_json, write_json
+from openpae.storage.files import file_hash, read_json, write_json
+from tests.faults.running import GENERATOR, TOKENIZER, Case
 
 # How things are spoiled
 

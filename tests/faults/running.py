@@ -22,7 +22,7 @@ import tensorboard.summary.writer.record_writer  # noqa: F401
 from PIL import Image
 
 from openpae import cli
-from openpae.folders import checkpoint_path
+from openpae.storage.model_folder import checkpoint_path
 
 
 @dataclass(frozen=True, kw_only=True)

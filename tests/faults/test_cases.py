@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from cases import CASES
-from running import Case, Outcome, run_case, workspace
+
+from tests.faults.cases import CASES
+from tests.faults.running import Case, Outcome, run_case, workspace
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from children import run_in_child
 from safetensors.torch import save_file
 
+from openpae.commands.describe import describe
 from openpae.data.images import ImageFolder, pack_images
 from openpae.data.shards import Shards
-from openpae.describe import describe
-from openpae.dit import LightningDiTConfig
 from openpae.engine import loop as loop_module
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.folders import checkpoint_steps
-from openpae.storage import DiskFull, told_if_full, whole_file, whole_folder, write_json
+from openpae.models.dit import LightningDiTConfig
+from openpae.storage.files import DiskFull, told_if_full, whole_file, whole_folder, write_json
+from openpae.storage.model_folder import checkpoint_steps
 from openpae.train.generator import GeneratorRun, train_generator
-from test_engine import curve, same, state_of
+from tests.engine.test_loop import curve, same, state_of
+from tests.faults.children import run_in_child
 
 NUMBERS = {"a": torch.arange(20_000.0), "b": torch.arange(3.0)}
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpae import config as configs
-from openpae.sampling import SamplerConfig
+from openpae.sampling.sampler import SamplerConfig
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
 from openpae.train.tokenizer import TokenizerRun

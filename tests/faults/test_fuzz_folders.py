@@ -10,10 +10,10 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import run, workspace
 
-from openpae.describe import describe
-from test_engine import same, state_of
+from openpae.commands.describe import describe
+from tests.engine.test_loop import same, state_of
+from tests.faults.running import run, workspace
 
 FOLDERS = ["packed", "latents", "tokenizer", "generator", "generator-run"]
 JUNK = [

@@ -15,24 +15,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import run_in_child
 
-from openpae.checkpoint import load_tokenizer
+from openpae.commands.describe import describe
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
 from openpae.data.training import ImageData
-from openpae.describe import describe
-from openpae.discriminator import DiscriminatorConfig
-from openpae.dit import LightningDiT, LightningDiTConfig
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.folders import checkpoint_path, checkpoint_steps, identity_of
-from openpae.sample_files import SampleSet, draw_samples
-from openpae.sampling import SamplerConfig, balanced_labels
-from openpae.tokenizer import PAE, PAEConfig
+from openpae.models.discriminator import DiscriminatorConfig
+from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.saved import load_tokenizer
+from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.sampling.sample_set import SampleSet, draw_samples
+from openpae.sampling.sampler import SamplerConfig, balanced_labels
+from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import GeneratorRun, train_generator
 from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, train_tokenizer
-from test_engine import curve, same, state_of
+from tests.engine.test_loop import curve, same, state_of
+from tests.faults.children import run_in_child
 
 LOOP = LoopConfig(
     steps=8,

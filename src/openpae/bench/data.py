@@ -18,8 +18,8 @@ from openpae.data.caches import cache_features, cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.shards import Layout, Shards, ShardWriter
 from openpae.data.training import TrainingLatents
+from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.runtime.device import autocast, pick_device
-from openpae.tokenizer import PAE, build_tokenizer
 from openpae.train.tokenizer import TokenizerRun
 
 

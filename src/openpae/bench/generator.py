@@ -15,13 +15,13 @@ import torch
 
 from openpae.bench.data import random_latents
 from openpae.bench.record import Found, peak_gib
-from openpae.dit import SIZES, LightningDiTConfig
-from openpae.ditdh import DiTDHConfig, Generator, GeneratorConfig, build_generator
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
+from openpae.models.dit import SIZES, LightningDiTConfig
+from openpae.models.ditdh import DiTDHConfig, Generator, GeneratorConfig, build_generator
 from openpae.runtime.device import autocast, device_name, pick_device
 from openpae.runtime.draws import initial_noise
-from openpae.sampling import SamplerConfig, evaluations, sample_latents
+from openpae.sampling.sampler import SamplerConfig, evaluations, sample_latents
 from openpae.train.generator import GeneratorRun, GeneratorTask
 
 Size = Literal["s", "b", "l", "xl", "1p0b", "1p6b"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from openpae.runtime.device import device_name
-from openpae.storage import read_json
+from openpae.storage.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,14 @@ import torch
 from openpae import config as configs
 from openpae.bench.data import random_images
 from openpae.bench.record import Found
-from openpae.checkpoint import write_prior
-from openpae.encoders import encoder_fingerprint, load_encoder
 from openpae.engine.loop import seconds_per_step
-from openpae.priors import Refiner
-from openpae.storage import whole_folder
+from openpae.models.encoders import encoder_fingerprint, load_encoder
+from openpae.models.priors import Refiner
+from openpae.models.saved import write_prior
+from openpae.models.upsampling import reference_features
+from openpae.storage.files import whole_folder
 from openpae.train.refiner import RefinerRun, RefinerTask
 from openpae.train.tokenizer import TokenizerRun, TokenizerTask
-from openpae.upsampling import reference_features
 
 
 def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Found:

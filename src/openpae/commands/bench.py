@@ -48,7 +48,7 @@ def bench(
         checkpoint_blocks: blocks whose activations are computed again; none by default.
     """
     from openpae.bench import data, generator, metrics, record, stages
-    from openpae.storage import write_json
+    from openpae.storage.files import write_json
 
     options: dict[str, Any] = {
         "sizes": sizes,

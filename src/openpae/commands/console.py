@@ -126,7 +126,7 @@ class Progress:
     def __init__(self, what: str, unit: str) -> None:
         from tqdm import tqdm
 
-        from openpae import processes
+        from openpae.runtime import processes
 
         hidden = None if sys.stderr.isatty() and processes.is_first() else True
         self.bar = tqdm(desc=what, unit=unit, disable=hidden, file=sys.stderr)
@@ -145,7 +145,7 @@ class Progress:
 
 def tell(text: str) -> None:
     """Print, where this is the first process."""
-    from openpae import processes
+    from openpae.runtime import processes
 
     if processes.is_first():
         print(text)

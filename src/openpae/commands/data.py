@@ -39,7 +39,7 @@ def info(folder: Folder, /, verify: bool = False) -> None:
         folder: any of them.
         verify: also read everything and compare it with the checksums.
     """
-    from openpae.describe import describe
+    from openpae.commands.describe import describe
 
     for name, value in describe(folder, verify=verify).items():
         print(f"{name:16} {value}")

@@ -9,8 +9,8 @@ import tyro
 
 from openpae.commands.console import Device, Progress, Reference, at_least_one
 from openpae.commands.sample import SamplerChoice
-from openpae.evaluation import Drawing, EvaluationRun, run_evaluation
-from openpae.profile import ProfileRun, run_profile
+from openpae.eval.run import Drawing, EvaluationRun, run_evaluation
+from openpae.geometry.profile import ProfileRun, run_profile
 
 
 def evaluate(
@@ -31,9 +31,9 @@ def evaluate(
         out: where the record (JSON) goes; by default evaluation.json beside what is judged.
         device: auto takes a GPU if there is one.
     """
-    from openpae import processes
+    from openpae.runtime import processes
     from openpae.runtime.device import pick_device
-    from openpae.storage import write_json
+    from openpae.storage.files import write_json
 
     at_least_one(batch_size=sampler.batch_size)
     drawing = None

@@ -42,8 +42,8 @@ def import_official(
         statistics: for a generator: the file with mean and std of its latents (latents_stats.pt).
         classes: for latents: number of classes; by default the largest label plus one.
     """
-    from openpae.official import released_kind
-    from openpae.weights import read_tensors
+    from openpae.interop.released import released_kind
+    from openpae.storage.weights import read_tensors
 
     if file.is_dir():
         _import_latents(file, out, tokenizer, classes)
@@ -58,11 +58,11 @@ def import_official(
 def _import_tokenizer(
     released: dict[str, Any], out: Path, encoder: str, source: str | None, decoder_heads: int | None
 ) -> None:
-    from openpae import official
-    from openpae.folders import identity_of
+    from openpae.interop import released as released_module
+    from openpae.storage.model_folder import identity_of
 
-    config = official.released_tokenizer_config(released, encoder, source, decoder_heads)
-    official.import_tokenizer(released, config).save_pretrained(out)
+    config = released_module.released_tokenizer_config(released, encoder, source, decoder_heads)
+    released_module.import_tokenizer(released, config).save_pretrained(out)
     c, h, w = config.latent_shape
     print(f"tokenizer of {config.image_size}-pixel images to {c} x {h} x {w} latents in {out}")
     print(f"fingerprint {identity_of(out).fingerprint}")
@@ -71,13 +71,15 @@ def _import_tokenizer(
 def _import_generator(
     released: dict[str, Any], out: Path, tokenizer: Path | None, statistics: Path | None
 ) -> None:
-    from openpae import official
-    from openpae.folders import identity_of
+    from openpae.interop import released as released_module
+    from openpae.storage.model_folder import identity_of
 
     if statistics is None:
         raise ValueError("a generator needs the statistics of its latents: --statistics latents_stats.pt")
-    generator = official.import_generator(released, official.released_generator_config(released))
-    generator.set_statistics(*official.read_statistics(statistics))
+    generator = released_module.import_generator(
+        released, released_module.released_generator_config(released)
+    )
+    generator.set_statistics(*released_module.read_statistics(statistics))
     # Latents of a tokenizer that is not ours can be sampled, but no tokenizer of ours decodes them.
     generator.made_with = "unknown" if tokenizer is None else identity_of(tokenizer).fingerprint
     generator.save_pretrained(out)
@@ -87,9 +89,9 @@ def _import_generator(
 
 def _import_latents(source: Path, out: Path, tokenizer: Path | None, classes: int | None) -> None:
     from openpae import config as configs
-    from openpae.data.foreign import import_latents
-    from openpae.folders import CONFIG, identity_of, model_folder
-    from openpae.tokenizer import PAEConfig
+    from openpae.interop.foreign_latents import import_latents
+    from openpae.models.tokenizer import PAEConfig
+    from openpae.storage.model_folder import CONFIG, identity_of, model_folder
 
     if tokenizer is None:
         raise ValueError("latents belong to a tokenizer: --tokenizer FOLDER (import that first)")
@@ -123,9 +125,9 @@ def export(
         tolerance: each graph is run beside the model; it may differ by so much.
     """
     from openpae import config as configs
-    from openpae.checkpoint import load_generator, load_tokenizer
-    from openpae.export import export_model
-    from openpae.folders import CONFIG, model_folder
+    from openpae.interop.export import export_model
+    from openpae.models.saved import load_generator, load_tokenizer
+    from openpae.storage.model_folder import CONFIG, model_folder
 
     kind = configs.read_yaml(model_folder(model) / CONFIG).get("kind")
     loaded = load_tokenizer(model) if kind == "PAEConfig" else load_generator(model)
@@ -153,8 +155,8 @@ def push(
         private: make a new repository that only you can see.
         dry_run: upload nothing; list the files and print the card.
     """
-    from openpae import hub
-    from openpae.folders import README
+    from openpae.storage import hub
+    from openpae.storage.model_folder import README
 
     if not dry_run:
         print(hub.push(folder, repo, licence=licence, private=private))

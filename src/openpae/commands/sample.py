@@ -23,12 +23,12 @@ from openpae.commands.console import (
     at_least_one,
 )
 from openpae.data.pixels import to_unit
-from openpae.ditdh import Generator as GeneratorModel
 from openpae.eval.extractors import ExtractorName
-from openpae.sample_files import FILES, Format, SampleSet, draw_samples
-from openpae.sampling import SamplerConfig, Solver, balanced_labels
-from openpae.search import SearchConfig
-from openpae.tokenizer import PAE
+from openpae.eval.guidance_search import SearchConfig
+from openpae.models.ditdh import Generator as GeneratorModel
+from openpae.models.tokenizer import PAE
+from openpae.sampling.sample_set import FILES, Format, SampleSet, draw_samples
+from openpae.sampling.sampler import SamplerConfig, Solver, balanced_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +146,11 @@ def reconstruct(
     at_least_one(count=count, batch_size=batch_size)
     import torch
 
-    from openpae.checkpoint import load_tokenizer
     from openpae.data.images import PackedImages, open_images
     from openpae.data.pixels import to_image
+    from openpae.eval.image_stream import source_batches
     from openpae.eval.reconstruction import ReconstructionMetrics
-    from openpae.eval.streams import source_batches
+    from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
 
     where = pick_device(device)
@@ -205,7 +205,7 @@ def sample(
         out: folder for the samples.
         device: auto takes a GPU if there is one.
     """
-    from openpae import processes
+    from openpae.runtime import processes
     from openpae.runtime.device import autocast
 
     run.check()
@@ -258,7 +258,7 @@ def interpolate(
         device: auto takes a GPU if there is one.
     """
     from openpae.data.pixels import image_grid, to_image
-    from openpae.storage import whole_file, whole_folder
+    from openpae.storage.files import whole_file, whole_folder
 
     generated = (generator, seeds, label)
     if (images is None) == (None in generated) or (
@@ -310,11 +310,11 @@ def search_guidance(
     """
     import torch
 
-    from openpae import processes
     from openpae.eval.extractors import load_extractor
+    from openpae.eval.guidance_search import Judge
+    from openpae.eval.guidance_search import search_guidance as run_search
     from openpae.eval.reference import open_reference
-    from openpae.search import Judge
-    from openpae.search import search_guidance as run_search
+    from openpae.runtime import processes
 
     with processes.joined(device):
         models = _Models.load(tokenizer, generator, sampler, device)
@@ -355,7 +355,7 @@ class _Models:
 
     @classmethod
     def load(cls, tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> _Models:
-        from openpae.checkpoint import check_pair, load_generator, load_tokenizer
+        from openpae.models.saved import check_pair, load_generator, load_tokenizer
         from openpae.runtime.device import pick_device
 
         facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
@@ -379,10 +379,10 @@ class _Models:
 def _walk_of_images(
     folder: Path, images: tuple[Path, Path], sampler: SamplerChoice, frames: int, device: str
 ) -> torch.Tensor:
-    from openpae.checkpoint import load_tokenizer
     from openpae.data.images import center_crop, read_image
+    from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
-    from openpae.walk import walk_images
+    from openpae.sampling.interpolation import walk_images
 
     if sampler != SamplerChoice():
         raise ValueError("between two images nothing is sampled: leave the sampler's options out")
@@ -404,7 +404,7 @@ def _walk_of_seeds(
     device: str,
 ) -> torch.Tensor:
     from openpae.runtime.device import autocast
-    from openpae.walk import walk_seeds
+    from openpae.sampling.interpolation import walk_seeds
 
     models = _Models.load(folder, generator, sampler, device)
     with autocast(models.device, sampler.precision):

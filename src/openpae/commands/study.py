@@ -58,7 +58,7 @@ def study(
         raise ValueError(
             "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
         )
-    from openpae import processes
+    from openpae.runtime import processes
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
     from openpae.study.run import describe_plan, run_plan

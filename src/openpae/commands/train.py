@@ -23,7 +23,7 @@ from openpae.commands.console import (
 
 def train_tokenizer(argv: Sequence[str]) -> None:
     """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
-    from openpae import processes
+    from openpae.runtime import processes
     from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
     run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
@@ -34,7 +34,7 @@ def train_tokenizer(argv: Sequence[str]) -> None:
 
 def train_refiner(argv: Sequence[str]) -> None:
     """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
-    from openpae import processes
+    from openpae.runtime import processes
     from openpae.train.refiner import RefinerRun, train_refiner
 
     run, run_dir = run_of(RefinerRun, argv, "train-refiner")
@@ -50,8 +50,8 @@ def train_generator(argv: Sequence[str]) -> None:
     """
     import dataclasses
 
-    from openpae import processes
-    from openpae.dit import size_fields
+    from openpae.models.dit import size_fields
+    from openpae.runtime import processes
     from openpae.train.generator import GeneratorRun, train_generator
 
     argv, size = take_option(argv, "--model.size")
@@ -87,15 +87,16 @@ def cache_latents(
         skip_broken: leave out files that can not be decoded, and name them.
     """
     at_least_one(batch_size=batch_size)
-    from openpae import checkpoint, processes
     from openpae.data import caches
     from openpae.data.images import open_images
-    from openpae.folders import identity_of
+    from openpae.models import saved
+    from openpae.runtime import processes
     from openpae.runtime.device import autocast, pick_device
+    from openpae.storage.model_folder import identity_of
 
     with processes.joined(device):
         where = pick_device(device)
-        model = checkpoint.load_tokenizer(tokenizer).to(where)
+        model = saved.load_tokenizer(tokenizer).to(where)
 
         def encode(x: Any) -> Any:
             with autocast(where, precision):
@@ -158,7 +159,7 @@ def fit_targets(
         batch_size=batch_size,
     )
     from openpae.data.images import open_images
-    from openpae.encoders import load_encoder
+    from openpae.models.encoders import load_encoder
     from openpae.runtime.device import pick_device
     from openpae.train import targets
 

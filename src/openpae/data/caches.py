@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae import processes
 from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, in_order, plain_size
 from openpae.data.pixels import to_unit
 from openpae.data.shards import TYPES, Layout, Part, Shards, ShardWriter
+from openpae.runtime import processes
 
 Progress = Callable[[int, int], None]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from openpae.data.images import Size, center_crop, decoded, height_width, read_image, resize_to_cover
 from openpae.data.listing import EXTENSIONS
 from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
-from openpae.storage import fingerprint, read_json
+from openpae.storage.files import fingerprint, read_json
 
 PANOPTIC_VOID = 0
 """Id of the pixels that COCO's panoptic maps leave unlabelled."""

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from openpae.assets import fetch
 from openpae.data.backgrounds import soft_background
 from openpae.data.images import PackedImages
 from openpae.data.shards import Layout, ShardWriter
+from openpae.storage.assets import fetch
 
 CATEGORIES = (
     "Smileys & Emotion",

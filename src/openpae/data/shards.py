@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.storage import file_hash, read_json, whole_file, write_json
+from openpae.storage.files import file_hash, read_json, whole_file, write_json
 
 TYPES = {
     "uint8": torch.uint8,

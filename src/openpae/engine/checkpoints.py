@@ -25,15 +25,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
-from openpae import processes
 from openpae.engine.ema import Ema
 from openpae.engine.health import Health
 from openpae.engine.parallel import bare, is_sharded, shard_like, whole
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
-from openpae.folders import README, checkpoint_path, checkpoint_steps
-from openpae.storage import file_hash, read_json, whole_folder, write_json
-from openpae.weights import pickle_refusal
+from openpae.runtime import processes
+from openpae.storage.files import file_hash, read_json, whole_folder, write_json
+from openpae.storage.model_folder import README, checkpoint_path, checkpoint_steps
+from openpae.storage.weights import pickle_refusal
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openpae import processes
 from openpae.engine.parallel import bare
 from openpae.engine.task import Task
+from openpae.runtime import processes
 
 
 class Findings:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from openpae import processes
 from openpae.engine.settings import LoopConfig, OptimConfig
+from openpae.runtime import processes
 
 WARM_UP = 20
 """Steps of a player before its mean gradient norm is trusted."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from openpae import processes
 from openpae.engine.settings import PROFILED_FROM, LoopConfig
-from openpae.storage import told_if_full, whole_file
+from openpae.runtime import processes
+from openpae.storage.files import told_if_full, whole_file
 
 
 class Journal:

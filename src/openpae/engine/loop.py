@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from openpae import config as configs
-from openpae import processes
 from openpae.engine import checkpoints, diagnosis
 from openpae.engine.checkpoints import RunState
 from openpae.engine.ema import Ema
@@ -30,6 +29,7 @@ from openpae.engine.journal import Journal, profiled
 from openpae.engine.parallel import filled, is_sharded, reducing, whole
 from openpae.engine.settings import LoopConfig, OptimConfig, device_batches, lr_at
 from openpae.engine.task import Task, Update
+from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
 

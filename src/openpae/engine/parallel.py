@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from openpae import processes
 from openpae.engine.settings import LoopConfig, device_batches
-from openpae.storage import fingerprint
+from openpae.runtime import processes
+from openpae.storage.files import fingerprint
 
 
 def distribute(

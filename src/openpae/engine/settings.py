@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from openpae import processes
+from openpae.runtime import processes
 
 PROFILED_FROM = 3
 """Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.assets import fetch
-from openpae.critics import LPIPS
 from openpae.data.pixels import quantize
 from openpae.eval.inception import Inception2015
-from openpae.lpips_weights import load_lpips
-from openpae.storage import fingerprint
-from openpae.vfms import IMAGENET_MEAN, IMAGENET_STD
-from openpae.weights import load_strict, read_tensors
+from openpae.models.lpips import LPIPS
+from openpae.models.lpips_weights import load_lpips
+from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
+from openpae.storage.assets import fetch
+from openpae.storage.files import fingerprint
+from openpae.storage.weights import load_strict, read_tensors
 
 ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]
 """inception gives the FID that is published, dinov2 FD-DINOv2; vgg16 (512 features) and efficientnet-lite0
@@ -138,7 +138,7 @@ class VggFeatures(nn.Module):
     """relu5_3 of VGG16, pooled, at the images' own size. Not comparable with published FID.
 
     Args:
-        lpips: the LPIPS network of `openpae.critics` with VGG16 inside.
+        lpips: the LPIPS network of `openpae.models.lpips` with VGG16 inside.
         name: what records call it.
     """
 

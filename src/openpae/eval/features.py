@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from openpae import processes
 from openpae.data.pixels import hash_of_all, hashes_of, quantize, to_unit
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.frechet import Moments
-from openpae.eval.streams import ImageStream
+from openpae.eval.image_stream import ImageStream
+from openpae.runtime import processes
 
 
 class FeatureSet:

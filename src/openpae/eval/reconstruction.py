@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae import processes
 from openpae.data.pixels import check_images, quantize, to_unit
 from openpae.eval.estimate import Estimate, mean_of
+from openpae.runtime import processes
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
 """Distance of two batches of images, one value per pair: (B,). LPIPS, as a rule."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from openpae import processes
 from openpae.engine.checkpoints import forget_training
+from openpae.runtime import processes
 from openpae.runtime.device import pick_device
-from openpae.storage import read_json, write_json
+from openpae.storage.files import read_json, write_json
 from openpae.study import work
 from openpae.study.stage import Places, Stage, facts
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from openpae import config as configs
 from openpae.data.images import open_images
-from openpae.storage import file_hash
+from openpae.storage.files import file_hash
 from openpae.study.settings import JudgeSettings, Resolved, Study, StudyData, StudyRow, StudySetup, resolve
 from openpae.study.stage import (
     FeatureSettings,

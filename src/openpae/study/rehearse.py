@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from openpae.data.images import open_images
-from openpae.storage import read_json
+from openpae.storage.files import read_json
 from openpae.study.once import run_stage
 from openpae.study.plan import Plan
 from openpae.study.stage import (

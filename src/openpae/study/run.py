@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from openpae import processes
 from openpae.engine.loop import Stopped
+from openpae.runtime import processes
 from openpae.runtime.provenance import version
-from openpae.storage import whole_file
+from openpae.storage.files import whole_file
 from openpae.study.once import run_stage
 from openpae.study.page import study_page
 from openpae.study.plan import Plan

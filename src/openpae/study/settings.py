@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from openpae import config as configs
-from openpae.critics import PerceptualNet
 from openpae.eval.extractors import ExtractorName
-from openpae.eval.measure import MeasureConfig
-from openpae.sampling import SamplerConfig
+from openpae.geometry.measure import MeasureConfig
+from openpae.models.lpips import PerceptualNet
+from openpae.sampling.sampler import SamplerConfig
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
 from openpae.train.tokenizer import TokenizerRun

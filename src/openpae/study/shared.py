@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from openpae.critics import LPIPS, PerceptualNet
 from openpae.data.images import chosen_rows, open_images
 from openpae.data.label_maps import Segmented, read_segmented
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
 from openpae.eval.features import FeatureSet, features_of
-from openpae.eval.measure import MeasureConfig
+from openpae.eval.image_stream import real_images
 from openpae.eval.reference import Reference, read_reference
-from openpae.eval.streams import real_images
-from openpae.lpips_weights import load_perceptual
+from openpae.geometry.measure import MeasureConfig
+from openpae.models.lpips import LPIPS, PerceptualNet
+from openpae.models.lpips_weights import load_perceptual
 
 
 @functools.cache

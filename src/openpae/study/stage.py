@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from openpae import processes
 from openpae.eval.extractors import ExtractorName
+from openpae.runtime import processes
 from openpae.study.settings import JudgeSettings, MeasureSettings
 
 StageKind = Literal[

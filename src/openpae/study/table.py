@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from openpae.storage import read_json, whole_file
+from openpae.storage.files import read_json, whole_file
 from openpae.study.plan import Plan
 from openpae.study.settings import HIGHER_IS_BETTER
 

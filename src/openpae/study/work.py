@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from openpae import config as configs
-from openpae import processes
-from openpae.checkpoint import load_generator, load_prior, load_tokenizer
 from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features, cache_targets
 from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images, spread
 from openpae.data.pixels import image_grid
 from openpae.data.shards import Shards
-from openpae.encoders import EncoderInput, encoder_fingerprint, load_encoder
-from openpae.eval.adapters import LatentSpace, open_tokenizer
+from openpae.eval.evaluate import evaluate_samples
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import features_of
-from openpae.eval.measure import measure_tokenizer
-from openpae.eval.records import evaluate_samples
+from openpae.eval.image_stream import Batch, ImageStream, drawn_images, real_images
 from openpae.eval.reference import reference_of, save_reference
-from openpae.eval.streams import Batch, ImageStream, drawn_images, real_images
-from openpae.folders import checkpoint_path, identity_of
+from openpae.geometry.measure import measure_tokenizer
+from openpae.geometry.spaces import LatentSpace, open_tokenizer
+from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
+from openpae.models.saved import load_generator, load_prior, load_tokenizer
+from openpae.runtime import processes
 from openpae.runtime.device import pick_device
-from openpae.sampling import balanced_labels
-from openpae.storage import write_json
+from openpae.sampling.sampler import balanced_labels
+from openpae.storage.files import write_json
+from openpae.storage.model_folder import checkpoint_path, identity_of
 from openpae.study import shared
 from openpae.study.stage import (
     FeatureSettings,

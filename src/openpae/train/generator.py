@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import load_tokenizer, write_generator
 from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
-from openpae.dit import LightningDiTConfig
-from openpae.ditdh import GeneratorConfig, build_generator
 from openpae.engine.loop import check_run, fit, open_run
 from openpae.engine.parallel import bare, distribute
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
+from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import ExtractorName, load_extractor
-from openpae.eval.records import evaluate_samples, write_evaluation
+from openpae.eval.image_stream import drawn_images
 from openpae.eval.reference import open_reference
-from openpae.eval.streams import drawn_images
-from openpae.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
-from openpae.folders import identity_of
+from openpae.models.dit import LightningDiTConfig
+from openpae.models.ditdh import GeneratorConfig, build_generator
+from openpae.models.saved import load_tokenizer, write_generator
+from openpae.objective.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.sampling import SamplerConfig, balanced_labels
+from openpae.sampling.sampler import SamplerConfig, balanced_labels
+from openpae.storage.model_folder import identity_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.checkpoint import write_prior
 from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
-from openpae.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
 from openpae.engine.loop import check_run, fit, open_run
 from openpae.engine.parallel import bare, distribute
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
-from openpae.losses import feature_reconstruction, gram_alignment
-from openpae.priors import Refiner, RefinerConfig
+from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
+from openpae.models.priors import Refiner, RefinerConfig
+from openpae.models.saved import write_prior
+from openpae.models.upsampling import LowPassConfig, load_anyup, reference_features
+from openpae.objective.losses import feature_reconstruction, gram_alignment
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.upsampling import LowPassConfig, load_anyup, reference_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class RefinerRun:
     model: RefinerConfig = field(default_factory=RefinerConfig)
     """The refiner."""
     encoder: str = "dinov2-l"
-    """The VFM, a row of openpae.vfms.ENCODERS."""
+    """The VFM, a row of openpae.models.vfms.ENCODERS."""
     encoder_source: str | None = None
     """Hub name or local folder of its weights; null takes the row's own."""
     image_size: int = 256

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openpae.checkpoint import write_prior
 from openpae.data.caches import Progress
 from openpae.data.images import ImageSource, spread
-from openpae.encoders import Encoder, EncoderInput, encoder_fingerprint
-from openpae.eval.streams import source_batches
-from openpae.priors import LinearTargets, fit_pca, random_targets
-from openpae.storage import whole_folder
+from openpae.eval.image_stream import source_batches
+from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint
+from openpae.models.priors import LinearTargets, fit_pca, random_targets
+from openpae.models.saved import write_prior
+from openpae.storage.files import whole_folder
 
 
 @torch.no_grad()

@@ -12,28 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae import processes
-from openpae.checkpoint import load_prior, write_tokenizer
-from openpae.critics import LPIPS
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, Subset, open_images, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
-from openpae.denoiser import LatentDenoiser
-from openpae.discriminator import AUGMENT_DRAWS, build_discriminator, diff_augment, frozen
-from openpae.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.engine.loop import check_run, fit, open_run
 from openpae.engine.parallel import bare, distribute
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
-from openpae.eval.adapters import pae_space
+from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
-from openpae.eval.measure import MeasureConfig, measure_tokenizer
-from openpae.eval.records import evaluate_reconstruction, metric_facts, write_evaluation
-from openpae.eval.streams import real_images
-from openpae.folders import identity_of
-from openpae.losses import (
+from openpae.eval.image_stream import real_images
+from openpae.geometry.measure import MeasureConfig, measure_tokenizer
+from openpae.geometry.spaces import pae_space
+from openpae.models.denoiser import LatentDenoiser
+from openpae.models.discriminator import AUGMENT_DRAWS, build_discriminator, diff_augment, frozen
+from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
+from openpae.models.lpips import LPIPS
+from openpae.models.lpips_weights import load_perceptual
+from openpae.models.saved import load_prior, write_tokenizer
+from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.objective.losses import (
     adaptive_weight,
     compared_pairs,
     discriminator_hinge,
@@ -41,11 +41,7 @@ from openpae.losses import (
     perturb,
     reached_angle,
 )
-from openpae.lpips_weights import load_perceptual
-from openpae.runtime.device import pick_device
-from openpae.runtime.draws import Draws
-from openpae.tokenizer import PAE, PAEConfig
-from openpae.train.objective import (
+from openpae.objective.terms import (
     TokenizerLoss,
     generic_terms,
     gradient_shares,
@@ -53,6 +49,10 @@ from openpae.train.objective import (
     latent_noise,
     prior_terms,
 )
+from openpae.runtime import processes
+from openpae.runtime.device import pick_device
+from openpae.runtime.draws import Draws
+from openpae.storage.model_folder import identity_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,165 @@
+"""What is this folder? A run, a model, a cache, packed images or a folder of images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from openpae import config as configs
+from openpae.data.images import ImageFolder
+from openpae.data.shards import Shards
+from openpae.engine.checkpoints import read_facts
+from openpae.engine.journal import read_log
+from openpae.models.ditdh import GENERATORS
+from openpae.models.saved import load_generator, load_prior, load_tokenizer
+from openpae.storage.files import read_json
+from openpae.storage.model_folder import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
+
+_KINDS = {
+    "PAEConfig": ("a tokenizer", "encoder"),
+    "LightningDiTConfig": ("a generator", "made for"),
+    "DiTDHConfig": ("a generator with a wide head", "made for"),
+    "RefinerConfig": ("a refiner", "encoder"),
+    "LinearTargetsConfig": ("raw targets", "encoder"),
+}
+"""What a model folder's config says it is, and what its second fingerprint names."""
+
+
+def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
+    """Facts about a folder, in the order in which they are worth reading.
+
+    Args:
+        folder: any folder that pae writes or reads.
+        verify: also read everything: checksums of shards and weights, every image file.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing of ours in it.
+        ValueError: damaged.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    if (folder / "header.json").is_file():
+        return _shards(folder, verify)
+    if (folder / WEIGHTS).is_file():
+        return _model(folder, verify)
+    if (folder / "config.yaml").is_file():
+        return _run(folder, verify)
+    source = ImageFolder(folder)
+    counts = Counter(source.labels.tolist())
+    facts = {
+        "what": "a folder of images",
+        "images": f"{len(source):,}",
+        "classes": f"{len(source.classes)} ({min(counts.values())} to {max(counts.values())} images each)",
+        "fingerprint": source.fingerprint(),
+    }
+    if verify:
+        for index in range(len(source)):
+            source.read(index)
+        facts["verified"] = "every file can be decoded"
+    return facts
+
+
+def _shards(folder: Path, verify: bool) -> dict[str, str]:
+    if not (folder / "index.json").is_file():
+        header = read_json(folder / "header.json")
+        done = len(list(folder.glob("[0-9]*.npy")))
+        total = -(-header["sources"] // header["per_shard"])
+        return {
+            "what": f"{header['kind']}, incomplete: {done} of {total} shards",
+            "what to do": "run the command that makes it again; it goes on",
+        }
+    shards = Shards(folder)
+    facts = {
+        "what": f"cached {shards.index['kind']}" if shards.index["kind"] != "images" else "packed images",
+        "rows": f"{len(shards):,} of shape {shards.shape}, {shards.index['dtype']}",
+        "classes": str(len(shards.attributes.get("classes", []))),
+        "skipped files": str(len(shards.index["skipped"])),
+    }
+    facts |= {
+        name: str(shards.attributes[name])
+        for name in ("tokenizer", "encoder", "images", "source")
+        if name in shards.attributes
+    }
+    if "mean" in shards.index:
+        facts["channel mean"] = _span(shards.index["mean"])
+        facts["channel std"] = _span(shards.index["std"])
+    if verify:
+        shards.verify()
+        facts["verified"] = "every shard has its checksum"
+    return facts
+
+
+def _model(folder: Path, verify: bool) -> dict[str, str]:
+    data = configs.read_yaml(folder / "config.yaml")
+    kind = str(data.get("kind"))
+    if kind not in _KINDS:
+        raise ValueError(f"{folder / 'config.yaml'} is of kind {kind!r}; known: {', '.join(_KINDS)}")
+    identity = identity_of(folder)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+    count = sum(_product(size) for size in sizes)
+    what, relation = _KINDS[kind]
+    facts = {
+        "what": what,
+        "parameters": f"{count:,} in {len(sizes)} tensors",
+        "fingerprint": identity.fingerprint,
+        relation: identity.made_with,
+        **{key: _short(value) for key, value in data.items() if key != "kind"},
+    }
+    if (folder / "checkpoint.json").is_file():
+        facts["step"] = f"{read_json(folder / 'checkpoint.json').get('step')}"
+    if verify:
+        if (folder / "checkpoint.json").is_file():
+            try:
+                read_facts(folder)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {folder} is damaged: {error}") from None
+        if kind == "PAEConfig":
+            load_tokenizer(folder, decode_only=True)
+        elif kind in [config.__name__ for config in GENERATORS]:
+            load_generator(folder)
+        else:
+            load_prior(folder)
+        facts["verified"] = "weights and config give the fingerprint"
+    return facts
+
+
+def _run(folder: Path, verify: bool) -> dict[str, str]:
+    data = configs.read_yaml(folder / "config.yaml")
+    steps = checkpoint_steps(folder)
+    if not isinstance(loop := data.get("loop"), dict) or type(planned := loop.get("steps")) is not int:
+        raise ValueError(f"{folder / 'config.yaml'} is no config of a run: it has no loop.steps")
+    facts = {
+        "what": f"a run ({data.get('kind')})",
+        "checkpoints": ", ".join(f"{step:,}" for step in steps) or "none",
+        "progress": f"{steps[-1] if steps else 0:,} of {planned:,} steps",
+    }
+    if (folder / "log.jsonl").is_file() and (lines := read_log(folder)):
+        last: dict[str, float] = {}
+        for line in lines:
+            last |= line
+        facts |= {name: f"{value:.5g}" for name, value in last.items() if name not in ("step", "lr")}
+    for step in steps if verify else steps[-1:]:
+        inside = _model(checkpoint_path(folder, step), verify)
+        facts |= {name: inside[name] for name in ("parameters", "fingerprint", "verified") if name in inside}
+    return facts
+
+
+def _product(shape: Any) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)

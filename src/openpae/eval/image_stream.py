@@ -1,0 +1,358 @@
+"""Where images to be measured come from: real ones, npz files, folders, the sampler; in numbered batches.
+
+Under torchrun each process reads its own share, and the numbers say which images these are.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from openpae import config as configs
+from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
+from openpae.data.pixels import check_images, to_unit
+from openpae.runtime.processes import own_rows
+from openpae.sampling.guidance import VelocityModel
+from openpae.sampling.sampler import Decoder, SamplerConfig, decoded, evaluations, sample_batches
+from openpae.storage.files import read_json
+
+Facts = Mapping[str, Any]
+Rows = Sequence[int] | NDArray[np.int64]
+
+AS_STORED = "as stored"
+"""Preprocessing of images that are neither resized nor cropped."""
+
+
+class Batch(NamedTuple):
+    """Some images of a stream."""
+
+    images: Tensor
+    """(B, 3, H, W) in [0, 1]."""
+    numbers: Sequence[int]
+    """Number of each among all images of the stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStream:
+    """Images of one size, read once and in batches."""
+
+    name: str
+    """What a record calls them."""
+    count: int
+    """How many, over all processes."""
+    size: tuple[int, int]
+    """(H, W)."""
+    preprocessing: str
+    """How they were brought to that size."""
+    batches: Callable[[int], Iterator[Batch]]
+    """Batch size to the batches of this process's share."""
+    facts: Facts = field(default_factory=dict)
+    """What is known of how they were made: sampler, tokenizer, generator, samples_sha256."""
+
+
+def real_images(source: ImageSource, size: Size, *, name: str = "", rows: Rows | None = None) -> ImageStream:
+    """Real images, centre-cropped as ADM does.
+
+    Args:
+        source: a folder of images, or packed ones.
+        size: (H, W), or the side of squares.
+        name: what a record calls them; by default their fingerprint.
+        rows: which, in order; None takes all.
+    """
+    height, width = height_width(size)
+    chosen = range(len(source)) if rows is None else [int(row) for row in rows]
+
+    def batches(batch_size: int) -> Iterator[Batch]:
+        own = own_rows(len(chosen))
+        images = source_batches(source, size, batch_size, [chosen[i] for i in own])
+        yield from map(Batch, images, _parts(own, batch_size))
+
+    return ImageStream(
+        name=name or source.fingerprint(),
+        count=len(chosen),
+        size=(height, width),
+        preprocessing="halved by boxes while twice too large, then bicubic; "
+        f"centre crop to {height} x {width}",
+        batches=batches,
+        facts={"data": source.fingerprint()},
+    )
+
+
+def source_batches(
+    source: ImageSource, size: Size, batch_size: int, indices: Rows | None = None
+) -> Iterator[Tensor]:
+    """Centre-cropped images of a source, (B, 3, H, W) in [0, 1], in order.
+
+    Images of a folder that are smaller than `size` are enlarged, as in ADM's references, with a warning.
+
+    Raises:
+        ValueError: all images are smaller than `size`.
+        BrokenImage: a file can not be decoded.
+    """
+    height, width = height_width(size)
+    packed = source.image_shape if isinstance(source, PackedImages) else None
+    if packed is not None and (packed[0] < height or packed[1] < width):
+        raise ValueError(
+            f"{source.name(0)} is of {packed[0]} x {packed[1]} pixels, {height} x {width} are needed; "
+            "enlarging them would change every distance: pack them anew from the originals"
+        )
+    rows = range(len(source)) if indices is None else indices
+    enlarged = 0
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        if isinstance(source, PackedImages) and packed == (height, width):
+            yield to_unit(source.shards.gather(np.asarray(part, dtype=np.int64)))
+            continue
+        images = [source.read(int(row)) for row in part]
+        enlarged += sum(image.height < height or image.width < width for image in images)
+        yield to_unit(torch.stack([torch.from_numpy(center_crop(image, size)) for image in images]))
+    if enlarged and enlarged == len(rows):
+        raise ValueError(
+            f"all {enlarged} images are smaller than the {height} x {width} pixels that are needed (the "
+            f"last is {source.name(int(rows[-1]))}); enlarging them would change every distance: take the "
+            "originals"
+        )
+    if enlarged:
+        warnings.warn(
+            f"{enlarged} of {len(rows)} images are smaller than {height} x {width} pixels and were enlarged",
+            stacklevel=2,
+        )
+
+
+def stored_images(path: Path) -> ImageStream:
+    """Generated images as they are stored: an npz file (ADM layout), or a folder of image files.
+
+    The samples.json that `pae sample` wrote beside them, or beside an npz a file of its name, tells how they
+    were made.
+
+    Args:
+        path: the file, the folder, or a folder of `pae sample`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no images of one size.
+    """
+    # A folder of pae sample, with a picture beside the samples.
+    if (path / "samples.npz").is_file():
+        path = path / "samples.npz"
+    elif (path / "samples.json").is_file():
+        path = path / "images"
+    if path.is_dir():
+        return _folder_images(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no samples at {path}; give an npz file (arr_0) or a folder of images")
+    return npz_stream(path, _told(path.with_suffix(".json")))
+
+
+def npz_stream(path: Path, facts: Facts | None = None, *, count: int | None = None) -> ImageStream:
+    """The images of an npz file, uint8 (N, H, W, 3) as arr_0.
+
+    Args:
+        path: the file.
+        facts: how they were made.
+        count: images to take, from the first on; None takes all.
+
+    Raises:
+        ValueError: no such images.
+    """
+    known, height, width = _npz_header(path)
+    taken = known if count is None else min(count, known)
+    if known == 0:
+        raise ValueError(f"{path} holds no images")
+    return ImageStream(
+        name=str(path),
+        count=taken,
+        size=(height, width),
+        preprocessing=AS_STORED,
+        batches=lambda batch_size: _npz_batches(path, batch_size, taken),
+        facts=facts or {},
+    )
+
+
+def tensor_images(
+    images: Tensor, *, name: str = "tensors", preprocessing: str = "as given", facts: Facts | None = None
+) -> ImageStream:
+    """Images that are at hand.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1]; under torchrun the same in every process.
+        name: what a record calls them.
+        preprocessing: how they were brought to their size.
+        facts: how they were made.
+
+    Raises:
+        ValueError: not such a batch, or no image.
+    """
+    check_images(images)
+
+    def batches(batch_size: int) -> Iterator[Batch]:
+        for part in _parts(own_rows(len(images)), batch_size):
+            yield Batch(images[part.start : part.stop : part.step], part)
+
+    return ImageStream(
+        name=name,
+        count=len(images),
+        size=(images.shape[-2], images.shape[-1]),
+        preprocessing=preprocessing,
+        batches=batches,
+        facts=facts or {},
+    )
+
+
+def drawn_images(
+    tokenizer: Decoder,
+    generator: VelocityModel,
+    labels: Tensor,
+    config: SamplerConfig,
+    *,
+    size: Size,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    weak: VelocityModel | None = None,
+    facts: Facts | None = None,
+) -> ImageStream:
+    """Images straight from the sampler, each process its share, none of them kept.
+
+    Args:
+        tokenizer: decodes.
+        generator: makes the latents, in evaluation mode.
+        labels: classes, (n,), on the CPU; sample i depends on (seed, i) alone.
+        config: solver and guidance.
+        size: (H, W) that the tokenizer decodes to, or the side of squares.
+        seed: another seed, other samples.
+        precision: of the networks; the path itself is followed in float32.
+        weak: a generator that guides in place of the null class; see `sample_latents`.
+        facts: what else is known of them (fingerprints, the scheme of the labels).
+
+    Raises:
+        ValueError: see `sample_latents`, or there is no label.
+    """
+    if not len(labels):
+        raise ValueError("at least one label is needed to draw an image, got none")
+    device = next(generator.parameters()).device
+
+    def batches(batch_size: int) -> Iterator[Batch]:
+        parts = list(_parts(own_rows(len(labels)), batch_size))
+        images = decoded(tokenizer, sample_batches(generator, labels, config, parts, seed=seed, weak=weak))
+        for part in parts:
+            # Closed before the batch is handed over: whoever measures it works in float32.
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                pixels = next(images)
+            yield Batch(pixels, part)
+
+    return ImageStream(
+        name="sampler",
+        count=len(labels),
+        size=height_width(size),
+        preprocessing="decoded, clamped to [0, 1]",
+        batches=batches,
+        facts={
+            **configs.to_dict(config),
+            "nfe": evaluations(config),
+            "precision": precision,
+            "seed": seed,
+            **(facts or {}),
+        },
+    )
+
+
+def _npz_batches(path: Path, batch_size: int, count: int) -> Iterator[Batch]:
+    """This process's share of the first `count` images, of which only one batch is in memory."""
+    known, height, width = _npz_header(path)
+    own = own_rows(count)
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        _read_header(file)
+        # All processes read the whole file: a compressed one can not be entered in the middle.
+        for start in range(0, count, batch_size * own.step):
+            rows = range(start, min(start + batch_size * own.step, count))
+            size = len(rows) * height * width * 3
+            try:
+                data = file.read(size)
+            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+            if len(data) < size:
+                raise ValueError(f"{path} is damaged: arr_0 ends before its {known} images do")
+            if mine := rows[own.start :: own.step]:
+                pixels = np.frombuffer(data, np.uint8).reshape(len(rows), height, width, 3)
+                images = torch.from_numpy(pixels[own.start :: own.step].copy()).permute(0, 3, 1, 2)
+                yield Batch(to_unit(images), mine)
+
+
+def npz_keys(path: Path) -> set[str]:
+    """Names of the arrays of an npz file.
+
+    Raises:
+        ValueError: no npz file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is no npz file") from None
+
+
+def _npz_header(path: Path) -> tuple[int, int, int]:
+    """(N, H, W) of the images of an npz file."""
+    if "arr_0" not in (keys := npz_keys(path)):
+        raise ValueError(f"{path} holds no images (arr_0); it holds: {', '.join(sorted(keys)) or 'nothing'}")
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        shape, in_fortran_order, dtype = _read_header(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or in_fortran_order:
+        raise ValueError(
+            f"arr_0 in {path} must be uint8 images (N, H, W, 3) from 0 to 255, got {dtype} {shape}"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _folder_images(path: Path) -> ImageStream:
+    """The images of a folder, which must all have one size."""
+    source = ImageFolder(path)
+    width, height = source.read(0).size
+
+    def batches(batch_size: int) -> Iterator[Batch]:
+        for part in _parts(own_rows(len(source)), batch_size):
+            images = [source.read(row) for row in part]
+            for row, image in zip(part, images, strict=True):
+                if image.size != (width, height):
+                    raise ValueError(
+                        f"samples must all have one size, got {image.width} x {image.height} in "
+                        f"{path / source.name(row)} after {width} x {height} in {path / source.name(0)}; "
+                        "keep other pictures out of the folder"
+                    )
+            pixels = np.stack([np.asarray(image) for image in images])
+            yield Batch(to_unit(torch.from_numpy(pixels).permute(0, 3, 1, 2)), part)
+
+    return ImageStream(
+        name=str(path),
+        count=len(source),
+        size=(height, width),
+        preprocessing=AS_STORED,
+        batches=batches,
+        facts=_told(path.with_name("samples.json")) if path.name == "images" else {},
+    )
+
+
+def _told(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _parts(rows: range, batch_size: int) -> Iterator[range]:
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]

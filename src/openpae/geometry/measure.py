@@ -1,0 +1,261 @@
+"""Measure a latent space: every metric of a tokenizer over the same images, and what a page shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from openpae.data.images import ImageSource, Size, chosen_rows, spread
+from openpae.data.label_maps import Segmented
+from openpae.data.pixels import to_unit
+from openpae.eval.estimate import Estimate
+from openpae.eval.features import FeatureSet
+from openpae.eval.frechet import frechet_distance
+from openpae.eval.image_stream import source_batches
+from openpae.eval.reconstruction import ReconstructionMetrics
+from openpae.geometry.interpolation import interpolated_frechet
+from openpae.geometry.metrics import (
+    Decode,
+    effective_rank,
+    global_semantic_quality,
+    latent_perturbation_consistency,
+    majority_labels,
+    singular_values,
+    spatial_structure_consistency,
+)
+from openpae.geometry.spaces import Tokenizer, check_tokenizer
+from openpae.models.lpips import LPIPS
+
+METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
+"""In the order in which they are told."""
+
+Tick = Callable[[int], None]
+"""Told how many more images have been worked on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """Settings of a measurement; all of them go into the record."""
+
+    count: int = 5000
+    """Images for GSQ, eRank and reconstruction, evenly spread over the source."""
+    lpc_count: int = 200
+    """Of these, images for LPC: each costs nine decodings."""
+    directions: int = 1
+    """Directions per image of LPC."""
+    sigma: float = 0.1
+    """Temperature of the affinity of SSC."""
+    classes: int = 100
+    """Classes per repeat of GSQ."""
+    repeats: int = 5
+    """Repeats of GSQ."""
+    batch_size: int = 32
+    """Images per forward pass; changes no number beyond rounding."""
+    seed: int = 0
+    """Of directions, classes and clusters."""
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            least = (
+                2
+                if part.name == "count"
+                else 0
+                if part.name == "seed"
+                else 0.01
+                if part.name == "sigma"
+                else 1
+            )
+            if (value := getattr(self, part.name)) < least:
+                raise ValueError(f"{part.name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a tokenizer's latent space turned out to be."""
+
+    name: str
+    fingerprint: str
+    latent_shape: tuple[int, int, int]
+    metrics: dict[str, Estimate]
+    """Those of `METRIC_NAMES` that are defined."""
+    undefined: dict[str, str]
+    """Each metric that is missing, and why."""
+    pooled: Tensor
+    """Latents averaged over the grid, in the order of the images, (n, C)."""
+    spectrum: Tensor
+    """Singular values of these, largest first."""
+
+
+def measure_tokenizer(
+    tokenizer: Tokenizer,
+    source: ImageSource,
+    *,
+    size: Size,
+    segmented: Segmented | None = None,
+    lpips: LPIPS | None = None,
+    real: FeatureSet | None = None,
+    config: MeasureConfig | None = None,
+    tick: Tick | None = None,
+) -> Measured:
+    """Every metric that is defined for a tokenizer and these images.
+
+    Args:
+        tokenizer: any.
+        source: images, centre-cropped to `size`; their classes are GSQ's.
+        size: (H, W) in pixels, or the side of squares.
+        segmented: images with label maps, of the same size, for SSC; None leaves it out.
+        lpips: for LPC and the distance of reconstructions, on the tokenizer's device; None leaves them out.
+        real: features of these images (`chosen_rows`), for Frechet distances; None leaves them out.
+        config: settings.
+        tick: told of progress; the sum over a tokenizer is `work_of`.
+
+    Raises:
+        ValueError: the tokenizer does not keep its promises for images of this size (`check_tokenizer`).
+    """
+    config = config or MeasureConfig()
+    tick = tick or (lambda _: None)
+    rows = chosen_rows(source, config.count)
+    metrics: dict[str, Estimate] = {}
+    undefined: dict[str, str] = {}
+    pooled, latents = _reconstruct(tokenizer, source, rows, size, lpips, real, config, tick, metrics)
+    _semantic(pooled, torch.from_numpy(source.labels[rows]), config, metrics, undefined)
+    _structure(tokenizer, segmented, config, metrics, undefined)
+    tick(0 if segmented is None else len(segmented.images))
+    if tokenizer.decode is None:
+        missing = ("lpc", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
+        undefined |= dict.fromkeys(
+            missing, f"{tokenizer.name} has no decoder, so there are no images to compare"
+        )
+    else:
+        _continuity(latents, tokenizer.decode, lpips, real, config, metrics, undefined)
+    tick(min(config.lpc_count, len(rows)))
+    return Measured(
+        name=tokenizer.name,
+        fingerprint=tokenizer.fingerprint,
+        latent_shape=tokenizer.latent_shape(size),
+        metrics={name: metrics[name] for name in METRIC_NAMES if name in metrics},
+        undefined={name: undefined[name] for name in METRIC_NAMES if name in undefined},
+        pooled=pooled,
+        spectrum=singular_values(pooled),
+    )
+
+
+def work_of(source: ImageSource, segmented: Segmented | None, config: MeasureConfig) -> int:
+    """What the ticks of one tokenizer add up to."""
+    images = min(config.count, len(source))
+    return images + min(config.lpc_count, images) + (0 if segmented is None else len(segmented.images))
+
+
+@torch.no_grad()
+def _reconstruct(
+    tokenizer: Tokenizer,
+    source: ImageSource,
+    rows: NDArray[np.int64],
+    size: Size,
+    lpips: LPIPS | None,
+    real: FeatureSet | None,
+    config: MeasureConfig,
+    tick: Tick,
+    metrics: dict[str, Estimate],
+) -> tuple[Tensor, Tensor]:
+    """Pooled latents (n, C) of all images, and the latents (n, C, h, w) themselves if they can be decoded."""
+    decode = tokenizer.decode
+    pairs = ReconstructionMetrics(lpips)
+    decoded = None if real is None else FeatureSet(real.extractor)
+    pooled, latents = [], []
+    for number, x in enumerate(source_batches(source, size, config.batch_size, rows)):
+        if number == 0:
+            check_tokenizer(tokenizer, x[:2])
+        z = tokenizer.encode(x)
+        pooled.append(z.float().mean(dim=(2, 3)).cpu())
+        if decode is not None:  # without one nobody needs them, and features of a VFM are large
+            latents.append(z.float().cpu())
+            y = decode(z)
+            pairs.update(x.to(y.device), y)
+            if decoded is not None:
+                decoded.update(y.cpu())
+        tick(len(x))
+    if decode is not None:
+        metrics |= pairs.compute()
+    if decode is not None and decoded is not None and real is not None:
+        metrics["frechet"] = Estimate(
+            name="frechet",
+            value=frechet_distance(decoded.pooled.gaussian(), real.pooled.gaussian()),
+            n=decoded.n,
+            settings={"extractor": real.extractor.name, "reference": real.n},
+        )
+    return torch.cat(pooled), torch.cat(latents) if latents else torch.empty(0)
+
+
+def _semantic(
+    pooled: Tensor,
+    labels: Tensor,
+    config: MeasureConfig,
+    metrics: dict[str, Estimate],
+    undefined: dict[str, str],
+) -> None:
+    metrics["erank"] = effective_rank(pooled)
+    if len(torch.unique(labels)) < 2:
+        undefined["gsq"] = "the images are all of one class; give a folder with one subfolder per class"
+    else:
+        metrics["gsq"] = global_semantic_quality(
+            pooled, labels, classes=config.classes, repeats=config.repeats, seed=config.seed
+        )
+
+
+def _continuity(
+    latents: Tensor,
+    decode: Decode,
+    lpips: LPIPS | None,
+    real: FeatureSet | None,
+    config: MeasureConfig,
+    metrics: dict[str, Estimate],
+    undefined: dict[str, str],
+) -> None:
+    if lpips is None:
+        undefined |= dict.fromkeys(("lpc", "lpips"), "no LPIPS network was given")
+    else:
+        metrics["lpc"] = latent_perturbation_consistency(
+            latents[spread(len(latents), config.lpc_count)],
+            decode,
+            lpips,
+            directions=config.directions,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+    if real is None:
+        undefined |= dict.fromkeys(("frechet", "interpolated_frechet"), "no feature extractor was given")
+    else:
+        metrics["interpolated_frechet"] = interpolated_frechet(
+            latents, decode, real, batch_size=config.batch_size, seed=config.seed
+        )
+
+
+@torch.no_grad()
+def _structure(
+    tokenizer: Tokenizer,
+    segmented: Segmented | None,
+    config: MeasureConfig,
+    metrics: dict[str, Estimate],
+    undefined: dict[str, str],
+) -> None:
+    if segmented is None:
+        undefined["ssc"] = "no label maps were given"
+        return
+    latents = torch.cat(
+        [tokenizer.encode(to_unit(x)).cpu() for x in torch.split(segmented.images, config.batch_size)]
+    )
+    grid = majority_labels(segmented.labels, *latents.shape[-2:], ignore=segmented.ignore)
+    if all(len(torch.unique(cells[cells != segmented.ignore])) < 2 for cells in grid):
+        undefined["ssc"] = (
+            f"no label map has two segments on the {grid.shape[1]} x {grid.shape[2]} latent grid"
+        )
+        return
+    metrics["ssc"] = spatial_structure_consistency(
+        latents, segmented.labels, sigma=config.sigma, ignore=segmented.ignore, seed=config.seed
+    )

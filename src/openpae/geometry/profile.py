@@ -1,0 +1,224 @@
+"""`pae profile`: measure latent spaces over the same images; write a record and a page that compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from openpae.data.images import ImageSource, Size, chosen_rows, height_width, open_images, plain_size
+from openpae.data.label_maps import Segmented, read_segmented, render_segmented
+from openpae.eval.evaluate import metric_facts
+from openpae.eval.extractors import ExtractorName, load_extractor
+from openpae.eval.features import FeatureSet, features_of
+from openpae.eval.generation import frechet_floor
+from openpae.eval.image_stream import real_images
+from openpae.geometry.measure import MeasureConfig, Measured, measure_tokenizer, work_of
+from openpae.geometry.metrics import RADII
+from openpae.geometry.profile_page import profile_page
+from openpae.geometry.spaces import LatentSpace, open_tokenizer
+from openpae.models.lpips import LPIPS, PerceptualNet
+from openpae.models.lpips_weights import load_perceptual
+from openpae.runtime.provenance import package_versions
+from openpae.storage.files import fingerprint, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRun:
+    """One comparison of latent spaces: over what, and how."""
+
+    images: Path
+    """Folder of images, best with one subfolder per class (GSQ needs it), or packed images."""
+    out: Path
+    """Folder for profile.json and profile.html."""
+    label_maps: Path | None = None
+    """For SSC: a folder of index PNGs named as their images, or a COCO panoptic JSON."""
+    label_images: Path | None = None
+    """The images of the label maps, if they are others than images."""
+    label_count: int = 500
+    """Images with label maps to take, evenly spread."""
+    ignore: int | None = None
+    """Label that does not count, such as that of unlabelled pixels."""
+    scenes: int = 0
+    """For SSC without label maps: render so many emoji scenes, whose label maps are exact."""
+    size: int | None = None
+    """Side in pixels of all images, squares; by default the size of the first tokenizer's own."""
+    lpips: PerceptualNet = "vgg"
+    """Network of LPIPS."""
+    lpips_weights: str | None = None
+    """Its weights, where the package registry can not be reached: a file or folder of the usual ones (the
+    lpips package's, torchvision's), or a name of the hub."""
+    extractor: ExtractorName | Literal["none"] = "vgg16"
+    """Features of the Frechet distances; none leaves them out. inception is that of published FIDs."""
+    extractor_weights: Path | None = None
+    """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """Settings of the metrics."""
+
+    def __post_init__(self) -> None:
+        if self.scenes and self.label_maps is not None:
+            raise ValueError(
+                "scenes are rendered with their own label maps; give either label_maps or scenes"
+            )
+        if self.label_maps is None and (self.label_images is not None or self.ignore is not None):
+            raise ValueError("label_images and ignore say something about label_maps, which were not given")
+        for name, least in (("label_count", 1), ("scenes", 0), ("size", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.extractor == "none" and self.extractor_weights is not None:
+            raise ValueError("extractor none takes no extractor_weights; leave them out or name an extractor")
+
+
+def run_profile(
+    tokenizers: Sequence[str],
+    run: ProfileRun,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Measured]:
+    """Measure tokenizers over the same images; write profile.json and profile.html.
+
+    Args:
+        tokenizers: texts that `open_tokenizer` understands.
+        run: over what, and how.
+        device: where to compute.
+        progress: called with (done, all).
+
+    Returns:
+        What was measured, in the order of the tokenizers.
+
+    Raises:
+        FileNotFoundError, ValueError: a tokenizer, images or maps that can not be had or do not fit.
+    """
+    config = run.measure
+    spaces = _opened(tokenizers, device)
+    size: Size = run.size or spaces[0].image_size
+    source = open_images(run.images)
+    segmented = _segmented(run, size)
+    judge = load_perceptual(run.lpips, run.lpips_weights).to(device)
+    real = _real_features(run, source, size, device)
+    share = work_of(source, segmented, config)
+    found = [
+        measure_tokenizer(
+            space,
+            source,
+            size=size,
+            segmented=segmented,
+            lpips=judge,
+            real=real,
+            config=config,
+            tick=_ticks(progress, number * share, len(spaces) * share),
+        )
+        for number, space in enumerate(spaces)
+    ]
+    facts = _facts(source, size, segmented, judge, run.lpips, real, config)
+    records = [
+        _record(*each) for each in zip(found, [space.kind for space in spaces], tokenizers, strict=True)
+    ]
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_json(run.out / "profile.json", {**facts, "tokenizers": records})
+    page = profile_page(found, spaces, source, size, segmented, facts, config)
+    page.write(run.out / "profile.html")
+    return found
+
+
+def _segmented(run: ProfileRun, size: Size) -> Segmented | None:
+    if run.label_maps is not None:
+        images = run.label_images or run.images
+        return read_segmented(images, run.label_maps, size=size, count=run.label_count, ignore=run.ignore)
+    if not run.scenes:
+        return None
+    height, width = height_width(size)
+    if height != width:
+        raise ValueError(f"scenes are square, but images of {height} x {width} are asked for; give size")
+    return render_segmented(run.scenes, size=height, seed=run.measure.seed)
+
+
+def _real_features(
+    run: ProfileRun, source: ImageSource, size: Size, device: torch.device | str
+) -> FeatureSet | None:
+    if run.extractor == "none":
+        return None
+    extractor = load_extractor(run.extractor, run.extractor_weights, device)
+    rows = chosen_rows(source, run.measure.count)
+    return features_of(real_images(source, size, rows=rows), extractor, run.measure.batch_size)
+
+
+def _opened(tokenizers: Sequence[str], device: torch.device | str) -> list[LatentSpace]:
+    """All of them, each under a name of its own."""
+    if not tokenizers:
+        raise ValueError("profile needs at least one tokenizer")
+    if twice := [text for text, times in Counter(tokenizers).items() if times > 1]:
+        raise ValueError(f"tokenizers must differ, got {twice[0]!r} more than once")
+    spaces = [open_tokenizer(text, device) for text in tokenizers]
+    times = Counter(space.name for space in spaces)
+    return [
+        space if times[space.name] == 1 else dataclasses.replace(space, name=text)
+        for space, text in zip(spaces, tokenizers, strict=True)
+    ]
+
+
+def _ticks(progress: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None]:
+    def tick(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, total)
+
+    return tick
+
+
+def _facts(
+    source: ImageSource,
+    size: Size,
+    segmented: Segmented | None,
+    judge: LPIPS,
+    lpips: str,
+    real: FeatureSet | None,
+    config: MeasureConfig,
+) -> dict[str, Any]:
+    """Everything that the numbers depend on, but for the tokenizers."""
+    facts: dict[str, Any] = {
+        "kind": "profile",
+        "images": {
+            "fingerprint": source.fingerprint(),
+            "known": len(source),
+            "measured": len(chosen_rows(source, config.count)),
+        },
+        "image_size": plain_size(size),
+        "label_maps": None,
+        "settings": dataclasses.asdict(config) | {"radii": list(RADII)},
+        "lpips": {"network": lpips, "weights": fingerprint(judge.state_dict())},
+        "extractor": None,
+        "versions": package_versions(),
+    }
+    if segmented is not None:
+        facts["label_maps"] = {
+            "name": segmented.name,
+            "fingerprint": segmented.fingerprint(),
+            "images": len(segmented.images),
+            "ignore": segmented.ignore,
+        }
+    if real is not None:
+        facts["extractor"] = {"name": real.extractor.name, "weights": real.extractor.weights}
+        if real.n >= 4:
+            facts["frechet_floor"] = dataclasses.asdict(frechet_floor(real.features(), real.n // 2))
+    return facts
+
+
+def _record(measured: Measured, kind: str, text: str) -> dict[str, Any]:
+    return {
+        "tokenizer": text,
+        "name": measured.name,
+        "kind": kind,
+        "fingerprint": measured.fingerprint,
+        "latent_shape": list(measured.latent_shape),
+        "metrics": metric_facts(measured.metrics),
+        "undefined": measured.undefined,
+        "singular_values": measured.spectrum.tolist(),
+    }

@@ -1,0 +1,141 @@
+"""A PAE tokenizer as an autoencoder of the diffusers package, for its training loops and pipelines (extra
+`diffusers`).
+
+diffusers imports nothing just because a saved pipeline names it: import this module before you load one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor
+
+from openpae import config as configs
+from openpae.models.encoders import FrozenEncoder, empty_encoder, encoder_architecture
+from openpae.models.tokenizer import PAE, PAEConfig
+
+
+class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+    """`encode(x).latents` and `decode(z).sample` of a PAE tokenizer, on images in [-1, 1].
+
+    Make one of a tokenizer with `of`; after that `save_pretrained` and `from_pretrained` are diffusers' own,
+    and the frozen encoder's weights are among those that they save. The weights stay in float32; images or
+    latents in half precision are worked on as under autocast, and answered in their own.
+
+    Args:
+        tokenizer: the tokenizer's config, as plain data.
+        architecture: of its encoder, where the transformers package builds that.
+        with_encoder: whether it can encode.
+        scaling_factor: latents times this are what a generator sees. Tokens on the sphere have unit mean
+            square as they are.
+        shift_factor: subtracted before; see diffusers.
+        latent_channels: C; written into the config for the pipelines that ask.
+        sample_size: height of the images that it was made for.
+        block_out_channels: its length says the patch size, 2^(n - 1), to pipelines that ask; the numbers say
+            nothing.
+        in_channels: of images.
+        out_channels: alike.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        tokenizer: dict[str, Any],
+        architecture: dict[str, Any] | None = None,
+        with_encoder: bool = True,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        latent_channels: int = 32,
+        sample_size: int = 256,
+        block_out_channels: tuple[int, ...] = (1,) * 5,
+        in_channels: int = 3,
+        out_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        config = configs.from_dict(PAEConfig, tokenizer)
+        trainable = config.fusion == "finetune"
+        encoder = empty_encoder(config.encoder, architecture, trainable=trainable) if with_encoder else None
+        self.pae = PAE(config, encoder)
+
+    @classmethod
+    def of(cls, tokenizer: PAE, *, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Self:
+        """A tokenizer as an autoencoder of diffusers; the weights are shared.
+
+        Args:
+            tokenizer: with its encoder, or without, to decode alone.
+            scaling_factor: see the class.
+            shift_factor: see the class.
+
+        Raises:
+            ValueError: its encoder is a module of your own, which diffusers could not build again, or its
+                patch size is no power of 2.
+        """
+        config, encoder = tokenizer.config, tokenizer.encoder
+        if encoder is not None and not isinstance(encoder, FrozenEncoder):
+            raise ValueError(
+                f"an encoder of your own ({type(encoder).__name__}) can not be saved by diffusers; use one "
+                "of the table"
+            )
+        patch = config.decoder.patch_size
+        if patch & (patch - 1):
+            raise ValueError(f"diffusers' pipelines need a patch size that is a power of 2, got {patch}")
+        with torch.device("meta"):  # its weights are replaced at once
+            model: Self = cls(
+                tokenizer=configs.to_dict(config),
+                architecture=encoder_architecture(encoder),
+                with_encoder=encoder is not None,
+                scaling_factor=scaling_factor,
+                shift_factor=shift_factor,
+                latent_channels=config.latent_dim,
+                sample_size=config.image_size,
+                block_out_channels=(1,) * patch.bit_length(),
+            )
+        model.pae = tokenizer
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **settings: Any) -> Self:
+        """As diffusers' own; the weights end in float32, whatever dtype is asked for."""
+        model: Self = super().from_pretrained(*args, **settings)
+        model.pae.float()
+        return model
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+        """Images in [-1, 1], (B, 3, H, W), to latents (B, C, h, w) of their dtype: on the sphere, and always
+        the same."""
+        with _precision_of(x):
+            latents = self.pae.encode((x.float() + 1) / 2).to(x.dtype)
+        return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+
+    def decode(
+        self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, C, h, w) to images around [-1, 1], (B, 3, H, W), of their dtype. Nothing is drawn from
+        `generator`."""
+        with _precision_of(z):
+            images = (self.pae.decode(z) * 2 - 1).to(z.dtype)
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Images in [-1, 1], encoded and decoded."""
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Scripts cast a frozen autoencoder to half precision. Its norms, positions and sphere are made for
+        # float32, so weights move but keep their type.
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype in (tensor.dtype, torch.float32) else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-any-return]
+
+
+def _precision_of(x: Tensor) -> torch.autocast:
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half)

@@ -1,0 +1,334 @@
+"""Import of released weights, by written maps of names: PAE's tokenizers and generators, and generators of
+the same architecture (LightningDiT of VA-VAE, DiT-DH of RAE)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.ditdh import DiTDH, DiTDHConfig, Generator, GeneratorConfig, HeadConfig
+from openpae.models.encoders import Encoder, FrozenEncoder, load_encoder
+from openpae.models.layers import rope_2d, sincos_2d
+from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig
+from openpae.storage.weights import load_strict, read_tensors, some
+
+# Names of the authors' release -> ours. First match wins; a name that none matches is an error.
+_TOKENIZER_NAMES = [
+    (r"delta_encoder\.patch_embed\.proj\.", "modulator.patch_embed."),
+    (r"delta_encoder\.layers\.(\d+)\.norm1\.", r"modulator.layers.\1.norm_self."),
+    (r"delta_encoder\.layers\.(\d+)\.norm2_q\.", r"modulator.layers.\1.norm_query."),
+    (r"delta_encoder\.layers\.(\d+)\.norm2_kv\.", r"modulator.layers.\1.norm_context."),
+    (r"delta_encoder\.layers\.(\d+)\.norm3\.", r"modulator.layers.\1.norm_mlp."),
+    (r"delta_encoder\.layers\.(\d+)\.(self_attn|cross_attn|mlp)\.", r"modulator.layers.\1.\2."),
+    (r"delta_encoder\.fusion_proj\.", "modulator.fusion.proj."),
+    (r"delta_encoder\.final_ln\.", "modulator.fusion.norm."),
+    (r"latent_compressor\.0\.", "projector.attn."),
+    (r"latent_compressor\.1\.", "projector.to_latent."),
+    (r"latent_decompressor\.0\.", "deprojector.from_latent."),
+    (r"latent_decompressor\.1\.", "deprojector.attn."),
+    (r"decoder\.decoder_embed\.", "decoder.embed."),
+    (r"decoder\.trainable_cls_token$", "decoder.cls_token"),
+    (r"decoder\.decoder_layers\.(\d+)\.attention\.output\.dense\.", r"decoder.blocks.\1.attn.proj."),
+    (
+        r"decoder\.decoder_layers\.(\d+)\.attention\.attention\.(query|key|value)\.",
+        r"decoder.blocks.\1.attn.\2.",
+    ),
+    (r"decoder\.decoder_layers\.(\d+)\.layernorm_before\.", r"decoder.blocks.\1.norm1."),
+    (r"decoder\.decoder_layers\.(\d+)\.layernorm_after\.", r"decoder.blocks.\1.norm2."),
+    (r"decoder\.decoder_layers\.(\d+)\.intermediate\.dense\.", r"decoder.blocks.\1.mlp.fc1."),
+    (r"decoder\.decoder_layers\.(\d+)\.output\.dense\.", r"decoder.blocks.\1.mlp.fc2."),
+    (r"decoder\.decoder_norm\.", "decoder.norm."),
+    (r"decoder\.decoder_pred\.", "decoder.to_pixels."),
+    # The VFM under the names of the transformers package. That of MAE stands one name aside; that of
+    # InternViT has an MLP beside it, its norm in front and its GELU in the middle.
+    (r"encoder\.(encoder|model)\.", "encoder.backbone."),
+    (r"encoder\.mlp1\.0\.", "encoder.merger.norm."),
+    (r"encoder\.mlp1\.1\.", "encoder.merger.fc1."),
+    (r"encoder\.mlp1\.3\.", "encoder.merger.fc2."),
+]
+_LIGHTNING_NAMES = [
+    (r"x_embedder\.proj\.", "patch_embed."),
+    (r"t_embedder\.mlp\.", "time_mlp."),
+    (r"y_embedder\.embedding_table\.", "class_embed."),
+    (r"blocks\.(\d+)\.adaLN_modulation\.1\.", r"blocks.\1.modulation."),
+    (r"blocks\.(\d+)\.(norm1|norm2|attn|mlp)\.", r"blocks.\1.\2."),
+    (r"final_layer\.adaLN_modulation\.1\.", "final_modulation."),
+    (r"final_layer\.norm_final\.", "final_norm."),
+    (r"final_layer\.linear\.", "to_velocity."),
+]
+# RAE's head looks at the latents as `x`, its DiT as `s`; the blocks of both stand in one list.
+_DITDH_NAMES = [
+    (r"s_embedder\.proj\.", "patch_embed."),
+    (r"x_embedder\.proj\.", "head_embed."),
+    (r"s_projector\.", "to_head."),
+    (r"t_embedder\.W$", "frequencies"),
+    *_LIGHTNING_NAMES[1:],
+]
+# Widths of decoders -> attention heads, which no tensor tells: the paper's sizes B, L and XL.
+_DECODER_HEADS = {768: 12, 1024: 16, 1152: 16}
+
+
+def released_kind(released: Mapping[str, Any]) -> Literal["tokenizer", "generator"]:
+    """What a released file holds.
+
+    Raises:
+        ValueError: neither.
+    """
+    held = [released[key] for key in ("model", "ema") if isinstance(released.get(key), Mapping)] or [released]
+    names = {_plain(name) for state in held for name in state}
+    if any(name.startswith("latent_compressor.") for name in names):
+        return "tokenizer"
+    if "x_embedder.proj.weight" in names:
+        return "generator"
+    raise ValueError(
+        "the file holds neither a tokenizer nor a generator that is known; its names: "
+        f"{some(sorted(names)) or 'none'}"
+    )
+
+
+def released_tokenizer_config(
+    released: Mapping[str, Any], encoder: str, source: str | None = None, decoder_heads: int | None = None
+) -> PAEConfig:
+    """The sizes of a released tokenizer, read off its weights.
+
+    Args:
+        released: the file's content; see `import_tokenizer`.
+        encoder: the VFM, a row of `ENCODERS`, which the weights do not name.
+        source: hub name or local folder with its config, in place of the row's own.
+        decoder_heads: attention heads of the decoder; None takes those of the paper's sizes.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing, or the decoder is none of the paper's.
+    """
+    state = _plain_names(released, ("model",))
+    to_latent, embed = (
+        _shape(state, "latent_compressor.1.weight"),
+        _shape(state, "decoder.decoder_embed.weight"),
+    )
+    patch = math.isqrt(_shape(state, "decoder.decoder_pred.weight")[0] // 3)
+    if decoder_heads is None:
+        if embed[0] not in _DECODER_HEADS:
+            known = ", ".join(map(str, _DECODER_HEADS))
+            raise ValueError(
+                f"the decoder is {embed[0]} wide, none of the paper's ({known}), and its weights do not tell "
+                "the attention heads; give decoder_heads"
+            )
+        decoder_heads = _DECODER_HEADS[embed[0]]
+    decoder = DecoderConfig(
+        hidden_dim=embed[0],
+        num_layers=_count(state, r"decoder\.decoder_layers\.(\d+)\."),
+        num_heads=decoder_heads,
+        mlp_dim=_shape(state, "decoder.decoder_layers.0.intermediate.dense.weight")[0],
+        patch_size=patch,
+    )
+    return PAEConfig(
+        encoder=encoder,
+        encoder_source=source,
+        image_size=patch * math.isqrt(_shape(state, "delta_encoder.pos_embed")[1]),
+        latent_dim=to_latent[0],
+        modulator_layers=_count(state, r"delta_encoder\.layers\.(\d+)\."),
+        decoder=decoder,
+    )
+
+
+def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: Encoder | None = None) -> PAE:
+    """The authors' tokenizer weights as a `PAE`, which keeps the encoder's weights with its own.
+
+    Args:
+        released: their file's content: the state dict, bare or under the key "model", names bare or behind
+            "module." and "_orig_mod.".
+        config: sizes of the released model; `released_tokenizer_config` reads them off.
+        encoder: a VFM of your own with the architecture that the file holds; its weights are replaced. None
+            builds that of the config: only its architecture is fetched.
+
+    Raises:
+        ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
+        FileNotFoundError: the encoder's architecture can not be had.
+    """
+    state = _plain_names(released, ("model",))
+    grid, width = config.grid_shape, config.decoder.hidden_dim
+    dim = config.width or _shape(state, "latent_compressor.1.weight")[1]
+    _take_constant(state, "delta_encoder.pos_embed", sincos_2d(*grid, dim)[None])
+    with_cls = torch.cat([torch.zeros(1, width), sincos_2d(*grid, width)])[None]
+    _take_constant(state, "decoder.decoder_pos_embed", with_cls)
+    renamed = _rename(state, _TOKENIZER_NAMES)
+    for index in range(config.decoder.num_layers):
+        for kind in ("weight", "bias"):
+            parts = [f"decoder.blocks.{index}.attn.{name}.{kind}" for name in ("query", "key", "value")]
+            if all(part in renamed for part in parts):
+                fused = torch.cat([renamed.pop(part) for part in parts])
+                renamed[f"decoder.blocks.{index}.attn.qkv.{kind}"] = fused
+    if encoder is None:
+        theirs = {
+            name.removeprefix("encoder."): v for name, v in renamed.items() if name.startswith("encoder.")
+        }
+        encoder = load_encoder(
+            config.encoder, config.encoder_source, trainable=config.fusion == "finetune", state=theirs
+        )
+        renamed = {name: value for name, value in renamed.items() if not name.startswith("encoder.")}
+        renamed |= {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    model = PAE(config, encoder)
+    load_strict(model, renamed, "released tokenizer weights")
+    model.keeps_encoder = isinstance(encoder, FrozenEncoder)
+    return model.eval()
+
+
+def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
+    """The sizes of a released generator, read off its weights.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing.
+    """
+    state = _plain_names(released, ("ema", "model"))
+    wide = "s_embedder.proj.weight" in state
+    embed, rope = ("s_embedder", "enc_feat_rope") if wide else ("x_embedder", "feat_rope")
+    dim, channels, patch, _ = _shape(state, f"{embed}.proj.weight")
+    shared: dict[str, Any] = {
+        "latent_dim": channels,
+        "grid_size": patch * math.isqrt(_shape(state, "pos_embed")[1]),
+        "patch_size": patch,
+        "hidden_dim": dim,
+        "num_heads": dim // _shape(state, f"{rope}.freqs_cos")[1],
+        "num_classes": _shape(state, "y_embedder.embedding_table.weight")[0] - 1,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+    }
+    blocks = _count(state, r"blocks\.(\d+)\.")
+    if not wide:
+        return LightningDiTConfig(num_layers=blocks, **shared)
+    width = _shape(state, "x_embedder.proj.weight")[0]
+    widths = [_shape(state, f"blocks.{index}.norm1.weight")[0] for index in range(blocks)]
+    # Where the head is no wider than the DiT, no tensor tells its blocks from those of the DiT.
+    layers = sum(w == width for w in widths) if width != dim else HeadConfig().num_layers
+    head = HeadConfig(
+        hidden_dim=width, num_layers=layers, num_heads=width // _shape(state, "dec_feat_rope.freqs_cos")[1]
+    )
+    return DiTDHConfig(num_layers=blocks - layers, head=head, **shared)
+
+
+def import_generator(released: Mapping[str, Any], config: GeneratorConfig) -> Generator:
+    """Released LightningDiT or DiT-DH weights as ours; the latent statistics stay at 0 and 1 until they are
+    set.
+
+    Args:
+        released: the file's content: the state dict, bare or under the key "ema" (preferred) or "model".
+        config: sizes of the released model; `released_generator_config` reads them off.
+
+    Raises:
+        ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
+    """
+    state = _plain_names(released, ("ema", "model"))
+    grid, dim = config.token_grid, config.hidden_dim
+    _take_constant(state, "pos_embed", sincos_2d(*grid, dim)[None])
+    if isinstance(config, LightningDiTConfig):
+        _take_rope(state, "feat_rope", grid, dim // config.num_heads)
+        lightning = LightningDiT(config)
+        statistics = {"latent_mean": lightning.latent_mean, "latent_std": lightning.latent_std}
+        load_strict(lightning, _rename(state, _LIGHTNING_NAMES) | statistics, "released generator weights")
+        return lightning.eval()
+    _take_rope(state, "enc_feat_rope", grid, dim // config.num_heads)
+    _take_rope(state, "dec_feat_rope", grid, config.head.hidden_dim // config.head.num_heads)
+    renamed: dict[str, Tensor] = {}
+    for name, value in _rename(state, _DITDH_NAMES).items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block and (behind := int(block[1]) - config.num_layers) >= 0:
+            name = f"head_blocks.{behind}.{name[block.end() :]}"
+        # RAE's velocity points from data to noise.
+        renamed[name] = -value if name.startswith("to_velocity.") else value
+    ditdh = DiTDH(config)
+    statistics = {"latent_mean": ditdh.latent_mean, "latent_std": ditdh.latent_std}
+    load_strict(ditdh, renamed | statistics, "released generator weights")
+    return ditdh.eval()
+
+
+def read_statistics(file: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents as releases keep them, for `set_statistics`.
+
+    The file holds "mean" and "std" per channel, (1, C, 1, 1) (LightningDiT, PAE), or "mean" and "var" per
+    channel and place, (C, h, w) (RAE, which adds 1e-5 to the variance).
+
+    Returns:
+        Two tensors (C,) or (C, h, w).
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_tensors`, or other content.
+    """
+    found = read_tensors(file)
+    if found.keys() == {"mean", "var"}:
+        found = {"mean": found["mean"], "std": (found["var"] + 1e-5).sqrt()}
+    if found.keys() != {"mean", "std"} or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(
+            f"{file} must hold the tensors mean and std (or mean and var), got {', '.join(sorted(found))}"
+        )
+    mean, std = (value.float() for value in (found["mean"], found["std"]))
+    mean, std = (value[0] if value.ndim == 4 and len(value) == 1 else value for value in (mean, std))
+    flat = mean.shape[1:] == (1, 1)
+    return (mean.flatten(), std.flatten()) if flat else (mean, std)
+
+
+def _plain_names(released: Mapping[str, Any], holders: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict of a released file, bare or under the first of the keys that it has."""
+    for holder in holders:
+        if isinstance(released.get(holder), Mapping):
+            released = released[holder]
+            break
+    plain = {_plain(name): value for name, value in released.items()}
+    if strange := [name for name, value in plain.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"released weights must map names to tensors; not so: {', '.join(sorted(strange)[:5])}"
+        )
+    return plain
+
+
+def _plain(name: str) -> str:
+    """Without what wrappers (distributed, compiled) put in front."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", name)
+
+
+def _rename(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    renamed, left = {}, []
+    for name, value in state.items():
+        for pattern, replacement in names:
+            new, hits = re.subn(f"^{pattern}", replacement, name)
+            if hits:
+                renamed[new] = value
+                break
+        else:
+            left.append(name)
+    if left:
+        raise ValueError(f"released weights hold {len(left)} unknown names: {', '.join(sorted(left)[:5])}")
+    return renamed
+
+
+def _take_rope(state: dict[str, Tensor], name: str, grid: tuple[int, int], head_dim: int) -> None:
+    for part, values in zip(("cos", "sin"), rope_2d(*grid, head_dim), strict=True):
+        _take_constant(state, f"{name}.freqs_{part}", values)
+
+
+def _take_constant(state: dict[str, Tensor], name: str, ours: Tensor) -> None:
+    """Drop a table that is computed here, once it is seen to be the same."""
+    if name not in state:
+        raise ValueError(f"released weights lack {name}")
+    theirs = state.pop(name)
+    if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-5):
+        raise ValueError(
+            f"{name} of the released weights is not the fixed sine-cosine table of this grid "
+            f"(shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}); check image_size and the grid"
+        )
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    if name not in state:
+        raise ValueError(f"released weights lack {name}")
+    return tuple(state[name].shape)
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many layers are numbered, from 0 on, where the pattern has its group."""
+    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)

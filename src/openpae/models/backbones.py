@@ -1,0 +1,236 @@
+"""The networks behind the table of encoders: loaded strictly, or built. None of them knows the table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import ERROR
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openpae.models.layers import TransformerBlock, to_tokens
+from openpae.storage.assets import fetch
+from openpae.storage.weights import first_line, pickle_refusal
+
+# The hub's file of InternViT has the names of its own remote code, which is never run.
+_INTERNVIT_NAMES = (
+    (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
+    (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
+    (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
+    (r"^encoder\.layers\.(\d+)\.attn\.proj\.", r"encoder.layer.\1.attention.projection_layer."),
+    (r"^encoder\.layers\.(\d+)\.norm1\.", r"encoder.layer.\1.layernorm_before."),
+    (r"^encoder\.layers\.(\d+)\.norm2\.", r"encoder.layer.\1.layernorm_after."),
+    (r"^encoder\.layers\.(\d+)\.ls([12])$", r"encoder.layer.\1.lambda_\2"),
+    (r"^encoder\.layers\.(\d+)\.mlp\.", r"encoder.layer.\1.mlp."),
+)
+
+
+def convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """InternViT's weights under the names of its own code to those of `InternVLVisionModel`, queries, keys
+    and values apart. Names that are none of its own stay as they are."""
+    converted: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if fused := re.fullmatch(r"encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                converted[f"encoder.layer.{fused[1]}.attention.{part}_proj.{fused[2]}"] = rows
+            continue
+        renamed = (
+            re.sub(pattern, new, name) for pattern, new in _INTERNVIT_NAMES if re.search(pattern, name)
+        )
+        converted[next(renamed, name)] = value
+    return converted
+
+
+def drop_norm_affine(backbone: nn.Module, final_norm: str) -> None:
+    """Replace the last LayerNorm by one without scale and shift, in place.
+
+    Raises:
+        ValueError: the backbone has no LayerNorm of that name.
+    """
+    owner_name, _, leaf = final_norm.rpartition(".")
+    try:
+        owner = backbone.get_submodule(owner_name)
+        norm = owner.get_submodule(leaf)
+    except AttributeError:
+        norm = None
+    if not isinstance(norm, nn.LayerNorm):
+        names = [name for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)]
+        outer = ", ".join(name for name in names if name.count(".") < 2)
+        raise ValueError(f"{type(backbone).__name__} has no LayerNorm {final_norm!r}; it has: {outer}")
+    setattr(owner, leaf, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+
+
+def load_pretrained(
+    model_class: str,
+    source: str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    options: Mapping[str, Any],
+    other_parts: tuple[str, ...] = (),
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> Any:
+    """A vision tower of the transformers package with its weights, in float32; strictly, unlike the package.
+
+    Remote code is never run: only the package's own classes are built.
+
+    Args:
+        model_class: class of the package.
+        source: hub name or local folder; with `state` also the file of a config.
+        state: the weights, where they are at hand; the source is then asked for the config alone.
+        options: settings that replace those beside the weights.
+        other_parts: how names begin that the weights may hold beside the tower's.
+        convert: turns the names in the file into those of the class; None leaves that to the package.
+
+    Returns:
+        The model (its class is the package's, whose types are not known here), with its `config`.
+
+    Raises:
+        FileNotFoundError: the weights can not be had.
+        ValueError: the file is damaged; a weight of the tower is missing or of another shape, or one that it
+            does not know is there.
+    """
+    import transformers  # half a second and 100 MB that only this family needs
+    from transformers.utils.hub import cached_file
+
+    kind = getattr(transformers, model_class)
+    # Mismatched sizes are left to the report: the package's own error does not name them. Weights stored in
+    # half precision are widened: precision is the engine's business.
+    wishes = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with _no_reports():
+            config = kind.config_class.from_pretrained(source, **options)
+            if state is None and convert is None:
+                model, report = kind.from_pretrained(source, config=config, **wishes)
+            else:
+                if state is None:
+                    file = cached_file(source, "model.safetensors")
+                    assert file is not None  # for the type checker: a file that is not there is an OSError
+                    state = load_file(file)
+                given = dict(state) if convert is None else convert(state)
+                model, report = kind.from_pretrained(None, config=config, state_dict=given, **wishes)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no weights of {model_class} at {source!r}; give encoder_source a local folder "
+            f"or a hub name that can be reached ({str(error).splitlines()[0]})"
+        ) from None
+    except UnpicklingError as error:
+        raise ValueError(pickle_refusal(source, error)) from None
+    except Exception as error:  # what a damaged file or config holds can lead its reader to any of them
+        raise ValueError(f"weights or config at {source!r} are damaged: {first_line(error)}") from None
+    faults = {
+        "missing": report["missing_keys"],
+        "unknown": [key for key in report["unexpected_keys"] if not key.startswith(other_parts)],
+        "of another shape": [str(key) for key in report["mismatched_keys"]],
+    }
+    if any(faults.values()):
+        named = (f"{what}: {', '.join(sorted(keys)[:5])}" for what, keys in faults.items() if keys)
+        raise ValueError(f"weights at {source!r} do not fit {model_class}: {'; '.join(named)}")
+    return model
+
+
+def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:
+    """A vision tower of the transformers package with random weights.
+
+    Args:
+        model_class: class of the package.
+        architecture: its config, as plain data.
+    """
+    import transformers
+
+    kind = getattr(transformers, model_class)
+    tower: nn.Module = kind(kind.config_class.from_dict(dict(architecture)))
+    return tower
+
+
+@contextmanager
+def _no_reports() -> Iterator[None]:
+    """Without the package's tables of weights that are not used: what does not fit is an error here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+class TokenMerger(nn.Module):
+    """Tokens of m x m neighbours side by side, through LayerNorm and an MLP (as InternVL joins them).
+
+    Args:
+        dim: width of the tokens.
+        out: width of the joined ones.
+        merge: m.
+    """
+
+    def __init__(self, dim: int, out: int, merge: int) -> None:
+        super().__init__()
+        self.merge = merge
+        self.norm = nn.LayerNorm(merge**2 * dim)
+        self.fc1 = nn.Linear(merge**2 * dim, out)
+        self.fc2 = nn.Linear(out, out)
+
+    def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """tokens: (B, h w, dim). Returns (B, h w / m^2, out)."""
+        m = self.merge
+        cells = tokens.reshape(-1, h // m, m, w // m, m, tokens.shape[-1]).transpose(2, 3)
+        out: Tensor = self.fc2(F.gelu(self.fc1(self.norm(cells.flatten(3).flatten(1, 2)))))
+        return out
+
+
+class EfficientNetTokens(nn.Module):
+    """Tokens (B, h w, 432) of EfficientNet-Lite0 at stride 16: spatial detail beside semantics."""
+
+    def __init__(self, *, pretrained: bool = True) -> None:
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        net = EfficientNet.from_name("efficientnet-lite0")
+        if pretrained:
+            (file,) = fetch("efficientnet-lite0").rglob("*.pth")
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        self.stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
+        self.fine = nn.Sequential(*net._blocks[:11])
+        self.coarse = nn.Sequential(*net._blocks[11:])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, 16 h, 16 w). Returns tokens: (B, h w, 432)."""
+        fine = self.fine(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
+        coarse = F.interpolate(self.coarse(fine), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        taps = (to_tokens(tap).float() for tap in (fine, coarse))
+        return torch.cat([F.layer_norm(tap, tap.shape[-1:]) for tap in taps], dim=-1)
+
+
+class RandomViT(nn.Module):
+    """A one-block ViT with a CLS token and no positions, so that it takes any grid; its random weights are
+    the same every time.
+
+    Args:
+        dim: width D.
+        stride: pixels per token and axis.
+        num_heads: attention heads.
+    """
+
+    def __init__(self, dim: int, stride: int, num_heads: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.patch_embed = nn.Conv2d(3, dim, stride, stride=stride)
+            self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+            self.block = TransformerBlock(dim, num_heads, 2 * dim, norm_eps=1e-6)
+        self.layernorm = nn.LayerNorm(dim, elementwise_affine=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, h stride, w stride). Returns the CLS token and the patch tokens: (B, 1 + h w, D)."""
+        tokens = to_tokens(self.patch_embed(pixels))
+        out: Tensor = self.layernorm(
+            self.block(torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1))
+        )
+        return out

@@ -1,0 +1,299 @@
+"""Stage (a): what the latent is aligned with, the VFM's features refined and compressed (Sec. 3.3).
+
+    Z_T = P_t(H_vfm),   H^ = Q_t(Z_T),   H_ref = down(low_pass(upsample(H_vfm, image)))
+
+The refiner (P_t, Q_t) learns to keep the features and the Gram matrix of H_ref (`upsampling.py`); afterwards
+Z_T is fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from openpae.models.layers import TransformerBlock, init_vit, sincos_2d, to_sphere
+from openpae.models.upsampling import full_precision
+
+
+class Prior(Protocol):
+    """Gives the targets of SSR and SCR; any callable of this shape can be passed."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Targets (B, N, C) of features H_vfm (B, N, D), on the sphere, without gradient."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig:
+    """A refiner. The defaults are for DINOv2-L; the decoder's sizes are the paper's."""
+
+    feature_dim: int = 1024
+    """Width D of the VFM's features."""
+    latent_dim: int = 32
+    """Channels C of the targets: those of the tokenizer's latent."""
+    grid_size: int = 16
+    """Side of the token grid, or its height h where grid_width is set: that of the tokenizer's latent."""
+    grid_width: int | None = None
+    """Width w of the token grid where it is not square; null: as grid_size."""
+    num_heads: int = 16
+    """Attention heads of P_t: those of the VFM."""
+    decoder_layers: int = 4
+    """Transformer blocks of Q_t."""
+    decoder_dim: int = 1024
+    """Width of Q_t."""
+    decoder_heads: int = 16
+    """Attention heads of Q_t."""
+
+    def __post_init__(self) -> None:
+        for name in ("feature_dim", "latent_dim", "grid_size", "decoder_layers", "decoder_dim"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.grid_width is not None and self.grid_width < 1:
+            raise ValueError(f"grid_width must be >= 1 or null, got {self.grid_width}")
+        for name, width in (("num_heads", self.feature_dim), ("decoder_heads", self.decoder_dim)):
+            if (heads := getattr(self, name)) < 1 or width % heads:
+                raise ValueError(f"{name} must divide the width {width}, got {heads}")
+        if self.decoder_dim % 4:
+            raise ValueError(f"decoder_dim must be a multiple of 4 for its positions, got {self.decoder_dim}")
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(h, w)."""
+        return (self.grid_size, self.grid_width or self.grid_size)
+
+
+class TargetProjector(nn.Module):
+    """P_t: one transformer block on the features, a linear layer D -> C, the sphere norm.
+
+    Our choice: the paper says only that P_t compresses. The block's residual hands the features on, so that
+    the linear layer can start as a projection of them; no positions, since the features carry their own.
+    """
+
+    def __init__(self, feature_dim: int, latent_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.block = TransformerBlock(feature_dim, num_heads, 4 * feature_dim, norm_eps=1e-6)
+        self.to_latent = nn.Linear(feature_dim, latent_dim)
+        init_vit(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features H_vfm: (B, N, D). Returns Z_T: (B, N, C), on the sphere, float32."""
+        return _tokens_to_sphere(self.to_latent(self.block(features)))
+
+
+class FeatureDecoder(nn.Module):
+    """Q_t: a ViT with fixed sine-cosine positions from targets back to features."""
+
+    positions: Tensor
+
+    def __init__(self, config: RefinerConfig) -> None:
+        super().__init__()
+        width = config.decoder_dim
+        self.embed = nn.Linear(config.latent_dim, width)
+        self.register_buffer("positions", sincos_2d(*config.grid_shape, width)[None], persistent=False)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.decoder_heads, 4 * width, norm_eps=1e-6)
+            for _ in range(config.decoder_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_features = nn.Linear(width, config.feature_dim)
+        init_vit(self)
+
+    def forward(self, prior: Tensor) -> Tensor:
+        """prior Z_T: (B, N, C). Returns H^: (B, N, D), float32."""
+        x = self.embed(prior) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.to_features(self.norm(x))
+        return out.float()
+
+
+class Refiner(nn.Module):
+    """P_t and Q_t, trained together; afterwards only P_t is used, see `FrozenPrior`.
+
+    Args:
+        config: its sizes.
+    """
+
+    def __init__(self, config: RefinerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projector = TargetProjector(config.feature_dim, config.latent_dim, config.num_heads)
+        self.decoder = FeatureDecoder(config)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What training compares, in one pass (a distributed wrapper sees only this one).
+
+        Args:
+            features: H_vfm, (B, N, D).
+
+        Returns:
+            Z_T (B, N, C) and H^ (B, N, D).
+        """
+        prior = self.project(features)
+        return prior, self.reconstruct(prior)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Targets Z_T = P_t(H_vfm) of features (B, N, D): (B, N, C), on the sphere, float32.
+
+        Raises:
+            ValueError: the width is not config.feature_dim.
+        """
+        _check_width(features, self.config.feature_dim)
+        prior: Tensor = self.projector(features.float())  # cached features come in float16
+        return prior
+
+    def reconstruct(self, prior: Tensor) -> Tensor:
+        """Features H^ = Q_t(Z_T) of targets (B, N, C): (B, N, D), float32.
+
+        Raises:
+            ValueError: not the N tokens or the C channels of the config.
+        """
+        expected = (math.prod(self.config.grid_shape), self.config.latent_dim)
+        if tuple(prior.shape[1:]) != expected:
+            raise ValueError(f"prior must be (B, N, C) with (N, C) = {expected}, got {tuple(prior.shape)}")
+        features: Tensor = self.decoder(prior)
+        return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearTargetsConfig:
+    """A fixed linear map of the features: the raw targets of Table 2(b)."""
+
+    projection: Literal["pca", "random"] = "pca"
+    """How the map was found."""
+    feature_dim: int = 1024
+    """Width D of the VFM's features."""
+    latent_dim: int = 32
+    """Channels C of the targets."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.latent_dim <= self.feature_dim:
+            raise ValueError(
+                f"latent_dim must lie in [1, feature_dim = {self.feature_dim}], got {self.latent_dim}"
+            )
+
+
+class LinearTargets(nn.Module):
+    """Raw targets: z_i = sphere(U^T (h_i - m)), no refinement (Table 2b).
+
+    The columns of U are orthonormal. For "pca" they are the first C principal directions of the features and
+    m is their mean: of all linear maps the one whose inner products are nearest to those of the centred
+    features. No whitening, which would undo that. For "random" they span a random subspace, and m is 0.
+
+    Args:
+        config: its sizes. The map itself starts as zeros; `fit_pca` and `random_targets` make filled ones.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(self, config: LinearTargetsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(config.feature_dim))
+        self.register_buffer("basis", torch.zeros(config.feature_dim, config.latent_dim))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Targets of features (B, N, D): (B, N, C), on the sphere, float32.
+
+        Raises:
+            ValueError: the width is not config.feature_dim.
+        """
+        _check_width(features, self.config.feature_dim)
+        with full_precision(features):
+            return _tokens_to_sphere((features.float() - self.mean) @ self.basis)
+
+
+def fit_pca(features: Iterable[Tensor], latent_dim: int) -> LinearTargets:
+    """Raw targets by principal components, from one pass over a stream of features.
+
+    Sums are kept in float64 and taken about the mean of the first batch, so neither the length of the stream
+    nor an offset of the features costs digits. The sign of a component is free; here its largest entry is
+    positive, so that equal features give equal targets on every machine, up to rounding.
+
+    Args:
+        features: batches of H_vfm, (..., D) each, such as (B, N, D).
+        latent_dim: channels C.
+
+    Raises:
+        ValueError: the stream holds no more than C tokens, its width changes, or C is larger than D.
+    """
+    count, offset, total, scatter = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    for batch in features:
+        rows = batch.detach().double().flatten(0, -2)
+        if count == 0:
+            offset = rows.mean(dim=0)
+            total, scatter = torch.zeros_like(offset), torch.zeros_like(offset).diag()
+        _check_width(rows, len(offset))
+        rows = rows - offset
+        count += len(rows)
+        total += rows.sum(dim=0)
+        scatter += rows.mT @ rows
+    if count <= latent_dim:
+        raise ValueError(f"{latent_dim} principal components need more than {latent_dim} tokens, got {count}")
+    targets = LinearTargets(
+        LinearTargetsConfig(projection="pca", feature_dim=len(offset), latent_dim=latent_dim)
+    ).to(offset.device)
+    shift = total / count
+    _, directions = torch.linalg.eigh(scatter / count - shift.outer(shift))  # variances ascending
+    basis = directions.flip(1)[:, :latent_dim]
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    targets.mean.copy_(offset + shift)
+    targets.basis.copy_(basis * largest.sign())
+    return targets
+
+
+def random_targets(feature_dim: int, latent_dim: int, seed: int = 0) -> LinearTargets:
+    """Raw targets by a random projection: an orthonormal basis of a random subspace, the same for a seed.
+
+    Raises:
+        ValueError: C is larger than D.
+    """
+    targets = LinearTargets(
+        LinearTargetsConfig(projection="random", feature_dim=feature_dim, latent_dim=latent_dim)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(feature_dim, latent_dim, generator=generator, dtype=torch.float64)
+    targets.basis.copy_(torch.linalg.qr(normal)[0])
+    return targets
+
+
+class FrozenPrior(nn.Module):
+    """A trained refiner, or raw targets, as a `Prior`: never changes, gives no gradient.
+
+    Args:
+        targets: what projects the features. It is set to evaluation mode and frozen.
+    """
+
+    def __init__(self, targets: Refiner | LinearTargets) -> None:
+        super().__init__()
+        self.targets = targets.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels C of the targets."""
+        return self.targets.config.latent_dim
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        """features H_vfm: (B, N, D). Returns targets: (B, N, C), on the sphere."""
+        return self.targets.project(features)
+
+
+def _tokens_to_sphere(tokens: Tensor) -> Tensor:
+    """The sphere norm of tokens (B, N, C)."""
+    return to_sphere(tokens.mT[..., None])[..., 0].mT
+
+
+def _check_width(features: Tensor, width: int) -> None:
+    if features.shape[-1] != width:
+        raise ValueError(f"features must have the width D = {width}, got {tuple(features.shape)}")

@@ -1,0 +1,137 @@
+"""Saved tokenizers, generators and priors: which folder holds what, and with which other it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from openpae import config as configs
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
+from openpae.models.encoders import Encoder
+from openpae.models.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
+from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.storage.files import write_json
+from openpae.storage.model_folder import CONFIG, ENCODER, identity_of, model_folder, read_model, write_model
+from openpae.storage.weights import load_strict
+
+
+def write_tokenizer(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: PAEConfig,
+    encoder_print: str,
+    architecture: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
+
+    Args:
+        folder: where.
+        state: state dict of a `PAE`; a frozen encoder's weights are left out, they have their own home.
+        config: of the tokenizer.
+        encoder_print: fingerprint of the encoder, checked when the folder is loaded.
+        architecture: what `encoder_architecture` gives, kept with a finetuned encoder's weights.
+    """
+    finetuned = config.fusion == "finetune"
+    own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
+    write_model(folder, own, config, encoder_print, "openpae.load_tokenizer")
+    if finetuned and architecture is not None:
+        write_json(folder / ENCODER, architecture)
+
+
+def write_generator(
+    folder: Path, state: Mapping[str, Tensor], config: GeneratorConfig, tokenizer_print: str
+) -> None:
+    """Write a generator's files into an existing folder; tokenizer_print names the tokenizer of its
+    latents."""
+    write_model(folder, state, config, tokenizer_print, "openpae.load_generator")
+
+
+def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False) -> PAE:
+    """As `PAE.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
+
+    Args:
+        folder: a tokenizer folder, a training checkpoint, or a run folder (its newest checkpoint).
+        encoder: your own module, where the tokenizer was trained with one.
+        decode_only: leave the frozen encoder out: quicker, but `encode` then needs features.
+
+    Raises:
+        FileNotFoundError: no such folder, or the encoder's weights can not be had.
+        ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
+    """
+    return PAE.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
+
+
+def load_generator(folder: str | Path) -> Generator:
+    """As `from_pretrained` of either generator, but of local folders only.
+
+    Args:
+        folder: a generator folder, a training checkpoint, or a run folder (its newest checkpoint).
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another kind of folder, damaged or unfitting weights.
+    """
+    path = model_folder(folder)
+    config = configs.load_one_of(GENERATORS, path / CONFIG)
+    kind = DiTDH if isinstance(config, DiTDHConfig) else LightningDiT
+    return kind.from_pretrained(path)
+
+
+def write_prior(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: RefinerConfig | LinearTargetsConfig,
+    encoder_print: str,
+) -> None:
+    """Write a refiner's files (or raw targets') into an existing folder; encoder_print names the encoder
+    whose
+    features it refines."""
+    write_model(folder, state, config, encoder_print, "openpae.load_prior")
+
+
+def load_prior(folder: str | Path) -> FrozenPrior:
+    """The fixed targets of SSR and SCR: a refiner, or raw targets, that never changes.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another kind of folder, damaged or unfitting weights.
+    """
+    path = model_folder(folder)
+    kind = configs.read_yaml(path / CONFIG).get("kind")
+    targets: Refiner | LinearTargets
+    if kind == "LinearTargetsConfig":
+        targets = LinearTargets(configs.load(LinearTargetsConfig, path / CONFIG))
+    else:
+        targets = Refiner(configs.load(RefinerConfig, path / CONFIG))
+    state, _ = read_model(path)
+    load_strict(targets, state, f"weights in {path}")
+    return FrozenPrior(targets)
+
+
+def check_pair(tokenizer: str | Path, generator: str | Path) -> dict[str, str]:
+    """See that a generator makes latents of this tokenizer; returns both fingerprints.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: one of them is no such model, or the generator was trained on the latents of another
+            tokenizer.
+    """
+    for folder, what, classes in (
+        (tokenizer, "tokenizer", [PAEConfig]),
+        (generator, "generator", [*GENERATORS]),
+    ):
+        kind = configs.read_yaml(model_folder(folder) / CONFIG).get("kind")
+        if kind not in [cls.__name__ for cls in classes]:
+            raise ValueError(f"{folder} is no {what}: its config is of kind {kind!r}")
+    ours, theirs = identity_of(tokenizer), identity_of(generator)
+    if theirs.made_with != ours.fingerprint:
+        raise ValueError(
+            f"{generator} makes latents of the tokenizer {theirs.made_with}, but {tokenizer} is "
+            f"{ours.fingerprint}; "
+            "decode with the tokenizer that the generator was trained with"
+        )
+    return {"tokenizer": ours.fingerprint, "generator": theirs.fingerprint}

@@ -1,0 +1,204 @@
+"""The table of vision foundation models (VFMs): what is known of each. A new encoder is a new row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from openpae.models.backbones import convert_internvit
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """What sets one VFM apart from the next."""
+
+    family: Literal["transformers", "efficientnet-lite0", "random"] = "transformers"
+    """Who builds the network."""
+    model_class: str = ""
+    """Class of the transformers package; empty for the other families."""
+    repo: str = ""
+    """Hub name of the weights; empty where they are no hub's."""
+    stride: int
+    """Input pixels per token and axis; images are resized so that every VFM yields the same token grid."""
+    dim: int
+    """Width D of the features."""
+    num_heads: int
+    """Attention heads of the VFM, which the modulator and the projector take over."""
+    num_prefix_tokens: int = 0
+    """CLS and register tokens in front of the patch tokens."""
+    final_norm: str | None = "layernorm"
+    """Its last norm, used without scale and shift: tokens then have zero mean and unit variance. None: the
+    patch tokens come without one, and are normalised behind the VFM."""
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+    merge: int = 1
+    """Tokens of the VFM per axis that become one; the stride counts the merged ones."""
+    merge_by: Literal["mean", "mlp"] = "mean"
+    """How. The MLP's weights belong to a released tokenizer, and its output is taken as it is."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the class that replace those beside the weights."""
+    asks_to_interpolate: bool = False
+    """Whether the class fits its positions to another grid only where it is asked to."""
+    shuffles: bool = False
+    """Whether the class puts the tokens into the order of a noise that it is given."""
+    other_parts: tuple[str, ...] = ()
+    """How names begin that the weights may hold beside the vision tower's."""
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    """Turns the names of the hub's file into those of the class; None where the package does it."""
+
+
+def _dinov2(size: str, dim: int, num_heads: int, *, registers: bool = True) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="Dinov2WithRegistersModel" if registers else "Dinov2Model",
+        repo=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
+        stride=14,
+        dim=dim,
+        num_heads=num_heads,
+        num_prefix_tokens=1 + 4 if registers else 1,
+    )
+
+
+def _dinov3(size: str, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="DINOv3ViTModel",
+        repo=f"facebook/dinov3-vit{size}-pretrain-lvd1689m",
+        stride=16,
+        dim=dim,
+        num_heads=num_heads,
+        num_prefix_tokens=1 + 4,
+        final_norm="norm",
+    )
+
+
+def _siglip2(size: str, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="SiglipVisionModel",  # SigLIP 2 of a fixed size has SigLIP's architecture
+        repo=f"google/siglip2-{size}-patch16-256",
+        stride=16,
+        dim=dim,
+        num_heads=num_heads,
+        final_norm="post_layernorm",
+        image_mean=HALF,
+        image_std=HALF,
+        options={"vision_use_head": False},
+        asks_to_interpolate=True,
+        other_parts=("head.", "text_model.", "logit_scale", "logit_bias"),
+    )
+
+
+def _mae(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="ViTMAEModel",
+        repo=f"facebook/vit-mae-{size}",
+        stride=patch,
+        dim=dim,
+        num_heads=num_heads,
+        num_prefix_tokens=1,
+        options={"mask_ratio": 0.0},
+        asks_to_interpolate=True,
+        shuffles=True,
+        other_parts=("decoder.",),
+    )
+
+
+def _clip(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
+    return EncoderSpec(
+        model_class="CLIPVisionModel",
+        repo=f"openai/clip-vit-{size}-patch{patch}",
+        stride=patch,
+        dim=dim,
+        num_heads=num_heads,
+        num_prefix_tokens=1,
+        final_norm=None,  # its post_layernorm sees the CLS token only
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        asks_to_interpolate=True,
+        other_parts=(
+            *("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
+            "embeddings.position_ids",  # 0, 1, 2, ...: older files hold it
+        ),
+    )
+
+
+ENCODERS = {
+    "dinov2-s": _dinov2("small", 384, 6),
+    "dinov2-b": _dinov2("base", 768, 12),
+    "dinov2-l": _dinov2("large", 1024, 16),
+    "dinov2-g": _dinov2("giant", 1536, 24),
+    "dinov2-s-noreg": _dinov2("small", 384, 6, registers=False),
+    "dinov2-b-noreg": _dinov2("base", 768, 12, registers=False),
+    "dinov2-l-noreg": _dinov2("large", 1024, 16, registers=False),
+    "dinov2-g-noreg": _dinov2("giant", 1536, 24, registers=False),
+    "dinov3-s": _dinov3("s16", 384, 6),
+    "dinov3-b": _dinov3("b16", 768, 12),
+    "dinov3-l": _dinov3("l16", 1024, 16),
+    "dinov3-h": _dinov3("h16plus", 1280, 20),
+    "siglip2-b": _siglip2("base", 768, 12),
+    "siglip2-l": _siglip2("large", 1024, 16),
+    "siglip2-so": _siglip2("so400m", 1152, 16),
+    "mae-b": _mae("base", 16, 768, 12),
+    "mae-l": _mae("large", 16, 1024, 16),
+    "mae-h": _mae("huge", 14, 1280, 16),
+    "clip-b": _clip("base", 16, 768, 12),
+    "clip-l": _clip("large", 14, 1024, 16),
+    # 448 pixels and 32 x 32 tokens for an image of 256, merged 2 x 2.
+    "internvit-300m": EncoderSpec(
+        model_class="InternVLVisionModel",
+        repo="OpenGVLab/InternViT-300M-448px-V2_5",
+        stride=28,
+        dim=1024,
+        num_heads=16,
+        num_prefix_tokens=1,
+        final_norm=None,
+        merge=2,
+        options={"attention_bias": True},  # the hub's config says it by another name
+        convert=convert_internvit,
+    ),
+    # As the authors' released tokenizer has it, which alone holds the weights of the MLP.
+    "internvit-300m-mlp": EncoderSpec(
+        model_class="InternVLVisionModel",
+        repo="OpenGVLab/InternViT-300M-448px-V2_5",
+        stride=28,
+        dim=1024,
+        num_heads=16,
+        num_prefix_tokens=1,
+        final_norm=None,
+        merge=2,
+        merge_by="mlp",
+        options={"attention_bias": True},
+        convert=convert_internvit,
+    ),
+    # A CNN: block 10 (112 channels) beside block 15 (320 channels, upsampled), each normalised per token.
+    "efficientnet-lite0": EncoderSpec(
+        family="efficientnet-lite0",
+        stride=16,
+        dim=112 + 320,
+        num_heads=8,
+        image_mean=(127 / 255, 127 / 255, 127 / 255),
+        image_std=(128 / 255, 128 / 255, 128 / 255),
+    ),
+    # Fixed random weights: for tests and for trying a command without a download.
+    "random-tiny": EncoderSpec(family="random", stride=8, dim=48, num_heads=4, num_prefix_tokens=1),
+}
+
+
+def encoder_spec(name: str) -> EncoderSpec:
+    """A row of the table.
+
+    Raises:
+        ValueError: no such row.
+    """
+    if name not in ENCODERS:
+        raise ValueError(
+            f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}, or pass a module of your own"
+        )
+    return ENCODERS[name]

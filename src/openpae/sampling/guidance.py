@@ -1,0 +1,121 @@
+"""The velocity that is followed: a generator's, guided by its null class or by a weaker generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from openpae.objective.flow import guide
+from openpae.sampling.solvers import Field
+
+
+class LatentConfig(Protocol):
+    """What sampling asks of a generator's config."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        ...
+
+
+class VelocityModel(Protocol):
+    """What sampling asks of a generator: LightningDiT, or a module of your own."""
+
+    @property
+    def config(self) -> LatentConfig:
+        """Its sizes."""
+        ...
+
+    @property
+    def null_label(self) -> int:
+        """The label that means no class; the classes are those below it."""
+        ...
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """What it generates, (B, C, h, w), in the tokenizer's scale."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights; where they are, it runs."""
+        ...
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Velocity (B, C, h, w) of x_t (B, C, h, w) at t (B,) for labels (B,)."""
+        ...
+
+
+def guided_velocity(
+    model: VelocityModel,
+    labels: Tensor,
+    guidance: float,
+    guides_at: Callable[[float], bool],
+    weak: VelocityModel | None = None,
+) -> Field:
+    """The velocity of these classes, guided at some positions (`flow.guide`).
+
+    Whether it is guided is asked of the position, which the host knows, so no step waits for the device.
+    Where it is not, nothing but the generator's own velocity is computed.
+
+    Args:
+        model: the generator.
+        labels: classes, (B,).
+        guidance: w.
+        guides_at: whether to guide at position t.
+        weak: gives the worse velocity; without it the generator's own null class does.
+
+    Returns:
+        A velocity for the solvers.
+    """
+    twice = torch.cat([labels, torch.full_like(labels, model.null_label)])
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        here = torch.full((len(x),), t, device=x.device)
+        if not guides_at(t):
+            return model(x, here, labels)
+        if weak is not None:
+            return guide(model(x, here, labels).float(), weak(x, here, labels).float(), guidance)
+        conditional, null = model(torch.cat([x, x]), torch.cat([here, here]), twice).float().chunk(2)
+        return guide(conditional, null, guidance)
+
+    return velocity
+
+
+def check_labels(model: VelocityModel, labels: Tensor) -> None:
+    """Refuse labels that the generator does not know.
+
+    Raises:
+        ValueError: names them.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
+        raise ValueError(
+            f"labels must lie in [0, {model.null_label}] ({model.null_label} is the null class), "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+
+
+def check_weak(model: VelocityModel, weak: VelocityModel) -> None:
+    """Refuse a generator that can not guide another.
+
+    Raises:
+        ValueError: it makes latents of another shape or scale, or knows another number of classes.
+    """
+    for name, ours, theirs in (
+        ("latent shape", model.config.latent_shape, weak.config.latent_shape),
+        ("number of classes", model.null_label, weak.null_label),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the weak generator must have the {name} of the other, {ours}, got {theirs}; take one that "
+                "was trained on the same latents"
+            )
+    # Velocities of two scales can not be subtracted. Statistics of two caches differ in their last digits.
+    shape, device = model.config.latent_shape, next(model.parameters()).device
+    ends = torch.stack([torch.zeros(shape), torch.ones(shape)]).to(device)
+    if not torch.allclose(model.denormalise(ends), weak.denormalise(ends), rtol=0.02, atol=0.02):
+        raise ValueError(
+            "the weak generator normalises latents by other statistics; take one that was trained on the "
+            "same latents"
+        )

@@ -1,0 +1,163 @@
+"""Classes to images in one call: a generator and the tokenizer of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openpae.data.pixels import to_image
+from openpae.models.ditdh import Generator
+from openpae.models.saved import check_pair, load_generator
+from openpae.models.tokenizer import PAE
+from openpae.sampling.sampler import SamplerConfig, sample_images
+from openpae.storage import hub
+from openpae.storage.card import model_card
+from openpae.storage.model_folder import PARTS, README, identity_of, new_model_folder
+
+
+class Pipeline:
+    """A generator and the tokenizer that decodes its latents.
+
+    Args:
+        tokenizer: decodes; it must be the one whose latents the generator was trained on. `from_pretrained`
+            and `join` see to that.
+        generator: makes the latents.
+    """
+
+    def __init__(self, tokenizer: PAE, generator: Generator) -> None:
+        self.tokenizer, self.generator = tokenizer, generator
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, revision: str | None = None, decode_only: bool = True
+    ) -> Self:
+        """A saved pair, in evaluation mode.
+
+        Args:
+            name_or_folder: a folder with the subfolders tokenizer and generator (model or run folders, as the
+                quickstart leaves them), or a name OWNER/NAME of the hub.
+            revision: branch, tag or commit of the hub.
+            decode_only: leave out the frozen encoder, which sampling does not need.
+
+        Raises:
+            FileNotFoundError: no such folder or name, or not both of a pair in it.
+            ValueError: the two do not belong together, or damaged or unfitting weights.
+        """
+        folder = hub.find_model(name_or_folder, revision)
+        if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+            raise FileNotFoundError(
+                f"{folder} holds no pair: it lacks {' and '.join(missing)}; Pipeline.join takes two folders"
+            )
+        return cls.join(*(folder / part for part in PARTS), decode_only=decode_only)
+
+    @classmethod
+    def join(cls, tokenizer: str | Path, generator: str | Path, *, decode_only: bool = True) -> Self:
+        """A pair of two places.
+
+        Args:
+            tokenizer: a model or run folder, or a name of the hub.
+            generator: alike.
+            decode_only: see `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: see `from_pretrained`.
+        """
+        places = [hub.find_model(place) for place in (tokenizer, generator)]
+        check_pair(*places)
+        return cls(PAE.from_pretrained(places[0], decode_only=decode_only), load_generator(places[1]))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move both to a device."""
+        self.tokenizer.to(device)
+        self.generator.to(device)
+        return self
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        *,
+        steps: int | None = ...,
+        seed: int = ...,
+        sampler: SamplerConfig | None = ...,
+        batch_size: int = ...,
+        output: Literal["pil"] = ...,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        *,
+        steps: int | None = ...,
+        seed: int = ...,
+        sampler: SamplerConfig | None = ...,
+        batch_size: int = ...,
+        output: Literal["tensor"],
+    ) -> Tensor: ...
+
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+        batch_size: int = 32,
+        output: Literal["pil", "tensor"] = "pil",
+    ) -> list[Image.Image] | Tensor:
+        """Draw an image of each of these classes.
+
+        Args:
+            class_labels: classes, in [0, K); K itself draws without a class.
+            steps: of the solver, in place of the sampler's.
+            seed: image i depends on (seed, i) and its class alone.
+            sampler: solver and guidance; None is the paper's guided setting.
+            batch_size: images at once; it does not change them but for rounding.
+            output: "pil" for Pillow images, "tensor" for (n, 3, H, W) in [0, 1] on the CPU.
+
+        Raises:
+            ValueError: no classes, one that the generator does not know, or another output.
+        """
+        if output not in ("pil", "tensor"):
+            raise ValueError(f"output must be 'pil' or 'tensor', got {output!r}")
+        if not len(class_labels):
+            raise ValueError("class_labels must name at least one class")
+        config = sampler or SamplerConfig()
+        config = config if steps is None else replace(config, steps=steps)
+        labels = torch.tensor(list(class_labels), dtype=torch.int64)
+        batches = sample_images(
+            self.tokenizer, self.generator, labels, config, seed=seed, batch_size=batch_size
+        )
+        if output == "tensor":
+            return torch.cat(list(batches))
+        return [to_image(pixels) for batch in batches for pixels in batch]
+
+    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
+        """Write both into the subfolders tokenizer and generator, and a model card.
+
+        Args:
+            folder: where; replaced if it holds nothing but a saved model or pair.
+            precision: of the parameters in the files. It changes the tokenizer's fingerprint, which the saved
+                generator then names.
+
+        Raises:
+            ValueError: the folder holds something else, or the tokenizer was loaded without an encoder that
+                is saved with it.
+        """
+        with new_model_folder(Path(folder)) as partial:
+            places = {part: partial / part for part in PARTS}
+            self.tokenizer.save_pretrained(places["tokenizer"], precision=precision)
+            made_with = identity_of(places["tokenizer"]).fingerprint
+            hub.save(self.generator, places["generator"], made_with=made_with, precision=precision)
+            (partial / README).write_text(model_card(places, str(folder), None), encoding="utf-8")
+
+    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
+        """Save and upload to the hub; see `hub.push`. Returns the address."""
+        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)

@@ -1,0 +1,287 @@
+"""From noise to latents to images: guidance with an interval, one seed per sample, decoding alongside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openpae.objective.flow import LAST_STEP, noisy_grid, time_grid
+from openpae.runtime.draws import SampleNoise, _moved
+from openpae.sampling.guidance import VelocityModel, check_labels, check_weak, guided_velocity
+from openpae.sampling.solvers import euler, euler_maruyama, heun, multistep, runge_kutta
+
+Solver = Literal["euler", "heun", "multistep", "sde", "rk45"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How samples are drawn. The defaults are the paper's guided 80-epoch setting."""
+
+    solver: Solver = "euler"
+    """euler (the paper's), heun and multistep (after DPM-Solver++ 2M) follow the ODE; sde is the paper's for
+    unguided samples: noisy steps and one without noise; rk45 is adaptive and slow, the others' reference."""
+    steps: int = 249
+    """Steps of the grid; rk45 finds its own."""
+    shift: float = 0.4
+    """Shift of the grid: t' = s t / (1 + (s - 1) t); below 1 it spends more steps near the noise."""
+    tolerance: float = 1e-5
+    """Error that a step of rk45 may make; the other solvers have none."""
+    guidance: float = 2.5
+    """w of v_worse + w (v - v_worse); 1 is no guidance."""
+    guidance_start: float = 0.25
+    """Guide where t >= this; elsewhere the null class is not computed at all."""
+    guidance_end: float = 1.0
+    """Guide where t <= this."""
+    tuned_on: str | None = None
+    """What guidance and interval were tuned on; pae search-guidance says it here, and every record repeats
+    it."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be > 0, got {self.shift}")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in (0, 1), got {self.tolerance}")
+        for name in ("guidance_start", "guidance_end"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if self.guidance_start > self.guidance_end:
+            raise ValueError(
+                f"guidance_start must not exceed guidance_end, got {self.guidance_start} and "
+                f"{self.guidance_end}; guidance 1 switches guidance off"
+            )
+
+    def guides_at(self, t: float) -> bool:
+        """Whether the velocity is guided at position t.
+
+        Both are compared in float32, so that a grid position meant to be 0.3 is one.
+        """
+        start, here, end = np.array([self.guidance_start, t, self.guidance_end], np.float32)
+        return self.guidance != 1 and bool(start <= here <= end)
+
+
+class Decoder(Protocol):
+    """What sampling asks of a tokenizer."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, 3, H, W) around [0, 1] of latents (B, C, h, w)."""
+        ...
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Labels 0, 1, ..., K - 1, 0, ... so that every class has count / K samples (up to one): (count,)."""
+    return torch.arange(count) % num_classes
+
+
+def evaluations(config: SamplerConfig) -> int | None:
+    """Generator evaluations per sample (NFE): one where it is not guided, two where it is. None for rk45,
+    which finds its own."""
+    if config.solver == "rk45":
+        return None
+    return sum(1 + config.guides_at(t) for t in _visited(config))
+
+
+@torch.no_grad()
+def sample_latents(
+    model: VelocityModel,
+    labels: Tensor,
+    noise: Tensor | SampleNoise,
+    config: SamplerConfig,
+    *,
+    weak: VelocityModel | None = None,
+) -> Tensor:
+    """Follow the velocity from noise to latents, in the tokenizer's scale.
+
+    Args:
+        model: the generator, in evaluation mode.
+        labels: classes, (B,).
+        noise: x_0, (B, C, h, w), or where it comes from: solver sde draws from it at every step.
+        config: solver and guidance.
+        weak: a smaller or less trained generator of the same latents, which then guides in place of the null
+            class (AutoGuidance).
+
+    Returns:
+        z, (B, C, h, w), as the tokenizer's decoder takes them.
+
+    Raises:
+        ValueError: a label that the generator does not know, a weak generator of other latents or one that is
+            never asked, or solver sde without a source of noise.
+    """
+    _check(model, labels, config, weak)
+    return model.denormalise(_follow(model, labels, noise, config, weak))
+
+
+def sample_batches(
+    model: VelocityModel,
+    labels: Tensor,
+    config: SamplerConfig,
+    batches: Iterable[Sequence[int]],
+    *,
+    seed: int = 0,
+    weak: VelocityModel | None = None,
+) -> Iterator[Tensor]:
+    """Draw latents of the samples with these indices, batch by batch; nothing in here waits for the device.
+
+    Args:
+        model: the generator, in evaluation mode.
+        labels: classes of all samples, (n,), on the CPU.
+        config: solver and guidance.
+        batches: the indices of each batch.
+        seed: sample i has its own noise from (seed, i).
+        weak: see `sample_latents`.
+
+    Yields:
+        z, (B, C, h, w), on the generator's device.
+
+    Raises:
+        ValueError: see `sample_latents`.
+    """
+    _check(model, labels, config, weak)
+    device, shape = next(model.parameters()).device, model.config.latent_shape
+    for batch in batches:
+        noise = SampleNoise(seed, batch, shape, device)
+        chosen = _moved(labels[list(batch)], device)
+        with torch.no_grad():
+            z = model.denormalise(_follow(model, chosen, noise, config, weak))
+        yield z
+
+
+def sample_images(
+    tokenizer: Decoder,
+    generator: VelocityModel,
+    labels: Tensor,
+    config: SamplerConfig,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    weak: VelocityModel | None = None,
+) -> Iterator[Tensor]:
+    """Draw images of these classes, batch by batch; on a GPU a batch is decoded while the next is sampled.
+
+    Args:
+        tokenizer: decodes; the one whose latents the generator was trained on.
+        generator: makes the latents.
+        labels: classes, (n,), on the CPU; sample i has its own noise from (seed, i).
+        config: solver and guidance.
+        seed: another seed, other samples.
+        batch_size: samples at once; it does not change them but for rounding.
+        weak: see `sample_latents`.
+
+    Yields:
+        Images in [0, 1], (B, 3, H, W), on the CPU.
+
+    Raises:
+        ValueError: see `sample_latents`.
+    """
+    batches = (
+        range(start, min(start + batch_size, len(labels))) for start in range(0, len(labels), batch_size)
+    )
+    return decoded(tokenizer, sample_batches(generator, labels, config, batches, seed=seed, weak=weak))
+
+
+def decoded(tokenizer: Decoder, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Decode batches of latents. On a GPU that happens on a stream of its own, while the next is sampled.
+
+    Args:
+        tokenizer: decodes.
+        latents: batches z, (B, C, h, w); the next is asked for before the decode of one is waited for.
+
+    Yields:
+        Images in [0, 1], (B, 3, H, W), float32, on the CPU.
+    """
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    side: torch.cuda.Stream | None = None
+    for z in latents:
+        if z.device.type != "cuda":
+            yield _pixels(tokenizer, z)
+            continue
+        side = side or torch.cuda.Stream(z.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(z.device))  # z is being sampled there
+        with torch.cuda.stream(side):
+            images = _pixels(tokenizer, z)
+            host = torch.empty_like(images, device="cpu", pin_memory=True)
+            host.copy_(images, non_blocking=True)
+            done = side.record_event()
+        z.record_stream(side)  # or its memory would be given away while it is decoded
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0]
+        waiting = host, done
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0]
+
+
+def _check(model: VelocityModel, labels: Tensor, config: SamplerConfig, weak: VelocityModel | None) -> None:
+    check_labels(model, labels)
+    if weak is None:
+        return
+    if config.guidance == 1:
+        raise ValueError("a weak generator guides only where guidance is not 1; leave it out or set guidance")
+    check_weak(model, weak)
+
+
+def _follow(
+    model: VelocityModel,
+    labels: Tensor,
+    noise: Tensor | SampleNoise,
+    config: SamplerConfig,
+    weak: VelocityModel | None,
+) -> Tensor:
+    """From noise to data, in the generator's scale."""
+    x_0 = (noise.draw() if isinstance(noise, SampleNoise) else noise).float()
+    if config.solver == "rk45":
+        # One by one: the steps of a batch would suit it as a whole.
+        rows = [slice(row, row + 1) for row in range(len(x_0))]
+        return torch.cat([_adaptive(model, labels[row], x_0[row], config, weak) for row in rows])
+    velocity = guided_velocity(model, labels, config.guidance, config.guides_at, weak)
+    if config.solver == "sde":
+        if not isinstance(noise, SampleNoise):
+            raise ValueError(
+                "solver sde needs noise at every step: give it a SampleNoise, not the initial noise alone"
+            )
+        return euler_maruyama(velocity, x_0, _grid(config), noise.draw)
+    solve = {"euler": euler, "heun": heun, "multistep": multistep}[config.solver]
+    return solve(velocity, x_0, _grid(config))
+
+
+def _adaptive(
+    model: VelocityModel, label: Tensor, x: Tensor, config: SamplerConfig, weak: VelocityModel | None
+) -> Tensor:
+    """RK45 in up to three parts: where guidance sets in or ends, the velocity jumps."""
+    ends = {0.0, 1.0} if config.guidance == 1 else {0.0, config.guidance_start, config.guidance_end, 1.0}
+    for start, stop in pairwise(sorted(ends)):
+        velocity = guided_velocity(
+            model, label, config.guidance, _always(config.guides_at((start + stop) / 2)), weak
+        )
+        x = runge_kutta(velocity, x, start, stop, config.tolerance)
+    return x
+
+
+def _always(guided: bool) -> Callable[[float], bool]:
+    return lambda t: guided
+
+
+def _grid(config: SamplerConfig) -> Tensor:
+    return (noisy_grid if config.solver == "sde" else time_grid)(config.steps + 1, config.shift)
+
+
+def _visited(config: SamplerConfig) -> list[float]:
+    """Where a solver with a grid asks for the velocity."""
+    grid: list[float] = _grid(config).tolist()
+    starts = grid[:-1]
+    if config.solver == "sde":
+        return [*starts, 1 - LAST_STEP]
+    return starts + grid[1:-1] if config.solver == "heun" else starts
+
+
+def _pixels(tokenizer: Decoder, z: Tensor) -> Tensor:
+    with torch.no_grad():
+        return tokenizer.decode(z).clamp(0, 1).float()

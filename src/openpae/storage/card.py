@@ -1,0 +1,135 @@
+"""The model card of a saved model or pair: what it is, how to load it, its metrics and its licence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from openpae import config as configs
+from openpae.storage.files import read_json
+from openpae.storage.model_folder import CONFIG, RECORD, WEIGHTS, Identity, identity_of
+
+PAPER = "https://arxiv.org/abs/2605.07915"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the card speaks of a model whose config is of one kind."""
+
+    what: str
+    name: str
+    loader: str
+    made_with: str
+
+
+_KINDS = {
+    "PAEConfig": _Kind("a tokenizer: images to latents and back", "tokenizer", "PAE", "frozen encoder"),
+    "LightningDiTConfig": _Kind(
+        "a generator: latents of a class, from noise", "generator", "LightningDiT", "tokenizer"
+    ),
+    "DiTDHConfig": _Kind("a generator: latents of a class, from noise", "generator", "DiTDH", "tokenizer"),
+}
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the card says of one model."""
+
+    kind: _Kind
+    config: Mapping[str, Any]
+    identity: Identity
+    weights: int
+    record: Mapping[str, Any] | None
+
+
+def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    Args:
+        folders: a model folder, under any name, or those of a pair under "tokenizer" and "generator".
+        repo: name of the hub, OWNER/NAME, from which the card says how to load.
+        licence: of the weights, as the hub calls it; None says that none is stated.
+
+    Raises:
+        FileNotFoundError: no model in a folder.
+        ValueError: a model that is neither a tokenizer nor a generator, or a damaged one.
+    """
+    models = {part: _facts(folder) for part, folder in folders.items()}
+    names = sorted({facts.kind.name for facts in models.values()})
+    matter: dict[str, Any] = {"library_name": "openpae", "tags": ["openpae", *names]}
+    if "generator" in names:
+        matter["pipeline_tag"] = "unconditional-image-generation"
+    if licence is not None:
+        matter["license"] = licence
+    title = repo.rpartition("/")[2]
+    stated = f"The weights are under {licence}." if licence else "No licence of the weights is stated."
+    lines = [
+        *("---", yaml.safe_dump(matter, sort_keys=False).rstrip(), "---", f"# {title}", ""),
+        *(line for facts in models.values() for line in _about(facts)),
+        *_usage(models, repo),
+        *(line for facts in models.values() for line in _metrics(facts)),
+        *("## Licence", ""),
+        f"{stated} A frozen encoder keeps its own licence; its weights come from its own home.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _facts(folder: Path) -> _Facts:
+    config = configs.read_yaml(folder / CONFIG)
+    kind = _KINDS.get(config.pop("kind", ""))
+    if kind is None:
+        raise ValueError(f"{folder} holds neither a tokenizer nor a generator, so it has no model card")
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    return _Facts(kind, config, identity_of(folder), weights, record)
+
+
+def _about(facts: _Facts) -> list[str]:
+    home = facts.identity
+    return [
+        f"{facts.kind.name.capitalize()}: {facts.kind.what} ([PAE]({PAPER})), {facts.weights:,} weights.",
+        "",
+        *(f"- {key}: {_short(value)}" for key, value in facts.config.items()),
+        f"- fingerprint: `{home.fingerprint}`, made with the {facts.kind.made_with} `{home.made_with}`",
+        "",
+    ]
+
+
+def _usage(models: Mapping[str, _Facts], repo: str) -> list[str]:
+    if len(models) > 1:
+        calls = [
+            f'pipeline = openpae.Pipeline.from_pretrained("{repo}")',
+            "images = pipeline(class_labels=[0, 1, 2, 3], seed=0)",
+        ]
+    else:
+        (facts,) = models.values()
+        calls = [f'{facts.kind.name} = openpae.{facts.kind.loader}.from_pretrained("{repo}")']
+    return ["## How to load it", "", "```python", "import openpae", "", *calls, "```", ""]
+
+
+def _metrics(facts: _Facts) -> list[str]:
+    if facts.record is None:
+        return []
+    rows = []
+    for name, metric in facts.record["metrics"].items():
+        error = "" if metric["stderr"] is None else f"{metric['stderr']:.2g}"
+        rows.append(f"| {name} | {metric['value']:.5g} | {error} |")
+    return [
+        *(f"## Metrics of the {facts.kind.name}", ""),
+        *("| metric | value | standard error |", "|---|---|---|", *rows, ""),
+        *(f"`{RECORD}` says against what and how they were measured.", ""),
+    ]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    return str(value)

@@ -1,0 +1,253 @@
+"""The Hugging Face hub: saved models by name, and saved models given away with a model card.
+
+Nothing here knows a model: the `from_pretrained`, `save_pretrained` and `push_to_hub` of the models and of
+`Pipeline` are made of these parts.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from openpae import config as configs
+from openpae.storage.card import model_card
+from openpae.storage.files import write_json
+from openpae.storage.model_folder import (
+    CONFIG,
+    ENCODER,
+    PARTS,
+    README,
+    RECORD,
+    WEIGHTS,
+    model_folder,
+    new_model_folder,
+    read_model,
+    write_model,
+)
+from openpae.storage.weights import load_strict
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Saveable(Protocol):
+    """What saving asks of a model: an nn.Module with a config."""
+
+    @property
+    def config(self) -> Any:
+        """A config of `openpae.config`."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by name."""
+        ...
+
+
+# What of a folder is the model: no optimizer state, no logs.
+_FILES = (WEIGHTS, CONFIG, ENCODER, RECORD)
+
+
+def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a saved model (or pair), downloaded from the hub where it is not one already.
+
+    Args:
+        name_or_folder: a folder, or a name OWNER/NAME of the hub. A folder of that name goes first.
+        revision: branch, tag or commit of the hub; a folder has none.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name, or the hub does not have it or can not be reached.
+        ValueError: a revision of a folder.
+    """
+    places = ("", *(f"{part}/" for part in PARTS))
+    wanted = [f"{place}{file}" for place in places for file in (*_FILES, README)]
+    return find_folder(name_or_folder, wanted, revision)
+
+
+def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str | None = None) -> Path:
+    """As `find_model`, for other files of the hub.
+
+    Args:
+        name_or_folder: a folder, or a name OWNER/NAME of the hub.
+        wanted: patterns of the names of the files that are downloaded.
+        revision: branch, tag or commit of the hub; a folder has none.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a folder and has no revision {revision!r}; leave revision out")
+        return folder
+    name = str(name_or_folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"no folder at {name}, and it is no name of the hub (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no folder at {name}, and the hub did not give it ({_one_line(error)}); name a folder, or on a "
+            f"machine that reaches the hub run: hf download {name} --local-dir FOLDER"
+        ) from None
+
+
+def load_saved(
+    kind: Callable[[C], M], config: type[C], name_or_folder: str | Path, revision: str | None
+) -> tuple[M, str]:
+    """A saved model that is built of its config alone, in evaluation mode, and what it was made with.
+
+    Args:
+        kind: its class.
+        config: class of its config.
+        name_or_folder: a model or run folder, or a name of the hub.
+        revision: of the hub; see `find_model`.
+
+    Raises:
+        FileNotFoundError: see `find_model`.
+        ValueError: a model of another kind, or damaged or unfitting weights.
+    """
+    path = model_folder(find_model(name_or_folder, revision))
+    model = kind(configs.load(config, path / CONFIG))
+    state, identity = read_model(path)
+    load_strict(model, state, f"weights in {path}")
+    return model.eval(), identity.made_with
+
+
+def save(
+    model: Saveable,
+    folder: str | Path,
+    *,
+    made_with: str | None,
+    precision: Precision,
+    leave_out: str | None = None,
+    architecture: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model folder with a model card.
+
+    Args:
+        model: what is saved.
+        folder: where; replaced if it holds nothing but a saved model.
+        made_with: see `folders.Identity`.
+        precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs.
+        leave_out: how the names begin that are not saved.
+        architecture: of an encoder whose weights are saved with the others.
+
+    Raises:
+        ValueError: made_with is not known, or the folder holds something else.
+    """
+    name = type(model).__name__
+    if made_with is None:
+        raise ValueError(
+            f"this {name} does not know with what it was made, as it was not loaded from a folder; set its "
+            "made_with to a fingerprint (identity_of(FOLDER).fingerprint gives that of a tokenizer)"
+        )
+    state = {k: v for k, v in model.state_dict().items() if leave_out is None or not k.startswith(leave_out)}
+    if precision == "bf16":
+        parameters = {name for name, _ in model.named_parameters()}
+        state = {k: v.to(torch.bfloat16) if k in parameters else v for k, v in state.items()}
+    with new_model_folder(Path(folder)) as partial:
+        write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
+        if architecture is not None:
+            write_json(partial / ENCODER, architecture)
+        (partial / README).write_text(model_card({"": partial}, str(folder), None), encoding="utf-8")
+
+
+def stage(folder: Path, out: Path, repo: str, *, licence: str | None = None) -> None:
+    """Copy a saved model or pair as it can be given away: its own files and a model card, nothing else.
+
+    The `encoder_source` of a config is dropped where it is a folder, which only this machine has; it is no
+    part of the fingerprint.
+
+    Args:
+        folder: a model or run folder, or a folder with the subfolders tokenizer and generator.
+        out: where; replaced if it holds nothing but such a copy.
+        repo: name of the hub, OWNER/NAME, from which the card says how to load.
+        licence: of the weights, as the hub calls it (apache-2.0, cc-by-sa-4.0, ...).
+
+    Raises:
+        FileNotFoundError: no saved model in the folder.
+        ValueError: a model that is neither tokenizer nor generator, or `out` holds something else.
+    """
+    pair = all((folder / part).is_dir() for part in PARTS)
+    with new_model_folder(out) as partial:
+        places = {part: partial / part for part in PARTS} if pair else {"": partial}
+        for part, target in places.items():
+            target.mkdir(exist_ok=True)
+            _copy(folder / part, target)
+        (partial / README).write_text(model_card(places, repo, licence), encoding="utf-8")
+
+
+def push(folder: Path, repo: str, *, licence: str | None = None, private: bool = False) -> str:
+    """Upload a saved model or pair, as `stage` copies it, to the hub.
+
+    Args:
+        folder: a model or run folder, or a folder with the subfolders tokenizer and generator.
+        repo: OWNER/NAME; made where it does not exist.
+        licence: of the weights, as the hub calls it (apache-2.0, cc-by-sa-4.0, ...).
+        private: whether only its owner sees it, if it is made now.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        FileNotFoundError: no saved model in the folder.
+        ConnectionError: the hub can not be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Where no answer comes at all, the HTTP client's own error gets through: a base of the hub's.
+    refusals = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))
+    with tempfile.TemporaryDirectory() as work:
+        staged = Path(work) / "model"
+        stage(folder, staged, repo, licence=licence)
+        api = HfApi(library_name="openpae")
+        try:
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=staged, commit_message="Upload with openpae")
+        except refusals as error:
+            raise ConnectionError(
+                f"{repo} was not uploaded ({_one_line(error)}); log in with hf auth login, or see with "
+                "pae push --dry-run what would be uploaded"
+            ) from None
+    return str(address)
+
+
+def push_saved(save: Callable[[Path], None], repo: str, *, licence: str | None, private: bool) -> str:
+    """Save a model into a passing folder with `save`, and `push` that."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "model"
+        save(folder)
+        return push(folder, repo, licence=licence, private=private)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of a model folder, or of the newest checkpoint of a run."""
+    path = model_folder(source)
+    for name in _FILES:
+        # The record of a run lies beside its checkpoints.
+        for place in (source, path):
+            if (place / name).is_file() and (name == RECORD or place == path):
+                shutil.copyfile(place / name, target / name)
+    config = configs.read_yaml(path / CONFIG)
+    home = config.get("encoder_source")
+    if home is not None and Path(home).exists():
+        text = yaml.safe_dump(config | {"encoder_source": None}, sort_keys=False, width=100)
+        (target / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

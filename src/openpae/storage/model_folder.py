@@ -1,0 +1,155 @@
+"""Saved models: a folder of weights (safetensors), config (YAML) and one line on how to load it.
+
+A folder says who it is (a fingerprint of weights and config) and with what it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openpae import config as configs
+from openpae.storage.files import fingerprint, whole_folder
+from openpae.storage.weights import some
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+README = "README.md"
+ENCODER = "encoder.json"
+"""Architecture of an encoder whose weights are saved with the tokenizer's."""
+RECORD = "evaluation.json"
+"""What pae evaluate found."""
+PARTS = ("tokenizer", "generator")
+"""Subfolders of a folder that holds a pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Which weights a folder holds, and which others they belong to. 16 hexadecimal digits each."""
+
+    fingerprint: str
+    """Of these weights and their config."""
+    made_with: str
+    """Of the frozen encoder (for a tokenizer or a refiner), or of the tokenizer whose latents it makes (for a
+    generator)."""
+
+
+def write_model(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: str, loader: str) -> None:
+    """Write a model's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
+
+    Args:
+        folder: where.
+        state: its state dict.
+        config: a config of `openpae.config`.
+        made_with: fingerprint of what it belongs to; see `Identity`.
+        loader: name of the function that loads the folder, for its README.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    identity = {"fingerprint": _print_of(weights, configs.to_dict(config), made_with), "made_with": made_with}
+    save_file(weights, folder / WEIGHTS, metadata=identity)
+    configs.save(config, folder / CONFIG)
+    (folder / README).write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
+    """The weights of a model folder, and who they are.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: damaged or edited: weights and config do not give the fingerprint.
+    """
+    # The config as it stands in the file: a field that a later version adds must not change old fingerprints.
+    config = configs.read_yaml(path / CONFIG)
+    identity = identity_of(path)
+    try:
+        state = dict(load_file(path / WEIGHTS))
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from None
+    if _print_of(state, config, identity.made_with) != identity.fingerprint:
+        raise ValueError(
+            f"{path} is damaged or was edited: weights and config do not give its fingerprint "
+            f"{identity.fingerprint}; bring them back as they were, or take another checkpoint"
+        )
+    return state, identity
+
+
+def identity_of(folder: str | Path) -> Identity:
+    """Who a saved model is, without loading it.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the weights carry no identity.
+    """
+    path = model_folder(folder) / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if missing := {"fingerprint", "made_with"} - metadata.keys():
+        raise ValueError(f"{path} carries no {', '.join(sorted(missing))}; it was not saved by openpae")
+    return Identity(fingerprint=metadata["fingerprint"], made_with=metadata["made_with"])
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder that holds weights: the given one, or the newest checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    path = Path(folder)
+    if (path / WEIGHTS).is_file():
+        return path
+    if steps := checkpoint_steps(path):
+        return checkpoint_path(path, steps[-1])
+    raise FileNotFoundError(
+        f"no model at {path}: neither {WEIGHTS} nor checkpoints/ in it; train one with pae train-tokenizer "
+        "or pae train-generator"
+    )
+
+
+@contextlib.contextmanager
+def new_model_folder(path: Path) -> Iterator[Path]:
+    """`storage.whole_folder` for a saved model or pair; it replaces nothing but such.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    known = {WEIGHTS, CONFIG, README, ENCODER, RECORD}
+    strange = [
+        str(file.relative_to(path))
+        for file in sorted(path.rglob("*"))
+        if not (file.is_file() and file.name in known) and str(file.relative_to(path)) not in PARTS
+    ]
+    if strange or path.is_file():
+        raise ValueError(
+            f"{path} holds something else than a saved model ({some(strange) or 'a file'}), so it is not "
+            "replaced; name a new folder"
+        )
+    with whole_folder(path) as partial:
+        yield partial
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of a step."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints of a run, in order: by number, never by size or date."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _print_of(state: Mapping[str, Tensor], config: Mapping[str, Any], made_with: str) -> str:
+    # Where the encoder's weights come from is no part of what the model is.
+    facts = {key: value for key, value in config.items() if key not in ("kind", "encoder_source")}
+    return fingerprint(state, repr(sorted(facts.items())), made_with)

@@ -1,0 +1,295 @@
+"""Evaluation of generated images in one pass, and its references: properties, files, edges, errors."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+from openpae.eval.extractors import INCEPTION, Features
+from openpae.eval.features import FeatureSet, features_of
+from openpae.eval.frechet import frechet_distance, gaussian_of
+from openpae.eval.generation import Evaluation, EvaluationConfig, frechet_floor
+from openpae.eval.image_stream import tensor_images
+from openpae.eval.reference import open_reference, read_reference, reference_of, save_reference
+from openpae.eval.scores import kid, precision_recall
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class PixelFeatures:
+    """A linear extractor of 8 x 8 thumbnails: enough to be wrong about order, range and batch size."""
+
+    def __init__(self, name: str = "pixels", seed: int = 0) -> None:
+        self.name, self.weights = name, f"seed-{seed}"
+        generator = torch.Generator().manual_seed(seed)
+        self.matrix = torch.randn(192, 24, generator=generator)
+
+    def features(self, images: Tensor) -> Features:
+        x = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+        return Features(pooled=x @ self.matrix, spatial=x[:, :10], logits=x @ self.matrix[:, :5])
+
+
+CONFIG = EvaluationConfig(kid_subsets=3, kid_subset_size=20, splits=2, min_samples=2)
+
+
+def pictures(n: int, seed: int = 0, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, size, size, generator=generator) * torch.rand(n, 3, 1, 1, generator=generator)
+
+
+def feature_set(images: Tensor, extractor: PixelFeatures | None = None, batch: int = 16) -> FeatureSet:
+    found = FeatureSet(extractor or PixelFeatures())
+    for part in images.split(batch):
+        found.update(part)
+    return found
+
+
+def test_same_samples_same_metrics_whatever_the_batches_and_processes() -> None:
+    real, fake = pictures(64), pictures(50, seed=1)
+    reference = reference_of(feature_set(real), "real")
+    whole = Evaluation(PixelFeatures(), reference, CONFIG)
+    whole.update(fake)
+    first, second = (Evaluation(PixelFeatures(), reference, CONFIG) for _ in range(2))
+    for start in range(0, 50, 10):  # two processes take turns, as samplers do
+        first.update(fake[start : start + 5], torch.arange(start, start + 5))
+        second.update(fake[start + 5 : start + 10], torch.arange(start + 5, start + 10))
+    first.merge(second.samples)
+    one, two = whole.compute(), first.compute()
+    assert one.metrics.keys() == {
+        "frechet", "spatial_frechet", "inception_score", "kid", "precision", "recall",
+    }  # fmt: skip
+    for name, estimate in one.metrics.items():
+        assert two.metrics[name].value == pytest.approx(estimate.value, rel=1e-5), name
+    assert one.samples_sha256 == two.samples_sha256
+    assert (one.n, one.duplicates, one.image_size, one.reference_n) == (50, 0, (16, 16), 64)
+
+
+def measure_a_share(rank: int, store: str, out: str) -> None:
+    """What one of two processes does: measure every second image, let the first report."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = FeatureSet(PixelFeatures())
+    mine = torch.arange(rank, 50, 2)
+    found.update(pictures(50)[mine], mine.tolist())
+    found.gather()
+    if rank == 0:
+        torch.save({"features": found.features(), "covariance": found.pooled.gaussian().covariance}, out)
+    distributed.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    multiprocessing.spawn(measure_a_share, (str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=2)
+    found, alone = torch.load(tmp_path / "out.pt"), feature_set(pictures(50))
+    torch.testing.assert_close(found["features"], alone.features())
+    torch.testing.assert_close(found["covariance"], alone.pooled.gaussian().covariance, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_is_the_sum_of_its_functions() -> None:
+    real = feature_set(pictures(64))
+    evaluation = Evaluation(PixelFeatures(), reference_of(real, "real"), CONFIG)
+    evaluation.update(pictures(50, seed=1))
+    found = evaluation.compute().metrics
+    x, y = evaluation.samples.features(), real.features()
+    assert found["frechet"].value == pytest.approx(frechet_distance(gaussian_of(x), gaussian_of(y)), rel=1e-6)
+    assert found["kid"] == kid(x, y, subsets=3, subset_size=20)
+    assert (found["precision"], found["recall"]) == precision_recall(x, y)
+    spatial = [
+        torch.nn.functional.adaptive_avg_pool2d((p * 255).round() / 255, 8).flatten(1)[:, :10]
+        for p in (pictures(50, seed=1), pictures(64))
+    ]
+    literal = frechet_distance(*(gaussian_of(s) for s in spatial))
+    assert found["spatial_frechet"].value == pytest.approx(literal, rel=1e-5)
+
+
+def test_samples_are_measured_as_they_would_be_saved() -> None:
+    fake = (pictures(20) * 255).round() / 255
+    plain, noisy = feature_set(fake), feature_set((fake + 0.3 / 255).clamp(0, 1))
+    assert torch.equal(plain.features(), noisy.features())
+
+
+def test_reference_file_reads_back(tmp_path: Path) -> None:
+    reference = reference_of(feature_set(pictures(30)), "thirty")
+    save_reference(reference, tmp_path / "reference.npz")
+    found = read_reference(tmp_path / "reference.npz", PixelFeatures())
+    assert torch.equal(found.pooled.covariance, reference.pooled.covariance)
+    assert found.spatial is not None
+    assert found.features is not None
+    assert reference.features is not None
+    assert torch.equal(found.features, reference.features)
+    assert (found.name, found.sha256, found.pooled.n) == ("thirty", reference.sha256, 30)
+    assert found.image_size == (16, 16)
+    with pytest.raises(ValueError, match=r"pixels with weights seed-0, but .* pixels with seed-1"):
+        read_reference(tmp_path / "reference.npz", PixelFeatures(seed=1))
+
+
+@pytest.mark.parametrize("count", [12, 30], ids=["fewer than features", "more"])
+def test_a_saved_reference_gives_the_same_numbers(count: int, tmp_path: Path) -> None:
+    fresh = reference_of(feature_set(pictures(count)), "fresh")
+    save_reference(fresh, tmp_path / "reference.npz")
+    kept = open_reference(tmp_path / "reference.npz", PixelFeatures())
+    results = []
+    for reference in (fresh, kept):
+        evaluation = Evaluation(
+            PixelFeatures(), reference, EvaluationConfig(min_samples=2, kid_subset_size=5)
+        )
+        evaluation.merge(features_of(tensor_images(pictures(20, seed=1)), PixelFeatures(), 7))
+        results.append(evaluation.compute())
+    assert results[0].metrics.keys() >= {"frechet", "spatial_frechet", "kid", "precision", "recall"}
+    for name, estimate in results[0].metrics.items():
+        assert results[1].metrics[name].value == pytest.approx(estimate.value, rel=1e-9), name
+    assert results[0].reference_sha256 == results[1].reference_sha256
+
+
+@pytest.fixture
+def adm(tmp_path: Path) -> dict[str, np.ndarray]:
+    images = (pictures(30) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    found = feature_set(pictures(90, seed=3))
+    assert found.spatial is not None
+    pooled, spatial = found.pooled.gaussian(), found.spatial.gaussian()
+    return {
+        "arr_0": images,
+        "mu": pooled.mean.numpy(), "sigma": pooled.covariance.numpy(),
+        "mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy(),
+    }  # fmt: skip
+
+
+def test_adm_file_gives_statistics_from_its_arrays_and_features_from_its_images(
+    adm: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "adm.npz", **adm)
+    found = read_reference(tmp_path / "adm.npz", PixelFeatures(INCEPTION), batch_size=7)
+    assert torch.equal(found.pooled.mean, torch.from_numpy(adm["mu"]))
+    assert found.spatial is not None
+    assert torch.equal(found.spatial.covariance, torch.from_numpy(adm["sigma_s"]))
+    assert found.features is not None
+    torch.testing.assert_close(found.features, feature_set(pictures(30)).features())
+    with pytest.raises(
+        ValueError, match="statistics of inception-2015, which say nothing in the features of pix"
+    ):
+        read_reference(tmp_path / "adm.npz", PixelFeatures())
+
+
+def test_adm_statistics_alone_leave_three_metrics_undefined(
+    adm: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    del adm["arr_0"]
+    np.savez_compressed(tmp_path / "adm.npz", **adm)
+    extractor = PixelFeatures(INCEPTION)
+    evaluation = Evaluation(extractor, read_reference(tmp_path / "adm.npz", extractor), CONFIG)
+    evaluation.update(pictures(40))
+    found = evaluation.compute()
+    assert found.metrics.keys() == {"frechet", "spatial_frechet", "inception_score"}
+    assert found.undefined.keys() == {"kid", "precision", "recall"}
+    assert "statistics only" in found.undefined["kid"]
+    assert found.reference_n is None
+
+
+def test_npz_of_images_alone_is_a_reference_for_any_extractor(
+    adm: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "images.npz", adm["arr_0"])
+    found = read_reference(tmp_path / "images.npz", PixelFeatures(), batch_size=8)
+    same = reference_of(feature_set(pictures(30)), "x")
+    torch.testing.assert_close(found.pooled.covariance, same.pooled.covariance)
+    assert found.sha256 == same.sha256
+
+
+def test_too_small_sets_are_told_not_filled_in() -> None:
+    reference = reference_of(feature_set(pictures(64)), "real")
+    evaluation = Evaluation(PixelFeatures(), reference, EvaluationConfig(min_samples=2))
+    evaluation.update(pictures(3))
+    found = evaluation.compute()
+    assert found.undefined["kid"] == "3 images are fewer than kid_subset_size = 1000"
+    assert found.undefined["precision"] == "3 images have no neighbour 3"
+    assert "splits = 10" in found.undefined["inception_score"]
+
+
+def test_few_and_duplicated_samples_are_warned_of() -> None:
+    reference = reference_of(feature_set(pictures(64)), "real")
+    evaluation = Evaluation(PixelFeatures(), reference, EvaluationConfig(kid_subset_size=20))
+    images = pictures(30)
+    evaluation.update(images)
+    with pytest.warns(UserWarning, match=r"only 30 samples \(min_samples = 10000\)"):
+        evaluation.compute()
+    evaluation.update(images[:10])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert evaluation.compute().duplicates == 10
+    assert any("10 of 40 samples equal an earlier one" in str(w.message) for w in caught)
+
+
+def test_black_images_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="divided by 255 twice"):
+        FeatureSet(PixelFeatures()).update(pictures(4) / 255)
+
+
+def test_floor_of_real_images_falls_with_their_number() -> None:
+    real = torch.randn(400, 12)
+    small, large = frechet_floor(real, 25), frechet_floor(real, 200)
+    assert small.value > 2 * large.value > 0
+    assert large.settings["samples"] == 200
+    assert frechet_floor(real, 25) == small
+    with pytest.raises(ValueError, match=r"between 2 and 200 \(half of 400 images\), got 201"):
+        frechet_floor(real, 201)
+
+
+def test_images_out_of_shape_or_range_are_refused() -> None:
+    found = FeatureSet(PixelFeatures())
+    cases = [
+        (pictures(2) * 2 - 1, r"must lie in \[0, 1\], got values from -"),
+        (pictures(2) * 255, r"divide \[0, 255\] by 255"),
+        (pictures(2) * float("nan"), "got values from nan to nan"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "must be float in .*, got torch.uint8"),
+        (torch.rand(2, 1, 8, 8), r"RGB \(B, 3, H, W\) with B > 0, got \(2, 1, 8, 8\)"),
+    ]
+    for images, message in cases:
+        with pytest.raises(ValueError, match=message):
+            found.update(images)
+    assert found.n == 0
+    found.update(pictures(2))
+    with pytest.raises(ValueError, match=r"one size, got \(8, 8\) after \(16, 16\)"):
+        found.update(pictures(2, size=8))
+    with pytest.raises(ValueError, match="each of the 2 images, got 1 numbers"):
+        found.update(pictures(2), [3])
+
+
+def test_evaluation_refuses_what_does_not_belong_together() -> None:
+    reference = reference_of(feature_set(pictures(20)), "real")
+    with pytest.raises(ValueError, match=r"pixels with weights seed-0, but .* by pixels with seed-1"):
+        Evaluation(PixelFeatures(seed=1), reference, CONFIG)
+    evaluation = Evaluation(PixelFeatures(), reference, CONFIG)
+    with pytest.raises(ValueError, match=r"size of the reference, \(16, 16\), got \(32, 32\)"):
+        evaluation.update(pictures(2, size=32))
+    evaluation.update(pictures(1))
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        evaluation.compute()
+    with pytest.raises(ValueError, match=r"both sets hold the images 0 \(1 in all\)"):
+        evaluation.merge(evaluation.samples)
+    with pytest.raises(ValueError, match=r"size of the reference, \(16, 16\), got \(8, 8\)"):
+        evaluation.merge(feature_set(pictures(2, size=8)))
+    with pytest.raises(ValueError, match=r"cannot merge features of pixels \(seed-1\)"):
+        feature_set(pictures(2)).merge(feature_set(pictures(2), PixelFeatures(seed=1)))
+    with pytest.raises(ValueError, match="no images were given"):
+        FeatureSet(PixelFeatures()).features()
+
+
+def test_damaged_references_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no reference at"):
+        read_reference(tmp_path / "none.npz", PixelFeatures())
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"text\.npz is no npz file"):
+        read_reference(tmp_path / "text.npz", PixelFeatures())
+    np.savez(tmp_path / "other.npz", labels=np.zeros(3), x=np.zeros(3))
+    with pytest.raises(ValueError, match="must hold mu and sigma, or images as arr_0; it holds: labels, x"):
+        read_reference(tmp_path / "other.npz", PixelFeatures())
+    np.savez(tmp_path / "float.npz", np.zeros((2, 8, 8, 3)))
+    with pytest.raises(
+        ValueError, match=r"uint8 images \(N, H, W, 3\) from 0 to 255, got float64 \(2, 8, 8, 3\)"
+    ):
+        read_reference(tmp_path / "float.npz", PixelFeatures())

@@ -1,0 +1,105 @@
+"""Inception Score, KID, precision and recall: properties, references, errors."""
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from torch import Tensor
+
+from openpae.eval.frechet import frechet_distance, gaussian_of
+from openpae.eval.generation import EvaluationConfig
+from openpae.eval.scores import inception_score, kid, precision_recall
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def features(n: int, width: int = 12, shift: float = 0.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99))
+    return torch.randn(n, width, generator=generator) @ mixing + shift
+
+
+def test_inception_score_runs_from_one_to_the_number_of_classes() -> None:
+    assert inception_score(torch.zeros(40, 8), splits=4).value == pytest.approx(1)
+    confident = 2000.0 * torch.eye(8).repeat(5, 1)  # softmax underflows to exact zeros
+    assert inception_score(confident, splits=1).value == pytest.approx(8)
+
+
+def test_inception_score_equals_its_definition() -> None:
+    logits = torch.randn(103, 6) * 2
+    p = scipy.special.softmax(logits.double().numpy()[np.random.RandomState(2020).permutation(103)], axis=1)
+    scores = []
+    for i in range(5):
+        part = p[i * 103 // 5 : (i + 1) * 103 // 5]
+        scores.append(np.exp(np.mean([np.sum(q * np.log(q / part.mean(0))) for q in part])))
+    found = inception_score(logits, splits=5)
+    assert found.value == pytest.approx(np.mean(scores), rel=1e-9)
+    assert found.std == pytest.approx(np.std(scores), rel=1e-9)
+
+
+def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
+    x, y = features(50), features(60, shift=0.5, seed=1)
+    draw, values, m = np.random.RandomState(7), [], 11
+    for _ in range(4):
+        a = x.double().numpy()[draw.choice(50, m, replace=False)]
+        b = y.double().numpy()[draw.choice(60, m, replace=False)]
+        kernel = lambda p, q: (p @ q / 12 + 1) ** 3  # noqa: E731
+        within = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(m) for j in range(m) if i != j)
+        across = sum(kernel(p, q) for p in a for q in b)
+        values.append(within / (m * (m - 1)) - 2 * across / m**2)
+    found = kid(x, y, subsets=4, subset_size=m, seed=7)
+    assert found.value == pytest.approx(np.mean(values), rel=1e-9)
+    assert found.std == pytest.approx(np.std(values), rel=1e-9)
+
+
+def test_kid_has_no_bias_where_the_frechet_distance_has() -> None:
+    """Two samples of one distribution: KID is zero within its error, the Frechet distance is not."""
+    x, y = features(600), features(600, seed=1)
+    found = kid(x, y, subsets=40, subset_size=100)
+    assert found.std is not None
+    assert abs(found.value) < found.std
+    assert frechet_distance(gaussian_of(x[:40]), gaussian_of(y[:40])) > 1
+
+
+def test_precision_and_recall_equal_their_definition() -> None:
+    x, y = features(90, 4), features(110, 4, shift=1.0, seed=1)
+    found = precision_recall(x, y, k=3, block=32)
+    a, b = x.double().numpy(), y.double().numpy()
+
+    def covered(points: np.ndarray, centres: np.ndarray) -> float:
+        radii = [np.sort(np.linalg.norm(centres - c, axis=1))[3] for c in centres]
+        distances = np.array([[np.linalg.norm(p - c) for c in centres] for p in points])
+        return np.mean((distances <= radii).any(axis=1))
+
+    assert found[0].value == pytest.approx(covered(a, b), rel=1e-4)
+    assert found[1].value == pytest.approx(covered(b, a), rel=1e-4)
+    assert 0.1 < found[0].value < 0.95
+    assert found == precision_recall(x, y, k=3, block=1000)
+
+
+def test_precision_and_recall_tell_the_two_ways_to_fail_apart() -> None:
+    y = features(200, 4)
+    y[100:] += 1000
+    same = precision_recall(y, y)
+    assert [e.value for e in same] == [1, 1]
+    one_mode = precision_recall(features(100, 4, seed=1), y)
+    assert one_mode[0].value > 0.9
+    assert one_mode[1].value < 0.51
+    assert [e.value for e in precision_recall(y - 5000, y)] == [0, 0]
+
+
+def test_bad_settings_are_refused() -> None:
+    x = features(10)
+    with pytest.raises(ValueError, match="splits must be between 1 and the 10 samples, got 11"):
+        inception_score(x, splits=11)
+    with pytest.raises(ValueError, match="between 2 and the 10 samples of the smaller set, got 1000"):
+        kid(x, features(2000))
+    with pytest.raises(ValueError, match="got k = 10 for 10 samples and 20 reference images"):
+        precision_recall(x, features(20), k=10)
+    with pytest.raises(ValueError, match=r"of one width, got \(10, 12\) and \(10, 4\)"):
+        kid(x, features(10, 4), subset_size=5)
+    with pytest.raises(ValueError, match="kid_subset_size must be at least 2, got 1"):
+        EvaluationConfig(kid_subset_size=1)
