@@ -113,7 +113,7 @@ def latents(tokenizer_folder: Path, packed: PackedImages, tmp_path_factory: pyte
         tmp_path_factory.mktemp("data") / "latents",
         image_size=32,
         latent_shape=model.config.latent_shape,
-        tokenizer_print=identity_of(tokenizer_folder).fingerprint,
+        tokenizer_fingerprint=identity_of(tokenizer_folder).fingerprint,
         batch_size=2,
         per_shard=4,
     )

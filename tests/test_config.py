@@ -306,7 +306,7 @@ def test_a_config_that_can_not_be_written_leaves_the_old_one(
 
     configs.save(Inner(), tmp_path / "a.yaml")
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"a.yaml can not be written: No space left on device"):
+    with pytest.raises(OSError, match=r"a.yaml cannot be written: No space left on device"):
         configs.save(Inner(steps=4), tmp_path / "a.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
     assert configs.load(Inner, tmp_path / "a.yaml") == Inner()

@@ -109,7 +109,7 @@ def save(config: Any, path: Path) -> None:
     """
     data = to_dict(config)
     if "kind" in data:
-        raise TypeError(f"{type(config).__name__} can not be saved with a field 'kind'; rename the field")
+        raise TypeError(f"{type(config).__name__} cannot be saved with a field 'kind'; rename the field")
     text = yaml.safe_dump({"kind": type(config).__name__, **data}, sort_keys=False, width=100)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -120,7 +120,7 @@ def save(config: Any, path: Path) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} can not be written: {error.strerror or error}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def find(path: str | Path) -> Path:

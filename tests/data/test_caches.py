@@ -44,7 +44,7 @@ def fill(model: PAE, source: Any, folder: Path, *, calls: int | None = None, **c
     settings = {
         "image_size": 32,
         "latent_shape": model.config.latent_shape,
-        "tokenizer_print": "print",
+        "tokenizer_fingerprint": "print",
         "batch_size": 2,
         "per_shard": 4,
     }
@@ -52,7 +52,13 @@ def fill(model: PAE, source: Any, folder: Path, *, calls: int | None = None, **c
 
 
 def features_of(model: PAE, packed: PackedImages, folder: Path, **changes: Any) -> Shards:
-    settings = {"image_size": 32, "shape": (16, 48), "encoder_print": "e", "flips": True, "batch_size": 4}
+    settings = {
+        "image_size": 32,
+        "shape": (16, 48),
+        "encoder_fingerprint": "e",
+        "flips": True,
+        "batch_size": 4,
+    }
     return cache_features(model.features, packed, folder, **(settings | changes))
 
 
@@ -123,7 +129,7 @@ def test_without_flips_there_is_one_version(model: PAE, packed: PackedImages, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer_print": "other"}, r"attributes.tokenizer \(print there, other now\)"),
+        ({"tokenizer_fingerprint": "other"}, r"attributes.tokenizer \(print there, other now\)"),
         ({"flips": False}, r"shape \(\[2, 8, 4, 4\] there, \[1, 8, 4, 4\] now\)"),
         ({"image_size": 64}, r"attributes.image_size \(32 there, 64 now\)"),
     ],
@@ -151,11 +157,11 @@ def test_broken_files_are_refused_or_named(model: PAE, image_folder: Path, tmp_p
     copy = Path(shutil.copytree(image_folder, tmp_path / "copy"))
     for name in ("boxes/0.png", "boxes/1.png", "discs/8.png"):  # the first two are a whole batch
         (copy / name).write_text("no image")
-    with pytest.raises(BrokenImage, match=r"0.png can not be decoded.*or pass --skip-broken"):
+    with pytest.raises(BrokenImage, match=r"0.png cannot be decoded.*or pass --skip-broken"):
         fill(model, ImageFolder(copy), tmp_path / "cache")
     shards = fill(model, ImageFolder(copy), tmp_path / "cache", skip_broken=True)
     assert len(shards) == 7
-    assert [text.split(" can not")[0][-11:] for text in shards.index["skipped"]] == [
+    assert [text.split(" cannot")[0][-11:] for text in shards.index["skipped"]] == [
         "boxes/0.png",
         "boxes/1.png",
         "discs/8.png",
@@ -169,7 +175,7 @@ def test_a_tokenizer_that_has_diverged_is_not_cached(packed: PackedImages, tmp_p
 
     with pytest.raises(ValueError, match="not finite in bfloat16; the network that made them has diverged"):
         cache_latents(
-            encode, packed, tmp_path / "c", image_size=32, latent_shape=(8, 4, 4), tokenizer_print="p"
+            encode, packed, tmp_path / "c", image_size=32, latent_shape=(8, 4, 4), tokenizer_fingerprint="p"
         )
 
 
@@ -223,7 +229,7 @@ def test_latents_of_cached_features_are_those_of_the_whole_tokenizer(
     model: PAE, packed: PackedImages, latents: Shards, tmp_path: Path
 ) -> None:
     """Up to the float16 of the features and the bfloat16 of the latents; labels and statistics too."""
-    facts: dict[str, Any] = {"latent_shape": model.config.latent_shape, "tokenizer_print": "t"}
+    facts: dict[str, Any] = {"latent_shape": model.config.latent_shape, "tokenizer_fingerprint": "t"}
     features = features_of(model, packed, tmp_path / "features")
     quick = cache_latents_of_features(
         model.encode, packed, features, tmp_path / "latents", batch_size=3, per_shard=4, **facts
@@ -253,4 +259,4 @@ def test_cached_features_must_fit_images_encoder_and_augmentation(
     with pytest.raises(ValueError, match=r"the features in .*one are not those of the images in .*other"):
         TrainingImages(other, size=32, seed=0, features=features)
     with pytest.raises(ValueError, match=r"begun with another attributes.encoder \(e there, f now\)"):
-        features_of(model, packed, tmp_path / "one", flips=False, encoder_print="f")
+        features_of(model, packed, tmp_path / "one", flips=False, encoder_fingerprint="f")

@@ -24,7 +24,7 @@ from openpae.data.images import (
     read_image,
     resize_to_cover,
 )
-from openpae.data.training import ImageData, TrainingImages, sound
+from openpae.data.training import ImageData, TrainingImages, raise_on_broken
 from tests.conftest import kill_points
 
 
@@ -137,16 +137,16 @@ def test_damaged_files_give_an_image_or_one_error_that_names_them(
         for place, value in damage:
             content[int(place * min(len(content), 100))] = value  # headers are where readers stumble
         file.write_bytes(content[: int(cut * len(content))])
-        message = f"damaged.{ending} can not be decoded: "
+        message = f"damaged.{ending} cannot be decoded: "
         try:
             assert read_image(file).mode == "RGB"
         except BrokenImage as error:
             message = str(error)
-        assert f"damaged.{ending} can not be decoded: " in message
+        assert f"damaged.{ending} cannot be decoded: " in message
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BrokenImage, match=r"gone.png can not be decoded: .*No such file"):
+    with pytest.raises(BrokenImage, match=r"gone.png cannot be decoded: .*No such file"):
         read_image(tmp_path / "gone.png")
 
 
@@ -219,9 +219,7 @@ def test_a_folder_that_changed_is_not_packed_on(image_folder: Path, tmp_path: Pa
 
 
 def test_packing_stops_at_a_broken_file_and_says_what_to_do(spoiled: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        BrokenImage, match=r"5.png can not be decoded.*remove the file, or pass --skip-broken"
-    ):
+    with pytest.raises(BrokenImage, match=r"5.png cannot be decoded.*remove the file, or pass --skip-broken"):
         pack_images(ImageFolder(spoiled), tmp_path / "packed", size=32)
 
 
@@ -231,8 +229,8 @@ def test_packing_without_broken_files_names_and_counts_them(
     kept = pack_images(ImageFolder(spoiled), tmp_path / "packed", size=32, per_shard=4, skip_broken=True)
     assert len(kept) == 8
     first, second = kept.shards.index["skipped"]
-    assert "boxes/5.png can not be decoded" in first
-    assert "discs/9.png can not be decoded: no known image format" in second
+    assert "boxes/5.png cannot be decoded" in first
+    assert "discs/9.png cannot be decoded: no known image format" in second
     rows = np.array([0, 1, 2, 3, 4, 6, 7, 8])
     assert torch.equal(kept.shards.gather(np.arange(8)), packed.shards.gather(rows))
     assert (kept.labels == packed.labels[rows]).all()
@@ -296,8 +294,8 @@ def test_random_crops_reach_every_place_and_stay_inside(tmp_path: Path) -> None:
 
 def test_training_stops_at_a_broken_file_and_says_what_to_do(spoiled: Path) -> None:
     images = TrainingImages(ImageFolder(spoiled), size=32, seed=0)
-    with pytest.raises(BrokenImage, match=r"can not be decoded.*or pass --data.skip-broken"):
-        list(sound([images.__getitems__(list(range(10)))]))
+    with pytest.raises(BrokenImage, match=r"cannot be decoded.*or pass --data.skip-broken"):
+        list(raise_on_broken([images.__getitems__(list(range(10)))]))
 
 
 def test_training_puts_the_next_image_in_the_place_of_a_broken_one(
@@ -305,7 +303,7 @@ def test_training_puts_the_next_image_in_the_place_of_a_broken_one(
 ) -> None:
     skipping = TrainingImages(ImageFolder(spoiled), size=32, seed=0, skip_broken=True)
     batch = skipping.__getitems__(list(range(10)))
-    assert sorted(text.split(" can not")[0][-11:] for text in batch.skipped) == ["boxes/5.png", "discs/9.png"]
+    assert sorted(text.split(" cannot")[0][-11:] for text in batch.skipped) == ["boxes/5.png", "discs/9.png"]
     whole = TrainingImages(packed, size=32, seed=0).__getitems__(list(range(10)))
     plain = packed.shards.gather(np.arange(10))
     for got, wanted, label in zip(batch.images, whole.images, batch.labels, strict=True):
@@ -320,7 +318,7 @@ def test_a_folder_of_broken_files_is_an_error_even_when_they_are_skipped(tmp_pat
         (tmp_path / f"{number}.png").write_text("no image")
     images = TrainingImages(ImageFolder(tmp_path), size=32, seed=0, skip_broken=True)
     with pytest.raises(BrokenImage, match=r"not one of the 3 images can be decoded; the last: .*png"):
-        list(sound([images.__getitems__([0])]))
+        list(raise_on_broken([images.__getitems__([0])]))
 
 
 def test_settings_that_can_not_be_are_named(packed: PackedImages) -> None:

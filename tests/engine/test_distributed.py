@@ -149,18 +149,18 @@ def helpers() -> dict[str, Any]:
     ballot = processes.Ballot()
     ones = [ballot(5 * rank if step == 1 else 0) for step in range(4)]
     return {
-        "share": processes.share(rank + 7),
+        "share": processes.broadcast(rank + 7),
         "gather": processes.gather(rank),
-        "from_first": processes.from_first(lambda: rank + 3),
-        "error of the first": error_of(lambda: processes.from_first(lambda: 1 // rank)),
+        "on_rank0": processes.on_rank0(lambda: rank + 3),
+        "error of the first": error_of(lambda: processes.on_rank0(lambda: 1 // rank)),
         "error of the second": error_of(lambda: fail_in(1)),
         "no error": error_of(lambda: fail_in(2)),
-        "any_of": [processes.any_of(rank == 1), processes.any_of(False)],
+        "any_rank": [processes.any_rank(rank == 1), processes.any_rank(False)],
         "mean_of": processes.mean_of(torch.tensor([1.0, 2.0]) * rank).tolist(),
         "largest_of": processes.largest_of(torch.tensor([1.0, -2.0]) * rank).tolist(),
         "norm_of": processes.norm_of(torch.tensor(3.0 + rank)).item(),
         "ballot": [*ones, ballot.close()],
-        "own_rows": list(processes.own_rows(5)),
+        "rank_slice": list(processes.rank_slice(5)),
     }
 
 
@@ -179,7 +179,7 @@ def fail_in(rank: int) -> None:
 
 
 def cached(run: TokenizerRun, folder: Path, broken: bool = False) -> Any:
-    """Latents of the training images, in five shards; the names of two of them where one can not be read."""
+    """Latents of the training images, in five shards; the names of two of them where one cannot be read."""
     source = PackedImages(run.data.images)
 
     def encode(images: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ def cached(run: TokenizerRun, folder: Path, broken: bool = False) -> Any:
 
     def write() -> Shards:
         return cache_latents(
-            encode, source, folder, image_size=32, latent_shape=(3, 4, 4), tokenizer_print="0", batch_size=2,
-            per_shard=2,
+            encode, source, folder, image_size=32, latent_shape=(3, 4, 4), tokenizer_fingerprint="0",
+            batch_size=2, per_shard=2,
         )  # fmt: skip
 
     if broken:
@@ -416,16 +416,16 @@ def test_two_processes_go_on_with_a_checkpoint_of_one(two: Mapping[str, Any], ho
 
 def test_processes_agree(two: Mapping[str, list[Any]]) -> None:
     first, second = two["helpers"]
-    assert first["own_rows"] == [0, 2, 4]
-    assert second["own_rows"] == [1, 3]
+    assert first["rank_slice"] == [0, 2, 4]
+    assert second["rank_slice"] == [1, 3]
     for found in (first, second):
         assert found["share"] == 7
         assert found["gather"] == [0, 1]
-        assert found["from_first"] == 3
+        assert found["on_rank0"] == 3
         assert found["error of the first"] == "ZeroDivisionError: integer division or modulo by zero"
         assert found["error of the second"] == "ValueError: in 1"
         assert found["no error"] == ""
-        assert found["any_of"] == [True, False]
+        assert found["any_rank"] == [True, False]
         assert found["mean_of"] == [0.5, 1.0]
         assert found["largest_of"] == [1.0, 0.0]
         assert found["norm_of"] == pytest.approx(5.0)

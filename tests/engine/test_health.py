@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpae.engine import loop as loop_module
-from openpae.engine.health import MEMORY, WARM_UP, Health, NotFinite
+from openpae.engine.health import MEMORY, WARM_UP, NonFiniteGuard, NotFinite
 from openpae.engine.journal import read_log
 from openpae.engine.loop import fit
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw
@@ -123,12 +123,12 @@ def same(a: Any, b: Any) -> bool:
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: nothing is read before the log is."""
 
-    def build(*arguments: Any) -> Health:
-        health = Health(*arguments)
+    def build(*arguments: Any) -> NonFiniteGuard:
+        health = NonFiniteGuard(*arguments)
         health.at_once = False
         return health
 
-    monkeypatch.setattr(loop_module, "Health", build)
+    monkeypatch.setattr(loop_module, "NonFiniteGuard", build)
 
 
 def by_hand(loop: LoopConfig, data_steps: Sequence[int], left_out: Sequence[int] = ()) -> Tiny:
@@ -328,8 +328,8 @@ def test_rollbacks_have_an_end(tmp_path: Path) -> None:
 
 def norms_of(factor: float, norms: Sequence[float]) -> list[float]:
     """What the guard says of a series of gradient norms."""
-    health = Health(LOOP, replace(OPTIM, spike_factor=factor), torch.device("cpu"))
-    flags = [health.judge(step, "model", torch.tensor(norm)) for step, norm in enumerate(norms)]
+    health = NonFiniteGuard(LOOP, replace(OPTIM, spike_factor=factor), torch.device("cpu"))
+    flags = [health.check_gradient(step, "model", torch.tensor(norm)) for step, norm in enumerate(norms)]
     return [float(flag) for flag in flags if flag is not None]
 
 

@@ -31,7 +31,7 @@ from openpae.data.training import ImageData, TrainingLatents
 from openpae.engine import checkpoints
 from openpae.engine import loop as loop_module
 from openpae.engine.ema import Ema
-from openpae.engine.health import Health
+from openpae.engine.health import NonFiniteGuard
 from openpae.engine.journal import read_log
 from openpae.engine.loop import Stopped, fit, open_run, seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, lr_at
@@ -378,7 +378,7 @@ def test_other_data_than_before_are_refused(
     image_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """The config names the same folders, but what lies there has changed: this can not be the same run."""
+    """The config names the same folders, but what lies there has changed: this cannot be the same run."""
     for print_, labels, message in (
         (
             "another",
@@ -641,12 +641,12 @@ def test_no_step_waits_for_the_device(
     task = task_of(replace(run, loss=loss) if stage == "tokenizer" else run)
     reads, seen = Reads(), []
 
-    def late(*arguments: Any) -> Health:
-        health = Health(*arguments)
+    def late(*arguments: Any) -> NonFiniteGuard:
+        health = NonFiniteGuard(*arguments)
         health.at_once = False  # as on a GPU
         return health
 
-    monkeypatch.setattr(loop_module, "Health", late)
+    monkeypatch.setattr(loop_module, "NonFiniteGuard", late)
     updates = task.updates
 
     def counting(batch: Any, draws: Draws, step: int) -> Iterator[Update]:
@@ -967,7 +967,7 @@ def test_broken_images_are_named_while_training_goes_on(
     images = Path(shutil.copytree(image_folder, tmp_path / "images"))
     (images / "discs" / "9.png").write_text("no image")
     data = replace(tokenizer_run.data, images=images, skip_broken=True)
-    with pytest.warns(UserWarning, match=r"discs/9.png can not be decoded.*another image takes its place"):
+    with pytest.warns(UserWarning, match=r"discs/9.png cannot be decoded.*another image takes its place"):
         train(replace(tokenizer_run, data=data), tmp_path / "run")
 
 
@@ -993,7 +993,7 @@ def test_cached_features_that_could_not_be_right_are_refused(
     data = replace(tokenizer_run.data, augment="flip", feature_cache=tmp_path / "features")
     with pytest.raises(ValueError, match=r"needs packed images; make them with: pae pack"):
         TokenizerTask(replace(tokenizer_run, data=data))
-    with pytest.raises(ValueError, match=r"feature_cache can not serve model.fusion finetune"):
+    with pytest.raises(ValueError, match=r"feature_cache cannot serve model.fusion finetune"):
         replace(tokenizer_run, data=data, model=replace(tokenizer_run.model, fusion="finetune"))
 
 

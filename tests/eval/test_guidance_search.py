@@ -15,7 +15,13 @@ import torch
 from openpae import config as configs
 from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.features import FeatureSet
-from openpae.eval.guidance_search import Candidate, Judge, SearchConfig, search_guidance, successive_halving
+from openpae.eval.guidance_search import (
+    Candidate,
+    SampleEvaluator,
+    SearchConfig,
+    search_guidance,
+    successive_halving,
+)
 from openpae.eval.reference import Reference, reference_of
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
@@ -70,15 +76,15 @@ def reference(extractor: FeatureExtractor) -> Reference:
 
 
 @pytest.fixture
-def judge(tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference) -> Judge:
-    return Judge(
+def judge(tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference) -> SampleEvaluator:
+    return SampleEvaluator(
         tiny_pae, tiny_dit, SAMPLER,
         extractor=extractor, reference=reference, search=SEARCH, num_classes=2, batch_size=3,
     )  # fmt: skip
 
 
 def test_a_judge_measures_the_samples_that_would_be_drawn(
-    judge: Judge, tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference
+    judge: SampleEvaluator, tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference
 ) -> None:
     from openpae.eval.frechet import frechet_distance
 
@@ -92,7 +98,7 @@ def test_a_judge_measures_the_samples_that_would_be_drawn(
 
 
 def test_a_candidate_that_goes_on_adds_to_its_samples(
-    judge: Judge, tiny_dit: LightningDiT, monkeypatch: pytest.MonkeyPatch
+    judge: SampleEvaluator, tiny_dit: LightningDiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
     tiny_dit.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -101,7 +107,7 @@ def test_a_candidate_that_goes_on_adds_to_its_samples(
     assert judge((1.0, 0.0, 1.0), 4) == first
     grown = judge((1.0, 0.0, 1.0), 8)
     assert sum(rows) == 8 * 2
-    fresh = Judge(
+    fresh = SampleEvaluator(
         judge.tokenizer, judge.generator, SAMPLER,
         extractor=judge.evaluation.samples.extractor, reference=judge.evaluation.reference,
         search=SEARCH, num_classes=2, batch_size=3,
@@ -110,7 +116,7 @@ def test_a_candidate_that_goes_on_adds_to_its_samples(
 
 
 def test_half_precision_is_for_drawing_not_for_measuring(
-    judge: Judge, tiny_dit: LightningDiT, extractor: Any, monkeypatch: pytest.MonkeyPatch
+    judge: SampleEvaluator, tiny_dit: LightningDiT, extractor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[bool]] = {"draws": set(), "measures": set()}
     measure = extractor.features
@@ -126,7 +132,7 @@ def test_half_precision_is_for_drawing_not_for_measuring(
     assert seen == {"draws": {True}, "measures": {False}}
 
 
-def test_the_record_says_what_was_tuned_on(judge: Judge, tmp_path: Path) -> None:
+def test_the_record_says_what_was_tuned_on(judge: SampleEvaluator, tmp_path: Path) -> None:
     lines: list[str] = []
     record = search_guidance(tmp_path, judge, facts={"generator": "abc"}, tell=lines.append)
     assert json.loads((tmp_path / "search.json").read_text()) == record
@@ -147,7 +153,7 @@ def test_the_record_says_what_was_tuned_on(judge: Judge, tmp_path: Path) -> None
     assert record["best"] == configs.to_dict(best)
 
 
-def test_an_interrupted_search_goes_on_and_finds_the_same(judge: Judge, tmp_path: Path) -> None:
+def test_an_interrupted_search_goes_on_and_finds_the_same(judge: SampleEvaluator, tmp_path: Path) -> None:
     whole = search_guidance(tmp_path / "whole", judge, facts={})
     judge.seen.clear()
     lines: list[str] = []
@@ -174,7 +180,7 @@ def test_samples_of_another_size_than_the_reference_are_refused(
 ) -> None:
     real = FeatureSet(extractor)
     real.update(torch.rand(4, 3, 40, 40))
-    judge = Judge(
+    judge = SampleEvaluator(
         tiny_pae, tiny_dit, SAMPLER,
         extractor=extractor, reference=reference_of(real, "large"), search=SEARCH, num_classes=2,
     )  # fmt: skip

@@ -160,7 +160,7 @@ def test_unusable_samples_are_refused(levels: np.ndarray, tmp_path: Path) -> Non
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "0.png").write_bytes(b"no image")
-    with pytest.raises(BrokenImage, match=r"0\.png can not be decoded"):
+    with pytest.raises(BrokenImage, match=r"0\.png cannot be decoded"):
         stored_images(folder)
 
 

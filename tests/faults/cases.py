@@ -1,4 +1,4 @@
-"""What users give that can not work, the command they type, and the one line that they get.
+"""What users give that cannot work, the command they type, and the one line that they get.
 
 One table for two readers: test_cases.py runs every row, docs/make_errors.py writes docs/errors.md from it.
 """
@@ -122,7 +122,7 @@ latents: latents
 optim: {lr: 0.1}
 loop: {steps: 5, global_batch_size: 2}
 """
-LIBRARY = r"(?<=can not be decoded: )[^;]*"
+LIBRARY = r"(?<=cannot be decoded: )[^;]*"
 
 
 def image(given: str, spoil: Callable[[], object], says: str, **more: object) -> Case:
@@ -195,23 +195,23 @@ CASES: tuple[Case, ...] = (
     image(
         "a PNG cut short",
         edited("images/cats/1.png", lambda content: content[:200]),
-        r"images/cats/1.png can not be decoded: image file is truncated.*",
+        r"images/cats/1.png cannot be decoded: image file is truncated.*",
         foreign=LIBRARY,
     ),
     image(
         "a web page named .jpg",
         written("images/cats/9.jpg", "<html>404</html>"),
-        r"9.jpg can not be decoded: no known image format \(BMP GIF JPEG PNG PPM TIFF WEBP\)",
+        r"9.jpg cannot be decoded: no known image format \(BMP GIF JPEG PNG PPM TIFF WEBP\)",
     ),
     image(
         "an empty file",
         written("images/cats/9.png", ""),
-        "9.png can not be decoded: no known image format .*",
+        "9.png cannot be decoded: no known image format .*",
     ),
     image("an animated GIF", frames("gif"), "9.gif .*: it has 3 frames or pages, save one as .*"),
     image("an animated PNG", frames("png"), "9.png .*: it has 3 frames or pages, save one as .*"),
-    image("an animated WebP", frames("webp"), "9.webp can not be decoded: it has 3 frames or pages, save .*"),
-    image("a TIFF of several pages", frames("tif"), "9.tif can not be decoded: it has 3 frames or pages, .*"),
+    image("an animated WebP", frames("webp"), "9.webp cannot be decoded: it has 3 frames or pages, save .*"),
+    image("a TIFF of several pages", frames("tif"), "9.tif cannot be decoded: it has 3 frames or pages, .*"),
     image(
         "32-bit pixels, whose range is not known",
         saved("images/cats/9.tif", Image.new("F", (4, 4))),
@@ -225,7 +225,7 @@ CASES: tuple[Case, ...] = (
     image(
         "a decompression bomb (a few bytes that claim 400 million pixels)",
         bomb,
-        r"9.png can not be decoded: Image size \(400000000 pixels\) exceeds limit of 178956970 pixels.*",
+        r"9.png cannot be decoded: Image size \(400000000 pixels\) exceeds limit of 178956970 pixels.*",
         foreign=LIBRARY,
     ),
     image(
@@ -234,9 +234,9 @@ CASES: tuple[Case, ...] = (
         "9.heic .* no known image format .*",
     ),
     image(
-        "a file that the system can not read",
+        "a file that the system cannot read",
         lambda: os.symlink("/proc/self/mem", "images/cats/9.png"),
-        "9.png can not be decoded: Input/output error",
+        "9.png cannot be decoded: Input/output error",
     ),
     Case(
         group="Images",
@@ -252,7 +252,7 @@ CASES: tuple[Case, ...] = (
         given="a broken file whose name is not UTF-8",
         spoil=lambda: Path(os.fsdecode(b"images/cats/caf\xe9.png")).write_text("x"),
         command=f"{PACK} --skip-broken",
-        says=r"^6 images of 2 classes in out left out 1 broken files: images/cats/caf\\udce9.png can not",
+        says=r"^6 images of 2 classes in out left out 1 broken files: images/cats/caf\\udce9.png cannot",
         code=0,
     ),
     Case(
@@ -267,14 +267,14 @@ CASES: tuple[Case, ...] = (
         given="a broken file in training",
         spoil=written("images/cats/1.png", "x"),
         command=TOKENIZER,
-        says="1.png can not be decoded: .*; remove the file, or pass --data.skip-broken$",
+        says="1.png cannot be decoded: .*; remove the file, or pass --data.skip-broken$",
     ),
     Case(
         group="Images",
         given="a broken file in training, and the wish to skip it",
         spoil=written("images/cats/1.png", "x"),
         command=f"{TOKENIZER} --data.skip-broken --loop.steps 3",
-        says="^images/cats/1.png can not be decoded: .*; another image takes its place$",
+        says="^images/cats/1.png cannot be decoded: .*; another image takes its place$",
         code=0,
     ),
     Case(
@@ -282,7 +282,7 @@ CASES: tuple[Case, ...] = (
         given="a broken file, asked about",
         spoil=written("images/cats/1.png", "x"),
         command="pae info images --verify",
-        says="images/cats/1.png can not be decoded: no known image format",
+        says="images/cats/1.png cannot be decoded: no known image format",
     ),
     taken("CMYK", saved("images/cats/9.jpg", Image.new("CMYK", (8, 8)))),
     taken("16-bit grey (its upper 8 bits)", saved("images/cats/9.png", Image.new("I;16", (8, 8)))),
@@ -331,7 +331,7 @@ CASES: tuple[Case, ...] = (
     folder(
         "a class that leads back to the folder",
         lambda: os.symlink("..", "images/cats/up") or os.symlink(".", "images/all"),
-        "of images are the same folder; an image can not be of two classes: remove the link",
+        "of images are the same folder; an image cannot be of two classes: remove the link",
     ),
     folder(
         "two images of one name, to be written as PNGs",

@@ -44,7 +44,7 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 def refused(path: Path) -> str:
     with pytest.raises(BrokenImage) as caught:
         read_image(path)
-    assert str(caught.value).startswith(f"{path} can not be decoded: ")
+    assert str(caught.value).startswith(f"{path} cannot be decoded: ")
     return str(caught.value)
 
 
@@ -185,9 +185,9 @@ def test_what_is_no_image_is_refused_and_starts_no_program(
 
 def test_a_file_that_can_not_be_read_is_named_with_the_systems_reason(tmp_path: Path) -> None:
     os.symlink("/proc/self/mem", tmp_path / "a.png")  # opens, and fails to be read, even for root
-    assert "can not be decoded: Input/output error" in refused(tmp_path / "a.png")
+    assert "cannot be decoded: Input/output error" in refused(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
-    assert "can not be decoded: Is a directory" in refused(tmp_path / "b.png")
+    assert "cannot be decoded: Is a directory" in refused(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_loops_inside_a_class_add_nothing(folder: Path) -> None:
 )
 def test_one_folder_can_not_be_two_classes(folder: Path, link: str, to: str) -> None:
     os.symlink(folder / to, folder / link)
-    with pytest.raises(ValueError, match=r"are the same folder; an image can not be of two classes"):
+    with pytest.raises(ValueError, match=r"are the same folder; an image cannot be of two classes"):
         ImageFolder(folder)
 
 
@@ -272,7 +272,7 @@ def test_hidden_files_are_passed_over_and_undecoded_ones_are_not(folder: Path) -
     (folder / "dog" / ".thumbnails" / "1.png").write_bytes(b"x")
     assert ImageFolder(folder).names == ["cat/1.png", "dog/1.png"]
     (folder / "dog" / "2.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(BrokenImage, match=r"2.HEIC can not be decoded: no known image format"):
+    with pytest.raises(BrokenImage, match=r"2.HEIC cannot be decoded: no known image format"):
         pack_images(ImageFolder(folder), folder.parent / "packed", size=4)
 
 
@@ -338,8 +338,8 @@ def test_label_maps_that_can_not_be_meant_are_named(tmp_path: Path) -> None:
     maps.mkdir()
     Image.new("RGB", (8, 8)).save(images / "1.jpg")
     for content, message in (
-        (b"", "1.png can not be decoded: no known image format"),
-        (png(8, 8, 8, 0, bytes(72))[:45], "1.png can not be decoded: image file is truncated"),
+        (b"", "1.png cannot be decoded: no known image format"),
+        (png(8, 8, 8, 0, bytes(72))[:45], "1.png cannot be decoded: image file is truncated"),
     ):
         (maps / "1.png").write_bytes(content)
         with pytest.raises(BrokenImage, match=message):

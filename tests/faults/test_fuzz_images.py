@@ -89,7 +89,7 @@ def check(content: bytes, file: Path) -> None:
     file.write_bytes(content)
     image = decoded(file)
     if isinstance(image, str):
-        begins = f"{file} can not be decoded: "
+        begins = f"{file} cannot be decoded: "
         assert image.startswith(begins)
         assert image[len(begins) :].strip()
         assert "\n" not in image

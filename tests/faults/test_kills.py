@@ -160,7 +160,7 @@ def test_caching_latents(tokenizer_folder: Path, packed: PackedImages, tmp_path:
             folder,
             image_size=32,
             latent_shape=model.config.latent_shape,
-            tokenizer_print="print",
+            tokenizer_fingerprint="print",
             batch_size=1,
             per_shard=1,
         )

@@ -267,7 +267,7 @@ def test_effective_rank_runs_from_one_direction_to_isotropy() -> None:
     assert effective_rank(line).value == pytest.approx(1 / 6, rel=1e-5)
     latents = torch.randn(30, 6, 2, 2) * torch.arange(1, 7).view(6, 1, 1)
     assert effective_rank(rotate(latents)).value == pytest.approx(effective_rank(latents).value, rel=1e-5)
-    with pytest.warns(UserWarning, match=r"3 images in 6 channels can not exceed 0\.50"):
+    with pytest.warns(UserWarning, match=r"3 images in 6 channels cannot exceed 0\.50"):
         assert effective_rank(latents[:3]).value <= 0.5
 
 

@@ -166,7 +166,7 @@ def test_what_diffusers_could_not_build_again_is_refused(tiny_config: PAEConfig)
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels
 
-    with pytest.raises(ValueError, match=r"an encoder of your own \(Own\) can not be saved by diffusers"):
+    with pytest.raises(ValueError, match=r"an encoder of your own \(Own\) cannot be saved by diffusers"):
         AutoencoderPAE.of(PAE(tiny_config, Own()))
     decoder = replace(tiny_config.decoder, patch_size=12)
     odd = PAE(replace(tiny_config, image_size=48, decoder=decoder))

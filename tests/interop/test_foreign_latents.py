@@ -38,7 +38,7 @@ def write(folder: Path, counts: tuple[int, ...] = (5, 1, 6), dtype: torch.dtype 
 
 def convert(source: Path, out: Path, **changes: Any) -> Shards:
     settings: dict[str, Any] = {"image_size": 32, "latent_shape": SHAPE, "per_shard": 5, "chunk": 2}
-    return import_latents(source, out, tokenizer_print="0123456789abcdef", **(settings | changes))
+    return import_latents(source, out, tokenizer_fingerprint="0123456789abcdef", **(settings | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

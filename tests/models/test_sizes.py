@@ -282,7 +282,7 @@ def test_wide_images_go_through_every_stage(wide: PackedImages, tmp_path: Path) 
         tmp_path / "latents",
         image_size=tokenizer.config.image_shape,
         latent_shape=tokenizer.config.latent_shape,
-        tokenizer_print=identity_of(tmp_path / "tokenizer").fingerprint,
+        tokenizer_fingerprint=identity_of(tmp_path / "tokenizer").fingerprint,
     )
     assert latents.attributes["image_size"] == [32, 48]
     assert latents.shape == (2, 8, 4, 6)

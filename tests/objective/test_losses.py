@@ -1,4 +1,4 @@
-"""The losses: what each one sees and can not see, who gets its gradient, and its value in float64 NumPy."""
+"""The losses: what each one sees and cannot see, who gets its gradient, and its value in float64 NumPy."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_the_prior_must_fit(packed: PackedImages, refiner: Path) -> None:
 
 
 def test_compiling_refuses_a_second_backward(packed: PackedImages, refiner: Path) -> None:
-    with pytest.raises(ValueError, match=r"loop\.compile can not be combined"):
+    with pytest.raises(ValueError, match=r"loop\.compile cannot be combined"):
         a_run(packed, refiner, {"compile": True}, gradients_every=10)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
 from openpae.runtime.draws import initial_noise
-from openpae.sampling.interpolation import walk_images, walk_seeds
+from openpae.sampling.interpolation import interpolate_images, interpolate_seeds
 from openpae.sampling.sampler import SamplerConfig, sample_latents
 
 
@@ -27,7 +27,7 @@ def watched(tokenizer: PAE, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("frames", [2, 5])
 def test_a_walk_between_images_runs_from_one_reconstruction_to_the_other(tiny_pae: PAE, frames: int) -> None:
     first, last = torch.rand(2, 3, 32, 32)
-    walk = walk_images(tiny_pae, first, last, frames, batch_size=2)
+    walk = interpolate_images(tiny_pae, first, last, frames, batch_size=2)
     assert walk.shape == (frames, 3, 32, 32)
     with torch.no_grad():
         ends = tiny_pae.reconstruct(torch.stack([first, last]))
@@ -42,7 +42,7 @@ def test_it_stays_on_the_sphere_and_keeps_its_pace(
         tiny_pae, "config", tiny_pae.config.__class__(**{**vars(tiny_pae.config), "sphere": sphere})
     )
     seen = watched(tiny_pae, monkeypatch)
-    walk_images(tiny_pae, *torch.rand(2, 3, 32, 32), frames=5)
+    interpolate_images(tiny_pae, *torch.rand(2, 3, 32, 32), frames=5)
     z = torch.cat(seen).double()  # (5, 8, 4, 4)
     rows = z.flatten(2).mT.flatten(0, 1) if sphere == "token" else z.flatten(1)
     torch.testing.assert_close(rows.square().mean(dim=1), torch.ones(len(rows)).double(), atol=1e-4, rtol=0)
@@ -57,7 +57,7 @@ def test_a_walk_between_seeds_runs_from_one_sample_to_the_other(
     tiny_pae: PAE, tiny_dit: LightningDiT, solver: Any
 ) -> None:
     config = SamplerConfig(solver=solver, steps=4, guidance=2.0)
-    walk = walk_seeds(tiny_pae, tiny_dit, config, seeds=(3, 8), label=1, frames=4, batch_size=3)
+    walk = interpolate_seeds(tiny_pae, tiny_dit, config, seeds=(3, 8), label=1, frames=4, batch_size=3)
     assert walk.shape == (4, 3, 32, 32)
     noise = torch.cat([initial_noise(seed, [0], (8, 4, 4)) for seed in (3, 8)])
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_noise_on_the_way_is_as_strong_as_at_the_ends(
     torch.nn.init.zeros_(tiny_dit.to_velocity.bias)
     seen = watched(tiny_pae, monkeypatch)
     config = SamplerConfig(steps=1, guidance=1.0)
-    walk_seeds(tiny_pae, tiny_dit, config, seeds=(0, 1), label=0, frames=5)
+    interpolate_seeds(tiny_pae, tiny_dit, config, seeds=(0, 1), label=0, frames=5)
     lengths = torch.cat(seen).flatten(1).norm(dim=1)
     assert lengths.min() > 0.9 * lengths[[0, -1]].min()
     assert lengths.mean() == pytest.approx(math.sqrt(128), rel=0.15)
@@ -82,6 +82,6 @@ def test_the_noise_on_the_way_is_as_strong_as_at_the_ends(
 
 def test_what_can_not_be_walked_is_named(tiny_pae: PAE, tiny_dit: LightningDiT) -> None:
     with pytest.raises(ValueError, match="at least 2 frames, its ends, got 1"):
-        walk_images(tiny_pae, *torch.rand(2, 3, 32, 32), frames=1)
+        interpolate_images(tiny_pae, *torch.rand(2, 3, 32, 32), frames=1)
     with pytest.raises(ValueError, match="frames would jump"):
-        walk_seeds(tiny_pae, tiny_dit, SamplerConfig(solver="sde"), seeds=(0, 1), label=0, frames=3)
+        interpolate_seeds(tiny_pae, tiny_dit, SamplerConfig(solver="sde"), seeds=(0, 1), label=0, frames=3)

@@ -114,7 +114,7 @@ def extractor_of_nothing() -> Any:
 
 
 def test_an_adaptive_solver_has_no_steps_to_record() -> None:
-    told = sample_set(sampler=SamplerConfig(solver="rk45", tolerance=1e-3)).told()
+    told = sample_set(sampler=SamplerConfig(solver="rk45", tolerance=1e-3)).as_record()
     assert told["tolerance"] == 1e-3
     assert told["nfe"] is None
     assert not {"steps", "shift"} & told.keys()
@@ -231,5 +231,5 @@ def test_a_generator_that_has_diverged_leaves_no_samples(
 
 def test_every_format_has_its_file() -> None:
     for kind, name in FILES.items():
-        assert replace(sample_set(), format=kind).told()["format"] == kind
+        assert replace(sample_set(), format=kind).as_record()["format"] == kind
         assert name

@@ -34,7 +34,7 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
 
     Raises:
         ValueError: a config refuses a value.
-        SystemExit: tyro has told what it can not read, or the help.
+        SystemExit: tyro has told what it cannot read, or the help.
     """
     said = io.StringIO()
     try:
@@ -128,7 +128,7 @@ class Progress:
 
         from openpae.runtime import processes
 
-        hidden = None if sys.stderr.isatty() and processes.is_first() else True
+        hidden = None if sys.stderr.isatty() and processes.is_rank0() else True
         self.bar = tqdm(desc=what, unit=unit, disable=hidden, file=sys.stderr)
 
     def __enter__(self) -> Callable[[int, int], None]:
@@ -147,11 +147,11 @@ def tell(text: str) -> None:
     """Print, where this is the first process."""
     from openpae.runtime import processes
 
-    if processes.is_first():
+    if processes.is_rank0():
         print(text)
 
 
-def tell_run(run_dir: Path, metrics: dict[str, float]) -> None:
+def print_run(run_dir: Path, metrics: dict[str, float]) -> None:
     """Say that a run is done, and its last metrics."""
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     tell(f"done: {run_dir}" + (f" ({shown})" if shown else ""))

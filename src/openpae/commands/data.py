@@ -20,7 +20,7 @@ def pack(
         out: folder for the packed images; an interrupted packing goes on.
         size: side in pixels, or height where a width is given.
         width: width in pixels of images that are not square.
-        skip_broken: leave out files that can not be decoded, and name them.
+        skip_broken: leave out files that cannot be decoded, and name them.
     """
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])

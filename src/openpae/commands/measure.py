@@ -9,7 +9,7 @@ import tyro
 
 from openpae.commands.console import Device, Progress, Reference, at_least_one
 from openpae.commands.sample import SamplerChoice
-from openpae.eval.run import Drawing, EvaluationRun, run_evaluation
+from openpae.eval.run import EvaluationRun, SamplingOptions, run_evaluation
 from openpae.geometry.profile import ProfileRun, run_profile
 
 
@@ -38,7 +38,7 @@ def evaluate(
     at_least_one(batch_size=sampler.batch_size)
     drawing = None
     if run.generator is not None:
-        drawing = Drawing(
+        drawing = SamplingOptions(
             sampler=sampler.config(),
             precision=sampler.precision,
             autoguidance=sampler.autoguidance,
@@ -46,11 +46,11 @@ def evaluate(
         )
     elif sampler != SamplerChoice(batch_size=sampler.batch_size):
         raise ValueError("the sampler's options say how --generator draws; give it, or leave them out")
-    with processes.joined(device):
+    with processes.process_group(device):
         record = run_evaluation(
             reference, run, pick_device(device), drawing=drawing, batch_size=sampler.batch_size
         )
-        if not processes.is_first():
+        if not processes.is_rank0():
             return
     if run.save_reference is not None:
         print(f"reference in {run.save_reference}")

@@ -100,7 +100,7 @@ def _import_latents(source: Path, out: Path, tokenizer: Path | None, classes: in
         shards = import_latents(
             source,
             out,
-            tokenizer_print=identity_of(tokenizer).fingerprint,
+            tokenizer_fingerprint=identity_of(tokenizer).fingerprint,
             image_size=config.image_size,
             latent_shape=config.latent_shape,
             num_classes=classes,

@@ -103,7 +103,7 @@ class SampleRun:
 
     # No __post_init__: tyro would put what it raises into a frame of its own.
     def check(self) -> None:
-        """Refuse what can not be drawn.
+        """Refuse what cannot be drawn.
 
         Raises:
             ValueError: a count below 1, or one beside `grid`.
@@ -210,7 +210,7 @@ def sample(
 
     run.check()
     config = sampler.config()
-    with processes.joined(device):
+    with processes.process_group(device):
         models = _Models.load(tokenizer, generator, sampler, device)
         labels, scheme = run.labels(models.generator.config.num_classes)
         samples = SampleSet(
@@ -225,7 +225,7 @@ def sample(
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
             draw_samples(out, samples, models.decoder, models.generator, weak=models.weak, progress=progress)
-        if processes.is_first():
+        if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
             print(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
 
@@ -311,17 +311,17 @@ def search_guidance(
     import torch
 
     from openpae.eval.extractors import load_extractor
-    from openpae.eval.guidance_search import Judge
+    from openpae.eval.guidance_search import SampleEvaluator
     from openpae.eval.guidance_search import search_guidance as run_search
     from openpae.eval.reference import open_reference
     from openpae.runtime import processes
 
-    with processes.joined(device):
+    with processes.process_group(device):
         models = _Models.load(tokenizer, generator, sampler, device)
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
-        judge = Judge(
+        judge = SampleEvaluator(
             models.decoder,
             models.generator,
             sampler.config(),
@@ -333,7 +333,7 @@ def search_guidance(
             precision=sampler.precision,
             weak=models.weak,
         )
-        tell = print if processes.is_first() else None
+        tell = print if processes.is_rank0() else None
         record = run_search(out, judge, facts=models.facts, tell=tell)
         if tell is not None:
             best = record["best"]
@@ -382,7 +382,7 @@ def _walk_of_images(
     from openpae.data.images import center_crop, read_image
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
-    from openpae.sampling.interpolation import walk_images
+    from openpae.sampling.interpolation import interpolate_images
 
     if sampler != SamplerChoice():
         raise ValueError("between two images nothing is sampled: leave the sampler's options out")
@@ -391,7 +391,7 @@ def _walk_of_images(
         to_unit(torch.from_numpy(center_crop(read_image(path), tokenizer.config.image_shape)))
         for path in images
     )
-    return walk_images(tokenizer, first, last, frames)
+    return interpolate_images(tokenizer, first, last, frames)
 
 
 def _walk_of_seeds(
@@ -404,11 +404,11 @@ def _walk_of_seeds(
     device: str,
 ) -> torch.Tensor:
     from openpae.runtime.device import autocast
-    from openpae.sampling.interpolation import walk_seeds
+    from openpae.sampling.interpolation import interpolate_seeds
 
     models = _Models.load(folder, generator, sampler, device)
     with autocast(models.device, sampler.precision):
-        return walk_seeds(
+        return interpolate_seeds(
             models.decoder,
             models.generator,
             sampler.config(),

@@ -80,7 +80,7 @@ def study(
         *(["--seeds", *map(str, seeds)] if seeds else []),
         *(f"--{name} {_last(path)}" for name, path in where.items() if path is not None),
     ]
-    with processes.joined():
+    with processes.process_group():
         failed = run_plan(plan, workers=workers, command=f"pae study {' '.join(words)}", tell=tell)
         for one in plan.studies:
             folder = out / one.name

@@ -13,10 +13,10 @@ from openpae.commands.console import (
     Progress,
     Tokenizer,
     at_least_one,
+    print_run,
     run_of,
     take_option,
     tell,
-    tell_run,
     tell_skipped,
 )
 
@@ -27,9 +27,9 @@ def train_tokenizer(argv: Sequence[str]) -> None:
     from openpae.train.tokenizer import TokenizerRun, train_tokenizer
 
     run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
-    with processes.joined(run.loop.device), Progress("VFM features", "img") as progress:
+    with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_tokenizer(run, run_dir, progress=progress)
-        tell_run(run_dir, metrics)
+        print_run(run_dir, metrics)
 
 
 def train_refiner(argv: Sequence[str]) -> None:
@@ -38,9 +38,9 @@ def train_refiner(argv: Sequence[str]) -> None:
     from openpae.train.refiner import RefinerRun, train_refiner
 
     run, run_dir = run_of(RefinerRun, argv, "train-refiner")
-    with processes.joined(run.loop.device), Progress("VFM features", "img") as progress:
+    with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_refiner(run, run_dir, progress=progress)
-        tell_run(run_dir, metrics)
+        print_run(run_dir, metrics)
 
 
 def train_generator(argv: Sequence[str]) -> None:
@@ -61,8 +61,8 @@ def train_generator(argv: Sequence[str]) -> None:
         return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
 
     run, run_dir = run_of(GeneratorRun, argv, "train-generator", sized)
-    with processes.joined(run.loop.device):
-        tell_run(run_dir, train_generator(run, run_dir))
+    with processes.process_group(run.loop.device):
+        print_run(run_dir, train_generator(run, run_dir))
 
 
 def cache_latents(
@@ -84,7 +84,7 @@ def cache_latents(
         batch_size: images per forward pass.
         precision: bf16 is quicker on most machines.
         device: auto takes a GPU if there is one.
-        skip_broken: leave out files that can not be decoded, and name them.
+        skip_broken: leave out files that cannot be decoded, and name them.
     """
     at_least_one(batch_size=batch_size)
     from openpae.data import caches
@@ -94,7 +94,7 @@ def cache_latents(
     from openpae.runtime.device import autocast, pick_device
     from openpae.storage.model_folder import identity_of
 
-    with processes.joined(device):
+    with processes.process_group(device):
         where = pick_device(device)
         model = saved.load_tokenizer(tokenizer).to(where)
 
@@ -109,7 +109,7 @@ def cache_latents(
                 out,
                 image_size=model.config.image_shape,
                 latent_shape=model.config.latent_shape,
-                tokenizer_print=identity_of(tokenizer).fingerprint,
+                tokenizer_fingerprint=identity_of(tokenizer).fingerprint,
                 precision=precision,
                 batch_size=batch_size,
                 device=where,

@@ -26,7 +26,7 @@ def cache_latents(
     *,
     image_size: Size,
     latent_shape: tuple[int, int, int],
-    tokenizer_print: str,
+    tokenizer_fingerprint: str,
     precision: str = "fp32",
     batch_size: int = 32,
     flips: bool = True,
@@ -44,11 +44,11 @@ def cache_latents(
         folder: where.
         image_size: (H, W), or the side of a square.
         latent_shape: (C, h, w).
-        tokenizer_print: fingerprint of the tokenizer; generator training compares it.
+        tokenizer_fingerprint: fingerprint of the tokenizer; generator training compares it.
         precision: in which `encode` computes; kept, so that one cache does not mix two.
         batch_size: images per forward pass.
         flips: keep the mirror images too.
-        skip_broken: leave out files that can not be decoded (their names are kept in index.json).
+        skip_broken: leave out files that cannot be decoded (their names are kept in index.json).
         per_shard: images per shard; rounded up to whole batches, so that the same passes are made again.
         device: where `encode` wants its images.
         progress: called with (done, all) images.
@@ -57,10 +57,14 @@ def cache_latents(
         The complete cache: rows (flips, C, h, w) in bfloat16, labels, mean and std per channel.
 
     Raises:
-        BrokenImage: a file can not be decoded and skip_broken is off.
+        BrokenImage: a file cannot be decoded and skip_broken is off.
         ValueError: the folder was begun with another tokenizer or other images.
     """
-    attributes = {"tokenizer": tokenizer_print, "image_size": plain_size(image_size), "precision": precision}
+    attributes = {
+        "tokenizer": tokenizer_fingerprint,
+        "image_size": plain_size(image_size),
+        "precision": precision,
+    }
     shape = (2 if flips else 1, *latent_shape)
     layout = _layout("latents", "bfloat16", shape, source, batch_size, per_shard, attributes)
     return _fill(folder, layout, encode, source, image_size, batch_size, skip_broken, device, progress)
@@ -73,7 +77,7 @@ def cache_features(
     *,
     image_size: Size,
     shape: tuple[int, int],
-    encoder_print: str,
+    encoder_fingerprint: str,
     flips: bool,
     batch_size: int = 32,
     per_shard: int = 1024,
@@ -89,7 +93,7 @@ def cache_features(
         folder: where; an interrupted run goes on.
         image_size: (H, W), or the side of a square.
         shape: (N, D).
-        encoder_print: fingerprint of the encoder's weights.
+        encoder_fingerprint: fingerprint of the encoder's weights.
         flips: also cache the mirror images (for the augmentation "flip").
         batch_size: images per forward pass.
         per_shard: images per shard.
@@ -101,7 +105,7 @@ def cache_features(
     """
     if not isinstance(source, PackedImages):
         raise ValueError("data.feature_cache needs packed images; make them with: pae pack IMAGES OUT")
-    attributes = {"encoder": encoder_print, "image_size": plain_size(image_size)}
+    attributes = {"encoder": encoder_fingerprint, "image_size": plain_size(image_size)}
     layout = _layout(
         "features", "float16", (2 if flips else 1, *shape), source, batch_size, per_shard, attributes
     )
@@ -116,7 +120,7 @@ def cache_latents_of_features(
     folder: Path,
     *,
     latent_shape: tuple[int, int, int],
-    tokenizer_print: str,
+    tokenizer_fingerprint: str,
     precision: str = "fp32",
     batch_size: int = 64,
     flips: bool = True,
@@ -133,7 +137,7 @@ def cache_latents_of_features(
         features: their cache (`cache_features`), with the mirror images where `flips` asks for them.
         folder: where; an interrupted run goes on.
         latent_shape: (C, h, w).
-        tokenizer_print: fingerprint of the tokenizer; generator training compares it.
+        tokenizer_fingerprint: fingerprint of the tokenizer; generator training compares it.
         precision: in which `encode` computes.
         batch_size: images per forward pass.
         flips: keep the mirror images too.
@@ -151,7 +155,7 @@ def cache_latents_of_features(
             + (" and of their mirror images" if flips else "")
         )
     attributes = {
-        "tokenizer": tokenizer_print,
+        "tokenizer": tokenizer_fingerprint,
         "image_size": features.attributes["image_size"],
         "precision": precision,
     }
@@ -178,7 +182,7 @@ def cache_targets(
     features: Shards,
     folder: Path,
     *,
-    prior_print: str,
+    prior_fingerprint: str,
     latent_dim: int,
     batch_size: int = 64,
     per_shard: int = 4096,
@@ -190,7 +194,7 @@ def cache_targets(
         prior: features (B, N, D) to targets (B, N, C).
         features: the cache of `cache_features`; row i of the result belongs to its row i.
         folder: where; an interrupted run goes on.
-        prior_print: fingerprint of the prior.
+        prior_fingerprint: fingerprint of the prior.
         latent_dim: C.
         batch_size: images per forward pass.
         per_shard: images per shard.
@@ -206,7 +210,7 @@ def cache_targets(
         shape=(versions, tokens, latent_dim),
         sources=len(features),
         per_shard=per_shard,
-        attributes={**features.attributes, "prior": prior_print},
+        attributes={**features.attributes, "prior": prior_fingerprint},
     )
 
     def parts(span: range) -> Iterator[Part]:
@@ -270,12 +274,12 @@ def _fill(
 
 def _write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterator[Part]]) -> Shards:
     """Write what is missing, each process every so manieth shard; the first makes and closes the folder."""
-    writer = processes.from_first(lambda: ShardWriter(folder, layout))
-    missing = processes.share(writer.missing())
+    writer = processes.on_rank0(lambda: ShardWriter(folder, layout))
+    missing = processes.broadcast(writer.missing())
     with processes.failing_together():
-        for number in processes.own_rows(len(missing)):
+        for number in processes.rank_slice(len(missing)):
             writer.write_parts(missing[number], parts(layout.span(missing[number])))
-    return processes.from_first(writer.finish)
+    return processes.on_rank0(writer.finish)
 
 
 @torch.no_grad()

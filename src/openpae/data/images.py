@@ -34,7 +34,7 @@ Size = int | tuple[int, int]
 
 
 class BrokenImage(ValueError):
-    """An image file that can not be decoded; the message names it."""
+    """An image file that cannot be decoded; the message names it."""
 
 
 class ImageSource(Protocol):
@@ -50,7 +50,7 @@ class ImageSource(Protocol):
         ...
 
     def read(self, index: int) -> Image.Image:
-        """The image, RGB. Raises BrokenImage if it can not be decoded."""
+        """The image, RGB. Raises BrokenImage if it cannot be decoded."""
         ...
 
     def fingerprint(self) -> str:
@@ -84,7 +84,7 @@ class ImageFolder:
         return self.names[index]
 
     def read(self, index: int) -> Image.Image:
-        """The image, RGB. Raises BrokenImage if it can not be decoded."""
+        """The image, RGB. Raises BrokenImage if it cannot be decoded."""
         return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
@@ -172,7 +172,7 @@ def read_image(path: Path) -> Image.Image:
     16 bits become 8 by their upper half. The format is told by the content, whatever the name says.
 
     Raises:
-        BrokenImage: it can not be decoded, or not without a guess: animated, 32-bit pixels of unknown range,
+        BrokenImage: it cannot be decoded, or not without a guess: animated, 32-bit pixels of unknown range,
             sides of more than 100 to 1, or more pixels than Pillow takes for honest (178,956,970). The
             message names the file and the reason.
     """
@@ -183,11 +183,11 @@ def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
     """What a function makes of an image file.
 
     Raises:
-        BrokenImage: the file can not be decoded, or the function raises; the message names the file.
+        BrokenImage: the file cannot be decoded, or the function raises; the message names the file.
         MemoryError, OSError: memory or file handles ran out, which is no fault of the file.
     """
     try:
-        # Opened here, as Pillow leaves a file open that it can not read from.
+        # Opened here, as Pillow leaves a file open that it cannot read from.
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             return convert(image)
     except UnidentifiedImageError:
@@ -200,7 +200,7 @@ def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
         raise MemoryError(f"out of memory at {path}") from None
     except Exception as error:  # the bytes of a damaged file can lead a decoder to any of them
         reason = str(error) or type(error).__name__
-    raise BrokenImage(f"{path} can not be decoded: {reason}")
+    raise BrokenImage(f"{path} cannot be decoded: {reason}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -223,7 +223,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     try:
         turned = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that can not be read says nothing of the orientation; the pixels are sound
+    except Exception:  # EXIF that cannot be read says nothing of the orientation; the pixels are sound
         turned = image
     return turned.convert("RGB")
 
@@ -281,12 +281,12 @@ def pack_images(
         source: the images.
         folder: where; an interrupted packing goes on.
         size: of the packed images.
-        skip_broken: leave out files that can not be decoded (their names are kept in index.json).
+        skip_broken: leave out files that cannot be decoded (their names are kept in index.json).
         per_shard: images per shard.
         progress: called with (done, all) images.
 
     Raises:
-        BrokenImage: a file can not be decoded and skip_broken is off.
+        BrokenImage: a file cannot be decoded and skip_broken is off.
         ValueError: the folder holds something else.
     """
     layout = Layout(
@@ -343,13 +343,13 @@ def decode_batch(
         source: where they come from; packed images of this size are copied as they are.
         indices: which.
         size: (H, W), or the side of a square.
-        skip_broken: leave out files that can not be decoded.
+        skip_broken: leave out files that cannot be decoded.
 
     Returns:
         uint8 images (B, 3, H, W), the indices that they are of, and what was wrong with the others.
 
     Raises:
-        BrokenImage: a file can not be decoded and skip_broken is off.
+        BrokenImage: a file cannot be decoded and skip_broken is off.
     """
     if isinstance(source, PackedImages) and source.image_shape == height_width(size):
         return source.shards.gather(np.asarray(indices, dtype=np.int64)), list(indices), []

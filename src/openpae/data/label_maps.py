@@ -55,7 +55,7 @@ def read_segmented(
     Raises:
         FileNotFoundError: no folder, no maps, or a map without its image.
         ValueError: a map of another shape than its image, without one number per pixel, or a broken JSON.
-        BrokenImage: a file can not be decoded.
+        BrokenImage: a file cannot be decoded.
     """
     if not images.is_dir():
         raise FileNotFoundError(f"no image folder at {images}")
@@ -100,7 +100,7 @@ def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
 
     Raises:
         ValueError: count below 1, or size below 16.
-        FileNotFoundError: the emoji can not be had.
+        FileNotFoundError: the emoji cannot be had.
     """
     if count < 1:
         raise ValueError(f"scenes must be at least 1, got {count}")

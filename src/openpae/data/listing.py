@@ -82,7 +82,7 @@ def _images_below(root: Path, top: str, seen: dict[str, str]) -> list[str]:
             left += [(f"{name}/{inside}", kind) for inside, kind in reversed(_entries(path))]
         elif first.split("/")[0] != top:
             raise ValueError(
-                f"{name} and {first} of {root} are the same folder; an image can not be of two classes: "
+                f"{name} and {first} of {root} are the same folder; an image cannot be of two classes: "
                 "remove the link"
             )
     return images

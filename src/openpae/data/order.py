@@ -23,12 +23,12 @@ class StepBatches(Sampler[list[int]]):
     """
 
     def __init__(self, steps: Sequence[int], global_batch_size: int, rows: Sequence[range]) -> None:
-        self.steps, self.whole, self.rows = steps, global_batch_size, rows
+        self.steps, self.global_batch_size, self.rows = steps, global_batch_size, rows
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             for rows in self.rows:
-                yield [step * self.whole + row for row in rows]
+                yield [step * self.global_batch_size + row for row in rows]
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.rows)

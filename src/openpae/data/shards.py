@@ -322,15 +322,15 @@ def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except Exception as error:  # the bytes of a damaged header can lead NumPy's reader to any of them
-        raise ValueError(f"{path} is damaged or missing: {error}; {_MEND}") from None
+        raise ValueError(f"{path} is damaged or missing: {error}; {_HOW_TO_REPAIR}") from None
     return array
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {reason}; {_MEND}")
+    return ValueError(f"{path} is damaged: {reason}; {_HOW_TO_REPAIR}")
 
 
-_MEND = "delete it together with index.json and run the command that made it again"
+_HOW_TO_REPAIR = "delete it together with index.json and run the command that made it again"
 
 
 def _read_infos(folder: Path, kind: str, shape: Sequence[int], count: int) -> list[dict[str, Any]]:

@@ -49,14 +49,14 @@ class ImageData:
     resize: int = 384
     """Shorter side before the random crop (where crops are not square: of what covers their shape)."""
     skip_broken: bool = False
-    """Put the next readable image in the place of a file that can not be decoded, and warn of it by name."""
+    """Put the next readable image in the place of a file that cannot be decoded, and warn of it by name."""
     feature_cache: Path | None = None
     """Folder for the VFM's features of packed images, made on first use; null computes them at every step."""
 
     def __post_init__(self) -> None:
         if self.feature_cache is not None and self.augment == "crop":
             raise ValueError(
-                "data.feature_cache needs data.augment none or flip: random crops can not be cached"
+                "data.feature_cache needs data.augment none or flip: random crops cannot be cached"
             )
         if self.evaluation_images < 1:
             raise ValueError(f"data.evaluation_images must be >= 1, got {self.evaluation_images}")
@@ -135,7 +135,9 @@ class TrainingImages(Dataset[ImageBatch]):
         else:
             try:
                 taken = [self._read(int(row), int(bit), skipped) for row, bit in zip(rows, bits, strict=True)]
-            except BrokenImage as error:  # told by `sound`: a worker process would add its traceback
+            except (
+                BrokenImage
+            ) as error:  # told by `raise_on_broken`: a worker process would add its traceback
                 return ImageBatch(torch.empty(0), torch.empty(0), broken=str(error))
             rows = np.array([row for row, _ in taken])
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
@@ -176,10 +178,10 @@ class TrainingImages(Dataset[ImageBatch]):
 def image_batches(
     images: TrainingImages, sampler: StepBatches, num_workers: int, *, pin: bool
 ) -> Iterator[ImageBatch]:
-    """The sampler's batches, read by other processes if wished, as `sound` passes them on.
+    """The sampler's batches, read by other processes if wished, as `raise_on_broken` passes them on.
 
     Raises:
-        BrokenImage: a file can not be decoded and may not be skipped.
+        BrokenImage: a file cannot be decoded and may not be skipped.
         ChildProcessError: a process that reads died; the message names the file it was at.
     """
     images.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()  # type: ignore[no-untyped-call]
@@ -190,7 +192,7 @@ def image_batches(
         # Without it the next batch tells, within five seconds.
         signal.signal(signal.SIGCHLD, before)
     try:
-        yield from sound(batches)
+        yield from raise_on_broken(batches)
     except RuntimeError as error:
         if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))):
             raise
@@ -202,11 +204,11 @@ def image_batches(
         ) from error
 
 
-def sound(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+def raise_on_broken(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
     """The batches, with a warning for each broken image whose place another took, until one may not be left.
 
     Raises:
-        BrokenImage: a file can not be decoded and may not be skipped.
+        BrokenImage: a file cannot be decoded and may not be skipped.
     """
     for batch in batches:
         if batch.broken:

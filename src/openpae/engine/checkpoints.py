@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from openpae.engine.ema import Ema
-from openpae.engine.health import Health
-from openpae.engine.parallel import bare, is_sharded, shard_like, whole
+from openpae.engine.health import NonFiniteGuard
+from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
 from openpae.runtime import processes
@@ -44,27 +44,27 @@ class RunState:
     """Its players and their optimizers."""
     ema: Ema | None
     """Average of the first player's weights."""
-    health: Health
+    health: NonFiniteGuard
     """Its mean gradient norms."""
-    passed_over: list[int] = field(default_factory=list)
+    skipped_data_steps: list[int] = field(default_factory=list)
     """Steps of the data order that the run has gone past, in order."""
 
     @property
     def exported(self) -> nn.Module:
         """The first player's module."""
-        return bare(next(iter(self.task.players.values())))
+        return unwrap(next(iter(self.task.players.values())))
 
     def exported_weights(self, loop: LoopConfig) -> dict[str, Tensor]:
         """What a checkpoint offers for use: averaged or raw weights, whole. Every process has to ask."""
         averaged = self.ema.average if self.ema is not None and loop.export == "ema" else {}
-        return whole(self.exported.state_dict() | averaged)
+        return gather_full(self.exported.state_dict() | averaged)
 
 
 def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
     """Write the checkpoint of a step, and remove those that need not be kept. Every process takes part.
 
     Raises:
-        OSError: the first process can not write; the checkpoints before are as they were.
+        OSError: the first process cannot write; the checkpoints before are as they were.
         DiskFull: there is no room for it; the same.
     """
     weights, content = state.exported_weights(loop), _content(state)
@@ -73,17 +73,17 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
             content["optimizers"] = {name: held["state"] for name, held in content["optimizers"].items()}
             save_shards(content, checkpoint_id=folder / "state")
         else:
-            processes.from_first(lambda: torch.save({"step": step, **content}, folder / "state.pt"))
-        processes.from_first(lambda: state.task.write(folder, weights))
+            processes.on_rank0(lambda: torch.save({"step": step, **content}, folder / "state.pt"))
+        processes.on_rank0(lambda: state.task.write(folder, weights))
         facts = {
             "step": step,
             "images_seen": step * loop.global_batch_size,
             "inputs": dict(state.task.inputs),
-            "passed_over": state.passed_over,
+            "passed_over": state.skipped_data_steps,
             "sha256": _hashes(folder),
         }
-        processes.from_first(lambda: write_json(folder / "checkpoint.json", facts))
-    processes.from_first(lambda: remove_old(run_dir, loop, step))
+        processes.on_rank0(lambda: write_json(folder / "checkpoint.json", facts))
+    processes.on_rank0(lambda: remove_old(run_dir, loop, step))
 
 
 def resume(state: RunState, run_dir: Path) -> int | None:
@@ -92,12 +92,12 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     Raises:
         ValueError: it was trained on other data, or not all processes see the run's folder.
     """
-    found = processes.from_first(lambda: _newest(run_dir, state.task.inputs))
+    found = processes.on_rank0(lambda: _newest(run_dir, state.task.inputs))
     if found is None:
         return None
-    step, passed_over = found
+    step, skipped_data_steps = found
     folder = checkpoint_path(run_dir, step)
-    if processes.any_of(not folder.is_dir()):
+    if processes.any_rank(not folder.is_dir()):
         raise ValueError(
             f"{folder} is not there for every process; the run folder must lie on a disk that all machines "
             "share"
@@ -107,7 +107,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     else:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
-    state.passed_over = sorted({*state.passed_over, *passed_over})
+    state.skipped_data_steps = sorted({*state.skipped_data_steps, *skipped_data_steps})
     return step
 
 
@@ -140,8 +140,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def _folder_of_all(path: Path, wanted: int) -> Iterator[Path]:
     """`whole_folder` for all processes: the first makes it, and renames it when all have written."""
     with ExitStack() as stack:
-        yield processes.from_first(lambda: stack.enter_context(whole_folder(path, wanted)))
-        processes.from_first(stack.close)
+        yield processes.on_rank0(lambda: stack.enter_context(whole_folder(path, wanted)))
+        processes.on_rank0(stack.close)
 
 
 def _content(state: RunState) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of the checkpoint but its README; each process reads its share."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != README)
     own = {
-        files[i].relative_to(folder).as_posix(): file_hash(files[i]) for i in processes.own_rows(len(files))
+        files[i].relative_to(folder).as_posix(): file_hash(files[i]) for i in processes.rank_slice(len(files))
     }
     return {name: digest for part in processes.gather(own) for name, digest in part.items()}
 
@@ -225,7 +225,7 @@ def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
     content["health"] = {player: torch.zeros(2) for player in players}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
-        load(content, checkpoint_id=folder, no_dist=processes.world() == 1)
+        load(content, checkpoint_id=folder, no_dist=processes.world_size() == 1)
     for name, optimizer in state.task.optimizers.items():
         groups = optimizer.state_dict()["param_groups"]
         content["optimizers"][name] = {"state": content["optimizers"][name], "param_groups": groups}
@@ -282,6 +282,6 @@ def _weights(optimizer: Optimizer) -> list[Tensor]:
 
 def _trained_state(player: nn.Module) -> dict[str, Tensor]:
     """The state dict without frozen parameters, which come from elsewhere."""
-    module = bare(player)
+    module = unwrap(player)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     return {name: value for name, value in module.state_dict().items() if name not in frozen}

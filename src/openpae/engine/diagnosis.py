@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openpae.engine.parallel import bare
+from openpae.engine.parallel import unwrap
 from openpae.engine.task import Task
 from openpae.runtime import processes
 
@@ -64,7 +64,7 @@ def watched(task: Task, findings: Findings) -> Iterator[None]:
 def look_at_weights(task: Task, findings: Findings) -> None:
     """Weights and buffers that are not finite before the step begins."""
     for name, player in task.players.items():
-        for key, value in bare(player).state_dict().items():
+        for key, value in unwrap(player).state_dict().items():
             findings.look(value, f"the weight {name}.{key}")
 
 
@@ -85,7 +85,7 @@ def look_at_terms(terms: Mapping[str, Tensor], findings: Findings) -> None:
 def look_at_gradients(task: Task, findings: Findings) -> None:
     """The gradients of the weights, where those of the activations are sound."""
     for name, player in task.players.items():
-        for key, parameter in bare(player).named_parameters():
+        for key, parameter in unwrap(player).named_parameters():
             if parameter.grad is not None:
                 findings.look(parameter.grad, f"the gradient of the weight {name}.{key}")
 
@@ -94,6 +94,6 @@ def _modules(task: Task) -> dict[str, nn.Module]:
     """The modules of all players by name; those that the whole model shares with a sharded one count once."""
     named: dict[nn.Module, str] = {}
     for name, player in [*task.players.items(), (next(iter(task.players)), task.model)]:
-        for key, module in bare(player).named_modules():
+        for key, module in unwrap(player).named_modules():
             named.setdefault(module, f"{name}.{key}" if key else name)
     return {name: module for module, name in named.items()}

@@ -35,7 +35,7 @@ class NotFinite(FloatingPointError):
         self.step, self.what = step, what
 
 
-class Health:
+class NonFiniteGuard:
     """Looks at every loss and gradient norm, and says which updates are left out.
 
     A CPU is asked at once. On a GPU nothing may wait for an answer: there each update carries a flag that
@@ -67,11 +67,11 @@ class Health:
         self.norms.clear()
 
     @property
-    def leaves_out(self) -> bool:
+    def may_skip(self) -> bool:
         """Whether steps may be left out while the run goes on; the log then counts them."""
         return self.policy == "skip" or self.factor is not None
 
-    def look(self, step: int, player: str, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+    def check_loss(self, step: int, player: str, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
         """See the loss of a device batch before its backward pass.
 
         Raises:
@@ -83,14 +83,14 @@ class Health:
             bad = ~loss.detach().isfinite()
             self.bad[player] = self.bad[player] | bad if player in self.bad else bad
 
-    def judge(self, step: int, player: str, norm: Tensor) -> Tensor | None:
+    def check_gradient(self, step: int, player: str, norm: Tensor) -> Tensor | None:
         """See the gradient norm of an update before its step; it is that of all processes.
 
         Returns:
             Scalar, 1 if the update must be left out and 0 if not; None where all are taken.
 
         Raises:
-            NotFinite: as in `look`.
+            NotFinite: as in `check_loss`.
         """
         out: Tensor | None = None
         if self.at_once:  # a finite loss can have a gradient that is not
@@ -117,7 +117,7 @@ class Health:
             raise NotFinite(step, f"{longest:.0f} steps in a row were skipped")
 
     def _stop_unless(self, value: Tensor, step: int, terms: Mapping[str, Tensor]) -> None:
-        if processes.any_of(not value.isfinite()):
+        if processes.any_rank(not value.isfinite()):
             raise NotFinite(step, _named(terms))
 
     def _left_out(self, step: int, player: str, norm: Tensor) -> Tensor:

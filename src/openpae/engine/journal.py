@@ -40,7 +40,7 @@ class Journal:
 
     def __enter__(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.start
-        if not processes.is_first():
+        if not processes.is_rank0():
             return
         if self.file.is_file():
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
@@ -51,7 +51,7 @@ class Journal:
             self.board = _Board(self.run_dir / "tensorboard", self.start + 1)
 
     def __exit__(self, *_: object) -> None:
-        if processes.is_first():
+        if processes.is_rank0():
             self.board.close()
 
     def keep(self, name: str, value: Tensor) -> None:
@@ -83,7 +83,7 @@ class Journal:
         read = iter(processes.mean_of(torch.stack(column)).tolist())
         sums, numbers, counts = ({name: next(read) for name in values} for values in kept)
         means = {name: sums[name] / numbers[name] for name in sums if numbers[name]}
-        totals = {name: count * processes.world() for name, count in counts.items()}
+        totals = {name: count * processes.world_size() for name, count in counts.items()}
         for values in kept:
             values.clear()
         now = time.perf_counter()
@@ -95,7 +95,7 @@ class Journal:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
-        if not processes.is_first():
+        if not processes.is_rank0():
             return
         line = {"step": step, "images_seen": step * self.loop.global_batch_size, **values}
         with told_if_full(self.file):
@@ -159,7 +159,7 @@ def profiled(run_dir: Path, loop: LoopConfig) -> Iterator[Callable[[], None]]:
 
     run_dir/profile gets trace.json (for chrome://tracing or Perfetto) and table.txt, of the first process.
     """
-    if not loop.profile_steps or not processes.is_first():
+    if not loop.profile_steps or not processes.is_rank0():
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU]

@@ -24,16 +24,16 @@ from openpae import config as configs
 from openpae.engine import checkpoints, diagnosis
 from openpae.engine.checkpoints import RunState
 from openpae.engine.ema import Ema
-from openpae.engine.health import Health, NotFinite
+from openpae.engine.health import NonFiniteGuard, NotFinite
 from openpae.engine.journal import Journal, profiled
-from openpae.engine.parallel import filled, is_sharded, reducing, whole
+from openpae.engine.parallel import gather_full, is_sharded, lend_weights, sync_gradients
 from openpae.engine.settings import LoopConfig, OptimConfig, device_batches, lr_at
 from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
 
-HOW = (
+HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
     "checkpoint_blocks",
 )
@@ -52,7 +52,7 @@ class Stopped(Exception):
 
 def check_run(run_dir: Path, config: Any) -> bool:
     """Whether a run folder already holds this config; False where it holds none, or one that computes the
-    same run on other hardware (`HOW`).
+    same run on other hardware (`HARDWARE_FIELDS`).
 
     Raises:
         ValueError: the folder belongs to a run with another config; the message lists the differences.
@@ -61,7 +61,9 @@ def check_run(run_dir: Path, config: Any) -> bool:
     if not file.is_file():
         return False
     changed = configs.differences(configs.load(type(config), file), config)
-    if other := [line for line in changed if not line.startswith(tuple(f"{name}:" for name in HOW))]:
+    if other := [
+        line for line in changed if not line.startswith(tuple(f"{name}:" for name in HARDWARE_FIELDS))
+    ]:
         raise ValueError(
             f"{run_dir} belongs to a run with another config ({'; '.join(other[:5])}); "
             "name another run folder, or pass its own config.yaml to go on"
@@ -83,7 +85,7 @@ def open_run(run_dir: Path, config: Any) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             configs.save(config, run_dir / "config.yaml")
 
-    processes.from_first(make)
+    processes.on_rank0(make)
 
 
 def fit(
@@ -112,7 +114,7 @@ def fit(
         Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
     """
     fitting = _Fitting.of(task, run_dir, optim, loop)
-    with _alone(run_dir), _products(loop.precision):
+    with _run_lock(run_dir), _matmul_precision(loop.precision):
         while True:
             try:
                 return fitting.run(quiet)
@@ -128,7 +130,7 @@ def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps:
     fitting = _Fitting.of(task, Path(), optim, loop)
     log = Journal(Path(), 0, loop)
     times = []
-    with _products(loop.precision):
+    with _matmul_precision(loop.precision):
         batches = fitting.batches(range(steps + 2))
         for step in range(steps + 2):
             start = time.perf_counter()
@@ -154,7 +156,7 @@ class _Fitting:
     @classmethod
     def of(cls, task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig) -> _Fitting:
         device = next(next(iter(task.players.values())).parameters()).device
-        state = RunState(task, None, Health(loop, optim, device))
+        state = RunState(task, None, NonFiniteGuard(loop, optim, device))
         if loop.ema_decay is not None:
             state.ema = Ema(state.exported, loop.ema_decay)
         return cls(state, run_dir, optim, loop, device)
@@ -164,20 +166,20 @@ class _Fitting:
         loop, ballot = self.loop, processes.Ballot()
         start = found = checkpoints.resume(self.state, self.run_dir)
         if found is not None:
-            processes.from_first(lambda: checkpoints.remove_old(self.run_dir, loop, found))
+            processes.on_rank0(lambda: checkpoints.remove_old(self.run_dir, loop, found))
         if start is None and loop.on_nonfinite == "rollback":  # there must be something to go back to
             checkpoints.save(self.state, self.run_dir, 0, loop)
         start = start or 0
         log, metrics = Journal(self.run_dir, start, loop), {}
-        data_steps = _without(range(start, loop.steps), self.state.passed_over)
+        data_steps = _skip(range(start, loop.steps), self.state.skipped_data_steps)
         with (
             _signals() as caught,
             log,
             self._bar(start, quiet) as bar,
             profiled(self.run_dir, loop) as count_step,
         ):
-            if start and self._judged_at(start):
-                told = processes.share(log.judged)  # not where a kill came between save and evaluation
+            if start and self._evaluates_at(start):
+                told = processes.broadcast(log.judged)  # not where a kill came between save and evaluation
                 if start >= loop.steps or not told:
                     metrics = self._evaluate(start, None if told else log)
             batches = self.batches(data_steps)
@@ -186,7 +188,7 @@ class _Fitting:
                 with self._explained(step, data_steps, start):
                     self.step(batches, step, data_step, log)
                     stop = ballot(caught[0] if caught else 0)
-                    judge = self._judged_at(done)
+                    judge = self._evaluates_at(done)
                     save = last or stop > 0 or done % loop.save_every == 0
                     if done % loop.log_every == 0 or save or judge:
                         self.state.health.require_finite(step, log.means())
@@ -218,7 +220,7 @@ class _Fitting:
         for update, due in self._updates(batches, step, data_step):
             terms = {"loss": update.loss.detach(), **update.logs}
             terms = {f"{update.player}/{name}": value for name, value in terms.items()}
-            self.state.health.look(step, update.player, update.loss, terms)
+            self.state.health.check_loss(step, update.player, update.loss, terms)
             for name, value in terms.items():
                 log.keep(name, value)
             for name, count in update.counts.items():
@@ -235,7 +237,7 @@ class _Fitting:
             batch, due = next(batches), own is rows[-1]
             draws = Draws(loop.seed, data_step, own, loop.global_batch_size, self.device)
             updates = task.updates(batch, draws, step)
-            with reducing(task.players.values(), due):
+            with sync_gradients(task.players.values(), due):
                 while True:
                     with autocast(self.device, loop.precision):
                         update = next(updates, None)
@@ -247,8 +249,8 @@ class _Fitting:
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = math.inf if self.optim.clip is None else self.optim.clip
         found = torch.nn.utils.clip_grad_norm_(weights, limit)
-        norm = whole({"norm": found})["norm"]  # of shards, that of all
-        left_out = self.state.health.judge(step, player, norm)
+        norm = gather_full({"norm": found})["norm"]  # of shards, that of all
+        left_out = self.state.health.check_gradient(step, player, norm)
         log.keep(f"{player}/grad_norm", norm)
         if left_out is not None:
             if not optimizer.defaults.get("fused"):
@@ -256,8 +258,8 @@ class _Fitting:
                     f"the optimizer of {player} must be a fused one: it can leave out a step unread"
                 )
             optimizer.found_inf = left_out  # type: ignore[attr-defined]  # what torch.amp tells a fused optimizer
-            if self.state.health.leaves_out:
-                log.count(f"{player}/skipped_steps", left_out / processes.world())  # known to all alike
+            if self.state.health.may_skip:
+                log.count(f"{player}/skipped_steps", left_out / processes.world_size())  # known to all alike
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -271,17 +273,17 @@ class _Fitting:
         Raises:
             NotFinite: the run must stop instead.
         """
-        over, limit = self.state.passed_over, self.loop.nonfinite_limit
+        over, limit = self.state.skipped_data_steps, self.loop.nonfinite_limit
         if self.loop.on_nonfinite != "rollback":
             raise fault
         if len(over) >= limit:
             raise NotFinite(fault.step, f"{fault.what}, after {limit} rollbacks") from fault
-        bad = _without(range(fault.step, fault.step + 1), over)[0]
-        self.state.passed_over = sorted([*over, bad])
+        bad = _skip(range(fault.step, fault.step + 1), over)[0]
+        self.state.skipped_data_steps = sorted([*over, bad])
         self.state.health.forget()
         for optimizer in self.state.task.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        if processes.is_first():
+        if processes.is_rank0():
             warnings.warn(
                 f"{fault}; going back to the last checkpoint and past data step {bad}", stacklevel=3
             )
@@ -308,7 +310,7 @@ class _Fitting:
         diagnosis.look_at_gradients(task, findings)
         return findings.first()
 
-    def _judged_at(self, done: int) -> bool:
+    def _evaluates_at(self, done: int) -> bool:
         every = self.loop.evaluate_every
         return done >= self.loop.steps or (every > 0 and done % every == 0)
 
@@ -316,7 +318,7 @@ class _Fitting:
         task, ema = self.state.task, self.state.ema if self.loop.export == "ema" else None
         weights: AbstractContextManager[None] = nullcontext() if ema is None else ema.in_place()
         if is_sharded(self.state.exported):
-            weights = filled(task.model, self.state.exported_weights(self.loop))
+            weights = lend_weights(task.model, self.state.exported_weights(self.loop))
         # In float32, as the offline commands judge: a metric must not depend on where it was taken.
         with weights, torch.no_grad():
             task.model.eval()
@@ -331,7 +333,7 @@ class _Fitting:
             initial=start * self.loop.global_batch_size,
             unit="img",
             unit_scale=True,
-            disable=quiet or not processes.is_first(),
+            disable=quiet or not processes.is_rank0(),
             desc=self.run_dir.name,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log gets a line, not a film
             file=sys.stderr,
@@ -339,16 +341,16 @@ class _Fitting:
         )
 
 
-def _without(steps: range, passed_over: Sequence[int]) -> Sequence[int]:
+def _skip(steps: range, skipped_data_steps: Sequence[int]) -> Sequence[int]:
     """The steps of the data order that these optimizer steps see: all but those passed over, in order."""
-    if not passed_over:
+    if not skipped_data_steps:
         return steps
-    kept = [step for step in range(steps.stop + len(passed_over)) if step not in passed_over]
+    kept = [step for step in range(steps.stop + len(skipped_data_steps)) if step not in skipped_data_steps]
     return kept[steps.start : steps.stop]
 
 
 @contextmanager
-def _products(precision: str) -> Iterator[None]:
+def _matmul_precision(precision: str) -> Iterator[None]:
     """Inside, GPUs multiply float32 matrices in TF32, or in full where that is not asked for."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -360,7 +362,7 @@ def _products(precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
+def _run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run folder: two runs in it would mix their logs and checkpoints. A kill lets it go."""
     lock = FileLock(run_dir / ".lock")
 
@@ -372,7 +374,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
                 f"another process is training in {run_dir}; wait for it, stop it, or name another folder"
             ) from None
 
-    processes.from_first(take)
+    processes.on_rank0(take)
     try:
         yield
     finally:

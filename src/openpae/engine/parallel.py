@@ -25,8 +25,8 @@ def distribute(
     """What the losses call in the module's place, so that all processes train the same weights.
 
     With one process it is the module itself, with ddp a wrapper around it. With fsdp it is a copy cut into
-    shards, and the module gives its trained weights away: `filled` lends it some for an evaluation. Frozen
-    weights are never cut. Optimizers are made from what this returns.
+    shards, and the module gives its trained weights away: `lend_weights` lends it some for an evaluation.
+    Frozen weights are never cut. Optimizers are made from what this returns.
 
     Args:
         module: on its device, with the weights that training starts from.
@@ -35,11 +35,11 @@ def distribute(
         some_unused: a step may leave some of its weights without gradient.
 
     Raises:
-        ValueError: the processes can not share the global batch equally.
+        ValueError: the processes cannot share the global batch equally.
         RuntimeError: they do not start from the same weights.
     """
     device_batches(loop)  # before a run folder is made
-    if processes.world() == 1:
+    if processes.world_size() == 1:
         return module
     prints = processes.gather(fingerprint(module.state_dict()))
     if len(set(prints)) > 1:
@@ -59,7 +59,7 @@ def distribute(
         )
 
 
-def bare(player: nn.Module) -> nn.Module:
+def unwrap(player: nn.Module) -> nn.Module:
     """The module behind a DDP wrapper, or the player itself: to call without counting towards its update."""
     return player.module if isinstance(player, DistributedDataParallel) else player
 
@@ -70,21 +70,21 @@ def is_sharded(player: nn.Module) -> bool:
 
 
 @contextmanager
-def reducing(players: Iterable[nn.Module], due: bool) -> Iterator[None]:
-    """Inside, backward passes average gradients over the processes if `due`, else they only add them up.
+def sync_gradients(players: Iterable[nn.Module], enabled: bool) -> Iterator[None]:
+    """Inside, backward passes average gradients over the processes if `enabled`, else they only add them up.
 
     All device batches of a step but the last are not due: one reduction a step is enough.
     """
     with ExitStack() as stack:
         for player in players:
             if isinstance(player, FSDPModule):
-                player.set_requires_gradient_sync(due)
-            elif isinstance(player, DistributedDataParallel) and not due:
+                player.set_requires_gradient_sync(enabled)
+            elif isinstance(player, DistributedDataParallel) and not enabled:
                 stack.enter_context(player.no_sync())
         yield
 
 
-def whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_full(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, sharded ones put together. Every process has to ask, and gets them all."""
     return {
         name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()
@@ -100,7 +100,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def lend_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Lend weights to a module that gave its own away in `distribute`."""
     module.load_state_dict(weights, assign=True)
     try:
@@ -116,7 +116,7 @@ def _into_shards(module: nn.Module) -> nn.Module:
     # Weights are gathered in float32 and autocast rounds them product by product, as it does for one process:
     # gathered in bfloat16 they would be half the traffic, but norms would lose their float32 weights.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (processes.world(),))
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
     # Warns of views among the outputs, which must not be changed in place; nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in [*_repeated_layers(shards), shards]:

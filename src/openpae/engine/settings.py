@@ -133,18 +133,18 @@ def device_batches(loop: LoopConfig) -> list[range]:
     """The rows of the global batch that each device batch of this process holds, in order.
 
     Raises:
-        ValueError: the processes can not share the global batch equally, or not in such device batches.
+        ValueError: the processes cannot share the global batch equally, or not in such device batches.
     """
-    own = processes.own_rows(loop.global_batch_size)
-    if loop.global_batch_size % processes.world():
+    own = processes.rank_slice(loop.global_batch_size)
+    if loop.global_batch_size % processes.world_size():
         raise ValueError(
             f"loop.global_batch_size must be a multiple of the number of processes, got "
-            f"{loop.global_batch_size} for {processes.world()}; start another number or change it"
+            f"{loop.global_batch_size} for {processes.world_size()}; start another number or change it"
         )
     part = loop.device_batch_size or len(own)
     if len(own) % part:
         raise ValueError(
-            f"loop.device_batch_size must divide the {len(own)} images that each of {processes.world()} "
+            f"loop.device_batch_size must divide the {len(own)} images that each of {processes.world_size()} "
             f"processes sees of a global batch of {loop.global_batch_size}, got {part}"
         )
     return [own[start : start + part] for start in range(0, len(own), part)]

@@ -134,7 +134,7 @@ def evaluate_samples(
     sampler = dict(samples.facts)
 
     def compute() -> dict[str, Any]:
-        _check_told(samples, evaluation.samples.sha256())
+        _check_sidecar(samples, evaluation.samples.sha256())
         metrics, found = _judged(evaluation)
         for name, other in (others or {}).items():
             distance = frechet_distance(evaluation.samples.pooled.gaussian(), other.pooled)
@@ -164,7 +164,7 @@ def metric_facts(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
 
 def write_evaluation(record: Mapping[str, Any], run_dir: Path, step: int) -> None:
     """Keep the record of an evaluation inside training: run_dir/evaluations/step-N.json, by one process."""
-    if processes.is_first():
+    if processes.is_rank0():
         folder = run_dir / "evaluations"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"step-{step:08d}.json", {**record, "step": step})
@@ -176,7 +176,7 @@ def _settings(count: int, reference: Reference, min_samples: int) -> EvaluationC
     return EvaluationConfig(kid_subset_size=max(2, min(1000, n // 2)), min_samples=max(2, min_samples))
 
 
-def _check_told(samples: ImageStream, found: str) -> None:
+def _check_sidecar(samples: ImageStream, found: str) -> None:
     """See that the record beside the samples is theirs."""
     told = samples.facts.get("samples_sha256", found)
     if told != found:
@@ -221,14 +221,14 @@ def _record(
     facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What the first process computes, with everything around it, in all processes."""
-    return processes.from_first(
+    return processes.on_rank0(
         lambda: {
             "kind": kind,
             **compute(),
             **(facts or {}),
             "value_range": VALUE_RANGE,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processes": processes.world(),
+            "processes": processes.world_size(),
             "versions": package_versions(),
         }
     )

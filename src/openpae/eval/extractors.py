@@ -202,7 +202,7 @@ def load_extractor(
         device: where the weights go.
 
     Raises:
-        FileNotFoundError: the weights can not be had.
+        FileNotFoundError: the weights cannot be had.
         ValueError: weights that do not fit, or given to an extractor that takes none.
     """
     return _built(name, weights).to(device)
@@ -270,7 +270,7 @@ def load_efficientnet() -> EfficientNetFeatures:
     """The EfficientNet-Lite0 extractor with the weights of the registry package.
 
     Raises:
-        FileNotFoundError: the package can not be had.
+        FileNotFoundError: the package cannot be had.
     """
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -287,7 +287,7 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DinoFeatures:
         source: hub name or local folder.
 
     Raises:
-        FileNotFoundError: the weights can not be had.
+        FileNotFoundError: the weights cannot be had.
         ValueError: the weights do not fit a DINOv2 model.
     """
     from transformers import AutoModel

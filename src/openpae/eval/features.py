@@ -118,7 +118,7 @@ class FeatureSet:
         Raises:
             ValueError: see `merge`.
         """
-        if processes.world() == 1:
+        if processes.world_size() == 1:
             return
         own = {name: value for name, value in vars(self).items() if name != "extractor"}
         whole = FeatureSet(self.extractor)

@@ -100,7 +100,7 @@ def successive_halving(
     samples: int,
     halving: int,
 ) -> Candidate:
-    """Judge all over few samples, the better ones over more, until one is left (arXiv:1502.07943).
+    """SampleEvaluator all over few samples, the better ones over more, until one is left (arXiv:1502.07943).
 
     Every round costs about as much as the first. Values of one round compare, those of two do not: a Frechet
     distance falls with the number of samples.
@@ -122,7 +122,7 @@ def successive_halving(
     return left[0]
 
 
-class Judge:
+class SampleEvaluator:
     """Draws samples with a candidate's guidance and gives their Frechet distance.
 
     Samples are drawn once: a candidate that goes on adds to those that it has. Under torchrun each process
@@ -175,7 +175,7 @@ class Judge:
     def _draw(self, candidate: Candidate, indices: range, seen: FeatureSet) -> None:
         sampler, size = with_guidance(self.sampler, candidate), self.batch_size
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-        own = [parts[i] for i in processes.own_rows(len(parts))]
+        own = [parts[i] for i in processes.rank_slice(len(parts))]
         labels = balanced_labels(indices.stop, self.num_classes)
         weak = None if sampler.guidance == 1 else self.weak
         latents = sample_batches(self.generator, labels, sampler, own, seed=self.search.seed, weak=weak)
@@ -193,7 +193,7 @@ class Judge:
 
 def search_guidance(
     out: Path,
-    judge: Judge,
+    judge: SampleEvaluator,
     *,
     facts: Mapping[str, Any],
     tell: Callable[[str], None] | None = None,
@@ -217,18 +217,18 @@ def search_guidance(
     search, sampler = judge.search, judge.sampler
     candidates = search.candidates(sampler)
     settings = _settings(judge, facts)
-    record = processes.from_first(lambda: _begun(out, settings))
+    record = processes.on_rank0(lambda: _begun(out, settings))
     known: dict[tuple[Candidate, int], float] = {
         (_key(row), row["samples"]): row["frechet"] for row in record["measured"]
     }
 
     def measured(candidate: Candidate, count: int) -> float:
         if (candidate, count) not in known:
-            value = known[candidate, count] = processes.share(judge(candidate, count))
+            value = known[candidate, count] = processes.broadcast(judge(candidate, count))
             row = dict(zip(("guidance", "guidance_start", "guidance_end"), candidate, strict=True))
             nfe = evaluations(with_guidance(sampler, candidate))
             record["measured"].append(row | {"samples": count, "nfe": nfe, "frechet": value})
-            processes.from_first(lambda: write_json(out / "search.json", record))
+            processes.on_rank0(lambda: write_json(out / "search.json", record))
             if tell is not None:
                 scale, start, end = candidate
                 tell(f"{count} samples, guidance {scale:g} from {start:g} to {end:g}: {value:.4f}")
@@ -237,11 +237,11 @@ def search_guidance(
     best = successive_halving(candidates, measured, samples=search.samples, halving=search.halving)
     tuned = replace(with_guidance(sampler, best), tuned_on=_tuned_on(judge))
     record["best"] = configs.to_dict(tuned)
-    processes.from_first(lambda: _keep(out, record, tuned))
+    processes.on_rank0(lambda: _keep(out, record, tuned))
     return record
 
 
-def _settings(judge: Judge, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(judge: SampleEvaluator, facts: Mapping[str, Any]) -> dict[str, Any]:
     reference = judge.evaluation.reference
     return {
         "kind": "guidance search",
@@ -261,7 +261,7 @@ def _settings(judge: Judge, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tuned_on(judge: Judge) -> str:
+def _tuned_on(judge: SampleEvaluator) -> str:
     reference = judge.evaluation.reference
     return (
         f"the Frechet distance of {reference.extractor} to {reference.name} "

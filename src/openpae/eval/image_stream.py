@@ -21,7 +21,7 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
 from openpae.data.pixels import check_images, to_unit
-from openpae.runtime.processes import own_rows
+from openpae.runtime.processes import rank_slice
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, SamplerConfig, decoded, evaluations, sample_batches
 from openpae.storage.files import read_json
@@ -73,7 +73,7 @@ def real_images(source: ImageSource, size: Size, *, name: str = "", rows: Rows |
     chosen = range(len(source)) if rows is None else [int(row) for row in rows]
 
     def batches(batch_size: int) -> Iterator[Batch]:
-        own = own_rows(len(chosen))
+        own = rank_slice(len(chosen))
         images = source_batches(source, size, batch_size, [chosen[i] for i in own])
         yield from map(Batch, images, _parts(own, batch_size))
 
@@ -97,7 +97,7 @@ def source_batches(
 
     Raises:
         ValueError: all images are smaller than `size`.
-        BrokenImage: a file can not be decoded.
+        BrokenImage: a file cannot be decoded.
     """
     height, width = height_width(size)
     packed = source.image_shape if isinstance(source, PackedImages) else None
@@ -151,7 +151,7 @@ def stored_images(path: Path) -> ImageStream:
         return _folder_images(path)
     if not path.is_file():
         raise FileNotFoundError(f"no samples at {path}; give an npz file (arr_0) or a folder of images")
-    return npz_stream(path, _told(path.with_suffix(".json")))
+    return npz_stream(path, _read_sidecar(path.with_suffix(".json")))
 
 
 def npz_stream(path: Path, facts: Facts | None = None, *, count: int | None = None) -> ImageStream:
@@ -196,7 +196,7 @@ def tensor_images(
     check_images(images)
 
     def batches(batch_size: int) -> Iterator[Batch]:
-        for part in _parts(own_rows(len(images)), batch_size):
+        for part in _parts(rank_slice(len(images)), batch_size):
             yield Batch(images[part.start : part.stop : part.step], part)
 
     return ImageStream(
@@ -242,7 +242,7 @@ def drawn_images(
     device = next(generator.parameters()).device
 
     def batches(batch_size: int) -> Iterator[Batch]:
-        parts = list(_parts(own_rows(len(labels)), batch_size))
+        parts = list(_parts(rank_slice(len(labels)), batch_size))
         images = decoded(tokenizer, sample_batches(generator, labels, config, parts, seed=seed, weak=weak))
         for part in parts:
             # Closed before the batch is handed over: whoever measures it works in float32.
@@ -269,10 +269,10 @@ def drawn_images(
 def _npz_batches(path: Path, batch_size: int, count: int) -> Iterator[Batch]:
     """This process's share of the first `count` images, of which only one batch is in memory."""
     known, height, width = _npz_header(path)
-    own = own_rows(count)
+    own = rank_slice(count)
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         _read_header(file)
-        # All processes read the whole file: a compressed one can not be entered in the middle.
+        # All processes read the whole file: a compressed one cannot be entered in the middle.
         for start in range(0, count, batch_size * own.step):
             rows = range(start, min(start + batch_size * own.step, count))
             size = len(rows) * height * width * 3
@@ -327,7 +327,7 @@ def _folder_images(path: Path) -> ImageStream:
     width, height = source.read(0).size
 
     def batches(batch_size: int) -> Iterator[Batch]:
-        for part in _parts(own_rows(len(source)), batch_size):
+        for part in _parts(rank_slice(len(source)), batch_size):
             images = [source.read(row) for row in part]
             for row, image in zip(part, images, strict=True):
                 if image.size != (width, height):
@@ -345,11 +345,11 @@ def _folder_images(path: Path) -> ImageStream:
         size=(height, width),
         preprocessing=AS_STORED,
         batches=batches,
-        facts=_told(path.with_name("samples.json")) if path.name == "images" else {},
+        facts=_read_sidecar(path.with_name("samples.json")) if path.name == "images" else {},
     )
 
 
-def _told(file: Path) -> dict[str, Any]:
+def _read_sidecar(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 

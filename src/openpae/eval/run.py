@@ -16,13 +16,13 @@ from openpae.eval.reference import open_reference, save_reference
 from openpae.models.lpips import PerceptualNet
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
-from openpae.runtime.processes import is_first
+from openpae.runtime.processes import is_rank0
 from openpae.sampling.sampler import SamplerConfig, balanced_labels
 from openpae.storage.model_folder import identity_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class SamplingOptions:
     """How a generator draws the samples that are judged."""
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -40,11 +40,11 @@ class EvaluationRun:
     """One evaluation: what is judged, and how."""
 
     samples: Path | None = None
-    """Judge these: samples.npz of pae sample, or its folder; an npz of the ADM layout; a folder of images."""
+    """Evaluate these: samples.npz of pae sample, or its folder; an npz of the ADM layout; a folder of images."""
     tokenizer: Path | None = None
-    """Judge its reconstructions of the reference's images; with generator, it decodes the samples."""
+    """Evaluate its reconstructions of the reference's images; with generator, it decodes the samples."""
     generator: Path | None = None
-    """Judge what it makes, straight from the sampler; needs tokenizer and sample_count."""
+    """SampleEvaluator what it makes, straight from the sampler; needs tokenizer and sample_count."""
     sample_count: int | None = None
     """How many samples to draw, in equal numbers of every class; published numbers take 50,000."""
     seed: int = 0
@@ -57,7 +57,7 @@ class EvaluationRun:
     lpips: PerceptualNet = "vgg"
     """Network of LPIPS, of reconstructions."""
     lpips_weights: str | None = None
-    """Its weights, where the package registry can not be reached: a file or folder of the usual ones (the
+    """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
     lpips package's, torchvision's), or a name of the hub."""
     count: int | None = None
     """Reference images to take for reconstructions, from the first on; all by default."""
@@ -114,10 +114,10 @@ def run_evaluation(
     run: EvaluationRun,
     device: torch.device,
     *,
-    drawing: Drawing | None = None,
+    drawing: SamplingOptions | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any] | None:
-    """Judge, and give the record; None where only a reference was to be made.
+    """SampleEvaluator, and give the record; None where only a reference was to be made.
 
     Under torchrun every process must call it: each works on its share, and all get the record.
 
@@ -141,10 +141,10 @@ def run_evaluation(
     extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
         return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size)
-    samples = _samples(run, drawing or Drawing(), device)
+    samples = _samples(run, drawing or SamplingOptions(), device)
     size = run.size if run.size is not None or samples is None else samples.size
     known = open_reference(reference, extractor, size=size, batch_size=batch_size)
-    if run.save_reference is not None and is_first():
+    if run.save_reference is not None and is_rank0():
         save_reference(known, run.save_reference)
     if samples is None:
         return None
@@ -153,7 +153,7 @@ def run_evaluation(
     )
 
 
-def _samples(run: EvaluationRun, drawing: Drawing, device: torch.device) -> ImageStream | None:
+def _samples(run: EvaluationRun, drawing: SamplingOptions, device: torch.device) -> ImageStream | None:
     if run.samples is not None:
         return stored_images(run.samples)
     if run.generator is None or run.tokenizer is None or run.sample_count is None:

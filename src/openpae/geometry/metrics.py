@@ -342,7 +342,7 @@ def effective_rank(latents: Tensor, *, groups: int = 10) -> Estimate:
     n, channels = pooled.shape
     if n < channels:
         warnings.warn(
-            f"eRank of {n} images in {channels} channels can not exceed {n / channels:.2f}; give more images",
+            f"eRank of {n} images in {channels} channels cannot exceed {n / channels:.2f}; give more images",
             stacklevel=2,
         )
     value = _effective_rank(pooled)

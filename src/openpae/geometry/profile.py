@@ -51,7 +51,7 @@ class ProfileRun:
     lpips: PerceptualNet = "vgg"
     """Network of LPIPS."""
     lpips_weights: str | None = None
-    """Its weights, where the package registry can not be reached: a file or folder of the usual ones (the
+    """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
     lpips package's, torchvision's), or a name of the hub."""
     extractor: ExtractorName | Literal["none"] = "vgg16"
     """Features of the Frechet distances; none leaves them out. inception is that of published FIDs."""
@@ -93,7 +93,7 @@ def run_profile(
         What was measured, in the order of the tokenizers.
 
     Raises:
-        FileNotFoundError, ValueError: a tokenizer, images or maps that can not be had or do not fit.
+        FileNotFoundError, ValueError: a tokenizer, images or maps that cannot be had or do not fit.
     """
     config = run.measure
     spaces = _opened(tokenizers, device)

@@ -95,7 +95,7 @@ def open_tokenizer(text: str, device: torch.device | str = "cpu") -> LatentSpace
 
     Raises:
         ValueError: an unknown kind, or weights that do not fit.
-        FileNotFoundError: nothing there, or weights that can not be had.
+        FileNotFoundError: nothing there, or weights that cannot be had.
     """
     kind, colon, where = text.partition(":")
     if colon and kind in _ADAPTERS:

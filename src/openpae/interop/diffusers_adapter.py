@@ -79,7 +79,7 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         config, encoder = tokenizer.config, tokenizer.encoder
         if encoder is not None and not isinstance(encoder, FrozenEncoder):
             raise ValueError(
-                f"an encoder of your own ({type(encoder).__name__}) can not be saved by diffusers; use one "
+                f"an encoder of your own ({type(encoder).__name__}) cannot be saved by diffusers; use one "
                 "of the table"
             )
         patch = config.decoder.patch_size

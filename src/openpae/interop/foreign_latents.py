@@ -39,7 +39,7 @@ def import_latents(
     source: Path,
     folder: Path,
     *,
-    tokenizer_print: str,
+    tokenizer_fingerprint: str,
     image_size: int,
     latent_shape: tuple[int, int, int],
     num_classes: int | None = None,
@@ -56,7 +56,7 @@ def import_latents(
     Args:
         source: the folder; its .safetensors files are taken by name.
         folder: where.
-        tokenizer_print: fingerprint of the tokenizer that made them; generator training compares it.
+        tokenizer_fingerprint: fingerprint of the tokenizer that made them; generator training compares it.
         image_size: side of the images that were encoded.
         latent_shape: (C, h, w) of that tokenizer.
         num_classes: K; None takes the largest label plus one.
@@ -84,7 +84,7 @@ def import_latents(
         )
     facts = repr([(file.path.name, file.path.stat().st_size) for file in files]).encode()
     attributes: dict[str, Any] = {
-        "tokenizer": tokenizer_print,
+        "tokenizer": tokenizer_fingerprint,
         "image_size": image_size,
         "precision": "fp32",
         "images": hashlib.sha256(facts + labels.numpy().tobytes()).hexdigest()[:16],

@@ -150,7 +150,7 @@ def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: En
 
     Raises:
         ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
-        FileNotFoundError: the encoder's architecture can not be had.
+        FileNotFoundError: the encoder's architecture cannot be had.
     """
     state = _plain_names(released, ("model",))
     grid, width = config.grid_shape, config.decoder.hidden_dim

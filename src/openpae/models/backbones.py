@@ -91,7 +91,7 @@ def load_pretrained(
         The model (its class is the package's, whose types are not known here), with its `config`.
 
     Raises:
-        FileNotFoundError: the weights can not be had.
+        FileNotFoundError: the weights cannot be had.
         ValueError: the file is damaged; a weight of the tower is missing or of another shape, or one that it
             does not know is there.
     """

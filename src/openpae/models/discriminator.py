@@ -233,7 +233,7 @@ def build_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
     """A new discriminator; for "features" with the pretrained ViT that the config names.
 
     Raises:
-        FileNotFoundError: the weights can not be had.
+        FileNotFoundError: the weights cannot be had.
         ValueError: they do not fit a ViTModel, or have fewer blocks than the taps ask for.
     """
     if config.kind == "patch":

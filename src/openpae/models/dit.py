@@ -218,7 +218,7 @@ def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> t
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise ValueError(
             f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
-            "a latent channel that never varies can not be generated"
+            "a latent channel that never varies cannot be generated"
         )
     return (mean.view(-1, 1, 1), std.view(-1, 1, 1)) if mean.ndim == 1 else (mean, std)
 
@@ -227,7 +227,7 @@ class LightningDiT(nn.Module):
     """Velocity of noisy latents: v(x_t, t, class).
 
     It works on latents normalised per channel; the statistics travel with it as buffers, so that
-    `normalise` and `denormalise` can not be forgotten or taken from another tokenizer.
+    `normalise` and `denormalise` cannot be forgotten or taken from another tokenizer.
 
     Args:
         config: its sizes.
@@ -352,7 +352,7 @@ class LightningDiT(nn.Module):
             revision: branch, tag or commit of the hub.
 
         Raises:
-            FileNotFoundError: neither a folder nor a name that the hub has, or it can not be reached.
+            FileNotFoundError: neither a folder nor a name that the hub has, or it cannot be reached.
             ValueError: another kind of model, or damaged or unfitting weights.
         """
         model, made_with = hub.load_saved(cls, LightningDiTConfig, name_or_folder, revision)

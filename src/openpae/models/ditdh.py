@@ -1,6 +1,6 @@
 """DiT-DH: a DiT with a wide, shallow head, the generator of RAE (Sec. 5 of arXiv:2510.11690).
 
-A width below the number of latent channels can not carry the noise of all of them, and to widen a whole DiT
+A width below the number of latent channels cannot carry the noise of all of them, and to widen a whole DiT
 costs much. So a DiT of usual width looks at the noisy latents and leads a head of a few wide blocks, which
 looks at them too and gives the velocity.
 """
@@ -239,7 +239,7 @@ class DiTDH(nn.Module):
             revision: branch, tag or commit of the hub.
 
         Raises:
-            FileNotFoundError: neither a folder nor a name that the hub has, or it can not be reached.
+            FileNotFoundError: neither a folder nor a name that the hub has, or it cannot be reached.
             ValueError: another kind of model, or damaged or unfitting weights.
         """
         model, made_with = hub.load_saved(cls, DiTDHConfig, name_or_folder, revision)

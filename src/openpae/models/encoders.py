@@ -151,7 +151,7 @@ def load_encoder(
 
     Raises:
         ValueError: an unknown name, a source for a row that takes none, or weights that do not fit.
-        FileNotFoundError: the weights can not be had.
+        FileNotFoundError: the weights cannot be had.
     """
     spec = encoder_spec(name)
     if source is not None and spec.family != "transformers":

@@ -23,7 +23,7 @@ def write_tokenizer(
     folder: Path,
     state: Mapping[str, Tensor],
     config: PAEConfig,
-    encoder_print: str,
+    encoder_fingerprint: str,
     architecture: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
@@ -32,22 +32,22 @@ def write_tokenizer(
         folder: where.
         state: state dict of a `PAE`; a frozen encoder's weights are left out, they have their own home.
         config: of the tokenizer.
-        encoder_print: fingerprint of the encoder, checked when the folder is loaded.
+        encoder_fingerprint: fingerprint of the encoder, checked when the folder is loaded.
         architecture: what `encoder_architecture` gives, kept with a finetuned encoder's weights.
     """
     finetuned = config.fusion == "finetune"
     own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
-    write_model(folder, own, config, encoder_print, "openpae.load_tokenizer")
+    write_model(folder, own, config, encoder_fingerprint, "openpae.load_tokenizer")
     if finetuned and architecture is not None:
         write_json(folder / ENCODER, architecture)
 
 
 def write_generator(
-    folder: Path, state: Mapping[str, Tensor], config: GeneratorConfig, tokenizer_print: str
+    folder: Path, state: Mapping[str, Tensor], config: GeneratorConfig, tokenizer_fingerprint: str
 ) -> None:
-    """Write a generator's files into an existing folder; tokenizer_print names the tokenizer of its
+    """Write a generator's files into an existing folder; tokenizer_fingerprint names the tokenizer of its
     latents."""
-    write_model(folder, state, config, tokenizer_print, "openpae.load_generator")
+    write_model(folder, state, config, tokenizer_fingerprint, "openpae.load_generator")
 
 
 def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False) -> PAE:
@@ -59,7 +59,7 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
         decode_only: leave the frozen encoder out: quicker, but `encode` then needs features.
 
     Raises:
-        FileNotFoundError: no such folder, or the encoder's weights can not be had.
+        FileNotFoundError: no such folder, or the encoder's weights cannot be had.
         ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
     """
     return PAE.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
@@ -85,12 +85,13 @@ def write_prior(
     folder: Path,
     state: Mapping[str, Tensor],
     config: RefinerConfig | LinearTargetsConfig,
-    encoder_print: str,
+    encoder_fingerprint: str,
 ) -> None:
-    """Write a refiner's files (or raw targets') into an existing folder; encoder_print names the encoder
-    whose
+    """Write a refiner's files (or raw targets') into an existing folder.
+
+    encoder_fingerprint names the encoder whose
     features it refines."""
-    write_model(folder, state, config, encoder_print, "openpae.load_prior")
+    write_model(folder, state, config, encoder_fingerprint, "openpae.load_prior")
 
 
 def load_prior(folder: str | Path) -> FrozenPrior:

@@ -238,7 +238,7 @@ class PAE(nn.Module):
         self,
         images: Tensor,
         features: Tensor | None = None,
-        further: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        extra_latents: Callable[[Tensor], Sequence[Tensor]] | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode, and decode the latents together with others made from them: what a training step needs.
@@ -253,7 +253,7 @@ class PAE(nn.Module):
             z, (B, C, h, w), and the decodes of z and of the further latents, in order.
         """
         z = self.encode(images, features)
-        latents = [z if noise is None else z + noise, *(further(z) if further else [])]
+        latents = [z if noise is None else z + noise, *(extra_latents(z) if extra_latents else [])]
         decoded = self.decode(torch.cat(latents))
         return z, list(torch.split(decoded, [len(latent) for latent in latents]))
 
@@ -320,7 +320,7 @@ class PAE(nn.Module):
             revision: branch, tag or commit of the hub.
 
         Raises:
-            FileNotFoundError: no such folder or name, or weights (the encoder's too) that can not be had.
+            FileNotFoundError: no such folder or name, or weights (the encoder's too) that cannot be had.
             ValueError: another kind of model, damaged or unfitting weights, or another encoder than in
                 training.
         """
@@ -409,7 +409,7 @@ def build_tokenizer(config: PAEConfig) -> PAE:
     """A new tokenizer with the pretrained VFM that its config names.
 
     Raises:
-        ValueError, FileNotFoundError: the VFM is unknown, or its weights can not be had.
+        ValueError, FileNotFoundError: the VFM is unknown, or its weights cannot be had.
     """
     trainable = config.fusion == "finetune"
     return PAE(config, load_encoder(config.encoder, config.encoder_source, trainable=trainable))

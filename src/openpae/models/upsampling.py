@@ -165,7 +165,7 @@ def load_anyup() -> nn.Module:
     weights (CC BY 4.0), once: torch hub's cache serves later calls, without a network too.
 
     Raises:
-        FileNotFoundError: code or weights can not be had.
+        FileNotFoundError: code or weights cannot be had.
     """
     try:
         # skip_validation: torch hub accepts a commit only so; otherwise it looks for a branch of that name.
@@ -178,7 +178,7 @@ def load_anyup() -> nn.Module:
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"AnyUp can not be had from {ANYUP.split(':')[0]} ({error}); connect once so that torch hub can "
+            f"AnyUp cannot be had from {ANYUP.split(':')[0]} ({error}); connect once so that torch hub can "
             f"cache it in {torch.hub.get_dir()}, or take upsampler jbu, which needs no weights"
         ) from None
     network.load_state_dict(weights)

@@ -276,7 +276,7 @@ def denoising_loss(z: Tensor, noise: Tensor, t: Tensor, denoiser: Velocity) -> T
         L = mean (v(x_t, t) - (z - e))^2,   x_t = t z + (1 - t) e
 
     Denoiser and autoencoder lower it together, so the gradient flows into the latent through the noisy input
-    as well as through the target. On the sphere it can not win by shrinking the latent. Our choice: the paper
+    as well as through the target. On the sphere it cannot win by shrinking the latent. Our choice: the paper
     gives neither the network nor the path; this is the generator's own path (flow.py) with a network of a few
     convolutions, `LatentDenoiser`.
 

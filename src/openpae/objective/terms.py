@@ -37,7 +37,7 @@ class TokenizerLoss:
     """Its network: vgg as in the paper; alex costs a CPU 25 times less; random needs no weights (for
     trials)."""
     lpips_weights: str | None = None
-    """Its weights, where the package registry can not be reached: a file or folder of the usual ones (the
+    """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
     lpips package's, torchvision's), or a name of the hub; null fetches them from the registry."""
     lpips_share: float = 1.0
     """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and

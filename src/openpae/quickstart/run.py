@@ -120,7 +120,7 @@ def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> PAE:
             out / "latents" / name,
             image_size=tokenizer.config.image_shape,
             latent_shape=tokenizer.config.latent_shape,
-            tokenizer_print=identity_of(out / "tokenizer").fingerprint,
+            tokenizer_fingerprint=identity_of(out / "tokenizer").fingerprint,
             flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
             progress=_line("encoding"),
         )

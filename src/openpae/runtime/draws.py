@@ -19,20 +19,32 @@ class Draws:
         seed: of the run.
         step: the optimizer step.
         rows: rows of the global batch that this device batch holds.
-        whole: size of the global batch.
+        global_batch_size: images of one step, over all processes.
         device: where the numbers are drawn.
     """
 
-    def __init__(self, seed: int, step: int, rows: range, whole: int, device: torch.device) -> None:
-        self.seed, self.step, self.rows, self.whole, self.device = seed, step, rows, whole, device
+    def __init__(
+        self, seed: int, step: int, rows: range, global_batch_size: int, device: torch.device
+    ) -> None:
+        self.seed, self.step, self.rows, self.global_batch_size, self.device = (
+            seed,
+            step,
+            rows,
+            global_batch_size,
+            device,
+        )
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal, (B, *shape)."""
-        return self._cut(torch.randn(self.whole, *shape, generator=self._generator(name), device=self.device))
+        return self._cut(
+            torch.randn(self.global_batch_size, *shape, generator=self._generator(name), device=self.device)
+        )
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform in [0, 1), (B, *shape)."""
-        return self._cut(torch.rand(self.whole, *shape, generator=self._generator(name), device=self.device))
+        return self._cut(
+            torch.rand(self.global_batch_size, *shape, generator=self._generator(name), device=self.device)
+        )
 
     def _generator(self, name: str) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=7).digest()

@@ -1,6 +1,6 @@
 """The processes that work on one task: none but this one, or those that torchrun has started.
 
-A command joins the others once, with `joined`; the library asks `rank` and `world`.
+A command joins the others once, with `process_group`; the library asks `rank` and `world_size`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that writes and tells."""
     return rank() == 0
 
@@ -38,7 +38,7 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def share(value: T) -> T:
+def broadcast(value: T) -> T:
     """What the first process holds, in every process; the others' value is ignored."""
     if not distributed.is_initialized():
         return value
@@ -51,12 +51,12 @@ def gather(value: T) -> list[T]:
     """What every process holds, in the order of their ranks, in every process."""
     if not distributed.is_initialized():
         return [value]
-    values: list[T | None] = [None] * world()
+    values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # every process has filled its place
 
 
-def from_first(make: Callable[[], T]) -> T:
+def on_rank0(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, in every process; where it raises, every process raises that.
 
     For what one process does on behalf of all, such as writing a file: none waits for one that has failed,
@@ -65,12 +65,12 @@ def from_first(make: Callable[[], T]) -> T:
     if not distributed.is_initialized():
         return make()
     outcome: tuple[T | None, Exception | None] = (None, None)
-    if is_first():
+    if is_rank0():
         try:
             outcome = (make(), None)
         except Exception as error:
             outcome = (None, error)
-    value, failure = share(outcome)
+    value, failure = broadcast(outcome)
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value]  # None only where `make` gives None
@@ -94,7 +94,7 @@ def failing_together() -> Iterator[None]:
         raise own or failures[0]
 
 
-def any_of(value: bool) -> bool:
+def any_rank(value: bool) -> bool:
     """Whether it holds in any process; all of them wait for the answer."""
     if not distributed.is_initialized():
         return value
@@ -109,7 +109,7 @@ def mean_of(value: Tensor) -> Tensor:
         return value
     total = value.clone()
     distributed.all_reduce(total)
-    return total / world()
+    return total / world_size()
 
 
 def largest_of(value: Tensor) -> Tensor:
@@ -165,13 +165,13 @@ def own_cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def own_rows(count: int) -> range:
+def rank_slice(count: int) -> range:
     """Which of `count` rows are this process's: every world-th, so that all finish together."""
-    return range(rank(), count, world())
+    return range(rank(), count, world_size())
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[None]:
+def process_group(device: str = "auto") -> Iterator[None]:
     """Join the processes that torchrun has started, for as long as the block runs; alone it does nothing.
 
     Each process of a machine takes the GPU of its local rank. Collectives go over NCCL and, for

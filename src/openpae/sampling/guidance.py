@@ -97,7 +97,7 @@ def check_labels(model: VelocityModel, labels: Tensor) -> None:
 
 
 def check_weak(model: VelocityModel, weak: VelocityModel) -> None:
-    """Refuse a generator that can not guide another.
+    """Refuse a generator that cannot guide another.
 
     Raises:
         ValueError: it makes latents of another shape or scale, or knows another number of classes.
@@ -111,7 +111,7 @@ def check_weak(model: VelocityModel, weak: VelocityModel) -> None:
                 f"the weak generator must have the {name} of the other, {ours}, got {theirs}; take one that "
                 "was trained on the same latents"
             )
-    # Velocities of two scales can not be subtracted. Statistics of two caches differ in their last digits.
+    # Velocities of two scales cannot be subtracted. Statistics of two caches differ in their last digits.
     shape, device = model.config.latent_shape, next(model.parameters()).device
     ends = torch.stack([torch.zeros(shape), torch.ones(shape)]).to(device)
     if not torch.allclose(model.denormalise(ends), weak.denormalise(ends), rtol=0.02, atol=0.02):

@@ -12,7 +12,9 @@ from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, SamplerConfig, sample_latents
 
 
-def walk_images(tokenizer: PAE, first: Tensor, last: Tensor, frames: int, batch_size: int = 16) -> Tensor:
+def interpolate_images(
+    tokenizer: PAE, first: Tensor, last: Tensor, frames: int, batch_size: int = 16
+) -> Tensor:
     """Encode two images, walk from one latent to the other along the sphere, and decode.
 
     Each token walks on its own sphere (`PAEConfig.sphere` "token") or the whole latent on its one, at even
@@ -38,7 +40,7 @@ def walk_images(tokenizer: PAE, first: Tensor, last: Tensor, frames: int, batch_
     return _decoded(tokenizer, path, batch_size)
 
 
-def walk_seeds(
+def interpolate_seeds(
     tokenizer: Decoder,
     generator: VelocityModel,
     config: SamplerConfig,

@@ -70,7 +70,7 @@ class SampleSet:
     facts: Mapping[str, Any]
     """What else makes them what they are: fingerprints, precision."""
 
-    def told(self) -> dict[str, Any]:
+    def as_record(self) -> dict[str, Any]:
         """All that a sample set must share with another to be the same: what the record repeats."""
         unused = ("steps", "shift") if self.sampler.solver == "rk45" else ("tolerance",)
         sampler = {key: value for key, value in configs.to_dict(self.sampler).items() if key not in unused}
@@ -115,13 +115,13 @@ def draw_samples(
         ValueError: the folder holds other samples, or the settings do not fit the generator.
         DiskFull: there is no room for them.
     """
-    if (finished := processes.from_first(lambda: _finished(out, samples))) is not None:
+    if (finished := processes.on_rank0(lambda: _finished(out, samples))) is not None:
         return finished
     device = next(generator.parameters()).device
     layout = _layout(samples, tokenizer, generator, device)
-    writer = processes.from_first(lambda: ShardWriter(out / "parts", layout))
-    missing = processes.share(writer.missing())
-    own = [missing[i] for i in processes.own_rows(len(missing))]
+    writer = processes.on_rank0(lambda: ShardWriter(out / "parts", layout))
+    missing = processes.broadcast(writer.missing())
+    own = [missing[i] for i in processes.rank_slice(len(missing))]
     latents = sample_batches(
         generator,
         samples.labels,
@@ -137,14 +137,14 @@ def draw_samples(
         if progress is not None:
             progress(done, len(own))
     processes.barrier()
-    return processes.from_first(lambda: _finish(out, samples, writer))
+    return processes.on_rank0(lambda: _finish(out, samples, writer))
 
 
 def _finished(out: Path, samples: SampleSet) -> dict[str, Any] | None:
     """The record of a folder that holds these samples already; None where they are still to be drawn."""
     if not (out / "samples.json").is_file():
         return None
-    record, told = read_json(out / "samples.json"), samples.told()
+    record, told = read_json(out / "samples.json"), samples.as_record()
     if changed := [key for key, value in told.items() if record.get(key) != value]:
         facts = ", ".join(f"{key} ({record.get(key)} there, {told[key]} now)" for key in changed[:4])
         raise ValueError(f"{out} holds other samples: another {facts}; name another folder, or delete it")
@@ -165,7 +165,7 @@ def _layout(samples: SampleSet, tokenizer: Decoder, generator: VelocityModel, de
         sources=len(samples.labels),
         per_shard=samples.batch_size,
         # Parts of two devices or releases would not be those of an undisturbed run.
-        attributes=samples.told() | {"device": place, "torch": torch.__version__},
+        attributes=samples.as_record() | {"device": place, "torch": torch.__version__},
     )
 
 
@@ -184,9 +184,9 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         with whole_file(out / "grid.png") as partial:
             image_grid(to_unit(first), samples.columns).save(partial, format="PNG")
     record = {
-        **samples.told(),
+        **samples.as_record(),
         "samples_sha256": sha256,
-        "processes": processes.world(),
+        "processes": processes.world_size(),
         "device": writer.layout.attributes["device"],
         "versions": package_versions(),
     }

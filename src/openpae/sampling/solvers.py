@@ -147,7 +147,7 @@ def runge_kutta(velocity: Field, x_0: Tensor, start: float, stop: float, toleran
         x at stop, (B, C, h, w).
 
     Raises:
-        FloatingPointError: the solver can not go on; its reason is given.
+        FloatingPointError: the solver cannot go on; its reason is given.
     """
     from scipy.integrate import solve_ivp
 

@@ -125,7 +125,7 @@ def _is_full(error: BaseException, partial: Path | None) -> bool:
 
 
 def _takes_no_more(partial: Path) -> bool:
-    """Whether the file that was written last can not grow."""
+    """Whether the file that was written last cannot grow."""
     files = _files(partial)
     if not files:
         return False

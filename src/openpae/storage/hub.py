@@ -69,7 +69,7 @@ def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
         revision: branch, tag or commit of the hub; a folder has none.
 
     Raises:
-        FileNotFoundError: neither a folder nor a name, or the hub does not have it or can not be reached.
+        FileNotFoundError: neither a folder nor a name, or the hub does not have it or cannot be reached.
         ValueError: a revision of a folder.
     """
     places = ("", *(f"{part}/" for part in PARTS))
@@ -204,7 +204,7 @@ def push(folder: Path, repo: str, *, licence: str | None = None, private: bool =
 
     Raises:
         FileNotFoundError: no saved model in the folder.
-        ConnectionError: the hub can not be reached, or refuses.
+        ConnectionError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

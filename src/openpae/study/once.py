@@ -12,10 +12,10 @@ from openpae.runtime import processes
 from openpae.runtime.device import pick_device
 from openpae.storage.files import read_json, write_json
 from openpae.study import work
-from openpae.study.stage import Places, Stage, facts
+from openpae.study.stage import Stage, StageLayout, settings_of
 
 
-def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False) -> dict[str, Any]:
+def run_stage(stage: Stage, places: StageLayout, *, commit: str, quiet: bool = False) -> dict[str, Any]:
     """Do a stage, or take what is there; another process at the same stage is waited for.
 
     Under torchrun every process must call it: they share the work of training, caching and judging.
@@ -34,9 +34,7 @@ def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False)
     """
     record = places.record(stage.id)
     with places.alone(stage.id):
-        if (
-            known := processes.from_first(lambda: read_json(record) if record.is_file() else None)
-        ) is not None:
+        if (known := processes.on_rank0(lambda: read_json(record) if record.is_file() else None)) is not None:
             return known
         begun = places.lock(stage.id).with_suffix(".seconds")
         spent = read_json(begun)["seconds"] if begun.is_file() else 0.0
@@ -45,19 +43,19 @@ def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False)
             metrics = work.WORK[stage.kind](stage, places, quiet)
         finally:
             seconds = spent + time.perf_counter() - start
-            if processes.is_first():
+            if processes.is_rank0():
                 write_json(begun, {"seconds": seconds})
         result = {
             "stage": stage.kind,
-            "what": stage.what,
+            "what": stage.label,
             "metrics": metrics,
             "seconds": seconds,
             "commit": commit,
             "threads": torch.get_num_threads(),
-            "processes": processes.world(),
+            "processes": processes.world_size(),
             "device": pick_device("auto").type,
             "inputs": dict(stage.inputs),
-            "settings": facts(stage.settings),
+            "settings": settings_of(stage.settings),
         }
 
         def close() -> None:
@@ -66,5 +64,5 @@ def run_stage(stage: Stage, places: Places, *, commit: str, quiet: bool = False)
             if stage.kind in ("refiner", "tokenizer", "generator"):
                 forget_training(places.folder(stage.id))
 
-        processes.from_first(close)
+        processes.on_rank0(close)
     return result

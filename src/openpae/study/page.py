@@ -12,7 +12,7 @@ from PIL import Image
 
 from openpae import config as configs
 from openpae.report import Page
-from openpae.study.plan import Cell, Plan
+from openpae.study.plan import Plan, Run
 from openpae.study.settings import HIGHER_IS_BETTER, Claim, MetricName, Study, StudyRow, StudySetup, reported
 from openpae.study.table import (
     Comparison,
@@ -343,7 +343,7 @@ def _show_method(page: Page, plan: Plan, studies: Sequence[Study], command: str)
     page.fold("folders below OUT/stages", "\n".join(_place(cell) for cell in plan.cells))
 
 
-def _place(cell: Cell) -> str:
+def _place(cell: Run) -> str:
     judged = f", {cell.judges[max(cell.judges)]}" if cell.judges else ""
     return (
         f"{cell.study} / {cell.row} / seed {cell.seed}: {', '.join(cell.own[:1])}, {cell.generator}{judged}"

@@ -18,19 +18,19 @@ from openpae.study.stage import (
     LatentSettings,
     MeasureStage,
     PackSettings,
-    Places,
     RawSettings,
     ReferenceSettings,
     Stage,
     StageKind,
-    digits,
+    StageLayout,
+    short_hash,
 )
 from openpae.train.generator import GeneratorRun
 from openpae.train.tokenizer import TokenizerRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Run:
     """A row with a seed, and the stages that its numbers come from."""
 
     study: str
@@ -53,8 +53,8 @@ class Plan:
     studies: tuple[Study, ...]
     stages: Mapping[str, Stage]
     """By id, inputs before what needs them."""
-    cells: tuple[Cell, ...]
-    places: Places
+    cells: tuple[Run, ...]
+    places: StageLayout
 
 
 def own_data(studies: Sequence[Study]) -> StudyData:
@@ -125,7 +125,7 @@ def make_plan(
         studies=tuple(chosen),
         stages=draft.stages,
         cells=tuple(draft.cells),
-        places=Places(out=draft.out, roots=draft.roots),
+        places=StageLayout(out=draft.out, roots=draft.roots),
     )
 
 
@@ -141,7 +141,7 @@ class _Draft:
     def __init__(self, data: StudyData, out: Path) -> None:
         self.data, self.out = data, out
         self.stages: dict[str, Stage] = {}
-        self.cells: list[Cell] = []
+        self.cells: list[Run] = []
         self.roots: dict[str, str] = {}
         self.classes = len(open_images(data.images).classes)
         self.images, self.held_out = (
@@ -179,7 +179,7 @@ class _Draft:
         generator, judges, own = None, {}, [tokenizer, measure]
         if row.generate:
             self._check_classes(parts.generator, what)
-            # Cached features without those of the mirror images can not give the latents of these.
+            # Cached features without those of the mirror images cannot give the latents of these.
             cached = features if parts.tokenizer.data.augment == "flip" or not setup.flips else None
             latents = self._add(
                 "latents",
@@ -198,7 +198,7 @@ class _Draft:
             }
             judges = self._judges(trained, parts.judge, size, tokenizer, generator, against, what)
             own += [latents, generator, *([own_reference] if own_reference else []), *judges.values()]
-        cell = Cell(
+        cell = Run(
             study=study.name, row=row.name, seed=seed, tokenizer=tokenizer, measure=measure,
             generator=generator, judges=judges, own=tuple(name for name in own if name in self.stages),
         )  # fmt: skip
@@ -311,7 +311,7 @@ class _Draft:
             )
 
     def _root(self, role: str, content: str, where: str | Path) -> str:
-        name = f"{role}-{digits(content)}"
+        name = f"{role}-{short_hash(content)}"
         self.roots[name] = str(where.resolve()) if isinstance(where, Path) else where
         return name
 
@@ -330,7 +330,7 @@ def resolve_rows(study: Study, changes: Sequence[str] = ()) -> dict[str, Resolve
         changes: to all rows, over their own: STAGE.FIELD=VALUE.
 
     Raises:
-        ValueError, TypeError: a change that can not be made, or configs that do not fit; names the row.
+        ValueError, TypeError: a change that cannot be made, or configs that do not fit; names the row.
     """
     setup = configs.load(StudySetup, study.setup)
     found = {}

@@ -23,7 +23,7 @@ from openpae.study.stage import (
     RawSettings,
     ReferenceSettings,
     Stage,
-    facts,
+    settings_of,
 )
 from openpae.train.generator import GeneratorRun
 from openpae.train.refiner import RefinerRun
@@ -62,7 +62,7 @@ def estimates(
     known = {
         stage.id: Estimate(seconds=rates[key] * _steps(stage.settings), rehearsed=False)
         for stage in open_stages
-        if (key := _likeness(stage.kind, facts(stage.settings), dict(stage.inputs))) in rates
+        if (key := _likeness(stage.kind, settings_of(stage.settings), dict(stage.inputs))) in rates
     }
     if rehearse and (left := [stage for stage in open_stages if stage.id not in known]):
         with tempfile.TemporaryDirectory(prefix="pae-study-") as scratch:
@@ -114,9 +114,9 @@ class _Rehearsal:
         lines: dict[str, tuple[float, float]] = {}
         found = {}
         for stage in stages:
-            key = _likeness(stage.kind, facts(stage.settings), dict(stage.inputs))
+            key = _likeness(stage.kind, settings_of(stage.settings), dict(stage.inputs))
             if key not in lines:
-                self.tell(f"rehearsing {stage.kind}: {stage.what}")
+                self.tell(f"rehearsing {stage.kind}: {stage.label}")
                 lines[key] = self._line(stage)
             start, slope = lines[key]
             found[stage.id] = Estimate(seconds=start + slope * self._units(stage), rehearsed=True)

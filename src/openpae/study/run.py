@@ -25,14 +25,14 @@ from openpae.study.page import study_page
 from openpae.study.plan import Plan
 from openpae.study.rehearse import Estimate, estimates
 from openpae.study.settings import Study
-from openpae.study.stage import Places, Stage
+from openpae.study.stage import Stage, StageLayout
 from openpae.study.table import collect, write_table
 from openpae.study.text import study_text
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Tell = print) -> list[str]:
+def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Log = print) -> list[str]:
     """Do every stage that is not done, then write tables and reports; also where it is stopped.
 
     A stage whose training is not finite is told and left out with what needs it; all others go on.
@@ -51,7 +51,7 @@ def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Tell = pr
         ValueError: several workers under torchrun.
         OSError: a process died, of want of memory for one.
     """
-    if workers > 1 and processes.world() > 1:
+    if workers > 1 and processes.world_size() > 1:
         raise ValueError(
             f"workers must be 1 under torchrun, whose processes share each stage, got {workers}; "
             "take one of both"
@@ -63,9 +63,9 @@ def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Tell = pr
         else:
             _in_processes(plan, board, workers)
     finally:
-        if processes.is_first():
+        if processes.is_rank0():
             write_results(plan, command)
-    return [f"{plan.stages[name].what} ({name}): {error}" for name, error in board.failed.items()]
+    return [f"{plan.stages[name].label} ({name}): {error}" for name, error in board.failed.items()]
 
 
 def write_results(plan: Plan, command: str) -> list[Path]:
@@ -97,7 +97,7 @@ def describe_plan(plan: Plan, known: Mapping[str, Estimate], workers: int) -> st
         else:
             estimate = known.get(stage.id)
             told = "?" if estimate is None else _duration(estimate.seconds)
-        lines.append(f"  {told:>8}  {stage.id:30} {stage.what}")
+        lines.append(f"  {told:>8}  {stage.id:30} {stage.label}")
     seconds = sum(estimate.seconds for estimate in known.values())
     rehearsed = sum(estimate.rehearsed for estimate in known.values())
     lines.append(
@@ -110,11 +110,11 @@ def describe_plan(plan: Plan, known: Mapping[str, Estimate], workers: int) -> st
 class _Board:
     """What is done, what failed, and how long it still takes."""
 
-    def __init__(self, plan: Plan, tell: Tell, workers: int) -> None:
+    def __init__(self, plan: Plan, tell: Log, workers: int) -> None:
         self.plan, self.tell, self.workers = plan, tell, workers
         self.failed: dict[str, str] = {}
         # The first process looks for all: what is done must not change between two glances.
-        self.done = processes.from_first(
+        self.done = processes.on_rank0(
             lambda: {name for name in plan.stages if plan.places.record(name).is_file()}
         )
         self.commit = version()
@@ -131,7 +131,7 @@ class _Board:
     def finished(self, stage: Stage, record: Mapping[str, Any]) -> None:
         """Count a stage, and tell how long the others take."""
         self.done.add(stage.id)
-        if not processes.is_first():
+        if not processes.is_rank0():
             return
         left = estimates(self.plan)
         waiting = len(self.plan.stages) - len(self.done)
@@ -140,15 +140,15 @@ class _Board:
         rest = f"; about {_duration(seconds)} left" if left else ""
         rest += f"; {untold} stages not yet timed" if untold > 0 else ""
         self.tell(
-            f"[{len(self.done)}/{len(self.plan.stages)}] {stage.kind} ({stage.what}): "
+            f"[{len(self.done)}/{len(self.plan.stages)}] {stage.kind} ({stage.label}): "
             f"{_duration(record['seconds'])}{rest}"
         )
 
     def fail(self, stage: Stage, error: FloatingPointError) -> None:
         """Leave a stage out."""
         self.failed[stage.id] = str(error)
-        if processes.is_first():
-            self.tell(f"failed: {stage.kind} ({stage.what}): {error}")
+        if processes.is_rank0():
+            self.tell(f"failed: {stage.kind} ({stage.label}): {error}")
 
 
 def _one_by_one(plan: Plan, board: _Board) -> None:
@@ -191,7 +191,7 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
                 except BrokenProcessPool:
                     if not caught:
                         raise OSError(
-                            f"a process died at {stage.kind} ({stage.what}); if memory ran out, take fewer "
+                            f"a process died at {stage.kind} ({stage.label}); if memory ran out, take fewer "
                             "--workers; the same command goes on"
                         ) from None
                     continue  # it was told to stop before it could listen
@@ -205,7 +205,7 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
         raise KeyboardInterrupt
 
 
-def _work(stage: Stage, places: Places, commit: str) -> dict[str, Any]:
+def _work(stage: Stage, places: StageLayout, commit: str) -> dict[str, Any]:
     """A stage in a process of its own; what ends it early comes back as a value."""
     try:
         _hear_stop(True)

@@ -305,7 +305,7 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
                 f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got {change!r}"
             )
         if name in _OWN:
-            raise ValueError(f"{change!r} can not be changed: a study sets {name} itself")
+            raise ValueError(f"{change!r} cannot be changed: a study sets {name} itself")
         try:
             wanted[stage][name] = yaml.safe_load(text)
         except yaml.YAMLError as error:

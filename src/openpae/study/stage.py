@@ -115,18 +115,18 @@ class Stage:
     """A config; its paths are placeholders, since where things are is no part of what they are."""
     inputs: tuple[tuple[str, str], ...]
     """Role -> id of another stage, or of a root."""
-    what: str = field(compare=False)
+    label: str = field(compare=False)
     """For people: the first row that needs it."""
 
     @property
     def id(self) -> str:
         """Kind and 16 hexadecimal digits over settings and inputs: the name of its folder."""
-        content = json.dumps([self.kind, facts(self.settings), sorted(self.inputs)], sort_keys=True)
-        return f"{self.kind}-{digits(content)}"
+        content = json.dumps([self.kind, settings_of(self.settings), sorted(self.inputs)], sort_keys=True)
+        return f"{self.kind}-{short_hash(content)}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class StageLayout:
     """Where stages have their folders."""
 
     out: Path
@@ -154,26 +154,26 @@ class Places:
             self.lock(name).parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
 
-        processes.from_first(acquire)
+        processes.on_rank0(acquire)
         try:
             yield
         finally:
             lock.release()
 
 
-def facts(settings: Any) -> Any:
+def settings_of(settings: Any) -> Any:
     """What a config says that can change a result: all but where files are and where it runs."""
     if dataclasses.is_dataclass(settings):
         return {"kind": type(settings).__name__} | {
-            part.name: facts(getattr(settings, part.name))
+            part.name: settings_of(getattr(settings, part.name))
             for part in dataclasses.fields(settings)
             if part.name not in ("device", "num_workers")
         }
     if isinstance(settings, tuple):
-        return [facts(value) for value in settings]
+        return [settings_of(value) for value in settings]
     return "a path" if isinstance(settings, Path) else settings
 
 
-def digits(content: str) -> str:
+def short_hash(content: str) -> str:
     """16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(content.encode()).hexdigest()[:16]

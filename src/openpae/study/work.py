@@ -37,11 +37,11 @@ from openpae.study.stage import (
     LatentSettings,
     MeasureStage,
     PackSettings,
-    Places,
     RawSettings,
     ReferenceSettings,
     Stage,
     StageKind,
+    StageLayout,
 )
 from openpae.train.generator import GeneratorRun, train_generator
 from openpae.train.refiner import RefinerRun, train_refiner
@@ -58,26 +58,26 @@ SHOWN = 10
 """Samples that the report shows of a generator."""
 
 
-class _At:
+class StageFolders:
     """The folders of a stage and of its inputs."""
 
-    def __init__(self, stage: Stage, places: Places) -> None:
+    def __init__(self, stage: Stage, places: StageLayout) -> None:
         self.folder = places.folder(stage.id)
         self.inputs = {role: places.folder(name) for role, name in stage.inputs}
         external = dict(stage.inputs).get("tokenizer", "")
         self.external = places.roots.get(external)
 
 
-def _pack(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, settings = _At(stage, places), _settings(stage, PackSettings)
+def _pack(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, places), _settings(stage, PackSettings)
     source = open_images(at.inputs["images"])
     rows = range(0, len(source), settings.every)[: settings.count]
-    processes.from_first(lambda: pack_images(Subset(source, rows), at.folder, size=settings.size))
+    processes.on_rank0(lambda: pack_images(Subset(source, rows), at.folder, size=settings.size))
     return {}
 
 
-def _features(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, settings = _At(stage, places), _settings(stage, FeatureSettings)
+def _features(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, places), _settings(stage, FeatureSettings)
     device = pick_device("auto")
     encoder = load_encoder(settings.encoder, settings.encoder_source)
     prepare = EncoderInput(encoder.spec, settings.patch_size).to(device)
@@ -89,15 +89,15 @@ def _features(stage: Stage, places: Places, quiet: bool) -> Metrics:
         at.folder,
         image_size=settings.image_size,
         shape=(side**2, encoder.spec.dim),
-        encoder_print=encoder_fingerprint(encoder),
+        encoder_fingerprint=encoder_fingerprint(encoder),
         flips=settings.flips,
         device=device,
     )
     return {}
 
 
-def _refiner(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, run = _At(stage, places), _settings(stage, RefinerRun)
+def _refiner(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, run = StageFolders(stage, places), _settings(stage, RefinerRun)
     data = dataclasses.replace(
         run.data, images=at.inputs["images"], feature_cache=at.inputs.get("features"), evaluation=None
     )
@@ -105,8 +105,8 @@ def _refiner(stage: Stage, places: Places, quiet: bool) -> Metrics:
     return {}
 
 
-def _raw_targets(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, settings = _At(stage, places), _settings(stage, RawSettings)
+def _raw_targets(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, places), _settings(stage, RawSettings)
 
     def fit() -> None:
         if not at.folder.exists():
@@ -122,12 +122,12 @@ def _raw_targets(stage: Stage, places: Places, quiet: bool) -> Metrics:
                 device=pick_device("auto"),
             )
 
-    processes.from_first(fit)
+    processes.on_rank0(fit)
     return {}
 
 
-def _tokenizer(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, run = _At(stage, places), _settings(stage, TokenizerRun)
+def _tokenizer(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, run = StageFolders(stage, places), _settings(stage, TokenizerRun)
     features, prior = at.inputs.get("features"), at.inputs.get("prior")
     if features is not None and prior is not None:
         _cache_targets(prior, features, places)
@@ -139,7 +139,7 @@ def _tokenizer(stage: Stage, places: Places, quiet: bool) -> Metrics:
     return {}
 
 
-def _cache_targets(prior: Path, features: Path, places: Places) -> None:
+def _cache_targets(prior: Path, features: Path, places: StageLayout) -> None:
     """Make the cache that the tokenizer's training would make; here one process does and the others wait."""
     name = identity_of(prior).fingerprint
     folder = features.with_name(f"{features.name}-{name}")
@@ -149,14 +149,14 @@ def _cache_targets(prior: Path, features: Path, places: Places) -> None:
             targets.to(pick_device("auto")),
             Shards(features, kind="features"),
             folder,
-            prior_print=name,
+            prior_fingerprint=name,
             latent_dim=targets.latent_dim,
             device=pick_device("auto"),
         )
 
 
-def _measure(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, part = _At(stage, places), _settings(stage, MeasureStage)
+def _measure(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, part = StageFolders(stage, places), _settings(stage, MeasureStage)
     settings, device = part.settings, pick_device("auto")
     segmented = None
     if "label-maps" in at.inputs:
@@ -176,7 +176,7 @@ def _measure(stage: Stage, places: Places, quiet: bool) -> Metrics:
         settings.metrics,
         device,
     )
-    measured = processes.from_first(
+    measured = processes.on_rank0(
         lambda: measure_tokenizer(
             _space(at, device),
             open_images(held_out),
@@ -194,8 +194,8 @@ def _measure(stage: Stage, places: Places, quiet: bool) -> Metrics:
     }
 
 
-def _latents(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, settings = _At(stage, places), _settings(stage, LatentSettings)
+def _latents(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, places), _settings(stage, LatentSettings)
     device = pick_device("auto")
     source: ImageSource = open_images(at.inputs["images"])
     if settings.count is not None and settings.count < len(source):
@@ -209,7 +209,7 @@ def _latents(stage: Stage, places: Places, quiet: bool) -> Metrics:
             Shards(features, kind="features"),
             at.folder,
             latent_shape=model.config.latent_shape,
-            tokenizer_print=identity_of(at.inputs["tokenizer"]).fingerprint,
+            tokenizer_fingerprint=identity_of(at.inputs["tokenizer"]).fingerprint,
             batch_size=settings.batch_size,
             flips=settings.flips,
             device=device,
@@ -222,7 +222,7 @@ def _latents(stage: Stage, places: Places, quiet: bool) -> Metrics:
         at.folder,
         image_size=settings.image_size,
         latent_shape=space.latent_shape(settings.image_size),
-        tokenizer_print=space.fingerprint,
+        tokenizer_fingerprint=space.fingerprint,
         batch_size=settings.batch_size,
         flips=settings.flips,
         device=device,
@@ -230,8 +230,8 @@ def _latents(stage: Stage, places: Places, quiet: bool) -> Metrics:
     return {}
 
 
-def _generator(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, run = _At(stage, places), _settings(stage, GeneratorRun)
+def _generator(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, run = StageFolders(stage, places), _settings(stage, GeneratorRun)
     run = dataclasses.replace(
         run, latents=at.inputs["latents"], held_out_latents=None, tokenizer=None, evaluation_images=None
     )
@@ -239,8 +239,8 @@ def _generator(stage: Stage, places: Places, quiet: bool) -> Metrics:
     return {}
 
 
-def _reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, settings = _At(stage, places), _settings(stage, ReferenceSettings)
+def _reference(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, places), _settings(stage, ReferenceSettings)
     source = open_images(at.inputs["images"])
     rows = None if settings.count is None else spread(len(source), settings.count)
     stream = real_images(source, settings.image_size, rows=rows)
@@ -249,14 +249,14 @@ def _reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
     return {}
 
 
-def _own_reference(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, settings = _At(stage, places), _settings(stage, ReferenceSettings)
+def _own_reference(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, places), _settings(stage, ReferenceSettings)
     device = pick_device("auto")
     latents, tokenizer = Shards(at.inputs["latents"], kind="latents"), _decoder(at, device)
     rows = spread(len(latents), settings.count or len(latents))
 
     def batches(size: int) -> Iterator[Batch]:
-        own = processes.own_rows(len(rows))
+        own = processes.rank_slice(len(rows))
         for start in range(0, len(own), size):
             part = own[start : start + size]
             chosen = rows[list(part)]
@@ -283,11 +283,11 @@ def _keep_reference(stream: ImageStream, judge: FeatureExtractor, folder: Path) 
         folder.mkdir(parents=True, exist_ok=True)
         save_reference(found, folder / REFERENCE)
 
-    processes.from_first(save)
+    processes.on_rank0(save)
 
 
-def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
-    at, part = _At(stage, places), _settings(stage, JudgeStage)
+def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
+    at, part = StageFolders(stage, places), _settings(stage, JudgeStage)
     settings, device = part.settings, pick_device("auto")
     generator = load_generator(checkpoint_path(at.inputs["generator"], part.step)).to(device)
     stream = drawn_images(
@@ -327,7 +327,7 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
         write_json(at.folder / "evaluation.json", record)
         image_grid(torch.stack(shown), SHOWN).save(at.folder / "samples.png")
 
-    processes.from_first(keep)
+    processes.on_rank0(keep)
     names = {"frechet": "gfid", "frechet_floor": "gfid_floor", "frechet_own": "gfid_own"}
     return {
         names.get(name, name): {"value": metric["value"], "stderr": metric["stderr"]}
@@ -335,7 +335,7 @@ def _judge(stage: Stage, places: Places, quiet: bool) -> Metrics:
     }
 
 
-WORK: Mapping[StageKind, Callable[[Stage, Places, bool], Metrics]] = {
+WORK: Mapping[StageKind, Callable[[Stage, StageLayout, bool], Metrics]] = {
     "pack": _pack,
     "features": _features,
     "refiner": _refiner,
@@ -358,19 +358,19 @@ def _settings(stage: Stage, kind: type[configs.T]) -> configs.T:
 
 def _begun(run: configs.T, folder: Path) -> configs.T:
     """The same run; one that was begun before OUT was moved learns its new paths."""
-    if processes.is_first() and (folder / "config.yaml").is_file():
+    if processes.is_rank0() and (folder / "config.yaml").is_file():
         configs.save(run, folder / "config.yaml")
     return run
 
 
-def _space(at: _At, device: torch.device) -> LatentSpace:
+def _space(at: StageFolders, device: torch.device) -> LatentSpace:
     return open_tokenizer(at.external or f"openpae:{at.inputs['tokenizer']}", device)
 
 
-def _decoder(at: _At, device: torch.device) -> Any:
+def _decoder(at: StageFolders, device: torch.device) -> Any:
     if at.external is None:
         return load_tokenizer(at.inputs["tokenizer"], decode_only=True).to(device)
     space = _space(at, device)
     if space.decode is None:
-        raise ValueError(f"{at.external} has no decoder, so its samples can not be seen; set generate: false")
+        raise ValueError(f"{at.external} has no decoder, so its samples cannot be seen; set generate: false")
     return space

@@ -16,7 +16,7 @@ from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.engine.loop import check_run, fit, open_run
-from openpae.engine.parallel import bare, distribute
+from openpae.engine.parallel import distribute, unwrap
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
@@ -110,7 +110,9 @@ class GeneratorTask:
             raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
-        self.judge = None if run.tokenizer is None else _Judge(run, self.device, self._tokenizer_print())
+        self.judge = (
+            None if run.tokenizer is None else _SampleEvaluator(run, self.device, self._tokenizer_print())
+        )
         torch.manual_seed(run.loop.seed)
         self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
@@ -122,7 +124,7 @@ class GeneratorTask:
         self.players: Mapping[str, nn.Module] = {"generator": distribute(self.model, run.loop)}
         self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.players["generator"], run.optim)}
         if run.loop.compile:
-            bare(self.players["generator"]).compile()
+            unwrap(self.players["generator"]).compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[LatentBatch]:
         """This process's device batches of latents, in the order of (seed, images seen)."""
@@ -205,16 +207,17 @@ class GeneratorTask:
         return velocity_loss(velocity, x_1, x_0)
 
 
-class _Judge:
+class _SampleEvaluator:
     """What judges samples: decoder, extractor and reference, made once."""
 
-    def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_print: str) -> None:
+    def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_fingerprint: str) -> None:
         assert run.tokenizer is not None
         assert run.evaluation_images is not None  # GeneratorRun takes both or neither
         found = identity_of(run.tokenizer).fingerprint
-        if found != tokenizer_print:
+        if found != tokenizer_fingerprint:
             raise ValueError(
-                f"{run.tokenizer} is the tokenizer {found}, but the latents are those of {tokenizer_print}"
+                f"{run.tokenizer} is the tokenizer {found}, but the latents are those of "
+                f"{tokenizer_fingerprint}"
             )
         self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
         self.extractor = load_extractor(run.extractor, run.extractor_weights, device)

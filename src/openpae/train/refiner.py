@@ -18,7 +18,7 @@ from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.engine.loop import check_run, fit, open_run
-from openpae.engine.parallel import bare, distribute
+from openpae.engine.parallel import distribute, unwrap
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
 from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
@@ -107,7 +107,7 @@ class RefinerTask:
                 f"model.feature_dim must be the encoder's width {encoder.spec.dim}, got "
                 f"{run.model.feature_dim}"
             )
-        self.encoder_print = encoder_fingerprint(encoder)
+        self.encoder_fingerprint = encoder_fingerprint(encoder)
         patch = run.image_size // run.model.grid_size
         self.encoder_input = EncoderInput(encoder.spec, patch).to(self.device)
         self.encoder = encoder.to(self.device) if isinstance(encoder, nn.Module) else encoder
@@ -121,7 +121,7 @@ class RefinerTask:
                 run.data.feature_cache,
                 image_size=run.image_shape,
                 shape=(math.prod(run.model.grid_shape), encoder.spec.dim),
-                encoder_print=self.encoder_print,
+                encoder_fingerprint=self.encoder_fingerprint,
                 flips=run.data.augment == "flip",
                 device=self.device,
                 progress=progress,
@@ -136,11 +136,11 @@ class RefinerTask:
             features=features,
         )
         self.upsampler = load_anyup().to(self.device) if run.upsampler == "anyup" else run.upsampler
-        self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_print}
+        self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.players: Mapping[str, nn.Module] = {"refiner": distribute(self.model, run.loop)}
         self.optimizers: Mapping[str, Optimizer] = {"refiner": adamw(self.players["refiner"], run.optim)}
         if run.loop.compile:
-            bare(self.players["refiner"]).compile()
+            unwrap(self.players["refiner"]).compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
         """This process's device batches of images, in the order of (seed, images seen)."""
@@ -173,7 +173,7 @@ class RefinerTask:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a refiner folder."""
-        write_prior(folder, weights, self.run.model, self.encoder_print)
+        write_prior(folder, weights, self.run.model, self.encoder_fingerprint)
 
 
 def train_refiner(

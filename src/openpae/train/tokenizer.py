@@ -18,7 +18,7 @@ from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
 from openpae.engine.loop import check_run, fit, open_run
-from openpae.engine.parallel import bare, distribute
+from openpae.engine.parallel import distribute, unwrap
 from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
@@ -92,7 +92,7 @@ class TokenizerRun:
                     "the VFM's own features"
                 )
         if self.data.feature_cache is not None and self.model.fusion == "finetune":
-            raise ValueError("data.feature_cache can not serve model.fusion finetune: the features change")
+            raise ValueError("data.feature_cache cannot serve model.fusion finetune: the features change")
         if self.loss.needs_prior and self.prior is None:
             raise ValueError(
                 "loss.ssr and loss.scr need prior, the folder of a refiner; train one with pae "
@@ -101,7 +101,7 @@ class TokenizerRun:
             )
         if self.loop.compile and (self.loss.gradients_every or self.loss.gan_weight == "adaptive"):
             raise ValueError(
-                "loop.compile can not be combined with loss.gradients_every or loss.gan_weight adaptive: "
+                "loop.compile cannot be combined with loss.gradients_every or loss.gan_weight adaptive: "
                 "both run "
                 "backward twice, and a compiled graph gives its buffers away after the first"
             )
@@ -137,8 +137,8 @@ class TokenizerTask:
             self.model.start_local()
         self.model.to(self.device)
         # Before training: a finetuned encoder is told by what it started from.
-        self.encoder_print = encoder_fingerprint(encoder)
-        self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_print}
+        self.encoder_fingerprint = encoder_fingerprint(encoder)
+        self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
         loss, steps = run.loss, run.loop.steps
@@ -156,7 +156,7 @@ class TokenizerTask:
         if run.loop.compile:
             for name in ("decoder", "modulator"):
                 if getattr(self.model, name) is not None:
-                    bare(self.players["autoencoder"]).get_submodule(name).compile()
+                    unwrap(self.players["autoencoder"]).get_submodule(name).compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
         """This process's device batches of images, in the order of (seed, images seen)."""
@@ -219,7 +219,7 @@ class TokenizerTask:
         )
         if self.run.geometry:
             judged = Subset(self.judged, rows.tolist())
-            record["metrics"] |= processes.from_first(lambda: self._geometry(judged, part))
+            record["metrics"] |= processes.on_rank0(lambda: self._geometry(judged, part))
         if self.run_dir is not None:
             write_evaluation(record, self.run_dir, step)
         return {name: metric["value"] for name, metric in record["metrics"].items()}
@@ -235,7 +235,7 @@ class TokenizerTask:
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
         architecture = encoder_architecture(self.model.encoder)
-        write_tokenizer(folder, weights, self.run.model, self.encoder_print, architecture)
+        write_tokenizer(folder, weights, self.run.model, self.encoder_fingerprint, architecture)
 
     def _perceptual(self, loss: TokenizerLoss) -> LPIPS:
         return load_perceptual(loss.lpips_net, loss.lpips_weights).to(self.device)
@@ -251,7 +251,7 @@ class TokenizerTask:
         angles = dict(zip("ml", loss.mcr_angles, strict=True))
         logs: dict[str, Tensor] = {}
 
-        def further(z: Tensor) -> list[Tensor]:
+        def extra_latents(z: Tensor) -> list[Tensor]:
             if not wanted:
                 return []
             # One direction a sample for every angle: the perturbed latents lie on one arc.
@@ -262,12 +262,12 @@ class TokenizerTask:
             return list(moved.values())
 
         noise = latent_noise(draws, loss.latent_noise, self.run.model.latent_shape)
-        z, decodes = self.players["autoencoder"](x, features, further, noise)
+        z, decodes = self.players["autoencoder"](x, features, extra_latents, noise)
         return z, dict(zip(["r", *wanted], decodes, strict=True)), logs
 
     def _adaptive_weight(self, terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
         # Of the module that the losses called: where it is cut into shards, its weights are whole just now.
-        last = bare(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
+        last = unwrap(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
         wanted = torch.stack([weights[name] * terms[name] for name in ("l1", "lpips") if name in terms]).sum()
         given = terms["gan"]
         pulls = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (wanted, given)]
@@ -298,10 +298,10 @@ class TokenizerTask:
         if not run.loss.needs_prior or run.prior is None:
             return None
         prior, identity = load_prior(run.prior), identity_of(run.prior)
-        if identity.made_with != self.encoder_print:
+        if identity.made_with != self.encoder_fingerprint:
             raise ValueError(
                 f"{run.prior} refines features of the encoder {identity.made_with}, but model.encoder is "
-                f"{self.encoder_print}; train a refiner for this encoder"
+                f"{self.encoder_fingerprint}; train a refiner for this encoder"
             )
         if prior.latent_dim != run.model.latent_dim:
             raise ValueError(
@@ -321,7 +321,7 @@ class TokenizerTask:
                 folder,
                 image_size=run.model.image_shape,
                 shape=(math.prod(run.model.grid_shape), self.model.spec.dim),
-                encoder_print=self.encoder_print,
+                encoder_fingerprint=self.encoder_fingerprint,
                 flips=flips,
                 device=self.device,
                 progress=progress,
@@ -332,7 +332,7 @@ class TokenizerTask:
                     self.prior,
                     features,
                     folder.with_name(name),
-                    prior_print=self.inputs["prior"],
+                    prior_fingerprint=self.inputs["prior"],
                     latent_dim=run.model.latent_dim,
                     device=self.device,
                 )
