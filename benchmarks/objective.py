@@ -26,8 +26,9 @@ from openpae.models.lpips_weights import load_lpips
 from openpae.models.saved import load_prior, load_tokenizer
 from openpae.objective.losses import gram_alignment, perturb
 from openpae.storage.files import read_json, write_json
-from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+from openpae.train.refiner import train_refiner
+from openpae.train.settings import RefinerRun, TokenizerRun
+from openpae.train.tokenizer import train_tokenizer
 
 # The paper's weights, not the quickstart's; AlexNet in place of VGG16, for a CPU.
 PAPER = {"lpips": 1.0, "lpips_share": 1.0, "mcr_share": 1.0, "mcr_start": 0.0, "gan": 0.0}

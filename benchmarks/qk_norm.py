@@ -29,7 +29,8 @@ from openpae.objective.flow import interpolate
 from openpae.runtime.device import autocast
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps
-from openpae.train.generator import GeneratorRun, train_generator
+from openpae.train.generator import train_generator
+from openpae.train.settings import GeneratorRun
 
 
 def main(

@@ -22,7 +22,8 @@ from openpae.models.saved import load_generator
 from openpae.objective.flow import time_grid
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.guidance import guided_velocity
-from openpae.sampling.sampler import SamplerConfig, balanced_labels, sample_latents
+from openpae.sampling.sampler import balanced_labels, sample_latents
+from openpae.sampling.settings import SamplerConfig
 from openpae.sampling.solvers import Field, euler, heun, multistep
 
 Solver = Callable[[Field, Tensor, Tensor], Tensor]

@@ -27,9 +27,10 @@ from torch import distributed, multiprocessing
 from openpae.data.shards import Layout, ShardWriter
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.dit import LightningDiTConfig
+from openpae.models.configs import LightningDiTConfig
 from openpae.storage.files import write_json
-from openpae.train.generator import GeneratorRun, GeneratorTask
+from openpae.train.generator import GeneratorTask
+from openpae.train.settings import GeneratorRun
 
 MODEL = LightningDiTConfig(
     latent_dim=32, grid_size=8, hidden_dim=128, num_layers=4, num_heads=4, num_classes=9

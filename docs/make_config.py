@@ -11,16 +11,20 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from openpae.data.training import ImageData
+from openpae.data.settings import ImageData
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.geometry.measure import MeasureConfig
-from openpae.models.discriminator import DiscriminatorConfig
-from openpae.models.dit import LightningDiTConfig
-from openpae.models.ditdh import DiTDHConfig, HeadConfig
-from openpae.models.priors import RefinerConfig
-from openpae.models.tokenizer import DecoderConfig, PAEConfig
-from openpae.models.upsampling import LowPassConfig
-from openpae.sampling.sampler import SamplerConfig
+from openpae.geometry.settings import MeasureConfig
+from openpae.models.configs import (
+    DecoderConfig,
+    DiscriminatorConfig,
+    DiTDHConfig,
+    HeadConfig,
+    LightningDiTConfig,
+    LowPassConfig,
+    PAEConfig,
+    RefinerConfig,
+)
+from openpae.sampling.settings import SamplerConfig
 from openpae.study.settings import (
     Claim,
     JudgeSettings,
@@ -30,9 +34,8 @@ from openpae.study.settings import (
     StudyRow,
     StudySetup,
 )
-from openpae.train.generator import GeneratorRun
-from openpae.train.refiner import RefinerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerRun
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerLoss
 
 RUNS = (RefinerRun, TokenizerRun, GeneratorRun, Study, StudySetup)
 PARTS = (

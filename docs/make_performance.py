@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from openpae.models.dit import SIZES, LightningDiT, LightningDiTConfig
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.configs import SIZES, LightningDiTConfig, PAEConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.tokenizer import PAE
 
 PAGE = Path(__file__).parent / "performance.md"
 IMAGENET = 1_281_167

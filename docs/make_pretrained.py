@@ -34,9 +34,10 @@ from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.storage import hub
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import PARTS, README, RECORD
-from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+from openpae.train.generator import train_generator
+from openpae.train.refiner import train_refiner
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
+from openpae.train.tokenizer import train_tokenizer
 
 PICTURES = {"train": 3, "held-out": 2}
 """Of each emoji: another background, place and size."""

@@ -20,10 +20,11 @@ from PIL import Image, ImageDraw
 from openpae.data.caches import cache_latents
 from openpae.data.images import ImageFolder, PackedImages, pack_images
 from openpae.data.shards import Shards
-from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.configs import DecoderConfig, LightningDiTConfig, PAEConfig
+from openpae.models.dit import LightningDiT
 from openpae.models.encoders import encoder_fingerprint
 from openpae.models.saved import write_tokenizer
-from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
+from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.storage.model_folder import identity_of
 
 M = TypeVar("M", bound=torch.nn.Module)

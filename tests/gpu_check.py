@@ -19,14 +19,16 @@ from openpae.bench.generator import bench_generator
 from openpae.bench.record import record
 from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
-from openpae.models.dit import LightningDiTConfig
-from openpae.models.ditdh import DiTDHConfig, build_generator
+from openpae.models.configs import DiTDHConfig, LightningDiTConfig
+from openpae.models.ditdh import build_generator
 from openpae.models.saved import load_generator, load_tokenizer
 from openpae.runtime.draws import Draws, initial_noise
-from openpae.sampling.sampler import SamplerConfig, sample_latents
-from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
-from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+from openpae.sampling.sampler import sample_latents
+from openpae.sampling.settings import SamplerConfig
+from openpae.train.generator import GeneratorTask, train_generator
+from openpae.train.refiner import train_refiner
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
+from openpae.train.tokenizer import train_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,15 +12,14 @@ import tyro
 from torch import nn
 
 from openpae import config as configs
-from openpae.models.dit import SIZES, LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDHConfig, build_generator
+from openpae.models.configs import SIZES, DiTDHConfig, LightningDiTConfig, PAEConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import build_generator
 from openpae.models.priors import Refiner
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.models.vfms import ENCODERS
 from openpae.objective.flow import dimension_shift
-from openpae.train.generator import GeneratorRun
-from openpae.train.refiner import RefinerRun
-from openpae.train.tokenizer import TokenizerRun
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 # These have no model of their own: see test_study.py and test_sample_commands.py.
 OTHERS = {"Study", "StudySetup", "SamplerConfig"}

@@ -34,17 +34,17 @@ FLOORS = [
 FILES_OF = {
     "runtime": "processes device draws provenance",
     "storage": "files weights assets model_folder card hub",
-    "data": "shards pixels listing backgrounds order images caches openmoji training label_maps",
-    "models": "layers lpips lpips_weights backbones vfms encoders upsampling priors modulator tokenizer dit "
-    "ditdh denoiser discriminator saved",
-    "engine": "settings task ema health journal parallel checkpoints diagnosis loop",
-    "objective": "flow losses terms",
+    "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
+    "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
+    "tokenizer dit ditdh denoiser discriminator saved",
+    "engine": "settings optim task ema health journal parallel checkpoints diagnosis loop",
+    "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
-    "sampling": "solvers guidance sampler sample_set pipeline interpolation",
-    "eval": "image_stream estimate frechet inception reconstruction scores extractors features reference "
-    "generation evaluate guidance_search run",
-    "geometry": "metrics interpolation spaces measure profile_page profile",
-    "train": "targets refiner tokenizer generator",
+    "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
+    "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
+    "reference generation evaluate guidance_search run",
+    "geometry": "settings metrics interpolation spaces measure profile_page profile",
+    "train": "settings targets refiner tokenizer generator",
     "study": "settings shared stage plan work table once page text rehearse run",
     "bench": "record data metrics generator stages",
     "quickstart": "page run",

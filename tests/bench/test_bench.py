@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openpae.bench import data, generator, metrics, record, stages
 from openpae.cli import main
-from openpae.models.dit import SIZES, LightningDiTConfig
-from openpae.models.ditdh import DiTDHConfig, GeneratorConfig, HeadConfig, build_generator
-from openpae.train.generator import GeneratorRun
+from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, HeadConfig, LightningDiTConfig
+from openpae.models.ditdh import build_generator
+from openpae.train.settings import GeneratorRun
 
 PLAIN = LightningDiTConfig(latent_dim=8, grid_size=4, hidden_dim=32, num_layers=3, num_heads=2, num_classes=5)
 WIDE = DiTDHConfig(

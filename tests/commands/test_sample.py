@@ -20,9 +20,11 @@ from PIL import Image
 from openpae import config as configs
 from openpae.cli import main
 from openpae.commands.sample import SamplerChoice, SampleRun
-from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.configs import LightningDiTConfig
+from openpae.models.dit import LightningDiT
 from openpae.models.saved import write_generator
-from openpae.sampling.sampler import SamplerConfig, evaluations
+from openpae.sampling.sampler import evaluations
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import identity_of
 from tests.conftest import shaken
 

@@ -24,7 +24,8 @@ from openpae.data.images import (
     read_image,
     resize_to_cover,
 )
-from openpae.data.training import ImageData, TrainingImages, raise_on_broken
+from openpae.data.settings import ImageData
+from openpae.data.training import TrainingImages, raise_on_broken
 from tests.conftest import kill_points
 
 

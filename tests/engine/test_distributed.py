@@ -26,21 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from openpae import config as configs
 from openpae.data.caches import cache_latents
 from openpae.data.images import BrokenImage, PackedImages
+from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
-from openpae.data.training import ImageData
 from openpae.engine.journal import read_log
 from openpae.engine.loop import fit, open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.engine.task import Update
-from openpae.models.discriminator import DiscriminatorConfig
-from openpae.models.dit import LightningDiTConfig
-from openpae.models.tokenizer import PAEConfig
-from openpae.objective.terms import TokenizerLoss
+from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig
+from openpae.objective.settings import TokenizerLoss
 from openpae.runtime import processes
 from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, read_model
-from openpae.train.generator import GeneratorRun, GeneratorTask
-from openpae.train.tokenizer import TokenizerRun, TokenizerTask
+from openpae.train.generator import GeneratorTask
+from openpae.train.settings import GeneratorRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerTask
 
 STEPS = 20
 OPTIM = OptimConfig(lr=3e-4, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)

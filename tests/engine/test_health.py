@@ -19,7 +19,8 @@ from openpae.engine import loop as loop_module
 from openpae.engine.health import MEMORY, WARM_UP, NonFiniteGuard, NotFinite
 from openpae.engine.journal import read_log
 from openpae.engine.loop import fit
-from openpae.engine.settings import LoopConfig, OptimConfig, adamw
+from openpae.engine.optim import adamw
+from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.engine.task import Update
 from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps

@@ -26,27 +26,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openpae import config as configs
 from openpae.data.images import ImageFolder, PackedImages
+from openpae.data.settings import ImageData
 from openpae.data.shards import Shards, ShardWriter
-from openpae.data.training import ImageData, TrainingLatents
+from openpae.data.training import TrainingLatents
 from openpae.engine import checkpoints
 from openpae.engine import loop as loop_module
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
 from openpae.engine.journal import read_log
 from openpae.engine.loop import Stopped, fit, open_run, seconds_per_step
-from openpae.engine.settings import LoopConfig, OptimConfig, adamw, lr_at
+from openpae.engine.optim import adamw
+from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
-from openpae.models.discriminator import DiscriminatorConfig
-from openpae.models.dit import LightningDiTConfig
+from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig
 from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.saved import load_generator, load_tokenizer
-from openpae.models.tokenizer import PAEConfig
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.storage.files import file_hash, write_json
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
-from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
-from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask, train_tokenizer
+from openpae.train.generator import GeneratorTask, train_generator
+from openpae.train.settings import GeneratorRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerLoss, TokenizerTask, train_tokenizer
 from tests.conftest import kill_points
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)

@@ -17,13 +17,15 @@ from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
 from openpae.engine.loop import fit
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.discriminator import DiscriminatorConfig
-from openpae.models.dit import LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDHConfig, HeadConfig, build_generator
+from openpae.models.configs import DiscriminatorConfig, DiTDHConfig, HeadConfig, LightningDiTConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import build_generator
 from openpae.runtime.draws import Draws, initial_noise
-from openpae.sampling.sampler import SamplerConfig, sample_latents
-from openpae.train.generator import GeneratorRun, GeneratorTask
-from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, TokenizerTask
+from openpae.sampling.sampler import sample_latents
+from openpae.sampling.settings import SamplerConfig
+from openpae.train.generator import GeneratorTask
+from openpae.train.settings import GeneratorRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerLoss, TokenizerTask
 
 _READS = {
     torch.ops.aten._local_scalar_dense.default,  # item, bool, int, float

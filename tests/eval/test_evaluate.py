@@ -16,14 +16,17 @@ from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.image_stream import drawn_images, real_images, tensor_images
 from openpae.eval.reference import Reference, open_reference, save_reference
-from openpae.geometry.measure import MeasureConfig, measure_tokenizer
+from openpae.geometry.measure import measure_tokenizer
+from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import pae_space
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.tokenizer import PAE
-from openpae.sampling.sampler import SamplerConfig, balanced_labels
-from openpae.train.generator import GeneratorRun, GeneratorTask
-from openpae.train.tokenizer import TokenizerRun, TokenizerTask
+from openpae.sampling.sampler import balanced_labels
+from openpae.sampling.settings import SamplerConfig
+from openpae.train.generator import GeneratorTask
+from openpae.train.settings import GeneratorRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerTask
 
 COMMON = {"value_range", "device", "processes", "versions", "kind", "metrics", "image_size"}
 JUDGED = {

@@ -11,10 +11,11 @@ from torch import Tensor, distributed, multiprocessing
 from openpae.eval.extractors import INCEPTION, Features
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import frechet_distance, gaussian_of
-from openpae.eval.generation import Evaluation, EvaluationConfig, frechet_floor
+from openpae.eval.generation import Evaluation, frechet_floor
 from openpae.eval.image_stream import tensor_images
 from openpae.eval.reference import open_reference, read_reference, reference_of, save_reference
 from openpae.eval.scores import kid, precision_recall
+from openpae.eval.settings import EvaluationConfig
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,13 @@ import torch
 from openpae import config as configs
 from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.features import FeatureSet
-from openpae.eval.guidance_search import (
-    Candidate,
-    SampleEvaluator,
-    SearchConfig,
-    search_guidance,
-    successive_halving,
-)
+from openpae.eval.guidance_search import SampleEvaluator, search_guidance, successive_halving
 from openpae.eval.reference import Reference, reference_of
+from openpae.eval.settings import Candidate, SearchConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
-from openpae.sampling.sampler import SamplerConfig, balanced_labels, sample_images
+from openpae.sampling.sampler import balanced_labels, sample_images
+from openpae.sampling.settings import SamplerConfig
 
 SEARCH = SearchConfig(scales=(1.0, 2.0, 6.0), starts=(0.0, 0.5), samples=4)
 SAMPLER = SamplerConfig(steps=2)

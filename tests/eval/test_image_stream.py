@@ -22,7 +22,8 @@ from openpae.eval.image_stream import (
 )
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
-from openpae.sampling.sampler import SamplerConfig, balanced_labels, sample_images
+from openpae.sampling.sampler import balanced_labels, sample_images
+from openpae.sampling.settings import SamplerConfig
 
 
 def whole(stream: ImageStream, batch_size: int) -> Tensor:

@@ -22,8 +22,9 @@ from PIL import Image
 from openpae.cli import main
 from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
-from openpae.eval.run import EvaluationRun
-from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.eval.settings import EvaluationRun
+from openpae.models.configs import LightningDiTConfig
+from openpae.models.dit import LightningDiT
 from openpae.models.saved import write_generator
 from openpae.storage.model_folder import identity_of
 

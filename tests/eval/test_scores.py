@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from openpae.eval.frechet import frechet_distance, gaussian_of
-from openpae.eval.generation import EvaluationConfig
 from openpae.eval.scores import inception_score, kid, precision_recall
+from openpae.eval.settings import EvaluationConfig
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,11 @@ from openpae.data.images import ImageFolder, pack_images
 from openpae.data.shards import Shards
 from openpae.engine import loop as loop_module
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.dit import LightningDiTConfig
+from openpae.models.configs import LightningDiTConfig
 from openpae.storage.files import DiskFull, told_if_full, whole_file, whole_folder, write_json
 from openpae.storage.model_folder import checkpoint_steps
-from openpae.train.generator import GeneratorRun, train_generator
+from openpae.train.generator import train_generator
+from openpae.train.settings import GeneratorRun
 from tests.engine.test_loop import curve, same, state_of
 from tests.faults.children import run_in_child
 

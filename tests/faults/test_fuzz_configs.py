@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpae import config as configs
-from openpae.sampling.sampler import SamplerConfig
-from openpae.train.generator import GeneratorRun
-from openpae.train.refiner import RefinerRun
-from openpae.train.tokenizer import TokenizerRun
+from openpae.sampling.settings import SamplerConfig
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 RUNS: dict[str, type] = {"refiner": RefinerRun, "tokenizer": TokenizerRun, "generator": GeneratorRun}
 PRESETS = {name: configs.to_dict(configs.load(kind, f"{name}/tiny")) for name, kind in RUNS.items()}

@@ -19,18 +19,20 @@ import torch
 from openpae.commands.describe import describe
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
+from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
-from openpae.data.training import ImageData
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.discriminator import DiscriminatorConfig
-from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig
+from openpae.models.dit import LightningDiT
 from openpae.models.saved import load_tokenizer
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.sampling.sample_set import SampleSet, draw_samples
-from openpae.sampling.sampler import SamplerConfig, balanced_labels
+from openpae.sampling.sampler import balanced_labels
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
-from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.tokenizer import TokenizerLoss, TokenizerRun, train_tokenizer
+from openpae.train.generator import train_generator
+from openpae.train.settings import GeneratorRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerLoss, train_tokenizer
 from tests.engine.test_loop import curve, same, state_of
 from tests.faults.children import run_in_child
 

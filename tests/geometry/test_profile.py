@@ -18,10 +18,11 @@ from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import features_of
 from openpae.eval.image_stream import real_images, source_batches
-from openpae.geometry.measure import METRIC_NAMES, MeasureConfig, Measured, measure_tokenizer, work_of
+from openpae.geometry.measure import METRIC_NAMES, Measured, measure_tokenizer, work_of
 from openpae.geometry.metrics import effective_rank, global_semantic_quality, spatial_structure_consistency
-from openpae.geometry.profile import ProfileRun, run_profile
+from openpae.geometry.profile import run_profile
 from openpae.geometry.profile_page import radar_scores
+from openpae.geometry.settings import MeasureConfig, ProfileRun
 from openpae.geometry.spaces import open_tokenizer
 from openpae.models.lpips import LPIPS
 from openpae.models.saved import load_tokenizer

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from openpae.models.configs import DecoderConfig, PAEConfig
 from openpae.models.encoders import load_encoder
-from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
+from openpae.models.tokenizer import PAE, build_tokenizer
 from tests.conftest import shaken
 
 diffusers = pytest.importorskip("diffusers")

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from openpae.interop import export
+from openpae.models.configs import DiTDHConfig, HeadConfig, PAEConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import DiTDH, DiTDHConfig, HeadConfig
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.ditdh import DiTDH
+from openpae.models.tokenizer import PAE
 from tests.conftest import shaken
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))

@@ -26,14 +26,16 @@ from openpae.interop.released import (
     released_kind,
     released_tokenizer_config,
 )
-from openpae.models.dit import LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDH, DiTDHConfig, HeadConfig
+from openpae.models.configs import DecoderConfig, DiTDHConfig, HeadConfig, LightningDiTConfig, PAEConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import DiTDH
 from openpae.models.encoders import FrozenEncoder, empty_encoder, encoder_architecture, load_encoder
 from openpae.models.layers import rope_2d, sincos_2d
 from openpae.models.saved import load_tokenizer
-from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.models.vfms import ENCODERS
-from openpae.sampling.sampler import SamplerConfig, sample_latents
+from openpae.sampling.sampler import sample_latents
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import identity_of
 from tests.conftest import shaken
 from tests.models.test_vfms import FAMILIES, HUB_INTERNVIT, Family, made

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
+from openpae.models.configs import DiscriminatorConfig
 from openpae.models.denoiser import LatentDenoiser
 from openpae.models.discriminator import (
     AUGMENT_DRAWS,
-    DiscriminatorConfig,
     FeatureDiscriminator,
     PatchDiscriminator,
     SpectralConv2d,

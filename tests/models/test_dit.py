@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from openpae.models.dit import SIZES, Attention, LightningDiT, LightningDiTConfig, SwiGLU
+from openpae.models.configs import SIZES, LightningDiTConfig
+from openpae.models.dit import Attention, LightningDiT, SwiGLU
 from openpae.models.layers import rope_2d
 from tests.conftest import shaken
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from openpae.models.dit import LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDH, DiTDHConfig, HeadConfig, build_generator
+from openpae.models.configs import DiTDHConfig, HeadConfig, LightningDiTConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import DiTDH, build_generator
 from tests.conftest import shaken
 
 TINY = DiTDHConfig(

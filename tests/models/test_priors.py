@@ -13,24 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae.models import upsampling
+from openpae.models.configs import LinearTargetsConfig, LowPassConfig, RefinerConfig
 from openpae.models.layers import to_grid, to_tokens
-from openpae.models.priors import (
-    FrozenPrior,
-    LinearTargets,
-    LinearTargetsConfig,
-    Prior,
-    Refiner,
-    RefinerConfig,
-    fit_pca,
-    random_targets,
-)
-from openpae.models.upsampling import (
-    LowPassConfig,
-    bilateral_weights,
-    load_anyup,
-    low_pass_down,
-    reference_features,
-)
+from openpae.models.priors import FrozenPrior, LinearTargets, Prior, Refiner, fit_pca, random_targets
+from openpae.models.upsampling import bilateral_weights, load_anyup, low_pass_down, reference_features
 from openpae.objective.losses import feature_reconstruction, gram_alignment
 
 TINY = RefinerConfig(

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openpae import config as configs
+from openpae.models.configs import DecoderConfig, PAEConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.encoders import FrozenEncoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.models.saved import check_pair, load_generator, load_tokenizer, write_generator, write_tokenizer
-from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig, build_tokenizer
+from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.models.vfms import ENCODERS
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of, model_folder
 from tests.conftest import shaken

@@ -23,21 +23,23 @@ from openpae.data.label_maps import read_segmented
 from openpae.data.pixels import pca_pictures, thumbnails
 from openpae.data.training import TrainingImages
 from openpae.eval.image_stream import source_batches
-from openpae.geometry.measure import MeasureConfig
-from openpae.geometry.profile import ProfileRun, run_profile
-from openpae.models.dit import LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDH, DiTDHConfig, HeadConfig
+from openpae.geometry.profile import run_profile
+from openpae.geometry.settings import MeasureConfig, ProfileRun
+from openpae.models.configs import DiTDHConfig, HeadConfig, LightningDiTConfig, PAEConfig, RefinerConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import DiTDH
 from openpae.models.encoders import encoder_fingerprint
 from openpae.models.layers import sincos_2d
-from openpae.models.priors import RefinerConfig
 from openpae.models.saved import load_generator, load_tokenizer, write_tokenizer
-from openpae.models.tokenizer import PAE, PAEConfig, build_tokenizer
-from openpae.sampling.sampler import SamplerConfig, sample_images
+from openpae.models.tokenizer import PAE, build_tokenizer
+from openpae.sampling.sampler import sample_images
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import whole_folder
 from openpae.storage.model_folder import identity_of
-from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.refiner import RefinerRun, train_refiner
-from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+from openpae.train.generator import train_generator
+from openpae.train.refiner import train_refiner
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
+from openpae.train.tokenizer import train_tokenizer
 
 WIDE = (32, 48)
 

@@ -15,18 +15,11 @@ from torch import Tensor, nn
 
 from openpae.interop.released import import_tokenizer
 from openpae.models.backbones import drop_norm_affine
+from openpae.models.configs import DecoderConfig, PAEConfig
 from openpae.models.encoders import FrozenEncoder, load_encoder
 from openpae.models.layers import sincos_2d
 from openpae.models.modulator import DetailFusion, DetailModulator
-from openpae.models.tokenizer import (
-    PAE,
-    DecoderConfig,
-    Deprojector,
-    PAEConfig,
-    PixelDecoder,
-    Projector,
-    build_tokenizer,
-)
+from openpae.models.tokenizer import PAE, Deprojector, PixelDecoder, Projector, build_tokenizer
 from openpae.models.vfms import ENCODERS, EncoderSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pae_dinov2_tiny.safetensors"

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from openpae.models.configs import DecoderConfig, PAEConfig
 from openpae.models.encoders import FrozenEncoder, load_encoder
-from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.models.vfms import ENCODERS
 
 VIT = {

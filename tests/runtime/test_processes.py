@@ -10,8 +10,9 @@ from torch import Tensor, distributed, multiprocessing
 
 from openpae.eval.extractors import Features
 from openpae.eval.features import FeatureSet
-from openpae.eval.generation import Evaluation, EvaluationConfig
+from openpae.eval.generation import Evaluation
 from openpae.eval.reference import Reference, reference_of
+from openpae.eval.settings import EvaluationConfig
 
 CONFIG = EvaluationConfig(kid_subsets=4, kid_subset_size=15, splits=2, min_samples=2)
 SAMPLES = 41  # no multiple of the processes or of any batch

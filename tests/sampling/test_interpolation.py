@@ -13,7 +13,8 @@ from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.interpolation import interpolate_images, interpolate_seeds
-from openpae.sampling.sampler import SamplerConfig, sample_latents
+from openpae.sampling.sampler import sample_latents
+from openpae.sampling.settings import SamplerConfig
 
 
 def watched(tokenizer: PAE, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

@@ -13,7 +13,8 @@ from openpae.models.dit import LightningDiT
 from openpae.models.saved import load_generator, load_tokenizer, write_generator, write_tokenizer
 from openpae.models.tokenizer import PAE
 from openpae.sampling.pipeline import Pipeline
-from openpae.sampling.sampler import SamplerConfig, sample_images
+from openpae.sampling.sampler import sample_images
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import checkpoint_path, identity_of
 
 

@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openpae.models.dit import LightningDiT, LightningDiTConfig
+from openpae.models.configs import LightningDiTConfig
+from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
 from openpae.objective.flow import time_grid
 from openpae.runtime.draws import SampleNoise, initial_noise
 from openpae.sampling.sampler import (
-    SamplerConfig,
     balanced_labels,
     evaluations,
     sample_batches,
     sample_images,
     sample_latents,
 )
+from openpae.sampling.settings import SamplerConfig
 from tests.conftest import shaken
 
 SHAPE = (8, 4, 4)

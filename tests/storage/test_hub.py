@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 import openpae
 from openpae import config as configs
+from openpae.models.configs import DiTDHConfig, HeadConfig, PAEConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import DiTDH, DiTDHConfig, HeadConfig
+from openpae.models.ditdh import DiTDH
 from openpae.models.saved import load_tokenizer, write_generator
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.storage import card, hub
 from openpae.storage.model_folder import checkpoint_path, identity_of
 

@@ -42,7 +42,7 @@ from openpae.study.table import (
     spearman,
     speed_up,
 )
-from openpae.train.generator import GeneratorRun
+from openpae.train.settings import GeneratorRun
 
 STUDIES = sorted(
     file for file in (configs.PRESETS / "study").rglob("*.yaml") if configs.read_yaml(file)["kind"] == "Study"

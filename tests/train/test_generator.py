@@ -18,14 +18,17 @@ from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
 from openpae.engine.loop import fit, open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.dit import LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDH, DiTDHConfig, GeneratorConfig, HeadConfig
+from openpae.models.configs import DiTDHConfig, GeneratorConfig, HeadConfig, LightningDiTConfig
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import DiTDH
 from openpae.models.saved import load_generator
 from openpae.objective.flow import dimension_shift
 from openpae.runtime.draws import Draws, initial_noise
-from openpae.sampling.sampler import SamplerConfig, sample_latents
+from openpae.sampling.sampler import sample_latents
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import checkpoint_path, identity_of
-from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
+from openpae.train.generator import GeneratorTask, train_generator
+from openpae.train.settings import GeneratorRun
 
 WIDE = DiTDHConfig(
     latent_dim=8,

@@ -20,7 +20,7 @@ from openpae.data.shards import Layout, Shards, ShardWriter
 from openpae.data.training import TrainingLatents
 from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.runtime.device import autocast, pick_device
-from openpae.train.tokenizer import TokenizerRun
+from openpae.train.settings import TokenizerRun
 
 
 def bench_loader(

@@ -17,12 +17,14 @@ from openpae.bench.data import random_latents
 from openpae.bench.record import Found, peak_gib
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.dit import SIZES, LightningDiTConfig
-from openpae.models.ditdh import DiTDHConfig, Generator, GeneratorConfig, build_generator
+from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, LightningDiTConfig
+from openpae.models.ditdh import Generator, build_generator
 from openpae.runtime.device import autocast, device_name, pick_device
 from openpae.runtime.draws import initial_noise
-from openpae.sampling.sampler import SamplerConfig, evaluations, sample_latents
-from openpae.train.generator import GeneratorRun, GeneratorTask
+from openpae.sampling.sampler import evaluations, sample_latents
+from openpae.sampling.settings import SamplerConfig
+from openpae.train.generator import GeneratorTask
+from openpae.train.settings import GeneratorRun
 
 Size = Literal["s", "b", "l", "xl", "1p0b", "1p6b"]
 

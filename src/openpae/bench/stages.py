@@ -19,8 +19,9 @@ from openpae.models.priors import Refiner
 from openpae.models.saved import write_prior
 from openpae.models.upsampling import reference_features
 from openpae.storage.files import whole_folder
-from openpae.train.refiner import RefinerRun, RefinerTask
-from openpae.train.tokenizer import TokenizerRun, TokenizerTask
+from openpae.train.refiner import RefinerTask
+from openpae.train.settings import RefinerRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerTask
 
 
 def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Found:

@@ -9,8 +9,10 @@ import tyro
 
 from openpae.commands.console import Device, Progress, Reference, at_least_one
 from openpae.commands.sample import SamplerChoice
-from openpae.eval.run import EvaluationRun, SamplingOptions, run_evaluation
-from openpae.geometry.profile import ProfileRun, run_profile
+from openpae.eval.run import run_evaluation
+from openpae.eval.settings import EvaluationRun, SamplingOptions
+from openpae.geometry.profile import run_profile
+from openpae.geometry.settings import ProfileRun
 
 
 def evaluate(

@@ -90,7 +90,7 @@ def _import_generator(
 def _import_latents(source: Path, out: Path, tokenizer: Path | None, classes: int | None) -> None:
     from openpae import config as configs
     from openpae.interop.foreign_latents import import_latents
-    from openpae.models.tokenizer import PAEConfig
+    from openpae.models.configs import PAEConfig
     from openpae.storage.model_folder import CONFIG, identity_of, model_folder
 
     if tokenizer is None:

@@ -23,12 +23,12 @@ from openpae.commands.console import (
     at_least_one,
 )
 from openpae.data.pixels import to_unit
-from openpae.eval.extractors import ExtractorName
-from openpae.eval.guidance_search import SearchConfig
+from openpae.eval.settings import ExtractorName, SearchConfig
 from openpae.models.ditdh import Generator as GeneratorModel
 from openpae.models.tokenizer import PAE
-from openpae.sampling.sample_set import FILES, Format, SampleSet, draw_samples
-from openpae.sampling.sampler import SamplerConfig, Solver, balanced_labels
+from openpae.sampling.sample_set import FILES, SampleSet, draw_samples
+from openpae.sampling.sampler import balanced_labels
+from openpae.sampling.settings import Format, SamplerConfig, Solver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from openpae.commands.console import (
 def train_tokenizer(argv: Sequence[str]) -> None:
     """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
     from openpae.runtime import processes
-    from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+    from openpae.train.settings import TokenizerRun
+    from openpae.train.tokenizer import train_tokenizer
 
     run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
@@ -35,7 +36,8 @@ def train_tokenizer(argv: Sequence[str]) -> None:
 def train_refiner(argv: Sequence[str]) -> None:
     """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
     from openpae.runtime import processes
-    from openpae.train.refiner import RefinerRun, train_refiner
+    from openpae.train.refiner import train_refiner
+    from openpae.train.settings import RefinerRun
 
     run, run_dir = run_of(RefinerRun, argv, "train-refiner")
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
@@ -50,9 +52,10 @@ def train_generator(argv: Sequence[str]) -> None:
     """
     import dataclasses
 
-    from openpae.models.dit import size_fields
+    from openpae.models.configs import size_fields
     from openpae.runtime import processes
-    from openpae.train.generator import GeneratorRun, train_generator
+    from openpae.train.generator import train_generator
+    from openpae.train.settings import GeneratorRun
 
     argv, size = take_option(argv, "--model.size")
 

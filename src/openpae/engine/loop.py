@@ -26,8 +26,9 @@ from openpae.engine.checkpoints import RunState
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard, NotFinite
 from openpae.engine.journal import Journal, profiled
+from openpae.engine.optim import device_batches
 from openpae.engine.parallel import gather_full, is_sharded, lend_weights, sync_gradients
-from openpae.engine.settings import LoopConfig, OptimConfig, device_batches, lr_at
+from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device

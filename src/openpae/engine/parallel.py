@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from openpae.engine.settings import LoopConfig, device_batches
+from openpae.engine.optim import device_batches
+from openpae.engine.settings import LoopConfig
 from openpae.runtime import processes
 from openpae.storage.files import fingerprint
 

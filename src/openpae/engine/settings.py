@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
-
-from openpae.runtime import processes
 
 PROFILED_FROM = 3
 """Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
@@ -129,27 +122,6 @@ class LoopConfig:
             raise ValueError(f"loop.ema_decay must lie in [0, 1) or be null, got {self.ema_decay}")
 
 
-def device_batches(loop: LoopConfig) -> list[range]:
-    """The rows of the global batch that each device batch of this process holds, in order.
-
-    Raises:
-        ValueError: the processes cannot share the global batch equally, or not in such device batches.
-    """
-    own = processes.rank_slice(loop.global_batch_size)
-    if loop.global_batch_size % processes.world_size():
-        raise ValueError(
-            f"loop.global_batch_size must be a multiple of the number of processes, got "
-            f"{loop.global_batch_size} for {processes.world_size()}; start another number or change it"
-        )
-    part = loop.device_batch_size or len(own)
-    if len(own) % part:
-        raise ValueError(
-            f"loop.device_batch_size must divide the {len(own)} images that each of {processes.world_size()} "
-            f"processes sees of a global batch of {loop.global_batch_size}, got {part}"
-        )
-    return [own[start : start + part] for start in range(0, len(own), part)]
-
-
 def lr_at(step: int, optim: OptimConfig, steps: int) -> float:
     """Learning rate of a step: linear warm-up from lr / warmup_steps, then constant or half a cosine to
     final_lr."""
@@ -159,12 +131,3 @@ def lr_at(step: int, optim: OptimConfig, steps: int) -> float:
         return optim.lr
     progress = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def adamw(modules: nn.Module | Sequence[nn.Parameter], optim: OptimConfig) -> Optimizer:
-    """AdamW over the parameters that require a gradient."""
-    parameters = modules.parameters() if isinstance(modules, nn.Module) else modules
-    trained = [p for p in parameters if p.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-    )

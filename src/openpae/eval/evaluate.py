@@ -16,10 +16,11 @@ from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import FeatureSet, device_of
 from openpae.eval.frechet import frechet_distance
-from openpae.eval.generation import Evaluation, EvaluationConfig, frechet_floor
+from openpae.eval.generation import Evaluation, frechet_floor
 from openpae.eval.image_stream import ImageStream
 from openpae.eval.reconstruction import ReconstructionMetrics
 from openpae.eval.reference import Reference, reference_of
+from openpae.eval.settings import EvaluationConfig
 from openpae.models.lpips import LPIPS
 from openpae.models.tokenizer import PAE
 from openpae.runtime import processes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,13 @@ from torch.nn import functional as F
 
 from openpae.data.pixels import quantize
 from openpae.eval.inception import Inception2015
+from openpae.eval.settings import ExtractorName
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_lpips
 from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
 from openpae.storage.assets import fetch
 from openpae.storage.files import fingerprint
 from openpae.storage.weights import load_strict, read_tensors
-
-ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]
-"""inception gives the FID that is published, dinov2 FD-DINOv2; vgg16 (512 features) and efficientnet-lite0
-(1,280) need no hub; random has fixed random weights, for trials."""
 
 INCEPTION = "inception-2015"
 """Name of the extractor that published FID, sFID and IS rest on."""

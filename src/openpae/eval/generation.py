@@ -15,35 +15,7 @@ from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import Gaussian, frechet_distance, gaussian_of
 from openpae.eval.reference import Reference
 from openpae.eval.scores import inception_score, kid, precision_recall
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Settings of the metrics of generated images; the defaults are those of the field."""
-
-    k: int = 3
-    """Neighbours that span the manifolds of precision and recall."""
-    kid_subsets: int = 100
-    """Random subsets over which KID is averaged."""
-    kid_subset_size: int = 1000
-    """Samples per subset."""
-    splits: int = 10
-    """Splits over which the Inception Score is averaged."""
-    seed: int = 2020
-    """Of the subsets and splits; torch-fidelity's."""
-    min_samples: int = 10_000
-    """Fewer samples than this are measured with a warning: the Frechet distance is then much too large."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("k", 1),
-            ("kid_subsets", 1),
-            ("kid_subset_size", 2),
-            ("splits", 1),
-            ("min_samples", 2),
-        ):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+from openpae.eval.settings import EvaluationConfig
 
 
 @dataclass(frozen=True, kw_only=True)

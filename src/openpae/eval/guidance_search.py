@@ -6,10 +6,9 @@ best.yaml     the best as a sampler, for pae sample --preset
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +16,16 @@ from openpae import config as configs
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
-from openpae.eval.generation import Evaluation, EvaluationConfig
+from openpae.eval.generation import Evaluation
 from openpae.eval.reference import Reference
+from openpae.eval.settings import Candidate, EvaluationConfig, SearchConfig, with_guidance
 from openpae.runtime import processes
 from openpae.runtime.device import autocast
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import (
-    Decoder,
-    SamplerConfig,
-    balanced_labels,
-    decoded,
-    evaluations,
-    sample_batches,
-)
+from openpae.sampling.sampler import Decoder, balanced_labels, decoded, evaluations, sample_batches
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, write_json
-
-Candidate = tuple[float, float, float]
-"""guidance, guidance_start, guidance_end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """Which settings of guidance compete, and over how many samples."""
-
-    scales: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 4.0)
-    """Strengths w; 1 is no guidance, and competes once."""
-    starts: tuple[float, ...] = (0.0, 0.15, 0.3, 0.45)
-    """Positions from which on to guide."""
-    ends: tuple[float, ...] = (1.0,)
-    """Positions up to which to guide."""
-    samples: int = 1000
-    """Of each candidate in the first round, in equal numbers of every class."""
-    halving: int = 2
-    """After each round one candidate in so many goes on, and is judged over so many times the samples."""
-    seed: int = 0
-    """Of the noise, which all candidates share. Report with another."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples", 2), ("halving", 2)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("scales", "starts", "ends"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must hold at least one value")
-
-    def candidates(self, sampler: SamplerConfig) -> list[Candidate]:
-        """All that compete, in order: without guidance there is no interval, so that competes once.
-
-        Raises:
-            ValueError: a value that a sampler refuses, or fewer than two candidates.
-        """
-        found: dict[Candidate, None] = {}
-        for scale, start, end in itertools.product(self.scales, self.starts, self.ends):
-            if start > end:
-                continue
-            candidate = (1.0, 0.0, 1.0) if scale == 1 else (scale, start, end)
-            with_guidance(sampler, candidate)
-            found[candidate] = None
-        if len(found) < 2:
-            raise ValueError(
-                f"a search needs at least 2 candidates, got {len(found)}: give more scales, starts or ends "
-                "(a start beyond its end is none)"
-            )
-        return list(found)
-
-
-def with_guidance(sampler: SamplerConfig, candidate: Candidate) -> SamplerConfig:
-    """The sampler with a candidate's guidance.
-
-    Raises:
-        ValueError: values that it refuses.
-    """
-    scale, start, end = candidate
-    return replace(sampler, guidance=scale, guidance_start=start, guidance_end=end)
 
 
 def successive_halving(

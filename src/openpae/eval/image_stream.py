@@ -23,7 +23,8 @@ from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, ce
 from openpae.data.pixels import check_images, to_unit
 from openpae.runtime.processes import rank_slice
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import Decoder, SamplerConfig, decoded, evaluations, sample_batches
+from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json
 
 Facts = Mapping[str, Any]

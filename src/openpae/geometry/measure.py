@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from openpae.geometry.metrics import (
     singular_values,
     spatial_structure_consistency,
 )
+from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import Tokenizer, check_tokenizer
 from openpae.models.lpips import LPIPS
 
@@ -36,42 +37,6 @@ METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet"
 
 Tick = Callable[[int], None]
 """Told how many more images have been worked on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """Settings of a measurement; all of them go into the record."""
-
-    count: int = 5000
-    """Images for GSQ, eRank and reconstruction, evenly spread over the source."""
-    lpc_count: int = 200
-    """Of these, images for LPC: each costs nine decodings."""
-    directions: int = 1
-    """Directions per image of LPC."""
-    sigma: float = 0.1
-    """Temperature of the affinity of SSC."""
-    classes: int = 100
-    """Classes per repeat of GSQ."""
-    repeats: int = 5
-    """Repeats of GSQ."""
-    batch_size: int = 32
-    """Images per forward pass; changes no number beyond rounding."""
-    seed: int = 0
-    """Of directions, classes and clusters."""
-
-    def __post_init__(self) -> None:
-        for part in fields(self):
-            least = (
-                2
-                if part.name == "count"
-                else 0
-                if part.name == "seed"
-                else 0.01
-                if part.name == "sigma"
-                else 1
-            )
-            if (value := getattr(self, part.name)) < least:
-                raise ValueError(f"{part.name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

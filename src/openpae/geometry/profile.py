@@ -5,73 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from openpae.data.images import ImageSource, Size, chosen_rows, height_width, open_images, plain_size
 from openpae.data.label_maps import Segmented, read_segmented, render_segmented
 from openpae.eval.evaluate import metric_facts
-from openpae.eval.extractors import ExtractorName, load_extractor
+from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.generation import frechet_floor
 from openpae.eval.image_stream import real_images
-from openpae.geometry.measure import MeasureConfig, Measured, measure_tokenizer, work_of
+from openpae.geometry.measure import Measured, measure_tokenizer, work_of
 from openpae.geometry.metrics import RADII
 from openpae.geometry.profile_page import profile_page
+from openpae.geometry.settings import MeasureConfig, ProfileRun
 from openpae.geometry.spaces import LatentSpace, open_tokenizer
-from openpae.models.lpips import LPIPS, PerceptualNet
+from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileRun:
-    """One comparison of latent spaces: over what, and how."""
-
-    images: Path
-    """Folder of images, best with one subfolder per class (GSQ needs it), or packed images."""
-    out: Path
-    """Folder for profile.json and profile.html."""
-    label_maps: Path | None = None
-    """For SSC: a folder of index PNGs named as their images, or a COCO panoptic JSON."""
-    label_images: Path | None = None
-    """The images of the label maps, if they are others than images."""
-    label_count: int = 500
-    """Images with label maps to take, evenly spread."""
-    ignore: int | None = None
-    """Label that does not count, such as that of unlabelled pixels."""
-    scenes: int = 0
-    """For SSC without label maps: render so many emoji scenes, whose label maps are exact."""
-    size: int | None = None
-    """Side in pixels of all images, squares; by default the size of the first tokenizer's own."""
-    lpips: PerceptualNet = "vgg"
-    """Network of LPIPS."""
-    lpips_weights: str | None = None
-    """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
-    lpips package's, torchvision's), or a name of the hub."""
-    extractor: ExtractorName | Literal["none"] = "vgg16"
-    """Features of the Frechet distances; none leaves them out. inception is that of published FIDs."""
-    extractor_weights: Path | None = None
-    """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    """Settings of the metrics."""
-
-    def __post_init__(self) -> None:
-        if self.scenes and self.label_maps is not None:
-            raise ValueError(
-                "scenes are rendered with their own label maps; give either label_maps or scenes"
-            )
-        if self.label_maps is None and (self.label_images is not None or self.ignore is not None):
-            raise ValueError("label_images and ignore say something about label_maps, which were not given")
-        for name, least in (("label_count", 1), ("scenes", 0), ("size", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.extractor == "none" and self.extractor_weights is not None:
-            raise ValueError("extractor none takes no extractor_weights; leave them out or name an extractor")
 
 
 def run_profile(

@@ -17,8 +17,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from openpae import config as configs
+from openpae.models.configs import PAEConfig
 from openpae.models.encoders import FrozenEncoder, empty_encoder, encoder_architecture
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.tokenizer import PAE
 
 
 class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types

@@ -12,11 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openpae.models.dit import LightningDiT, LightningDiTConfig
-from openpae.models.ditdh import DiTDH, DiTDHConfig, Generator, GeneratorConfig, HeadConfig
+from openpae.models.configs import (
+    DecoderConfig,
+    DiTDHConfig,
+    GeneratorConfig,
+    HeadConfig,
+    LightningDiTConfig,
+    PAEConfig,
+)
+from openpae.models.dit import LightningDiT
+from openpae.models.ditdh import DiTDH, Generator
 from openpae.models.encoders import Encoder, FrozenEncoder, load_encoder
 from openpae.models.layers import rope_2d, sincos_2d
-from openpae.models.tokenizer import PAE, DecoderConfig, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.storage.weights import load_strict, read_tensors, some
 
 # Names of the authors' release -> ours. First match wins; a name that none matches is an error.

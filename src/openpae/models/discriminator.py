@@ -9,46 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openpae.models.configs import DiscriminatorConfig
 from openpae.models.layers import to_grid
 from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
 
 AUGMENT_DRAWS = 7
 """Uniform numbers per image that `diff_augment` needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
-    """A discriminator."""
-
-    kind: Literal["features", "patch"] = "features"
-    """features: heads on a frozen ViT, as in the nearest public recipe (RAE, arXiv:2510.11690); patch: a
-    PatchGAN, which needs no weights."""
-    source: str = "facebook/dino-vits8"
-    """features: hub name or local folder of the ViT, a ViTModel of the transformers package."""
-    taps: tuple[int, ...] = (3, 6, 9, 12)
-    """features: blocks of the ViT, counted from 1, behind which a head looks."""
-    head_dim: int = 256
-    """features: width of the heads."""
-    width: int = 64
-    """patch: channels of the first layer; each of the next doubles them, up to 8 times."""
-    num_layers: int = 3
-    """patch: layers of stride 2; 3 judge patches of 70 x 70 pixels."""
-
-    def __post_init__(self) -> None:
-        for name in ("head_dim", "width", "num_layers"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"discriminator.{name} must be >= 1, got {value}")
-        if not self.taps or list(self.taps) != sorted({tap for tap in self.taps if tap >= 1}):
-            raise ValueError(
-                f"discriminator.taps must hold blocks of the ViT, counted from 1, in order, got {self.taps}"
-            )
 
 
 class SpectralConv2d(nn.Module):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from openpae.models.configs import LightningDiTConfig
 from openpae.models.layers import (
-    check_heads,
     resize_positions,
     rope_2d,
     rotate,
@@ -22,102 +20,6 @@ from openpae.models.layers import (
     unpatchify,
 )
 from openpae.storage import hub
-
-SIZES = {
-    "s": (12, 384, 6),
-    "b": (12, 768, 12),
-    "l": (24, 1024, 16),
-    "xl": (28, 1152, 16),
-    "1p0b": (24, 1536, 24),
-    "1p6b": (28, 1792, 28),
-}
-"""num_layers, hidden_dim, num_heads of the named sizes."""
-
-
-def size_fields(size: str) -> dict[str, Any]:
-    """num_layers, hidden_dim and num_heads of a named size.
-
-    Raises:
-        ValueError: no such size.
-    """
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
-    return dict(zip(("num_layers", "hidden_dim", "num_heads"), SIZES[size], strict=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LightningDiTConfig:
-    """A generator. The defaults are XL/1 on 32x16x16 latents with the 1,000 classes of ImageNet."""
-
-    latent_dim: int = 32
-    """Latent channels C."""
-    grid_size: int = 16
-    """Side of the latent grid, or its height h where grid_width is set."""
-    grid_width: int | None = None
-    """Width w of the latent grid where it is not square; null: as grid_size."""
-    patch_size: int = 1
-    """Latent cells per token and axis."""
-    hidden_dim: int = 1152
-    """Width D."""
-    num_layers: int = 28
-    """Transformer blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-    num_classes: int = 1000
-    """Classes K; label K is the null class of classifier-free guidance."""
-    class_dropout: float = 0.1
-    """How often training replaces a label by the null class, in [0, 1]."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys: off in the 80-epoch recipe, on in the 800-epoch one."""
-
-    def __post_init__(self) -> None:
-        check_generator(self)
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> LightningDiTConfig:
-        """A config of a named size: s, b, l, xl, 1p0b or 1p6b.
-
-        Raises:
-            ValueError: no such size.
-        """
-        return cls(**size_fields(size), **changes)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return (self.latent_dim, self.grid_size, self.grid_width or self.grid_size)
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        _, h, w = self.latent_shape
-        return (h // self.patch_size, w // self.patch_size)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that `run_blocks` can checkpoint."""
-        return self.num_layers
-
-
-def check_generator(config: Any) -> None:
-    """Check the fields that the configs of all generators share.
-
-    Raises:
-        ValueError: names the field.
-    """
-    for name in ("latent_dim", "grid_size", "patch_size", "hidden_dim", "num_layers", "num_classes"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    if config.grid_width is not None and config.grid_width < 1:
-        raise ValueError(f"grid_width must be >= 1 or null, got {config.grid_width}")
-    for name in ("grid_size", "grid_width"):
-        if (getattr(config, name) or 0) % config.patch_size:
-            raise ValueError(
-                f"patch_size must divide {name}, got {config.patch_size} and {getattr(config, name)}"
-            )
-    if not 0 <= config.class_dropout <= 1:
-        raise ValueError(f"class_dropout must lie in [0, 1], got {config.class_dropout}")
-    check_heads(config.hidden_dim, config.num_heads)
 
 
 class Attention(nn.Module):

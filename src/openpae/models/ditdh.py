@@ -8,99 +8,20 @@ looks at them too and gives the velocity.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models.dit import (
-    DiTBlock,
-    LightningDiT,
+from openpae.models.configs import (
+    DiTDHConfig,
+    GeneratorConfig,
     LightningDiTConfig,
-    check_generator,
-    checked_statistics,
-    run_blocks,
-    size_fields,
 )
-from openpae.models.layers import check_heads, rope_2d, sincos_2d, to_tokens, unpatchify
+from openpae.models.dit import DiTBlock, LightningDiT, checked_statistics, run_blocks
+from openpae.models.layers import rope_2d, sincos_2d, to_tokens, unpatchify
 from openpae.storage import hub
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """The wide head. The defaults are RAE's, for every size of the DiT."""
-
-    hidden_dim: int = 2048
-    """Width W; at least the latent channels of a patch (Theorem 1 of RAE)."""
-    num_layers: int = 2
-    """Transformer blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_dim", "num_layers"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"head.{name} must be >= 1, got {value}")
-        check_heads(self.hidden_dim, self.num_heads)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTDHConfig:
-    """A generator with a wide head. The defaults are RAE's DiT-DH-XL on features of DINOv2-B."""
-
-    latent_dim: int = 768
-    """Latent channels C."""
-    grid_size: int = 16
-    """Side of the latent grid, or its height h where grid_width is set."""
-    grid_width: int | None = None
-    """Width w of the latent grid where it is not square; null: as grid_size."""
-    patch_size: int = 1
-    """Latent cells per token and axis."""
-    hidden_dim: int = 1152
-    """Width D of the DiT."""
-    num_layers: int = 28
-    """Transformer blocks of the DiT."""
-    num_heads: int = 16
-    """Attention heads of the DiT."""
-    head: HeadConfig = field(default_factory=HeadConfig)
-    """The wide head behind it."""
-    num_classes: int = 1000
-    """Classes K; label K is the null class of classifier-free guidance."""
-    class_dropout: float = 0.1
-    """How often training replaces a label by the null class, in [0, 1]."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys; RAE does not."""
-
-    def __post_init__(self) -> None:
-        check_generator(self)
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> DiTDHConfig:
-        """A config of a named size of the DiT: s, b, l, xl, 1p0b or 1p6b. RAE uses s, b, l and xl.
-
-        Raises:
-            ValueError: no such size.
-        """
-        return cls(**size_fields(size), **changes)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return (self.latent_dim, self.grid_size, self.grid_width or self.grid_size)
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        _, h, w = self.latent_shape
-        return (h // self.patch_size, w // self.patch_size)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that `dit.run_blocks` can checkpoint: those of the DiT and of the head."""
-        return self.num_layers + self.head.num_layers
 
 
 class DiTDH(nn.Module):
@@ -270,8 +191,6 @@ class DiTDH(nn.Module):
 
 Generator = LightningDiT | DiTDH
 """What training, sampling and checkpoints work with."""
-GeneratorConfig = LightningDiTConfig | DiTDHConfig
-"""The config of either."""
 GENERATORS: tuple[type[GeneratorConfig], ...] = (LightningDiTConfig, DiTDHConfig)
 """The classes of configs that `build_generator` takes."""
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openpae.models.configs import check_heads
+
 
 def to_grid(tokens: Tensor, h: int, w: int) -> Tensor:
     """Tokens (B, N, D) in row order to a grid (B, D, h, w). Inverse of `to_tokens`."""
@@ -193,12 +195,6 @@ class TransformerBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
-
-
-def check_heads(dim: int, num_heads: int) -> None:
-    """Raise ValueError unless the heads divide the width."""
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must divide the width, got {num_heads} heads for a width of {dim}")
 
 
 def init_vit(module: nn.Module) -> None:

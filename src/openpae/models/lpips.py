@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LPIPSNet = Literal["vgg", "alex"]
-PerceptualNet = Literal["vgg", "alex", "random"]
-"""What a run may ask for: LPIPS as published, or for trials with fixed random weights."""
+from openpae.models.configs import LPIPSNet
 
 # Each stage ends where LPIPS looks: its convolutions as (out, kernel, stride, padding), a ReLU after each.
 # POOLED are the stages, counted from 0 as in the published heads, that begin with max pooling (stride 2).

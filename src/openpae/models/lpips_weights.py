@@ -12,7 +12,8 @@ import torch
 from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
-from openpae.models.lpips import LPIPS, POOLED, STAGES, LPIPSNet, PerceptualNet
+from openpae.models.configs import LPIPSNet, PerceptualNet
+from openpae.models.lpips import LPIPS, POOLED, STAGES
 from openpae.storage.assets import fetch
 from openpae.storage.hub import find_folder
 from openpae.storage.weights import read_tensors, some

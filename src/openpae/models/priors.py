@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from openpae.models.configs import LinearTargetsConfig, RefinerConfig
 from openpae.models.layers import TransformerBlock, init_vit, sincos_2d, to_sphere
 from openpae.models.upsampling import full_precision
 
@@ -26,45 +26,6 @@ class Prior(Protocol):
     def __call__(self, features: Tensor) -> Tensor:
         """Targets (B, N, C) of features H_vfm (B, N, D), on the sphere, without gradient."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefinerConfig:
-    """A refiner. The defaults are for DINOv2-L; the decoder's sizes are the paper's."""
-
-    feature_dim: int = 1024
-    """Width D of the VFM's features."""
-    latent_dim: int = 32
-    """Channels C of the targets: those of the tokenizer's latent."""
-    grid_size: int = 16
-    """Side of the token grid, or its height h where grid_width is set: that of the tokenizer's latent."""
-    grid_width: int | None = None
-    """Width w of the token grid where it is not square; null: as grid_size."""
-    num_heads: int = 16
-    """Attention heads of P_t: those of the VFM."""
-    decoder_layers: int = 4
-    """Transformer blocks of Q_t."""
-    decoder_dim: int = 1024
-    """Width of Q_t."""
-    decoder_heads: int = 16
-    """Attention heads of Q_t."""
-
-    def __post_init__(self) -> None:
-        for name in ("feature_dim", "latent_dim", "grid_size", "decoder_layers", "decoder_dim"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.grid_width is not None and self.grid_width < 1:
-            raise ValueError(f"grid_width must be >= 1 or null, got {self.grid_width}")
-        for name, width in (("num_heads", self.feature_dim), ("decoder_heads", self.decoder_dim)):
-            if (heads := getattr(self, name)) < 1 or width % heads:
-                raise ValueError(f"{name} must divide the width {width}, got {heads}")
-        if self.decoder_dim % 4:
-            raise ValueError(f"decoder_dim must be a multiple of 4 for its positions, got {self.decoder_dim}")
-
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        """(h, w)."""
-        return (self.grid_size, self.grid_width or self.grid_size)
 
 
 class TargetProjector(nn.Module):
@@ -158,24 +119,6 @@ class Refiner(nn.Module):
             raise ValueError(f"prior must be (B, N, C) with (N, C) = {expected}, got {tuple(prior.shape)}")
         features: Tensor = self.decoder(prior)
         return features
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearTargetsConfig:
-    """A fixed linear map of the features: the raw targets of Table 2(b)."""
-
-    projection: Literal["pca", "random"] = "pca"
-    """How the map was found."""
-    feature_dim: int = 1024
-    """Width D of the VFM's features."""
-    latent_dim: int = 32
-    """Channels C of the targets."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.latent_dim <= self.feature_dim:
-            raise ValueError(
-                f"latent_dim must lie in [1, feature_dim = {self.feature_dim}], got {self.latent_dim}"
-            )
 
 
 class LinearTargets(nn.Module):

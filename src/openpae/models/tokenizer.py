@@ -4,14 +4,13 @@ paper)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from openpae import config as configs
+from openpae.models.configs import DecoderConfig, PAEConfig
 from openpae.models.encoders import (
     Encoder,
     EncoderInput,
@@ -22,7 +21,6 @@ from openpae.models.encoders import (
 from openpae.models.layers import (
     SelfAttention,
     TransformerBlock,
-    check_heads,
     init_vit,
     resize_positions,
     sincos_2d,
@@ -38,92 +36,6 @@ from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
 from openpae.storage.model_folder import CONFIG, ENCODER, model_folder, read_model
 from openpae.storage.weights import load_strict
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The pixel decoder, a ViT. The paper's sizes: B 768/12/12/3072, L 1024/24/16/4096, XL
-    1152/28/16/4096."""
-
-    hidden_dim: int = 1024
-    """Width W."""
-    num_layers: int = 24
-    """Transformer blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-    mlp_dim: int = 4096
-    """Width inside the MLPs."""
-    patch_size: int = 16
-    """Pixels per token and axis: image_size / patch_size is the side of the latent grid."""
-
-    def __post_init__(self) -> None:
-        for part in fields(self):
-            if (value := getattr(self, part.name)) < 1:
-                raise ValueError(f"decoder.{part.name} must be >= 1, got {value}")
-        check_heads(self.hidden_dim, self.num_heads)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PAEConfig:
-    """A tokenizer. The defaults are the paper's main model: DINOv2-L, 32 channels on 16x16."""
-
-    encoder: str = "dinov2-l"
-    """The VFM, a row of openpae.models.vfms.ENCODERS."""
-    encoder_source: str | None = None
-    """Hub name or local folder of its weights; null takes the row's own."""
-    image_size: int = 256
-    """Side of the training images in pixels, or their height where image_width is set. A trained tokenizer
-    takes images of any size that its patches divide."""
-    image_width: int | None = None
-    """Width of the training images where they are not square; null: as image_size."""
-    latent_dim: int = 32
-    """Latent channels C."""
-    modulator_layers: int = 6
-    """Layers K of the Detail-Aware Modulator."""
-    width: int | None = None
-    """Width of modulator and projectors; null is the VFM's own, as in the paper. Otherwise one linear layer
-    behind the VFM narrows its features (our choice, for sizes that a CPU can train)."""
-    fusion: Literal["modulate", "add", "concat", "finetune", "none"] = "modulate"
-    """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
-    the RAE of arXiv:2510.11690: the features themselves are the latent, and only the decoder is trained."""
-    sphere: Literal["token", "sample"] = "token"
-    """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole
-    sample."""
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """The pixel decoder."""
-
-    def __post_init__(self) -> None:
-        for name, side in zip(("image_size", "image_width"), self.image_shape, strict=True):
-            if side < 1 or side % self.decoder.patch_size:
-                raise ValueError(
-                    f"{name} must be a multiple of decoder.patch_size, "
-                    f"got {side} and {self.decoder.patch_size}"
-                )
-        for name in ("latent_dim", "width"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.fusion == "none" and self.width is not None:
-            raise ValueError(
-                f"fusion none keeps the VFM's features as they are, so width must be null, got {self.width}"
-            )
-        if self.modulator_layers < 0:
-            raise ValueError(f"modulator_layers must be >= 0, got {self.modulator_layers}")
-
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """(H, W) of the training images."""
-        return (self.image_size, self.image_size if self.image_width is None else self.image_width)
-
-    @property
-    def grid_shape(self) -> tuple[int, int]:
-        """(h, w) of their latents."""
-        height, width = self.image_shape
-        return (height // self.decoder.patch_size, width // self.decoder.patch_size)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return (self.latent_dim, *self.grid_shape)
 
 
 class Projector(nn.Module):

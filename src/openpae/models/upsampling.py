@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openpae.models.configs import LowPassConfig
 from openpae.models.layers import to_grid, to_tokens
 from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -26,26 +26,6 @@ ANYUP_WEIGHTS = "https://github.com/wimmerth/anyup/releases/download/checkpoint/
 
 _CELL_REACH, _COLOUR_REACH, _WINDOW = 1.0, 0.1, 2.0  # of joint bilateral upsampling, see bilateral_weights
 _CHUNK = 2**24  # numbers that joint bilateral upsampling holds at once: 64 MiB, a few of which live together
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowPassConfig:
-    """The low-pass between upsampling and the latent grid: (1 - s) H + s blur(H).
-
-    Our choice: the paper says "low-pass" and "spatial normalisation, strength 0.4" (docs/deviations.md).
-    """
-
-    strength: float = 0.4
-    """Share s of the blurred features; 0 has no low-pass."""
-    sigma: float = 0.5
-    """Standard deviation of the Gaussian, in cells of the latent grid. Half a cell leaves 29 % of the
-    amplitude at the grid's Nyquist frequency, and 0.7 % at twice that, where sampling sees a constant."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"low_pass.strength must lie in [0, 1] (0 has no low-pass), got {self.strength}")
-        if self.sigma <= 0:
-            raise ValueError(f"low_pass.sigma must be > 0 cells, got {self.sigma}")
 
 
 @torch.no_grad()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from openpae.models.backbones import convert_internvit
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -129,6 +128,12 @@ def _clip(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
     )
 
 
+def _convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from openpae.models.backbones import convert_internvit  # only where weights are read: it needs torch
+
+    return convert_internvit(state)
+
+
 ENCODERS = {
     "dinov2-s": _dinov2("small", 384, 6),
     "dinov2-b": _dinov2("base", 768, 12),
@@ -161,7 +166,7 @@ ENCODERS = {
         final_norm=None,
         merge=2,
         options={"attention_bias": True},  # the hub's config says it by another name
-        convert=convert_internvit,
+        convert=_convert_internvit,
     ),
     # As the authors' released tokenizer has it, which alone holds the weights of the MLP.
     "internvit-300m-mlp": EncoderSpec(
@@ -175,7 +180,7 @@ ENCODERS = {
         merge=2,
         merge_by="mlp",
         options={"attention_bias": True},
-        convert=convert_internvit,
+        convert=_convert_internvit,
     ),
     # A CNN: block 10 (112 channels) beside block 15 (320 channels, upsampled), each normalised per token.
     "efficientnet-lite0": EncoderSpec(

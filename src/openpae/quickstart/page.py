@@ -18,12 +18,12 @@ from openpae.data.pixels import image_grid, pca_pictures, to_unit
 from openpae.engine.journal import read_log
 from openpae.models.tokenizer import PAE
 from openpae.objective.losses import perturb
-from openpae.objective.terms import TokenizerLoss
+from openpae.objective.settings import TokenizerLoss
 from openpae.report import Page, png_bytes
-from openpae.sampling.sampler import SamplerConfig
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, whole_file
 from openpae.storage.model_folder import PARTS, README, RECORD
-from openpae.train.tokenizer import TokenizerRun
+from openpae.train.settings import TokenizerRun
 
 _OPENMOJI = "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
 

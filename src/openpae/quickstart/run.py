@@ -32,12 +32,14 @@ from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import PAE
 from openpae.quickstart.page import pretrained_report, quickstart_report
 from openpae.sampling.pipeline import Pipeline
-from openpae.sampling.sampler import SamplerConfig, balanced_labels, sample_images
+from openpae.sampling.sampler import balanced_labels, sample_images
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, whole_file, write_json
 from openpae.storage.model_folder import PARTS, identity_of
-from openpae.train.generator import GeneratorRun, GeneratorTask, train_generator
-from openpae.train.refiner import RefinerRun, RefinerTask, train_refiner
-from openpae.train.tokenizer import TokenizerRun, TokenizerTask, train_tokenizer
+from openpae.train.generator import GeneratorTask, train_generator
+from openpae.train.refiner import RefinerTask, train_refiner
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerTask, train_tokenizer
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from openpae.models.layers import slerp, to_grid, to_tokens
 from openpae.models.tokenizer import PAE
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import Decoder, SamplerConfig, sample_latents
+from openpae.sampling.sampler import Decoder, sample_latents
+from openpae.sampling.settings import SamplerConfig
 
 
 def interpolate_images(

@@ -15,7 +15,8 @@ from openpae.data.pixels import to_image
 from openpae.models.ditdh import Generator
 from openpae.models.saved import check_pair, load_generator
 from openpae.models.tokenizer import PAE
-from openpae.sampling.sampler import SamplerConfig, sample_images
+from openpae.sampling.sampler import sample_images
+from openpae.sampling.settings import SamplerConfig
 from openpae.storage import hub
 from openpae.storage.card import model_card
 from openpae.storage.model_folder import PARTS, README, identity_of, new_model_folder

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +30,9 @@ from openpae.data.shards import Layout, Shards, ShardWriter
 from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import Decoder, SamplerConfig, decoded, evaluations, sample_batches
+from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
+from openpae.sampling.settings import Format, SamplerConfig
 from openpae.storage.files import file_hash, read_json, whole_file, whole_folder, write_json
-
-Format = Literal["npz", "png", "safetensors", "latents"]
-"""npz: samples.npz in the layout of ADM (arr_0 uint8 images, arr_1 labels); png: a folder of images, named by
-their index; safetensors: images (n, 3, H, W) uint8 and labels; latents: the same of latents, float32, not
-decoded."""
 
 FILES: Mapping[Format, str] = {
     "npz": "samples.npz",

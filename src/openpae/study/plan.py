@@ -25,8 +25,7 @@ from openpae.study.stage import (
     StageLayout,
     short_hash,
 )
-from openpae.train.generator import GeneratorRun
-from openpae.train.tokenizer import TokenizerRun
+from openpae.train.settings import GeneratorRun, TokenizerRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,7 @@ from openpae.study.stage import (
     Stage,
     settings_of,
 )
-from openpae.train.generator import GeneratorRun
-from openpae.train.refiner import RefinerRun
-from openpae.train.tokenizer import TokenizerRun
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 TRAINING = (RefinerRun, TokenizerRun, GeneratorRun)
 _STEPS, _IMAGES = (4, 12), (16, 48)

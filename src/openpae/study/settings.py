@@ -12,13 +12,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from openpae import config as configs
-from openpae.eval.extractors import ExtractorName
-from openpae.geometry.measure import MeasureConfig
-from openpae.models.lpips import PerceptualNet
-from openpae.sampling.sampler import SamplerConfig
-from openpae.train.generator import GeneratorRun
-from openpae.train.refiner import RefinerRun
-from openpae.train.tokenizer import TokenizerRun
+from openpae.eval.settings import ExtractorName
+from openpae.geometry.settings import MeasureConfig
+from openpae.models.configs import PerceptualNet
+from openpae.sampling.settings import SamplerConfig
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 T = TypeVar("T")
 

@@ -10,12 +10,14 @@ from torch import nn
 
 from openpae.data.images import chosen_rows, open_images
 from openpae.data.label_maps import Segmented, read_segmented
-from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
+from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.image_stream import real_images
 from openpae.eval.reference import Reference, read_reference
-from openpae.geometry.measure import MeasureConfig
-from openpae.models.lpips import LPIPS, PerceptualNet
+from openpae.eval.settings import ExtractorName
+from openpae.geometry.settings import MeasureConfig
+from openpae.models.configs import PerceptualNet
+from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from openpae.eval.extractors import ExtractorName
+from openpae.eval.settings import ExtractorName
 from openpae.runtime import processes
 from openpae.study.settings import JudgeSettings, MeasureSettings
 

@@ -43,10 +43,11 @@ from openpae.study.stage import (
     StageKind,
     StageLayout,
 )
-from openpae.train.generator import GeneratorRun, train_generator
-from openpae.train.refiner import RefinerRun, train_refiner
+from openpae.train.generator import train_generator
+from openpae.train.refiner import train_refiner
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 from openpae.train.targets import fit_targets
-from openpae.train.tokenizer import TokenizerRun, train_tokenizer
+from openpae.train.tokenizer import train_tokenizer
 
 Metrics = dict[str, dict[str, Any]]
 """Name -> value and stderr."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,77 +14,22 @@ from openpae.data.order import StepBatches, loader
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
-from openpae.eval.extractors import ExtractorName, load_extractor
+from openpae.eval.extractors import load_extractor
 from openpae.eval.image_stream import drawn_images
 from openpae.eval.reference import open_reference
-from openpae.models.dit import LightningDiTConfig
-from openpae.models.ditdh import GeneratorConfig, build_generator
+from openpae.models.configs import GeneratorConfig
+from openpae.models.ditdh import build_generator
 from openpae.models.saved import load_tokenizer, write_generator
 from openpae.objective.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.sampling.sampler import SamplerConfig, balanced_labels
+from openpae.sampling.sampler import balanced_labels
 from openpae.storage.model_folder import identity_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorRun:
-    """One training run of a generator."""
-
-    model: GeneratorConfig = field(default_factory=LightningDiTConfig)
-    """The generator; `kind` DiTDHConfig makes it RAE's, with a wide head."""
-    checkpoint_blocks: int = 0
-    """Blocks, from the first on, whose activations are computed again in the backward pass instead of kept:
-    less memory for a third more work in them. The result is the same."""
-    latents: Path
-    """Cached latents (pae cache-latents)."""
-    held_out_latents: Path | None = None
-    """Latents of other images, for the loss that evaluation reports; null leaves it out."""
-    tokenizer: Path | None = None
-    """Decodes samples for the Frechet distance that evaluation reports; null leaves it out."""
-    evaluation_images: Path | None = None
-    """What the samples are compared with: real images, an npz of the ADM layout, or a reference that
-    `pae evaluate --save-reference` wrote; needed beside `tokenizer`."""
-    evaluation_samples: int = 1000
-    """How many samples."""
-    extractor: ExtractorName = "vgg16"
-    """Features of that distance."""
-    extractor_weights: Path | None = None
-    """inception: its weights file; dinov2: a local folder in place of the hub's."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """How the samples are drawn."""
-    times: Literal["logit-normal", "uniform"] = "logit-normal"
-    """How training positions t are drawn, before the shift; uniform is RAE's."""
-    time_shift: float | None = 0.7
-    """Shift of the training positions: t' = s t / (1 + (s - 1) t). Null takes it from the number of
-    dimensions, s = sqrt(4096 / (C h w)), as RAE does."""
-    cosine: float = 1.0
-    """Weight of the cosine term beside the mean squared error."""
-    optim: OptimConfig
-    """How it is trained."""
-    loop: LoopConfig
-    """How long it is trained."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.checkpoint_blocks <= self.model.num_blocks:
-            raise ValueError(
-                f"checkpoint_blocks must lie in [0, {self.model.num_blocks}], the number of blocks, got "
-                f"{self.checkpoint_blocks}"
-            )
-        if self.time_shift is not None and self.time_shift <= 0:
-            raise ValueError(
-                f"time_shift must be > 0 (1 changes nothing, null takes it from C h w), got {self.time_shift}"
-            )
-        if (self.tokenizer is None) != (self.evaluation_images is None):
-            raise ValueError("tokenizer and evaluation_images are needed both, or neither")
-        if self.evaluation_samples < 2:
-            raise ValueError(f"evaluation_samples must be >= 2, got {self.evaluation_samples}")
-        if self.cosine < 0:
-            raise ValueError(f"cosine must be >= 0 (0 switches it off), got {self.cosine}")
+from openpae.train.settings import GeneratorRun
 
 
 class GeneratorTask:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,71 +14,19 @@ from openpae.data.caches import Progress, cache_features
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
+from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
 from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
 from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
-from openpae.models.priors import Refiner, RefinerConfig
+from openpae.models.priors import Refiner
 from openpae.models.saved import write_prior
-from openpae.models.upsampling import LowPassConfig, load_anyup, reference_features
+from openpae.models.upsampling import load_anyup, reference_features
 from openpae.objective.losses import feature_reconstruction, gram_alignment
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefinerRun:
-    """One training run of a refiner."""
-
-    model: RefinerConfig = field(default_factory=RefinerConfig)
-    """The refiner."""
-    encoder: str = "dinov2-l"
-    """The VFM, a row of openpae.models.vfms.ENCODERS."""
-    encoder_source: str | None = None
-    """Hub name or local folder of its weights; null takes the row's own."""
-    image_size: int = 256
-    """Side of the training images in pixels, or their height where image_width is set; divided by
-    model.grid_size it gives the tokenizer's patch."""
-    image_width: int | None = None
-    """Width of the training images where they are not square; null: as image_size."""
-    data: ImageData
-    """Its images."""
-    upsampler: Literal["anyup", "jbu", "bilinear"] = "jbu"
-    """How H_ref is brought to the image's size: anyup (the paper's; weights from torch hub), joint bilateral
-    upsampling (image-guided, training-free) or bilinear."""
-    low_pass: LowPassConfig = field(default_factory=LowPassConfig)
-    """The low-pass behind it."""
-    reconstruction: float = 1.0
-    """Weight l_rep of ||H^ - H_vfm||^2."""
-    gram: float = 1.0
-    """Weight l_gram of the Gram match to H_ref."""
-    optim: OptimConfig
-    """How it is trained."""
-    loop: LoopConfig
-    """How long it is trained."""
-
-    def __post_init__(self) -> None:
-        if self.image_size % self.model.grid_size:
-            raise ValueError(
-                f"image_size must be a multiple of model.grid_size = {self.model.grid_size}, "
-                f"got {self.image_size}"
-            )
-        patch, (_, width) = self.image_size // self.model.grid_size, self.image_shape
-        if width != patch * self.model.grid_shape[1]:
-            raise ValueError(
-                f"image_width must be {patch} pixels for each of the {self.model.grid_shape[1]} columns of "
-                f"the model's grid, got {width}; set image_width and model.grid_width"
-            )
-        for name in ("reconstruction", "gram"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be >= 0 (0 switches it off), got {weight}")
-
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """(H, W) of the training images."""
-        return (self.image_size, self.image_size if self.image_width is None else self.image_width)
+from openpae.train.settings import RefinerRun
 
 
 class RefinerTask:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,16 @@ from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, Subset, open_images, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, ImageData, TrainingImages, broken_count, image_batches
+from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
 from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.settings import LoopConfig, OptimConfig, adamw, device_batches
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
-from openpae.eval.extractors import ExtractorName, FeatureExtractor, load_extractor
+from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.image_stream import real_images
-from openpae.geometry.measure import MeasureConfig, measure_tokenizer
+from openpae.geometry.measure import measure_tokenizer
+from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import pae_space
 from openpae.models.denoiser import LatentDenoiser
 from openpae.models.discriminator import AUGMENT_DRAWS, build_discriminator, diff_augment, frozen
@@ -32,7 +32,7 @@ from openpae.models.encoders import Encoder, encoder_architecture, encoder_finge
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.tokenizer import PAE
 from openpae.objective.losses import (
     adaptive_weight,
     compared_pairs,
@@ -41,74 +41,13 @@ from openpae.objective.losses import (
     perturb,
     reached_angle,
 )
-from openpae.objective.terms import (
-    TokenizerLoss,
-    generic_terms,
-    gradient_shares,
-    image_terms,
-    latent_noise,
-    prior_terms,
-)
+from openpae.objective.settings import TokenizerLoss
+from openpae.objective.terms import generic_terms, gradient_shares, image_terms, latent_noise, prior_terms
 from openpae.runtime import processes
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import identity_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRun:
-    """One training run of a tokenizer."""
-
-    model: PAEConfig = field(default_factory=PAEConfig)
-    """The tokenizer."""
-    start: Literal["vit", "local"] = "vit"
-    """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
-    itself, and images with the spectrum of photographs; a run of minutes is a decibel ahead
-    (docs/results.md), what it does to a long one is not known."""
-    prior: Path | None = None
-    """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
-    data: ImageData
-    """Its images."""
-    loss: TokenizerLoss = field(default_factory=TokenizerLoss)
-    """What it is trained for."""
-    extractor: ExtractorName | None = None
-    """Features of the Frechet distance of reconstructions that evaluation reports; null leaves it out."""
-    extractor_weights: Path | None = None
-    """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
-    geometry: bool = False
-    """Let evaluation also report GSQ, eRank and LPC of the held-out latents, LPC of a tenth of the images, as
-    each costs nine decodes."""
-    optim: OptimConfig
-    """How it is trained."""
-    loop: LoopConfig
-    """How long it is trained."""
-
-    def __post_init__(self) -> None:
-        if self.model.fusion == "none":
-            idle = ("ssr", "scr", "kl", "diffusion", "gradients_every")
-            if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:
-                raise ValueError(
-                    f"{', '.join(on)} must be 0 for model.fusion none: they act on the latent, which is then "
-                    "the VFM's own features"
-                )
-        if self.data.feature_cache is not None and self.model.fusion == "finetune":
-            raise ValueError("data.feature_cache cannot serve model.fusion finetune: the features change")
-        if self.loss.needs_prior and self.prior is None:
-            raise ValueError(
-                "loss.ssr and loss.scr need prior, the folder of a refiner; train one with pae "
-                "train-refiner, "
-                "or set both to 0"
-            )
-        if self.loop.compile and (self.loss.gradients_every or self.loss.gan_weight == "adaptive"):
-            raise ValueError(
-                "loop.compile cannot be combined with loss.gradients_every or loss.gan_weight adaptive: "
-                "both run "
-                "backward twice, and a compiled graph gives its buffers away after the first"
-            )
-        if self.loss.needs_prior and self.model.fusion == "finetune":
-            raise ValueError(
-                "loss.ssr and loss.scr need a frozen VFM; model.fusion finetune moves its features"
-            )
+from openpae.train.settings import TokenizerRun
 
 
 class TokenizerTask:
