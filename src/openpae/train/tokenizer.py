@@ -127,7 +127,7 @@ class TokenizerTask:
             if self.run.loss.gan_weight == "adaptive":
                 logs["gan_weight"] = weights["gan"] = weights["gan"] * self._adaptive_weight(terms, weights)
         every = self.run.loss.gradients_every
-        if every and step % every == 0:
+        if every and draws.step % every == 0:
             logs |= gradient_shares(terms, weights, z)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         logs |= {name: term.detach() for name, term in terms.items()}
