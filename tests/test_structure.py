@@ -44,7 +44,7 @@ FILES_OF = {
     "geometry": "settings metrics interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
     "study": "settings shared stage plan work table once page text rehearse run",
-    "bench": "record data metrics generator stages",
+    "bench": "record noise generator tokenizer",
     "quickstart": "page run",
     "commands": "console describe data train sample measure publish study bench",
 }
