@@ -43,7 +43,7 @@ FILES_OF = {
     "reference generation evaluate guidance_search run",
     "geometry": "settings metrics interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
-    "study": "settings shared stage plan work table once page text rehearse run",
+    "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
     "bench": "record noise generator tokenizer",
     "quickstart": "page run",
     "commands": "console describe data train sample measure publish study bench",
