@@ -81,7 +81,8 @@ document.addEventListener("click", event => {
   if (image) image.classList.toggle("large");
 });
 document.addEventListener("keydown", event => {
-  if (event.key === "Escape") document.querySelectorAll("img.large").forEach(i => i.classList.remove("large"));
+  if (event.key !== "Escape") return;
+  document.querySelectorAll("img.large").forEach(image => image.classList.remove("large"));
 });
 """
 """A click enlarges a picture to the window; another one, or Escape, puts it back."""
@@ -116,7 +117,7 @@ class Page:
         self.parts.append(f'<div class="cards">{"".join(cards)}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of text; on a narrow screen each row becomes a block of lines, with the header before each."""
+        """A table of text; on a narrow screen each row becomes a block of lines."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join(f"<tr>{''.join(map(_cell, header, row))}</tr>" for row in rows)
         self.parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")

@@ -128,8 +128,8 @@ class LoopConfig:
             )
         if self.seconds is not None and self.keep_every:
             raise ValueError(
-                f"loop.keep_every must be 0 with loop.seconds, got {self.keep_every}: the steps that such a run "
-                "saves at are not known before"
+                f"loop.keep_every must be 0 with loop.seconds, got {self.keep_every}: the steps at which "
+                "such a run saves are not known before"
             )
         if self.keep_every % self.save_every:
             raise ValueError(
@@ -140,8 +140,8 @@ class LoopConfig:
 
 
 def lr_at(step: float, optim: OptimConfig, steps: int) -> float:
-    """Learning rate at a position of a schedule of `steps`: linear warm-up from lr / warmup_steps, then constant or half a cosine to
-    final_lr."""
+    """Learning rate at a position of a schedule of `steps`: linear warm-up from lr / warmup_steps, then
+    constant or half a cosine to final_lr."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.final_lr is None:

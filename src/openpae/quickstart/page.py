@@ -21,7 +21,7 @@ from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES
 from openpae.data.pixels import image_grid, pca_pictures
 from openpae.engine.journal import read_log
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.objective.losses import perturb
 from openpae.report import Page, png_bytes
 from openpae.sampling.settings import SamplerConfig
@@ -55,7 +55,7 @@ class Result:
     """Its folder; the page and its pictures go there."""
     seconds: Mapping[str, float]
     """Time of each stage."""
-    tokenizer: PAE
+    tokenizer: Autoencoder
     """With its encoder, in evaluation mode."""
     held_out: PackedImages
     """Emoji that training never saw."""
@@ -91,8 +91,8 @@ def quickstart_report(result: Result, verdict: str = "") -> Path:
     page.heading("The numbers")
     page.table(*metrics_table(result.record))
     page.text(
-        "Frechet distances are taken in pooled VGG16 relu5_3 features (512-d), against held-out emoji for the "
-        "reconstructions and against training pictures for the samples. They do not compare with a published "
+        "Frechet distances are taken in pooled VGG16 relu5_3 features (512-d), against held-out emoji for "
+        "the reconstructions and against training pictures for the samples. They do not compare with a published "
         "FID. At such sample counts they are biased upwards: read them beside the distance of real to real "
         "pictures."
     )
@@ -142,7 +142,7 @@ def pretrained_report(result: Result, folder: Path) -> Path:
 
 
 def metrics_table(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Header and rows of the one table of all metrics: in words, an arrow for better, beside what costs nothing.
+    """Header and rows of the table of all metrics: in words, an arrow for better, beside what costs nothing.
 
     Args:
         record: reconstruction, samples, free and recognised, as far as they were measured.
@@ -244,8 +244,8 @@ def _show_moves(page: Page, result: Result, x: Tensor, z: Tensor, y: Tensor) -> 
     page.heading(f"A move on the sphere: {told} are recognised")
     page.rows(
         strips,
-        "Decodes of the latent, and of the latent moved along one random direction: what MCR compares. Without "
-        f"a move, {shares['0']:.0%} are recognised.",
+        "Decodes of the latent, and of the latent moved along one random direction: what MCR compares. "
+        f"Without a move, {shares['0']:.0%} are recognised.",
     )
 
 

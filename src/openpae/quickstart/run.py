@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from openpae import config as configs
-from openpae import quickstart_plans as plans
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
@@ -26,11 +25,12 @@ from openpae.eval.image_stream import real_images, tensor_images
 from openpae.eval.reference import reference_of
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.objective.settings import TokenizerLoss
+from openpae.quickstart import plans
 from openpae.quickstart.page import Result, pretrained_report, quickstart_report
-from openpae.quickstart_verdict import advice, free_frechet, free_psnr, problems, recognised
-from openpae.quickstart_workers import Workers, run_in, time_workers
+from openpae.quickstart.verdict import advice, free_frechet, free_psnr, problems, recognised
+from openpae.quickstart.workers import Workers, run_in, time_workers
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
@@ -118,7 +118,7 @@ def run_quickstart(
     return Outcome(report=quickstart_report(result, verdict), verdict=verdict)
 
 
-def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> PAE:
+def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencoder:
     """Cache the latents of pictures in out/latents by the tokenizer of out/tokenizer, which is returned."""
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, source in pictures.items():
@@ -274,7 +274,7 @@ def _cache_all(out: Path) -> None:
 
 
 def _measure(
-    out: Path, tokenizer: PAE, held_out: PackedImages, budget: float, seed: int
+    out: Path, tokenizer: Autoencoder, held_out: PackedImages, budget: float, seed: int
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """Metrics of reconstructions and samples, beside what costs nothing; and the samples. They are kept in
     evaluation.json and samples.npz."""
@@ -318,7 +318,7 @@ def _measure(
 
 
 def _sampled(
-    tokenizer: PAE, generator: VelocityModel, labels: torch.Tensor, seed: int, *, batch_size: int
+    tokenizer: Autoencoder, generator: VelocityModel, labels: torch.Tensor, seed: int, *, batch_size: int
 ) -> torch.Tensor:
     """A picture for each label, (n, 3, 64, 64) in [0, 1]."""
     batches, show = [], _line("sampling")

@@ -16,7 +16,7 @@ from openpae.eval.estimate import mean_of
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.reference import Reference
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.objective.losses import perturb
 
 
@@ -26,7 +26,7 @@ def patch_colours(images: Tensor, patch: int) -> Tensor:
 
 
 def free_psnr(images: PackedImages, patch: int) -> float:
-    """Mean PSNR in dB of `patch_colours` over all images, as `pae evaluate` measures that of reconstructions."""
+    """Mean PSNR in dB of `patch_colours` over all images, as `pae evaluate` measures reconstructions."""
     values = []
     for start in range(0, len(images), 64):
         x = images.shards.gather(torch.arange(start, min(start + 64, len(images))).numpy()).float() / 255
@@ -49,7 +49,12 @@ def free_frechet(images: Tensor, features: FeatureSet, reference: Reference) -> 
 
 @torch.no_grad()
 def recognised(
-    tokenizer: PAE, pictures: PackedImages, angles: Sequence[float], *, each: int = 2, queries: int = 48
+    tokenizer: Autoencoder,
+    pictures: PackedImages,
+    angles: Sequence[float],
+    *,
+    each: int = 2,
+    queries: int = 48,
 ) -> dict[str, Any]:
     """How many decodes still are the same emoji, of latents as they are and of moved ones.
 
@@ -82,7 +87,7 @@ def recognised(
     return {"shares": shares, "decodes": len(chosen), "among": len(rows)}
 
 
-def _pooled(tokenizer: PAE, images: Tensor) -> Tensor:
+def _pooled(tokenizer: Autoencoder, images: Tensor) -> Tensor:
     return torch.cat([tokenizer.features(part).float().mean(dim=1) for part in images.split(64)])
 
 
@@ -111,6 +116,6 @@ def problems(record: Mapping[str, Any]) -> list[str]:
 def advice(found: list[str], budget: float) -> str:
     """The first line of a result that is of no use: that it is, why, and what to do."""
     return (
-        f"not usable: {'; '.join(found)}. The time was too short for this machine as busy as it was: name a new "
-        f"--out and take --budget {2 * budget / 60:.0f}min, or see what is possible with --pretrained"
+        f"not usable: {'; '.join(found)}. The time was too short for this machine as busy as it was: name a "
+        f"new --out and take --budget {2 * budget / 60:.0f}min, or see what is possible with --pretrained"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from openpae import config as configs
-from openpae.quickstart_workers import Speed, Workers
+from openpae.quickstart.workers import Speed, Workers
 from openpae.storage.files import read_json, write_json
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
@@ -72,7 +72,8 @@ def settle(speeds: list[Speed], budget: float, *, strict: bool) -> tuple[Timing,
         ValueError: strict, and the budget is too short.
     """
     lines = [
-        f"{speed.workers}: {speed.tokenizer:.2f} s a step of the tokenizer, {speed.generator:.2f} s of the generator"
+        f"{speed.workers}: {speed.tokenizer:.2f} s a step of the tokenizer, {speed.generator:.2f} s of the "
+        "generator"
         for speed in speeds
     ]
     best, needed = speeds[0], least_seconds(speeds[0])
@@ -85,8 +86,8 @@ def settle(speeds: list[Speed], budget: float, *, strict: bool) -> tuple[Timing,
     )
     if strict:
         raise ValueError(
-            f"the budget of {budget / 60:g} min is too short: {short}; give --budget {needed / 60 + 0.5:.0f}min, or "
-            "leave out --strict-budget"
+            f"the budget of {budget / 60:g} min is too short: {short}; give --budget "
+            f"{needed / 60 + 0.5:.0f}min, or leave out --strict-budget"
         )
     lines.append(f"the budget of {budget / 60:g} min is too short: {short}; going on for that long")
     return Timing(workers=best.workers, seconds=needed), lines
