@@ -35,7 +35,7 @@ FILES_OF = {
     "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
     "decoder tokenizer generator dit ditdh denoiser discriminator saved",
-    "engine": "settings optim task ema health journal parallel checkpoints diagnosis loop",
+    "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
@@ -45,7 +45,7 @@ FILES_OF = {
     "train": "settings targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
     "bench": "record noise generator tokenizer",
-    "quickstart": "page run",
+    "quickstart": "workers plans verdict page run",
     "commands": "console describe data train sample measure publish study bench",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
