@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from by_hand import (
+from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.engine.journal import read_log
+from openpae.engine.loop import fit, open_run
+from openpae.engine.settings import LoopConfig, OptimConfig
+from openpae.models.configs import LightningDiTConfig
+from openpae.storage.model_folder import checkpoint_path
+from openpae.train.generator import GeneratorTask
+from openpae.train.settings import GeneratorRun
+from tests.by_hand import (
     BATCH,
     LOOP,
     OPTIM,
@@ -31,14 +39,6 @@ from by_hand import (
     snapshot,
     trained,
 )
-from openpae.data.shards import Layout, Shards, ShardWriter
-from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
-from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.configs import LightningDiTConfig
-from openpae.storage.model_folder import checkpoint_path
-from openpae.train.generator import GeneratorTask
-from openpae.train.settings import GeneratorRun
 from tests.conftest import shaken
 
 SEED, PART = 5, 3

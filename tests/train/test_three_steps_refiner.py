@@ -15,7 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from by_hand import (
+from openpae.data.images import PackedImages
+from openpae.data.settings import ImageData
+from openpae.engine.journal import read_log
+from openpae.engine.loop import fit, open_run
+from openpae.engine.settings import LoopConfig, OptimConfig
+from openpae.models.configs import LowPassConfig, RefinerConfig
+from openpae.storage.model_folder import checkpoint_path
+from openpae.train.refiner import RefinerTask
+from openpae.train.settings import RefinerRun
+from tests.by_hand import (
     BATCH,
     LOOP,
     OPTIM,
@@ -31,15 +40,6 @@ from by_hand import (
     snapshot,
     trained,
 )
-from openpae.data.images import PackedImages
-from openpae.data.settings import ImageData
-from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
-from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.configs import LowPassConfig, RefinerConfig
-from openpae.storage.model_folder import checkpoint_path
-from openpae.train.refiner import RefinerTask
-from openpae.train.settings import RefinerRun
 from tests.conftest import shaken
 
 SEED, PART = 2, 2

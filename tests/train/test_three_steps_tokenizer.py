@@ -14,7 +14,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from by_hand import (
+from openpae.data.images import PackedImages
+from openpae.data.settings import ImageData
+from openpae.engine.journal import read_log
+from openpae.engine.loop import fit, open_run
+from openpae.engine.settings import LoopConfig, OptimConfig
+from openpae.models.configs import DiscriminatorConfig, PAEConfig, RefinerConfig
+from openpae.models.encoders import encoder_fingerprint, load_encoder
+from openpae.models.priors import Refiner
+from openpae.models.saved import write_prior
+from openpae.objective.settings import TokenizerLoss
+from openpae.storage.model_folder import checkpoint_path
+from openpae.train.settings import TokenizerRun
+from openpae.train.tokenizer import TokenizerTask
+from tests.by_hand import (
     BATCH,
     LOOP,
     OPTIM,
@@ -33,19 +46,6 @@ from by_hand import (
     stored_images,
     trained,
 )
-from openpae.data.images import PackedImages
-from openpae.data.settings import ImageData
-from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
-from openpae.engine.settings import LoopConfig, OptimConfig
-from openpae.models.configs import DiscriminatorConfig, PAEConfig, RefinerConfig
-from openpae.models.encoders import encoder_fingerprint, load_encoder
-from openpae.models.priors import Refiner
-from openpae.models.saved import write_prior
-from openpae.objective.settings import TokenizerLoss
-from openpae.storage.model_folder import checkpoint_path
-from openpae.train.settings import TokenizerRun
-from openpae.train.tokenizer import TokenizerTask
 from tests.conftest import shaken
 
 SEED, PART = 3, 3
