@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mutations import ROOT, Defect, copied, first_failure, read_defects
+from tests.mutations import ROOT, Defect, copied, first_failure, read_defects
 
 DEFECTS = read_defects()
 

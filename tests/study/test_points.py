@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata, t
 
-from openpae.study.table import Point, _decided, compare, correlations, points, verdict_of
+from openpae.study.correlations import Point, correlations, points
+from openpae.study.verdicts import compare, verdict_of
 
 
 def plan_of(tmp_path: Path, settings: list[str], **cells: Any) -> Any:
@@ -31,7 +32,7 @@ def plan_of(tmp_path: Path, settings: list[str], **cells: Any) -> Any:
             )
         )  # fmt: skip
     return SimpleNamespace(
-        cells=made, stages=stages, places=SimpleNamespace(record=lambda name: tmp_path / name)
+        cells=made, stages=stages, record=lambda name: json.loads((tmp_path / name).read_text())
     )
 
 
@@ -97,7 +98,7 @@ def test_intervals_of_means_are_as_wide_as_students_t_says() -> None:
     """Of differences, one per seed, and of two rows (Welch)."""
     gains = [0.3, 1.1, 0.4, 0.9]
     mean, half = np.mean(gains), t.ppf(0.975, 3) * np.std(gains, ddof=1) / 2
-    found = _decided(gains)
+    found = compare(dict(enumerate(gains)), dict.fromkeys(range(4), 0.0), higher=True, paired=True)
     assert (found.low, found.high) == pytest.approx((mean - half, mean + half))
     a, b = {0: 3.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 1.5}
     parts = [np.var([*row.values()], ddof=1) / len(row) for row in (a, b)]
