@@ -9,7 +9,7 @@ from openpae.data.pixels import image_grid, label_pictures, quantize, to_image
 
 
 def test_a_grid_is_filled_row_by_row_from_the_top_left() -> None:
-    """Seven images of 4 x 6 pixels in rows of three, two pixels of white between; the last row is not full."""
+    """Seven images of 4 x 6 pixels in rows of three, with two white pixels between; the last row is short."""
     greys = 30 * torch.arange(7)
     grid = np.asarray(image_grid((greys / 255).view(7, 1, 1, 1).expand(7, 3, 4, 6), columns=3))
     assert grid.shape == (3 * 4 + 2 * 2, 3 * 6 + 2 * 2, 3)
