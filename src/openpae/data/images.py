@@ -127,16 +127,9 @@ class PackedImages:
     def cut(
         self, rows: NDArray[np.int64], size: Size, lefts: NDArray[np.int64], tops: NDArray[np.int64]
     ) -> Tensor:
-        """A part of each image, copied straight from the memory map.
+        """Parts of images (B,), copied straight from the memory map: uint8, (B, 3, H, W).
 
-        Args:
-            rows: (B,) row numbers.
-            size: (H, W) of the parts, or the side of a square.
-            lefts: (B,) first column of each part.
-            tops: (B,) first row of each part.
-
-        Returns:
-            uint8, (B, 3, H, W).
+        Column and row at which each part begins are (B,).
         """
         height, width = height_width(size)
         out = np.empty((len(rows), 3, height, width), dtype=np.uint8)
@@ -274,8 +267,7 @@ def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
 
 
 def covers(shape: tuple[int, int], size: Size) -> bool:
-    """Whether `resize_to_cover` leaves an image of this (H, W) as it is: one side fits, the other is as
-    long or longer."""
+    """Whether `resize_to_cover` leaves an image of this (H, W) as it is."""
     height, width = height_width(size)
     return max(height / shape[0], width / shape[1]) == 1
 

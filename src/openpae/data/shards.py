@@ -13,6 +13,7 @@ Opening a folder checks what costs nothing: that every shard has its size and ty
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -254,12 +255,9 @@ class Shards:
         """
         shape = self.shape if versions is None else self.shape[1:]
         out = np.empty((len(rows), *shape), dtype=_STORED[self.index["dtype"]])
-        if versions is None:
-            for i, row in enumerate(self.views(rows)):
-                out[i] = row
-        else:
-            for i, (row, version) in enumerate(zip(self.views(rows), versions.tolist(), strict=True)):
-                out[i] = row[version]
+        picked = itertools.repeat(...) if versions is None else versions.tolist()
+        for target, row, version in zip(out, self.views(rows), picked, strict=False):
+            target[...] = row[version]
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 

@@ -105,9 +105,7 @@ class TrainingImages(Dataset[ImageBatch]):
         else:
             try:
                 taken = [self._read(int(row), bits[i : i + 1], skipped) for i, row in enumerate(rows)]
-            except (
-                BrokenImage
-            ) as error:  # told by `raise_on_broken`: a worker process would add its traceback
+            except BrokenImage as error:  # `raise_on_broken` raises it: a worker would add its traceback
                 return ImageBatch(torch.empty(0), torch.empty(0), broken=str(error))
             rows = np.array([row for row, _ in taken])
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
