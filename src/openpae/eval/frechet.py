@@ -171,10 +171,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
         tr (A B)^(1/2) = sum_i sqrt(eig_i(A^(1/2) B A^(1/2))) = nuclear norm of F_a F_b^T,   A = F_a^T F_a
 
-    Any factor A = F^T F serves in place of the root of A; Cholesky's is the fastest. A singular A has none and
-    is factored by its eigenvectors. Only eigenvalues of symmetric matrices are taken: they are real and stay
-    accurate where a covariance is ill-conditioned, which is where `sqrtm` of the product fails. Sets of fewer
-    samples than features go through their factors, which is faster and exact.
+    Any factor A = F^T F serves in place of the root of A; Cholesky's is the fastest. A singular A has none
+    and is factored by its eigenvectors. Only eigenvalues of symmetric matrices are taken: they are real and
+    stay accurate where a covariance is ill-conditioned, which is where `sqrtm` of the product fails. Sets of
+    fewer samples than features go through their factors, which is faster and exact.
 
     Returns:
         A number >= 0; what rounding leaves below zero is zero.
