@@ -38,7 +38,7 @@ from openpae.models.encoders import Encoder, encoder_architecture, encoder_finge
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import tokenizer_class
 from openpae.objective.losses import (
     compared_pairs,
     discriminator_hinge,
@@ -84,7 +84,7 @@ class TokenizerTask:
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
-        self.model = PAE(run.model, encoder)
+        self.model = tokenizer_class(run.model)(run.model, encoder)
         if run.start == "local":
             self.model.start_local()
         self.model.to(self.device)
