@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
-from openpae.runtime.signals import Stopped
+from openpae.runtime.signals import Stopped, catch_signals
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
@@ -184,7 +181,7 @@ class _Fitting:
         log, metrics = Journal(self.run_dir, start, loop), {}
         data_steps = _skip(range(start, pace.most), self.state.skipped_data_steps)
         with (
-            _signals() as caught,
+            catch_signals() as caught,
             log,
             self._bar(start, quiet) as bar,
             profiled(self.run_dir, loop) as count_step,
@@ -396,24 +393,3 @@ def _run_lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Catch SIGINT and SIGTERM: the list gets the signal, the loop saves and leaves after its step."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if caught:  # the second time means now
-            raise KeyboardInterrupt
-        caught.append(signum)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -92,9 +92,9 @@ def quickstart_report(result: Result, verdict: str = "") -> Path:
     page.table(*metrics_table(result.record))
     page.text(
         "Frechet distances are taken in pooled VGG16 relu5_3 features (512-d), against held-out emoji for "
-        "the reconstructions and against training pictures for the samples. They do not compare with a published "
-        "FID. At such sample counts they are biased upwards: read them beside the distance of real to real "
-        "pictures."
+        "the reconstructions and against training pictures for the samples. They do not compare with a "
+        "published FID. At such sample counts they are biased upwards: read them beside the distance of "
+        "real to real pictures."
     )
     _show_training(page, result.out)
     page.heading("Time and settings")
