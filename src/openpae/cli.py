@@ -85,7 +85,8 @@ def quickstart(
         pretrained: train nothing; show in a minute what the pretrained pair of the package does.
         strict_budget: refuse a budget that is too short for this machine; by default it is extended.
     """
-    from openpae.quickstart.run import parse_budget, run_quickstart, show_pretrained
+    from openpae.quickstart.plans import parse_budget
+    from openpae.quickstart.run import run_quickstart, show_pretrained
 
     if pretrained and (budget is not None or strict_budget):
         raise ValueError("--pretrained trains nothing, so it has no --budget; leave one of them out")

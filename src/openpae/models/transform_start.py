@@ -57,6 +57,7 @@ def start_as_transform(model: PAE) -> None:
     to_latent.weight[:count] = 0
     to_latent.weight[channels, enter, 1, 1] = 1
     to_latent.weight[count] = 0
+    assert to_latent.bias is not None
     to_latent.bias[count] = _ANCHOR
     from_latent.weight.mul_(0.1)
     from_latent.weight[enter] = 0

@@ -90,25 +90,25 @@ def run_quickstart(
     with clock.stage("time the machine"):
         workers = _timed(out, clock, seed, strict=strict, trial=limit is not None)
     with clock.stage("train refiner"):
-        run = _planned(out, "refiner", clock, plans.refiner_run(out, seed), trial=limit is not None)
-        run_in(workers, _train_refiner, run, out / "refiner")
+        refiner = _planned(out, "refiner", clock, plans.refiner_run(out, seed), trial=limit is not None)
+        run_in(workers, _train_refiner, refiner, out / "refiner")
     with clock.stage("train tokenizer"):
-        run = _planned(out, "tokenizer", clock, plans.tokenizer_run(out, seed), trial=limit is not None)
-        run_in(workers, train_tokenizer, run, out / "tokenizer")
+        tokenizer = _planned(out, "tokenizer", clock, plans.tokenizer_run(out, seed), trial=limit is not None)
+        run_in(workers, train_tokenizer, tokenizer, out / "tokenizer")
     with clock.stage("cache latents"):
         run_in(workers, _cache_all, out)
     with clock.stage("train generator"):
-        run = _planned(out, "generator", clock, plans.generator_run(out, seed), trial=limit is not None)
-        run_in(workers, train_generator, run, out / "generator")
+        generator = _planned(out, "generator", clock, plans.generator_run(out, seed), trial=limit is not None)
+        run_in(workers, train_generator, generator, out / "generator")
     with clock.stage("sample and measure"):
-        tokenizer = load_tokenizer(out / "tokenizer")
-        record, samples, labels = _measure(out, tokenizer, shown, budget, seed)
+        trained = load_tokenizer(out / "tokenizer")
+        record, samples, labels = _measure(out, trained, shown, budget, seed)
     found = problems(record)
     verdict = advice(found, clock.budget) if found else ""
     result = Result(
         out=out,
         seconds=clock.seconds,
-        tokenizer=tokenizer,
+        tokenizer=trained,
         held_out=shown,
         record=record,
         samples=samples,

@@ -88,7 +88,7 @@ def recognised(
 
 
 def _pooled(tokenizer: Autoencoder, images: Tensor) -> Tensor:
-    return torch.cat([tokenizer.features(part).float().mean(dim=1) for part in images.split(64)])
+    return torch.cat([tokenizer.features(part).float().mean(dim=1) for part in torch.split(images, 64)])
 
 
 def problems(record: Mapping[str, Any]) -> list[str]:

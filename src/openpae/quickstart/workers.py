@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from openpae.engine.loop import Stopped
 from openpae.engine.optim import adamw
 from openpae.engine.parallel import distribute
 from openpae.engine.settings import LoopConfig
@@ -24,6 +23,7 @@ from openpae.models.tokenizer import PAE
 from openpae.objective.flow import interpolate, velocity_loss
 from openpae.objective.terms import image_terms
 from openpae.runtime import processes
+from openpae.runtime.signals import Stopped
 from openpae.train.settings import GeneratorRun, TokenizerRun
 
 T = TypeVar("T")
