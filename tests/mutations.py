@@ -135,7 +135,7 @@ def failing(defect: Defect) -> list[str]:
     """The tests that fail where the defect is, of those that should."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("src", "tests", "docs", "configs"):
+        for name in ("src", "tests", "docs", "tools", "configs"):
             shutil.copytree(ROOT / name, copy / name, symlinks=True)
         shutil.copy(ROOT / "pyproject.toml", copy)
         file = copy / "src" / "openpae" / defect.file
