@@ -39,94 +39,94 @@ class Defect:
 DEFECTS = (
     Defect(
         what="the optimizer is not restored",
-        file="train/saving.py",
+        file="engine/checkpoints.py",
         old='optimizer.load_state_dict({**held, "state": sharded})',
         new='optimizer.load_state_dict({**held, "state": {}})',
-        tests="tests/test_engine.py -k resumed",
+        tests="tests/engine -k resumed",
     ),
     Defect(
         what="the average of the weights (EMA) is not restored",
-        file="train/saving.py",
+        file="engine/checkpoints.py",
         old='_copy(state.ema.average, content["ema"], "ema")',
         new="pass",
-        tests="tests/test_engine.py -k resumed",
+        tests="tests/engine -k resumed",
     ),
     Defect(
         what="random numbers come from a state that a checkpoint does not restore",
-        file="train/task.py",
+        file="runtime/draws.py",
         old=", generator=self._generator(name)",
         new="",
-        tests="tests/test_engine.py -k 'resumed or cut'",
+        tests="tests/engine tests/runtime -k 'resumed or cut'",
     ),
     Defect(
         what="the data order is off by one: each step sees the last image of the step before",
         file="data/order.py",
-        old="step * self.whole + row for row",
-        new="step * (self.whole - 1) + row for row",
-        tests="tests/test_order.py",
+        old="step * self.global_batch_size + row for row",
+        new="step * (self.global_batch_size - 1) + row for row",
+        tests="tests/data/test_order.py",
     ),
     Defect(
         what="a resumed run begins its data one step late",
-        file="train/engine.py",
+        file="engine/loop.py",
         old="batches = self.batches(data_steps)",
         new="batches = self.batches([s + (start > 0) for s in data_steps])",
-        tests="tests/test_engine.py -k resumed",
+        tests="tests/engine -k resumed",
     ),
     Defect(
         what="gradients are reduced twice",
-        file="train/engine.py",
+        file="engine/loop.py",
         old="        limit = math.inf if",
         new="        for weight in weights if torch.distributed.is_initialized() else []:\n"
         "            torch.distributed.all_reduce(weight.grad)\n"
         "        limit = math.inf if",
-        tests="tests/test_distributed.py -k 'two_processes_train or reduced_once'",
+        tests="tests/engine -k 'two_processes_train or reduced_once'",
     ),
     Defect(
         what="the discriminator stays outside of DDP",
         file="train/tokenizer.py",
         old="distribute(self.discriminator, run.loop, small=True)",
         new="self.discriminator",
-        tests="tests/test_distributed.py -k two_processes_train",
+        tests="tests/engine -k two_processes_train",
     ),
     Defect(
         what="a checkpoint is written in its place",
-        file="storage.py",
+        file="storage/files.py",
         old="    partial.mkdir()\n    try:\n",
         new="    path.mkdir(exist_ok=True)\n    yield path\n    return\n    partial.mkdir()\n    try:\n",
-        tests="tests/test_storage.py tests/test_engine.py tests/faults/test_kills.py "
+        tests="tests/storage tests/engine tests/faults/test_kills.py "
         "-k 'folder or killed or training_a_generator'",
     ),
     Defect(
         what="the checksum of a checkpoint is not checked",
-        file="train/saving.py",
+        file="engine/checkpoints.py",
         old="if file_hash(folder / name) != digest:",
         new="if False:",
-        tests="tests/test_engine.py tests/faults/test_cases.py -k 'damaged'",
+        tests="tests/engine tests/faults/test_cases.py -k 'damaged'",
     ),
     Defect(
         what="the checksum of a shard is not checked",
         file="data/shards.py",
         old='if file_hash(self.folder / f"{number:05d}.npy") != expected:',
         new="if False:",
-        tests="tests/test_shards.py -k bit",
+        tests="tests/data/test_shards.py -k bit",
     ),
     Defect(
         what="the largest checkpoint is taken for the newest",
-        file="folders.py",
+        file="storage/model_folder.py",
         old="return sorted(int(match[1]) for match in found if match)",
         new="steps = [int(match[1]) for match in found if match]\n"
         '    files = {s: checkpoint_path(run_dir, s).rglob("*") for s in steps}\n'
         "    sizes = {s: sum(file.stat().st_size for file in files[s]) for s in steps}\n"
         "    return sorted(steps, key=sizes.__getitem__)",
-        tests="tests/test_engine.py -k newest",
+        tests="tests/engine tests/storage -k newest",
     ),
     Defect(
         what="the null branch is computed and thrown away outside of the guidance interval",
-        file="guidance.py",
+        file="sampling/guidance.py",
         old="        if not guides_at(t):\n            return model(x, here, labels)\n",
         new="        if not guides_at(t):\n"
         "            return model(torch.cat([x, x]), torch.cat([here, here]), twice).chunk(2)[0]\n",
-        tests="tests/test_sampling.py -k 'null or evaluations or fifth'",
+        tests="tests/sampling -k 'null or evaluations or fifth'",
     ),
 )
 
