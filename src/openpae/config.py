@@ -156,6 +156,29 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return data
 
 
+def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
+    """Refuse numbers outside of their interval. Every number of a config must be finite, named here or not.
+
+    Args:
+        config: a dataclass, in its `__post_init__`. None passes; of a tuple, every item is checked.
+        at: what stands before a field's name in a message ("optim.").
+        allowed: intervals by field, such as "[1, inf)" or "(0, 1]".
+
+    Raises:
+        ValueError: a number that does not lie in its interval, or NaN.
+    """
+    for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
+        interval = allowed.get(name, "(-inf, inf)")
+        low, high = map(float, interval[1:-1].split(","))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not (
+                low < number < high
+                or (number == low and interval[0] == "[")
+                or (number == high and interval[-1] == "]")
+            ):
+                raise ValueError(f"{at}{name} must lie in {interval}, got {_shown(value)}")
+
+
 def differences(old: Any, new: Any) -> list[str]:
     """Where two configs of one class differ, one "optim.lr: 0.1 -> 0.2" per field."""
     a, b = _flatten(to_dict(old)), _flatten(to_dict(new))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,14 +35,13 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         options: of `tyro.cli`.
 
     Raises:
-        ValueError: a config refuses a value.
+        ValueError: a config refuses a value, or an option is NaN or infinite.
         SystemExit: tyro has told what it cannot read, or the help.
     """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             found: T = tyro.cli(target, **options)
-            return found
     except SystemExit as stop:
         fault = stop.__context__
         while fault is not None:
@@ -49,6 +50,23 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
             fault = fault.__cause__ or fault.__context__
         sys.stderr.write(said.getvalue())
         raise
+    if isinstance(found, tuple):  # of a function; a config has its own checks
+        _require_finite("", found)
+    return found
+
+
+def _require_finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity among options, however nested."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_finite(str(key), item)
+    elif isinstance(value, tuple):
+        for item in value:
+            _require_finite(name, item)
+    elif dataclasses.is_dataclass(value):
+        _require_finite(name, vars(value))
 
 
 def _is_ours(fault: BaseException) -> bool:
