@@ -111,9 +111,11 @@ def save(config: Any, path: Path) -> None:
     if "kind" in data:
         raise TypeError(f"{type(config).__name__} cannot be saved with a field 'kind'; rename the field")
     text = yaml.safe_dump({"kind": type(config).__name__, **data}, sort_keys=False, width=100)
+    path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        partial.unlink(missing_ok=True)  # of a kill, or a link that somebody has put there
+        with partial.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -48,6 +48,7 @@ def bench(
         checkpoint_blocks: blocks whose activations are computed again; none by default.
     """
     from openpae.bench import data, generator, metrics, record, stages
+    from openpae.outputs import read_record, spare
     from openpae.storage.files import write_json
 
     options: dict[str, Any] = {
@@ -64,6 +65,8 @@ def bench(
     if what != "generator" and given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} belongs to pae bench generator; pae bench {what} has no such option")
+    if out is not None:
+        spare(out, inputs=[compare], ours=[out] if "figures" in read_record(out) else [])
     benches = {
         "generator": lambda: generator.bench_generator(**given),
         "tokenizer": stages.bench_tokenizer,

@@ -25,7 +25,9 @@ def pack(
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
     from openpae.data.images import ImageFolder, pack_images
+    from openpae.outputs import spare
 
+    spare(into=out, inputs=[images])
     with Progress("packing", "img") as progress:
         packed = pack_images(ImageFolder(images), out, size=shape, skip_broken=skip_broken, progress=progress)
     print(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")

@@ -22,6 +22,7 @@ def evaluate(
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     out: Path | None = None,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Measure a tokenizer's reconstructions, stored samples, or what a generator draws, against real images.
 
@@ -32,12 +33,21 @@ def evaluate(
             both), or a file of --save-reference.
         out: where the record (JSON) goes; by default evaluation.json beside what is judged.
         device: auto takes a GPU if there is one.
+        overwrite: replace files that are no records or references of this command.
     """
+    from openpae.eval.reference import is_own_reference
+    from openpae.outputs import read_record, spare
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
 
     at_least_one(batch_size=sampler.batch_size)
+    record_file = run.record_path() if out is None and run.judges() else out
+    for file in (record_file, run.save_reference):
+        if file is not None:
+            known = "metrics" in read_record(file) or is_own_reference(file)
+            inputs = [path for path in (reference, run.samples) if path is not None and path.is_file()]
+            spare(file, inputs=inputs, ours=[file] if known else [], overwrite=overwrite)
     drawing = None
     if run.generator is not None:
         drawing = SamplingOptions(
@@ -63,9 +73,9 @@ def evaluate(
         print(f"{name:20} {metric['value']:.5g}{error}")
     for name, reason in record.get("undefined", {}).items():
         print(f"{name:20} not defined: {reason}")
-    target = out or run.record_path()
-    write_json(target, record)
-    print(f"record in {target}")
+    assert record_file is not None  # there is a record, so something was judged
+    write_json(record_file, record)
+    print(f"record in {record_file}")
 
 
 def profile(

@@ -93,10 +93,12 @@ def cache_latents(
     from openpae.data import caches
     from openpae.data.images import open_images
     from openpae.models import saved
+    from openpae.outputs import spare
     from openpae.runtime import processes
     from openpae.runtime.device import autocast, pick_device
     from openpae.storage.model_folder import identity_of
 
+    spare(into=out, inputs=[tokenizer, images])
     with processes.process_group(device):
         where = pick_device(device)
         model = saved.load_tokenizer(tokenizer).to(where)
@@ -163,9 +165,11 @@ def fit_targets(
     )
     from openpae.data.images import open_images
     from openpae.models.encoders import load_encoder
+    from openpae.outputs import spare
     from openpae.runtime.device import pick_device
     from openpae.train import targets
 
+    spare(out, inputs=[images])
     with Progress("VFM features", "img") as progress:
         targets.fit_targets(
             load_encoder(encoder, encoder_source),

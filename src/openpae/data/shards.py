@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from openpae.outputs import LOCK, locked, make_folder
 from openpae.storage.files import file_hash, read_json, whole_file, write_json
 
 TYPES = {
@@ -100,6 +102,7 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         header = folder / "header.json"
+        check_shard_folder(folder, layout.kind)
         if header.is_file():
             begun = read_json(header)
             if begun != layout.as_header():
@@ -108,10 +111,7 @@ class ShardWriter:
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
         else:
-            # A kill inside write_json leaves its partial file, and nothing else.
-            if folder.exists() and any(path.name != ".header.json.partial" for path in folder.iterdir()):
-                raise ValueError(f"{folder} is not empty and holds no {layout.kind}; name a new folder")
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(header, layout.as_header())
 
     def missing(self) -> list[int]:
@@ -205,6 +205,31 @@ class ShardWriter:
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"
+
+
+def check_shard_folder(folder: Path, kind: str) -> None:
+    """Refuse to fill a folder that is neither new nor ours.
+
+    Raises:
+        ValueError: it holds files, but no header.json; the message names the `kind` that it lacks.
+    """
+    # A kill inside write_json leaves its partial file, and nothing else.
+    known = {LOCK, "header.json", ".header.json.partial"}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names <= known and "header.json" not in names:
+        raise ValueError(f"{folder} is not empty and holds no {kind}; name a new folder")
+
+
+@contextmanager
+def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
+    """`ShardWriter`, with the folder held against other processes.
+
+    Raises:
+        ValueError: see `ShardWriter`; or another process fills the folder.
+    """
+    check_shard_folder(folder, layout.kind)
+    with locked(folder, "writing"):
+        yield ShardWriter(folder, layout)
 
 
 class Shards:

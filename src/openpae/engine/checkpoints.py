@@ -31,7 +31,7 @@ from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
 from openpae.runtime import processes
-from openpae.storage.files import file_hash, read_json, whole_folder, write_json
+from openpae.storage.files import file_hash, read_json, remove_folder, whole_folder, write_json
 from openpae.storage.model_folder import README, checkpoint_path, checkpoint_steps
 from openpae.storage.weights import pickle_refusal
 
@@ -177,10 +177,7 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
     """
     for step in [step for step in checkpoint_steps(run_dir) if step <= newest][: -loop.keep_last]:
         if not (loop.keep_every and step and step % loop.keep_every == 0):
-            folder = checkpoint_path(run_dir, step)
-            # Out of sight at once: killed in the middle, half a checkpoint would look like a whole one.
-            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
-            shutil.rmtree(removed)
+            remove_folder(checkpoint_path(run_dir, step))
 
 
 def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:

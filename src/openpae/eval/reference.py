@@ -108,6 +108,14 @@ def save_reference(reference: Reference, path: Path) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def is_own_reference(path: Path) -> bool:
+    """Whether a file is one that `save_reference` wrote."""
+    try:
+        return path.is_file() and "facts" in npz_keys(path)
+    except ValueError:
+        return False
+
+
 def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64) -> Reference:
     """Read an npz reference: an ADM file (statistics, images or both), or one that `save_reference` wrote.
 

@@ -183,6 +183,10 @@ class EvaluationRun:
                 "compared with their own originals"
             )
 
+    def judges(self) -> bool:
+        """Whether something is measured, not only a reference made."""
+        return self.samples is not None or self.tokenizer is not None
+
     def record_path(self) -> Path:
         """Where the record goes if nothing else is said: beside what is judged."""
         if self.samples is not None:

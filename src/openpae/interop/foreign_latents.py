@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openpae.data.caches import Progress
-from openpae.data.shards import Layout, Part, Shards, ShardWriter
+from openpae.data.shards import Layout, Part, Shards, shard_folder
 
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -99,12 +99,12 @@ def import_latents(
         per_shard=per_shard,
         attributes=attributes,
     )
-    writer = ShardWriter(folder, layout)
-    for shard in writer.missing():
-        writer.write_parts(shard, _parts(files, layout.span(shard), chunk))
-        if progress:
-            progress(layout.span(shard).stop, layout.sources)
-    return writer.finish()
+    with shard_folder(folder, layout) as writer:
+        for shard in writer.missing():
+            writer.write_parts(shard, _parts(files, layout.span(shard), chunk))
+            if progress:
+                progress(layout.span(shard).stop, layout.sources)
+        return writer.finish()
 
 
 def _opened(source: Path) -> list[_File]:

@@ -30,6 +30,7 @@ from openpae.eval.reference import reference_of
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import PAE
+from openpae.outputs import spare
 from openpae.quickstart.page import pretrained_report, quickstart_report
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
@@ -183,10 +184,18 @@ def _same_plan(out: Path, plan: dict[str, Any]) -> None:
     """
     file = out / "plan.json"
     if not file.is_file():
+        spare(*(out / name for name in _WRITTEN))
         write_json(file, plan)
     elif (begun := read_json(file)) != plan:
         shown = ", ".join(f"{name} {begun.get(name)}" for name in plan if begun.get(name) != plan[name])
         raise ValueError(f"{out} holds a quickstart with {shown}; go on with that, or name another --out")
+
+
+_WRITTEN = (
+    *("data", "generator", "latents", "refiner", "tokenizer", "evaluation.json", "report.html"),
+    *("reconstructions.png", "samples.npz", "samples.png"),
+)
+"""What a quickstart makes beside its plan.json, without which none of it is a quickstart's."""
 
 
 class _Clock:
