@@ -48,8 +48,8 @@ def bench(
         checkpoint_blocks: blocks whose activations are computed again; none by default.
     """
     from openpae.bench import data, generator, metrics, record, stages
-    from openpae.outputs import read_record, spare
     from openpae.storage.files import write_json
+    from openpae.storage.outputs import read_record, spare
 
     options: dict[str, Any] = {
         "sizes": sizes,

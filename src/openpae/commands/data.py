@@ -25,7 +25,7 @@ def pack(
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
     from openpae.data.images import ImageFolder, pack_images
-    from openpae.outputs import spare
+    from openpae.storage.outputs import spare
 
     spare(into=out, inputs=[images])
     with Progress("packing", "img") as progress:

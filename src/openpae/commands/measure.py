@@ -36,10 +36,10 @@ def evaluate(
         overwrite: replace files that are no records or references of this command.
     """
     from openpae.eval.reference import is_own_reference
-    from openpae.outputs import read_record, spare
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
+    from openpae.storage.outputs import read_record, spare
 
     at_least_one(batch_size=sampler.batch_size)
     record_file = run.record_path() if out is None and run.judges() else out

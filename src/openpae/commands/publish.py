@@ -43,7 +43,7 @@ def import_official(
         classes: for latents: number of classes; by default the largest label plus one.
     """
     from openpae.interop.released import released_kind
-    from openpae.outputs import spare
+    from openpae.storage.outputs import spare
     from openpae.storage.weights import read_tensors
 
     spare(into=out, inputs=[file, tokenizer, statistics])
@@ -129,8 +129,8 @@ def export(
     from openpae import config as configs
     from openpae.interop.export import export_model
     from openpae.models.saved import load_generator, load_tokenizer
-    from openpae.outputs import spare
     from openpae.storage.model_folder import CONFIG, model_folder
+    from openpae.storage.outputs import spare
 
     spare(into=out, inputs=[model])
     kind = configs.read_yaml(model_folder(model) / CONFIG).get("kind")

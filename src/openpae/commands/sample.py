@@ -153,9 +153,9 @@ def reconstruct(
     from openpae.eval.image_stream import source_batches
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.models.saved import load_tokenizer
-    from openpae.outputs import alone, claim
     from openpae.runtime.device import pick_device
     from openpae.storage.files import whole_file
+    from openpae.storage.outputs import alone, claim
 
     where = pick_device(device)
     model = load_tokenizer(tokenizer).to(where)
@@ -275,8 +275,8 @@ def interpolate(
         overwrite: replace a strip.png or frames that this command did not make.
     """
     from openpae.data.pixels import image_grid, to_image
-    from openpae.outputs import check_claim, claim
     from openpae.storage.files import whole_file, whole_folder
+    from openpae.storage.outputs import check_claim, claim
 
     generated = (generator, seeds, label)
     if (images is None) == (None in generated) or (

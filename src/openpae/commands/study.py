@@ -58,8 +58,8 @@ def study(
         raise ValueError(
             "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
         )
-    from openpae.outputs import spare
     from openpae.runtime import processes
+    from openpae.storage.outputs import spare
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
     from openpae.study.run import describe_plan, run_plan

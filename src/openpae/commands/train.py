@@ -93,10 +93,10 @@ def cache_latents(
     from openpae.data import caches
     from openpae.data.images import open_images
     from openpae.models import saved
-    from openpae.outputs import spare
     from openpae.runtime import processes
     from openpae.runtime.device import autocast, pick_device
     from openpae.storage.model_folder import identity_of
+    from openpae.storage.outputs import spare
 
     spare(into=out, inputs=[tokenizer, images])
     with processes.process_group(device):
@@ -165,8 +165,8 @@ def fit_targets(
     )
     from openpae.data.images import open_images
     from openpae.models.encoders import load_encoder
-    from openpae.outputs import spare
     from openpae.runtime.device import pick_device
+    from openpae.storage.outputs import spare
     from openpae.train import targets
 
     spare(out, inputs=[images])

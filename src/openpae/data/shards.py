@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.outputs import LOCK, locked, make_folder
 from openpae.storage.files import file_hash, read_json, whole_file, write_json
+from openpae.storage.outputs import LOCK, locked, make_folder
 
 TYPES = {
     "uint8": torch.uint8,

@@ -30,10 +30,10 @@ from openpae.engine.optim import device_batches
 from openpae.engine.parallel import gather_full, is_sharded, lend_weights, sync_gradients
 from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
-from openpae.outputs import alone, make_folder, spare
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
+from openpae.storage.outputs import alone, make_folder, spare
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),

@@ -19,7 +19,6 @@ from openpae.eval.frechet import frechet_distance
 from openpae.eval.generation import Evaluation
 from openpae.eval.reference import Reference
 from openpae.eval.settings import Candidate, EvaluationConfig, SearchConfig, with_guidance
-from openpae.outputs import made_by, make_folder, spare
 from openpae.runtime import processes
 from openpae.runtime.device import autocast
 from openpae.runtime.provenance import package_versions
@@ -27,6 +26,7 @@ from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, balanced_labels, decoded, evaluations, sample_batches
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, write_json
+from openpae.storage.outputs import made_by, make_folder, spare
 
 
 def successive_halving(

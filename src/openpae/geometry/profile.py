@@ -24,9 +24,9 @@ from openpae.geometry.settings import MeasureConfig, ProfileRun
 from openpae.geometry.spaces import LatentSpace, open_tokenizer
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
-from openpae.outputs import made_by, make_folder, spare
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
+from openpae.storage.outputs import made_by, make_folder, spare
 
 
 def run_profile(

@@ -30,13 +30,13 @@ from openpae.eval.reference import reference_of
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import PAE
-from openpae.outputs import spare
 from openpae.quickstart.page import pretrained_report, quickstart_report
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, whole_file, write_json
 from openpae.storage.model_folder import PARTS, identity_of
+from openpae.storage.outputs import spare
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.refiner import RefinerTask, train_refiner
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun

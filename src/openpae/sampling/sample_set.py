@@ -26,7 +26,6 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.data.pixels import hash_of_all, hashes_of, image_grid, quantize, to_unit
 from openpae.data.shards import Layout, Shards, ShardWriter
-from openpae.outputs import alone, made_by, read_record, spare
 from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
@@ -41,6 +40,7 @@ from openpae.storage.files import (
     whole_folder,
     write_json,
 )
+from openpae.storage.outputs import alone, made_by, read_record, spare
 
 FILES: Mapping[Format, str] = {
     "npz": "samples.npz",
@@ -126,22 +126,24 @@ def draw_samples(
     """
     processes.on_rank0(lambda: _spare(out, samples.format, inputs, overwrite))
     with alone(out, "sampling"):
+        if overwrite:
+            processes.on_rank0(lambda: _forget(out))
         return _draw(out, samples, tokenizer, generator, weak, progress)
 
 
 def _spare(out: Path, format: Format, inputs: Sequence[Path | None], overwrite: bool) -> None:
     """See that what will be written is new, or of an earlier call."""
-    parts = out / "parts"
-    begun = made_by(parts / "header.json", kind="samples")
-    if overwrite:
-        spare(out / FILES[format], into=out, inputs=inputs, overwrite=True)
-        (out / "samples.json").unlink(missing_ok=True)
-        if begun:
-            remove_folder(parts)
-        return
     names = [out / name for name in (FILES[format], "grid.png", "samples.json")]
+    begun = made_by(out / "parts" / "header.json", kind="samples")
     ours = names if begun or "samples_sha256" in read_record(out / "samples.json") else ()
-    spare(*names, into=out, inputs=inputs, ours=ours, overwrite=False)
+    spare(*names, into=out, inputs=inputs, ours=ours, overwrite=overwrite)
+
+
+def _forget(out: Path) -> None:
+    """Have the samples of an earlier call drawn anew."""
+    (out / "samples.json").unlink(missing_ok=True)
+    if made_by(out / "parts" / "header.json", kind="samples"):
+        remove_folder(out / "parts")
 
 
 def _draw(
