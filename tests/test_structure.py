@@ -32,7 +32,7 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "processes device draws provenance",
+    "runtime": "escape processes device draws provenance",
     "storage": "files outputs weights assets model_folder card hub",
     "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "

@@ -146,6 +146,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping; or it is
             too large to be a config.
     """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} must be a file, got a folder, a pipe or a device")
     if (size := file.stat().st_size) > _LARGEST:
         raise ValueError(f"{file} is no config: it has {size:,} bytes, at most {_LARGEST:,} are read")
     content = file.read_bytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openpae.commands.console import Folder, Images, Out, Progress, at_least_one, tell_skipped
+from openpae.commands.console import Folder, Images, Out, Progress, at_least_one, say, tell_skipped
 
 
 def pack(
@@ -30,7 +30,7 @@ def pack(
     spare(into=out, inputs=[images])
     with Progress("packing", "img") as progress:
         packed = pack_images(ImageFolder(images), out, size=shape, skip_broken=skip_broken, progress=progress)
-    print(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
+    say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
     tell_skipped(packed.shards.index["skipped"])
 
 
@@ -44,4 +44,4 @@ def info(folder: Folder, /, verify: bool = False) -> None:
     from openpae.commands.describe import describe
 
     for name, value in describe(folder, verify=verify).items():
-        print(f"{name:16} {value}")
+        say(f"{name:16} {value}")

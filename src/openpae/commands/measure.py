@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from openpae.commands.console import Device, Progress, Reference, at_least_one
+from openpae.commands.console import Device, Progress, Reference, at_least_one, say
 from openpae.commands.sample import SamplerChoice
 from openpae.eval.run import run_evaluation
 from openpae.eval.settings import EvaluationRun, SamplingOptions
@@ -65,17 +65,17 @@ def evaluate(
         if not processes.is_rank0():
             return
     if run.save_reference is not None:
-        print(f"reference in {run.save_reference}")
+        say(f"reference in {run.save_reference}")
     if record is None:
         return
     for name, metric in record["metrics"].items():
         error = "" if metric["stderr"] is None else f" +- {metric['stderr']:.2g}"
-        print(f"{name:20} {metric['value']:.5g}{error}")
+        say(f"{name:20} {metric['value']:.5g}{error}")
     for name, reason in record.get("undefined", {}).items():
-        print(f"{name:20} not defined: {reason}")
+        say(f"{name:20} not defined: {reason}")
     assert record_file is not None  # there is a record, so something was judged
     write_json(record_file, record)
-    print(f"record in {record_file}")
+    say(f"record in {record_file}")
 
 
 def profile(
@@ -98,8 +98,8 @@ def profile(
     with Progress("measuring", "img") as progress:
         found = run_profile(tokenizers, run, device=pick_device(device), progress=progress)
     for one in found:
-        print(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
+        say(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
         for estimate in one.metrics.values():
-            print(f"  {estimate}")
+            say(f"  {estimate}")
         for name, reason in one.undefined.items():
-            print(f"  {name} not defined: {reason}")
+            say(f"  {name} not defined: {reason}")

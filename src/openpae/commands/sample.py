@@ -21,6 +21,7 @@ from openpae.commands.console import (
     Reference,
     Tokenizer,
     at_least_one,
+    say,
 )
 from openpae.data.pixels import to_unit
 from openpae.eval.settings import ExtractorName, SearchConfig
@@ -242,7 +243,7 @@ def sample(
             )
         if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
-            print(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
+            say(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
 
 
 def interpolate(
@@ -298,7 +299,7 @@ def interpolate(
             to_image(pixels).save(partial / f"{number:03d}.png")
     with whole_file(out / "strip.png") as file:
         image_grid(walk, columns=frames).save(file, format="PNG")
-    print(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
+    say(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
 
 
 def search_guidance(

@@ -376,9 +376,22 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = _with_keys(path, skipped=list, **kinds)
     whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
+    if index["kind"] == "latents" and not _has_statistics(index):
+        raise _damaged(path, "latents need a tokenizer, and a finite mean and std for each channel")
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index
+
+
+def _has_statistics(index: Mapping[str, Any]) -> bool:
+    channels = index["shape"][1] if len(index["shape"]) == 4 else None
+    values = [index.get("mean"), index.get("std")]
+    return isinstance(index["attributes"].get("tokenizer"), str) and all(
+        isinstance(value, list)
+        and len(value) == channels
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+        for value in values
+    )
 
 
 def _with_keys(path: Path, **kinds: type) -> dict[str, Any]:

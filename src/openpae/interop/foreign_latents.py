@@ -15,6 +15,7 @@ from torch import Tensor
 from openpae.data.caches import Progress
 from openpae.data.shards import Layout, Part, Shards, shard_folder
 
+_MOST_CLASSES = 2**20
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -77,7 +78,13 @@ def import_latents(
     if first.shape != latent_shape:
         raise ValueError(f"{source} holds latents {first.shape}, but the tokenizer makes {latent_shape}")
     labels = torch.cat([file.labels for file in files])
+    if not len(labels):
+        raise ValueError(f"{source} holds no latents: its files have no rows")
     count = int(labels.max()) + 1 if num_classes is None else num_classes
+    if count > _MOST_CLASSES:
+        raise ValueError(
+            f"{source} would have {count:,} classes, at most {_MOST_CLASSES:,} are taken; see its labels"
+        )
     if not 0 <= int(labels.min()) <= int(labels.max()) < count:
         raise ValueError(
             f"labels in {source} must lie in [0, {count - 1}], got {int(labels.min())} to {int(labels.max())}"

@@ -24,6 +24,10 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 """How a partial file is opened: made anew, never through a link that somebody has put there."""
 
 
+_LARGEST_JSON = 2**28
+"""Bytes of a JSON file that is read; a larger one is something else."""
+
+
 class DiskFull(OSError):
     """There is no room for a file or folder; the message says how much was written and what to free."""
 
@@ -205,6 +209,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, or not a mapping.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a file, got a folder, a pipe or a device")
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(f"{path} is none of ours: it has {size:,} bytes, at most {_LARGEST_JSON:,} are read")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of 5,000 digits

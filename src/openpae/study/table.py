@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from openpae.runtime.escape import spreadsheet
 from openpae.storage.files import read_json, whole_file
 from openpae.study.plan import Plan
 from openpae.study.settings import HIGHER_IS_BETTER
@@ -68,10 +69,15 @@ def collect(plan: Plan, names: Sequence[str]) -> list[Result]:
 
 def write_table(results: Sequence[Result], path: Path) -> None:
     """Write results as CSV, whole or not at all; a standard error or step that is not there is empty."""
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with (
+        whole_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.DictWriter(file, [part.name for part in fields(Result)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+        writer.writerows(
+            {name: spreadsheet(value) for name, value in asdict(result).items()} for result in results
+        )
 
 
 def finals(results: Sequence[Result], study: str, row: str, metric: str) -> dict[int, float]:

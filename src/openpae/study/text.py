@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from openpae.runtime.escape import markdown
 from openpae.study.page import numbers, ranks, speed, verdicts
 from openpae.study.plan import Plan
 from openpae.study.settings import Study
@@ -22,7 +23,7 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     parts = []
     for study in studies:
         header, rows = numbers(study, results)
-        parts += [f"## {study.title}", study.text]
+        parts += [f"## {markdown(study.title)}", markdown(study.text)]
         parts.append(_table(header, rows) if rows else "Nothing of it is done yet.")
         for header, rows in (verdicts(study, results), speed(study, results)):
             parts.append(_table(header, rows) if rows else "")
@@ -32,10 +33,13 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         parts.append("## Rank correlations with the quality of samples")
         parts += [_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
-    parts += ["## How", f"`{command}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."]
+    parts += [
+        "## How",
+        f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows.",
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
