@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from openpae.bench.data import random_latents
+from openpae.bench.noise import random_latents
 from openpae.bench.record import Found, peak_gib
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig

@@ -9,9 +9,7 @@ import tyro
 
 from openpae.commands.console import Device, Progress, Reference, at_least_one, say
 from openpae.commands.sample import SamplerChoice
-from openpae.eval.run import run_evaluation
 from openpae.eval.settings import EvaluationRun, SamplingOptions
-from openpae.geometry.profile import run_profile
 from openpae.geometry.settings import ProfileRun
 
 
@@ -36,6 +34,7 @@ def evaluate(
         overwrite: replace files that are no records or references of this command.
     """
     from openpae.eval.reference import is_own_reference
+    from openpae.eval.run import run_evaluation
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
@@ -93,6 +92,7 @@ def profile(
         tokenizers: what to measure, one or several.
         device: auto takes a GPU if there is one.
     """
+    from openpae.geometry.profile import run_profile
     from openpae.runtime.device import pick_device
 
     with Progress("measuring", "img") as progress:

@@ -33,6 +33,7 @@ from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
+from openpae.runtime.signals import Stopped
 from openpae.storage.outputs import alone, make_folder, spare
 
 HARDWARE_FIELDS = (
@@ -44,16 +45,6 @@ HARDWARE_FIELDS = (
 
 _WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
 """What a run writes beside its config.yaml, without which none of it is a run's."""
-
-
-class Stopped(Exception):
-    """The run was told to stop by a signal and has saved; the same command goes on."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on"
-        )
-        self.signum = signum
 
 
 def check_run(run_dir: Path, config: Any) -> bool:

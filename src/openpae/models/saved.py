@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from openpae import config as configs
+from openpae.models.configs import DiTDHConfig, GeneratorConfig, LinearTargetsConfig, PAEConfig, RefinerConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
+from openpae.models.ditdh import GENERATORS, DiTDH, Generator
 from openpae.models.encoders import Encoder
-from openpae.models.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.priors import FrozenPrior, LinearTargets, Refiner
+from openpae.models.tokenizer import PAE
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import CONFIG, ENCODER, identity_of, model_folder, read_model, write_model
 from openpae.storage.weights import check_size, load_strict

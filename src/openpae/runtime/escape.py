@@ -10,9 +10,14 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def without_html(text: str) -> str:
+    """The text as Markdown in which no raw HTML works."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+
+
 def markdown(text: object) -> str:
     """The text in a cell of a Markdown table, without raw HTML."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", one_line(text)).replace("|", "/").replace("`", "'")
+    return without_html(one_line(text)).replace("|", "/")
 
 
 def spreadsheet(value: object) -> object:

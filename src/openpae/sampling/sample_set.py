@@ -30,7 +30,7 @@ from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
-from openpae.sampling.settings import Format, SamplerConfig
+from openpae.sampling.settings import FILES, Format, SamplerConfig
 from openpae.storage.files import (
     discard,
     file_hash,
@@ -41,14 +41,6 @@ from openpae.storage.files import (
     write_json,
 )
 from openpae.storage.outputs import alone, made_by, read_record, spare
-
-FILES: Mapping[Format, str] = {
-    "npz": "samples.npz",
-    "png": "images",
-    "safetensors": "samples.safetensors",
-    "latents": "latents.safetensors",
-}
-"""Where the samples of each format are."""
 
 _SHOWN = 256  # images in a picture that can still be looked at
 

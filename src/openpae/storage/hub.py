@@ -183,8 +183,8 @@ def stage(folder: Path, out: Path, repo: str, *, licence: str | None = None) -> 
 
     Raises:
         FileNotFoundError: no saved model in the folder.
-        ValueError: a model that is neither tokenizer nor generator, damaged, or with a file that is a link; no
-            name of the hub; or `out` holds something else.
+        ValueError: a model that is neither tokenizer nor generator, damaged, or with a file that is a link;
+            no name of the hub; or `out` holds something else.
     """
     _check_repo(repo)
     pair = all((folder / part).is_dir() for part in PARTS)
@@ -241,7 +241,7 @@ def push_saved(save: Callable[[Path], None], repo: str, *, licence: str | None, 
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy the files of a model folder, or of the newest checkpoint of a run, once its fingerprint is seen."""
+    """Copy the files of a model folder, or of the newest checkpoint of a run, if its fingerprint holds."""
     path = model_folder(source)
     read_model(path)
     for name in _FILES:
@@ -272,8 +272,8 @@ def _check_repo(repo: str) -> None:
         )
     ):
         raise ValueError(
-            f"{repo} cannot be a name of the hub; it must be OWNER/NAME of letters, digits, -, _ and ., at most "
-            "96, without -- and .., and begin and end with a letter or digit"
+            f"{repo} cannot be a name of the hub; it must be OWNER/NAME of letters, digits, -, _ and ., at "
+            "most 96, without -- and .., and begin and end with a letter or digit"
         )
 
 
