@@ -15,12 +15,13 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
-LEAST_STEPS = {"refiner": 60, "tokenizer": 300, "generator": 300}
-"""Steps below which nothing of use comes out (docs/results.md, "How few steps are too few")."""
+LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 300}
+"""Steps below which nothing of use is expected. The tokenizer's is measured (docs/results.md, "Beginning as a
+cosine transform"). Of the generator it is known that 140 steps give noise and 1,060 outlines."""
 
 _AROUND = 700
-"""What is not training (rendering, features, latents, samples, metrics), in steps of the tokenizer; measured
-on a quiet machine of two cores (docs/results.md)."""
+"""What is not training (rendering, features, latents, samples, metrics), in steps of the tokenizer.
+A quiet 12 minutes had 188 s of it at 0.17 s a step (docs/results.md); shorter ones render and sample less."""
 
 _SHARES = {"refiner": 0.04, "tokenizer": 0.6, "generator": 0.95}
 """Share of the time then left for training that each stage takes."""
