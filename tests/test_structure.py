@@ -30,11 +30,11 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "signals processes device draws provenance",
-    "storage": "files weights assets model_folder card hub",
+    "runtime": "escape signals processes device draws provenance",
+    "storage": "files outputs weights assets model_folder card hub",
     "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "tokenizer dit ditdh denoiser discriminator saved",
+    "decoder tokenizer generator dit ditdh denoiser discriminator saved",
     "engine": "settings optim task ema health journal parallel checkpoints diagnosis loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",

@@ -94,10 +94,11 @@ def test_images_pass_each_network_once(
     packed: PackedImages, refiner: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four images, decodes r, m and l: one decoder pass of 12, perceptual passes of 4 and 12, one VFM
-    pass."""
+    pass; images and decodes r meet what is frozen of the discriminator once for both players."""
     task = TokenizerTask(a_run(packed, refiner))
     assert task.lpips is not None
-    seen: dict[str, list[int]] = {"decode": [], "perceive": [], "encode": []}
+    assert task.discriminator is not None
+    seen: dict[str, list[int]] = {"decode": [], "perceive": [], "encode": [], "discriminate": []}
 
     def count(owner: Any, method: str, name: str) -> None:
         original = getattr(owner, method)
@@ -111,10 +112,12 @@ def test_images_pass_each_network_once(
     count(task.model, "decode", "decode")
     count(task.lpips, "features", "perceive")
     count(task.model.encoder, "forward", "encode")
+    count(task.discriminator, "features", "discriminate")
     updates_of(task)
     assert seen["decode"] == [12]
     assert sorted(seen["perceive"]) == [4, 12]
     assert seen["encode"] == [4]
+    assert seen["discriminate"] == [4, 4]
 
 
 @pytest.mark.parametrize(("design", "decodes"), [("small", 2), ("large", 2), ("cascaded", 3)])

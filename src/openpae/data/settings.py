@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from openpae.config import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
@@ -32,5 +34,4 @@ class ImageData:
             raise ValueError(
                 "data.feature_cache needs data.augment none or flip: random crops cannot be cached"
             )
-        if self.evaluation_images < 1:
-            raise ValueError(f"data.evaluation_images must be >= 1, got {self.evaluation_images}")
+        check_fields(self, "data.", evaluation_images="[1, inf)")

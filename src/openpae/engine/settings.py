@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from openpae.config import check_fields
+
 PROFILED_FROM = 3
 """Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
 
@@ -31,18 +33,16 @@ class OptimConfig:
     steps are known; null leaves out none. The log counts them."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optim.lr must be > 0 and finite, got {self.lr}")
-        if self.final_lr is not None and not 0 <= self.final_lr <= self.lr:
-            raise ValueError(f"optim.final_lr must lie in [0, lr = {self.lr}], got {self.final_lr}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip must be > 0 or null, got {self.clip}")
-        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
-            raise ValueError(f"optim.spike_factor must be > 1 and finite, or null, got {self.spike_factor}")
+        check_fields(
+            self,
+            "optim.",
+            lr="(0, inf)",
+            final_lr=f"[0, {self.lr}]",
+            warmup_steps="[0, inf)",
+            betas="[0, 1)",
+            clip="(0, inf)",
+            spike_factor="(1, inf)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +97,12 @@ class LoopConfig:
     records none."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "global_batch_size", "log_every", "save_every", "keep_last", "nonfinite_limit")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "num_workers", "seed", "keep_every", "profile_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loop.{name} must be >= 0, got {getattr(self, name)}")
+        counts = ("steps", "global_batch_size", "device_batch_size", "log_every", "save_every", "keep_last")
+        others = ("evaluate_every", "num_workers", "seed", "keep_every", "profile_steps")
+        from_one = dict.fromkeys((*counts, "nonfinite_limit"), "[1, inf)")
+        check_fields(self, "loop.", ema_decay="[0, 1)", **from_one, **dict.fromkeys(others, "[0, inf)"))
         part = self.device_batch_size
-        if part is not None and (part < 1 or self.global_batch_size % part):
+        if part is not None and self.global_batch_size % part:
             raise ValueError(
                 f"loop.device_batch_size must divide global_batch_size = {self.global_batch_size}, got {part}"
             )
@@ -118,8 +115,6 @@ class LoopConfig:
             raise ValueError(
                 f"loop.keep_every must be a multiple of save_every = {self.save_every}, got {self.keep_every}"
             )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"loop.ema_decay must lie in [0, 1) or be null, got {self.ema_decay}")
 
 
 def lr_at(step: int, optim: OptimConfig, steps: int) -> float:

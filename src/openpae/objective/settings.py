@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from openpae.config import check_fields
 from openpae.models.configs import DiscriminatorConfig, PerceptualNet
 
 if TYPE_CHECKING:
@@ -65,25 +66,22 @@ class TokenizerLoss:
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
-        for name in ("gan_start", "discriminator_start", "mcr_start"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in [0, 1], got {share}")
+        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise", "gradients_every")
+        check_fields(
+            self,
+            "loss.",
+            mcr_angles="(0, 90)",
+            **dict.fromkeys(weights, "[0, inf)"),
+            **dict.fromkeys(("gan_start", "discriminator_start", "mcr_start"), "[0, 1]"),
+            **dict.fromkeys(("lpips_share", "mcr_share"), "(0, 1]"),
+        )
         if self.gan_start < self.discriminator_start:
             raise ValueError(
                 f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
-        for name in ("lpips_share", "mcr_share"):
-            if not 0 < (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in (0, 1], got {share}")
-        medium, large = self.mcr_angles
-        if not 0 < medium < large < 90:
-            raise ValueError(f"loss.mcr_angles must be 0 < medium < large < 90, got {self.mcr_angles}")
-        if self.gradients_every < 0:
-            raise ValueError(f"loss.gradients_every must be >= 0 (0 logs none), got {self.gradients_every}")
+        if self.mcr_angles[0] >= self.mcr_angles[1]:
+            raise ValueError(f"loss.mcr_angles must be (medium, large), got {self.mcr_angles}")
 
     @property
     def needs_prior(self) -> bool:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from openpae.config import check_fields
+
 Solver = Literal["euler", "heun", "multistep", "sde", "rk45"]
 
 
@@ -35,15 +37,14 @@ class SamplerConfig:
     it."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.shift <= 0:
-            raise ValueError(f"shift must be > 0, got {self.shift}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must lie in (0, 1), got {self.tolerance}")
-        for name in ("guidance_start", "guidance_end"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        check_fields(
+            self,
+            steps="[1, 1000000]",
+            shift="(0, inf)",
+            tolerance="(0, 1)",
+            guidance_start="[0, 1]",
+            guidance_end="[0, 1]",
+        )
         if self.guidance_start > self.guidance_end:
             raise ValueError(
                 f"guidance_start must not exceed guidance_end, got {self.guidance_start} and "

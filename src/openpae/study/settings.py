@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from openpae import config as configs
+from openpae.config import check_fields
 from openpae.eval.settings import ExtractorName
 from openpae.geometry.settings import MeasureConfig
 from openpae.models.configs import PerceptualNet
@@ -72,8 +73,7 @@ class MeasureSettings:
     """Label that does not count, such as that of unlabelled pixels."""
 
     def __post_init__(self) -> None:
-        if self.label_count < 1:
-            raise ValueError(f"measure.label_count must be >= 1, got {self.label_count}")
+        check_fields(self, "measure.", label_count="[1, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,9 @@ class JudgeSettings:
     """Of the noise."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "reference_images"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise ValueError(f"judge.{name} must be >= 2, got {value}")
-        if self.batch_size < 1:
-            raise ValueError(f"judge.batch_size must be >= 1, got {self.batch_size}")
-        if self.own_images == 1 or self.own_images < 0:
+        two = dict.fromkeys(("samples", "reference_images"), "[2, inf)")
+        check_fields(self, "judge.", batch_size="[1, inf)", own_images="[0, inf)", **two)
+        if self.own_images == 1:
             raise ValueError(f"judge.own_images must be >= 2, or 0 for none, got {self.own_images}")
 
 
@@ -160,9 +157,7 @@ class StudySetup:
     """How generators are judged."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "raw_count"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        check_fields(self, every="[1, inf)", raw_count="[1, inf)")
         if self.every > 1 and not self.pack:
             raise ValueError(f"every = {self.every} needs pack: true")
 
@@ -306,7 +301,7 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
             raise ValueError(f"{change!r} cannot be changed: a study sets {name} itself")
         try:
             wanted[stage][name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # depth, a wrong date or number
             raise ValueError(f"the value of {change!r} is not YAML: {' '.join(str(error).split())}") from None
     return Resolved(**{name: configs.changed(part, wanted[name], at=name) for name, part in parts.items()})
 

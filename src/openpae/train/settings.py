@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from openpae.config import check_fields
 from openpae.data.settings import ImageData
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.eval.settings import ExtractorName
@@ -63,9 +64,7 @@ class RefinerRun:
                 f"image_width must be {patch} pixels for each of the {self.model.grid_shape[1]} columns of "
                 f"the model's grid, got {width}; set image_width and model.grid_width"
             )
-        for name in ("reconstruction", "gram"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be >= 0 (0 switches it off), got {weight}")
+        check_fields(self, reconstruction="[0, inf)", gram="[0, inf)")
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -168,18 +167,12 @@ class GeneratorRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.checkpoint_blocks <= self.model.num_blocks:
-            raise ValueError(
-                f"checkpoint_blocks must lie in [0, {self.model.num_blocks}], the number of blocks, got "
-                f"{self.checkpoint_blocks}"
-            )
-        if self.time_shift is not None and self.time_shift <= 0:
-            raise ValueError(
-                f"time_shift must be > 0 (1 changes nothing, null takes it from C h w), got {self.time_shift}"
-            )
+        check_fields(
+            self,
+            checkpoint_blocks=f"[0, {self.model.num_blocks}]",
+            time_shift="(0, inf)",
+            evaluation_samples="[2, inf)",
+            cosine="[0, inf)",
+        )
         if (self.tokenizer is None) != (self.evaluation_images is None):
             raise ValueError("tokenizer and evaluation_images are needed both, or neither")
-        if self.evaluation_samples < 2:
-            raise ValueError(f"evaluation_samples must be >= 2, got {self.evaluation_samples}")
-        if self.cosine < 0:
-            raise ValueError(f"cosine must be >= 0 (0 switches it off), got {self.cosine}")
