@@ -49,7 +49,7 @@ SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
 
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
-"""The pretrained release: a pair for 64-pixel emoji, trained by docs/make_pretrained.py."""
+"""The pretrained release: a pair for 64-pixel emoji, trained by tools/make_pretrained.py."""
 
 
 def parse_budget(text: str) -> float:
