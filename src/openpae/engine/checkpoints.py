@@ -272,7 +272,7 @@ def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[st
     """Tensors for the optimizer's state to be read into; a player that has not stepped yet has none."""
     return {
         number: {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight),
         }
@@ -332,7 +332,7 @@ def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
 
 def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
     """What of an AdamW state does not fit its weight."""
-    wanted = {"step": torch.empty(()), "exp_avg": weight, "exp_avg_sq": weight}
+    wanted = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
     if not isinstance(moments, Mapping) or moments.keys() != wanted.keys():
         return "its names"
     strange = [name for name, like in wanted.items() if not _fits(moments[name], like)]
