@@ -19,7 +19,7 @@ from openpae.models.configs import (
     GeneratorConfig,
     LightningDiTConfig,
 )
-from openpae.models.dit import DiTBlock, LightningDiT, checked_statistics, run_blocks
+from openpae.models.dit import DiTBlock, LightningDiT, checked_statistics
 from openpae.models.layers import rope_2d, sincos_2d, to_tokens, unpatchify
 from openpae.storage import hub
 
@@ -35,7 +35,7 @@ class DiTDH(nn.Module):
 
     Args:
         config: its sizes.
-        checkpoint_blocks: see `dit.run_blocks`; the blocks of the DiT come first, then those of the head.
+        checkpoint_blocks: see `layers.run_blocks`; the blocks of the DiT come first, then those of the head.
     """
 
     frequencies: Tensor
@@ -122,12 +122,12 @@ class DiTDH(nn.Module):
         time = self.time_mlp(self._fourier(1 - t))[:, None]  # (B, 1, D)
         c = F.silu(F.silu(time + self.class_embed(labels)[:, None]))
         tokens = to_tokens(self.patch_embed(x)) + self.positions
-        tokens = run_blocks(self.blocks, tokens, c, self.rope_cos, self.rope_sin, self.checkpoint_blocks)
+        tokens = run_blocks(self.blocks, tokens, (c, self.rope_cos, self.rope_sin), self.checkpoint_blocks)
         s = F.silu(self.to_head(F.silu(time + tokens)))  # (B, N, W)
         left = self.checkpoint_blocks - len(self.blocks)
         # The path from block to block is kept in float32, as positions keep that of the DiT.
         wide = to_tokens(self.head_embed(x)).float()
-        wide = run_blocks(self.head_blocks, wide, s, self.head_cos, self.head_sin, left)
+        wide = run_blocks(self.head_blocks, wide, (s, self.head_cos, self.head_sin), left)
         shift, scale = self.final_modulation(s).chunk(2, dim=-1)
         wide = self.to_velocity(self.final_norm(wide) * (1 + scale) + shift)
         return unpatchify(wide, h, w, self.config.patch_size)
@@ -200,7 +200,7 @@ def build_generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> G
 
     Args:
         config: its sizes.
-        checkpoint_blocks: see `dit.run_blocks`.
+        checkpoint_blocks: see `layers.run_blocks`.
     """
     if isinstance(config, DiTDHConfig):
         return DiTDH(config, checkpoint_blocks=checkpoint_blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -79,6 +80,9 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
             stack.callback(distributed.destroy_process_group)
         for module, name, stand_in in [*_stand_ins(), *_uncached()]:
             stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(warnings.catch_warnings())
+        for harmless in ("Accessing the data pointer of FakeTensor", "Grad strides do not match bucket"):
+            warnings.filterwarnings("ignore", message=harmless)
         stack.enter_context(_refusing_reads())
         yield stack.enter_context(mode)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openpae.engine import loop as loop_module
-from openpae.engine.parallel import bare
+from openpae.engine.parallel import unwrap
 from openpae.plan.fakes import AnyTask, Run, build_task, fake_world
 from openpae.plan.memory import Kind, Peak, Tracker
 from openpae.train.settings import GeneratorRun, TokenizerRun
@@ -35,12 +35,10 @@ class Trial:
     lasting: Mapping[Kind, int]
     """Bytes by kind between two steps."""
     operations: Mapping[str, float]
-    """Operations of an image by the type of their numbers, the mean over the run."""
-
-    @property
-    def operations_per_image(self) -> float:
-        """Of all types."""
-        return sum(self.operations.values())
+    """Operations of an image by the type of their numbers: the mean over the run where all its phases are
+    tried, else of the last step."""
+    dearest: float
+    """Operations of an image in the last step, of all types."""
 
 
 def planned_run(run: Run, **loop: Any) -> Run:
@@ -62,12 +60,13 @@ def planned_run(run: Run, **loop: Any) -> Run:
     return dataclasses.replace(run, **changes)
 
 
-def try_run(run: Run, gpus: int = 1, *, round_to: int = 512) -> Trial:
-    """Build a run's task and take steps of each of its phases, the dearest last.
+def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 512) -> Trial:
+    """Build a run's task, and take two steps of the phase in which all its losses count.
 
     Args:
         run: as `planned_run` gives it.
         gpus: processes that share the global batch.
+        phases: take one of each phase before, for the mean of their operations.
         round_to: see `Tracker`.
 
     Raises:
@@ -87,6 +86,8 @@ def try_run(run: Run, gpus: int = 1, *, round_to: int = 512) -> Trial:
                     weight.register_post_accumulate_grad_hook(lambda w: tracker.mark("gradients", _grads(w)))
         parts = loop_module.device_batches(run.loop)
         shares, steps = _phases(run)
+        if not phases:
+            shares, steps = [1.0], steps[-2:]
         found: list[Mapping[torch.dtype, int]] = []
         tracker.reset()
         for state in loop_module.trial_steps(task, run.optim, run.loop, steps):
@@ -103,13 +104,14 @@ def try_run(run: Run, gpus: int = 1, *, round_to: int = 512) -> Trial:
             exported=sum(w.numel() for w in state.exported.parameters() if w.requires_grad),
             peak=peak,
             lasting=lasting,
-            operations=_per_image(found, shares, len(parts) * len(parts[0])),
+            operations=_per_image(found, shares, images := len(parts) * len(parts[0])),
+            dearest=sum(found[-1].values()) / images,
         )
 
 
 def _networks(task: AnyTask) -> dict[str, nn.Module]:
     """All networks that a step runs, by the name of their player or of the task's attribute."""
-    found = {name: bare(player) for name, player in task.players.items()}
+    found = {name: unwrap(player) for name, player in task.players.items()}
     for name in ("model", "encoder", "lpips", "prior", "upsampler"):
         part = getattr(task, name, None)
         if isinstance(part, nn.Module):

@@ -83,6 +83,9 @@ class TokenizerRun:
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
     itself, and images with the spectrum of photographs; a run of minutes is a decibel ahead
     (docs/results.md), what it does to a long one is not known."""
+    checkpoint_blocks: int = 0
+    """Blocks of the decoder, from the first on, whose activations are computed again in the backward pass
+    instead of kept: less memory for a third more work in them. The result is the same."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -102,6 +105,7 @@ class TokenizerRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
+        _check_blocks(self.checkpoint_blocks, self.model.decoder.num_layers)
         if self.model.fusion == "none":
             idle = ("ssr", "scr", "kl", "diffusion", "gradients_every")
             if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:
@@ -168,11 +172,7 @@ class GeneratorRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.checkpoint_blocks <= self.model.num_blocks:
-            raise ValueError(
-                f"checkpoint_blocks must lie in [0, {self.model.num_blocks}], the number of blocks, got "
-                f"{self.checkpoint_blocks}"
-            )
+        _check_blocks(self.checkpoint_blocks, self.model.num_blocks)
         if self.time_shift is not None and self.time_shift <= 0:
             raise ValueError(
                 f"time_shift must be > 0 (1 changes nothing, null takes it from C h w), got {self.time_shift}"
@@ -183,3 +183,8 @@ class GeneratorRun:
             raise ValueError(f"evaluation_samples must be >= 2, got {self.evaluation_samples}")
         if self.cosine < 0:
             raise ValueError(f"cosine must be >= 0 (0 switches it off), got {self.cosine}")
+
+
+def _check_blocks(count: int, there: int) -> None:
+    if not 0 <= count <= there:
+        raise ValueError(f"checkpoint_blocks must lie in [0, {there}], the number of blocks, got {count}")
