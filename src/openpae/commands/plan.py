@@ -36,7 +36,8 @@ def plan(argv: Sequence[str]) -> None:
         print(_USAGE)
         return
     arguments = [argument for argument in argv[1:] if argument != "--json"]
-    settings, rest = parsed(PlanSettings, args=arguments, return_unknown_args=True)
+    parse: Any = parsed  # with this option it gives a pair
+    settings, rest = parse(PlanSettings, args=arguments, return_unknown_args=True)
     prog = f"pae plan {argv[0]}"
     run = overridden(configs.load_one_of(_RUNS, argv[0]), rest, prog)
     from openpae.plan.estimate import facts, plan_run

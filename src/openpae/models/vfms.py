@@ -46,7 +46,7 @@ class EncoderSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the class that replace those beside the weights."""
     architecture: Mapping[str, Any] = field(default_factory=dict)
-    """The published sizes, as settings of the class that are not its defaults: what `empty_encoder` builds."""
+    """The published sizes, as settings of the class: what `empty_encoder` builds."""
     asks_to_interpolate: bool = False
     """Whether the class fits its positions to another grid only where it is asked to."""
     shuffles: bool = False

@@ -108,7 +108,8 @@ def plan_run(run: Run, settings: PlanSettings) -> Plan:
     blocks = getattr(run, "checkpoint_blocks", 0)
     fits = [largest_fit(run, settings.gpus, free, trial)]
     for other in {0, _blocks(run)} - {blocks}:
-        fits.append(largest_fit(dataclasses.replace(run, checkpoint_blocks=other), settings.gpus, free))
+        changed: Any = {"checkpoint_blocks": other}
+        fits.append(largest_fit(dataclasses.replace(run, **changed), settings.gpus, free))
     fits.sort(key=lambda fit: fit.checkpoint_blocks)
     if trial.peak.total > free:
         problems.append(_too_large(trial, free, fits))
@@ -206,7 +207,8 @@ def _divided(loop: LoopConfig, gpus: int) -> tuple[LoopConfig, list[str]]:
     if images % gpus:
         images = max(1, images // gpus) * gpus
         problems.append(
-            f"loop.global_batch_size {loop.global_batch_size} is no multiple of {gpus} GPUs; planned for {images}"
+            f"loop.global_batch_size {loop.global_batch_size} is no multiple of {gpus} GPUs; "
+            f"planned for {images}"
         )
     own = images // gpus
     if part is not None and own % part:
@@ -223,9 +225,9 @@ def _notes(run: Run) -> Iterator[str]:
         yield "planned without loop.compile, which needs less memory; how much less is not known here"
     if isinstance(run, RefinerRun) and run.upsampler == "anyup":
         yield "of AnyUp only its output is counted; its network is torch hub's"
-    if isinstance(run, TokenizerRun) and run.loss.needs_prior and run.prior is not None:
-        if not (run.prior / "config.yaml").is_file() and not (run.prior / "checkpoints").is_dir():
-            yield f"{run.prior} is not there; a refiner of the usual sizes is planned"
+    prior = run.prior if isinstance(run, TokenizerRun) and run.loss.needs_prior else None
+    if prior is not None and not prior.is_dir():
+        yield f"{prior} is not there; a refiner of the usual sizes is planned"
     yield "evaluation between steps is not planned"
 
 

@@ -7,9 +7,9 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -30,13 +30,16 @@ from openpae.data.training import ImageBatch, LatentBatch
 from openpae.engine import loop as loop_module
 from openpae.engine import parallel
 from openpae.engine.optim import device_batches
+from openpae.engine.settings import LoopConfig
 from openpae.models.configs import DiscriminatorConfig, GeneratorConfig, RefinerConfig
 from openpae.models.discriminator import FeatureDiscriminator, PatchDiscriminator
-from openpae.models.ditdh import Generator, build_generator
+from openpae.models.ditdh import build_generator
 from openpae.models.encoders import empty_encoder
+from openpae.models.generator import LatentGenerator
 from openpae.models.lpips import LPIPS
 from openpae.models.priors import FrozenPrior, Refiner
 from openpae.models.vfms import encoder_spec
+from openpae.runtime import processes
 from openpae.storage.model_folder import CONFIG, model_folder
 from openpae.train import generator, refiner, tokenizer
 from openpae.train.generator import GeneratorTask
@@ -46,6 +49,7 @@ from openpae.train.tokenizer import TokenizerTask
 
 Run = RefinerRun | TokenizerRun | GeneratorRun
 AnyTask = RefinerTask | TokenizerTask | GeneratorTask
+T = TypeVar("T", RefinerTask, TokenizerTask, GeneratorTask)
 
 _DINO = {"num_hidden_layers": 12, "image_size": 224, "hidden_size": 384, "num_attention_heads": 6}
 _DINO |= {"intermediate_size": 1536}
@@ -57,9 +61,6 @@ VITS: dict[str, dict[str, Any]] = {
     "facebook/dino-vitb16": _DINO_B | {"patch_size": 16},
 }
 """Published sizes of the ViTs that a discriminator may look through."""
-
-MICRO_STEPS = 2
-"""Device batches of a planned step, where a run has more: the first and the last."""
 
 
 @contextmanager
@@ -90,15 +91,16 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
 def build_task(run: Run) -> AnyTask:
     """The task of a run, as its training makes it, inside of `fake_world`."""
     if isinstance(run, GeneratorRun):
-        return _feeding(GeneratorTask(run), run)
+        return feeding(GeneratorTask(run), run)
     name, trainable = (
         (run.model.encoder, run.model.fusion == "finetune")
         if isinstance(run, TokenizerRun)
         else (run.encoder, False)
     )
     encoder = _without_values(lambda: empty_encoder(name, trainable=trainable))
-    kind: Any = TokenizerTask if isinstance(run, TokenizerRun) else RefinerTask
-    return _feeding(kind(run, encoder), run)
+    if isinstance(run, TokenizerRun):
+        return feeding(TokenizerTask(run, encoder), run)
+    return feeding(RefinerTask(run, encoder), run)
 
 
 def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:
@@ -144,26 +146,24 @@ def empty_prior(run: TokenizerRun) -> FrozenPrior:
         grid_width=None if w == h else w,
         num_heads=spec.num_heads,
     )
-    try:
+    with suppress(FileNotFoundError):
         sizes = configs.load(RefinerConfig, model_folder(run.prior) / CONFIG)
-    except FileNotFoundError:
-        pass
     return FrozenPrior(Refiner(sizes))
 
 
-def _feeding(task: Any, run: Run) -> Any:
+def feeding(task: T, run: Run) -> T:
     """The task with batches of the run's shapes, the next of which is there while one is used."""
     latents = isinstance(run, GeneratorRun)
 
     def batches(steps: Sequence[int]) -> Iterator[Any]:
-        rows = [len(part) for _ in steps for part in loop_module.device_batches(run.loop)]
+        rows = [len(part) for _ in steps for part in planned_batches(run.loop)]
         make = _latent_batch if latents else _image_batch
         coming = make(run, rows[0])
         for count in [*rows[1:], 0]:
             current, coming = coming, make(run, count)
             yield current
 
-    task.batches = batches
+    task.batches = batches  # type: ignore[method-assign]
     return task
 
 
@@ -210,11 +210,11 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
         (generator, "_open_latents", _latents),
         (generator, "build_generator", _generator),
         (parallel, "fingerprint", lambda *_: ""),
-        (parallel.processes, "gather", lambda value: [value]),
+        (processes, "gather", lambda value: [value]),
         (parallel, "DistributedDataParallel", _Replicated),
         (parallel, "init_device_mesh", _mesh),
         (ddp_module, "_verify_param_shape_across_processes", lambda *_: None),
-        (loop_module, "device_batches", lambda loop: _ends(device_batches(loop))),
+        (loop_module, "device_batches", planned_batches),
     ]
 
 
@@ -226,8 +226,10 @@ def _uncached() -> list[tuple[Any, str, Any]]:
     return [(dinov3, name, getattr(dinov3, name).__wrapped__)]
 
 
-def _ends(parts: list[range]) -> list[range]:
-    return parts if len(parts) <= MICRO_STEPS else [parts[0], parts[-1]]
+def planned_batches(loop: LoopConfig) -> list[range]:
+    """The first and the last device batch of a step: those between them are like the last."""
+    parts = device_batches(loop)
+    return [parts[0], parts[-1]] if len(parts) > 1 else parts
 
 
 def _load_prior(task: TokenizerTask) -> nn.Module | None:
@@ -240,7 +242,7 @@ def _latents(_: Any, model: GeneratorConfig) -> SimpleNamespace:
     return SimpleNamespace(fingerprint=lambda: "", attributes={"tokenizer": ""}, index=index)
 
 
-def _generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> Generator:
+def _generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> LatentGenerator:
     model = build_generator(config, checkpoint_blocks=checkpoint_blocks)
     model.set_statistics = lambda *_: None  # type: ignore[method-assign]  # it looks at their values
     return model
@@ -292,8 +294,8 @@ def _refusing_reads() -> Iterator[None]:
         ]
         at = f"{frames[-1].filename}:{frames[-1].lineno}"
         raise ValueError(
-            f"{at} reads the values of a tensor ({error.func}), and a GPU would wait for them; keep them on the "
-            "device (torch.where, a mask), or read them with the log"
+            f"{at} reads the values of a tensor ({error.func}), and a GPU would wait for them; keep them on "
+            "the device (torch.where, a mask), or read them with the log"
         ) from error
 
 

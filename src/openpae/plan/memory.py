@@ -183,7 +183,8 @@ class Tracker(TorchDispatchMode):
             name = self._running.pop()
             for part in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(part, Tensor) and part.requires_grad:
-                    part.register_hook(partial(self._enter_backward, name))
+                    hook = partial(self._enter_backward, name)
+                    part.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _enter_backward(self, name: str, _: Tensor) -> None:
         self._backward = name
@@ -198,12 +199,13 @@ class Tracker(TorchDispatchMode):
 
 
 def _attention_operations(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    count: Any = sdpa_flop_count
+    return int(count(query.shape, key.shape, value.shape))
 
 
 def _attention_backward_operations(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     # As PyTorch counts other fused attentions: the scores again, and a product each for dq, dk, dv and ds.
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape) * 5 // 2)
+    return _attention_operations(query, key, value) * 5 // 2
 
 
 _OPERATIONS: dict[Any, Any] = {

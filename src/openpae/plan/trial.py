@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from openpae.engine import loop as loop_module
 from openpae.engine.parallel import unwrap
-from openpae.plan.fakes import AnyTask, Run, build_task, fake_world
+from openpae.plan.fakes import AnyTask, Run, build_task, fake_world, planned_batches
 from openpae.plan.memory import Kind, Peak, Tracker
 from openpae.train.settings import GeneratorRun, TokenizerRun
 
@@ -49,7 +50,13 @@ def planned_run(run: Run, **loop: Any) -> Run:
         loop: fields of its loop that are to be others.
     """
     # skip: as on a GPU, which is asked for no value. compile: it saves memory, and its steps cannot be faked.
-    plain = {"device": "cpu", "compile": False, "on_nonfinite": "skip", "num_workers": 0, "profile_steps": 0}
+    plain: dict[str, Any] = {
+        "device": "cpu",
+        "compile": False,
+        "on_nonfinite": "skip",
+        "num_workers": 0,
+        "profile_steps": 0,
+    }
     changes: dict[str, Any] = {"loop": dataclasses.replace(run.loop, **(plain | loop))}
     if isinstance(run, GeneratorRun):
         changes |= {"tokenizer": None, "evaluation_images": None, "held_out_latents": None}
@@ -83,8 +90,9 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
             tracker.mark("weights", [*network.parameters(), *network.buffers()])
             for weight in network.parameters():
                 if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(lambda w: tracker.mark("gradients", _grads(w)))
-        parts = loop_module.device_batches(run.loop)
+                    hook = partial(_mark_gradient, tracker)
+                    weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        parts = planned_batches(run.loop)
         shares, steps = _phases(run)
         if not phases:
             shares, steps = [1.0], steps[-2:]
@@ -144,8 +152,9 @@ def _per_image(found: list[Mapping[torch.dtype, int]], shares: list[float], imag
     return mean
 
 
-def _grads(weight: Tensor) -> list[Tensor]:
-    return [] if weight.grad is None else [weight.grad]
+def _mark_gradient(tracker: Tracker, weight: Tensor) -> None:
+    if weight.grad is not None:  # FSDP has taken it already
+        tracker.mark("gradients", [weight.grad])
 
 
 def _count(networks: Mapping[str, nn.Module], trained: Mapping[int, Tensor]) -> int:
