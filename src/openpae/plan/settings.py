@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from openpae.config import check_fields
 from openpae.runtime.cards import card
 
 IMAGENET = 1_281_167
@@ -27,9 +28,5 @@ class PlanSettings:
     """Images of the data set, for the size of caches."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "images"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if not 0 < self.utilisation <= 1:
-            raise ValueError(f"--utilisation must lie in (0, 1], got {self.utilisation}")
+        check_fields(self, "--", gpus="[1, inf)", images="[1, inf)", utilisation="(0, 1]")
         card(self.card)
