@@ -15,10 +15,12 @@ from openpae.commands.bench import bench
 from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
+from openpae.commands.plan import plan
 from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
+from openpae.runtime.escape import one_line
 from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = ("out of memory", "not enough memory", "Storage size calculation overflowed")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name](arguments[1:])
     except Stopped as stop:
-        print(f"pae: {stop}", file=sys.stderr)
+        print(f"pae: {one_line(stop)}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -95,11 +97,11 @@ def quickstart(
 
 
 def _as_line(message: Warning | str, *_: object, **__: object) -> str:
-    return f"pae: warning: {message}\n"
+    return f"pae: warning: {one_line(message)}\n"
 
 
 def _fail(message: str) -> int:
-    print(f"pae: error: {message}", file=sys.stderr)
+    print(f"pae: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
@@ -119,6 +121,7 @@ def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _command(quickstart, "quickstart"),
     "pack": _command(pack, "pack"),
+    "plan": plan,
     "train-refiner": train_refiner,
     "fit-targets": _command(fit_targets, "fit-targets"),
     "train-tokenizer": train_tokenizer,

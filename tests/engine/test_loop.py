@@ -267,7 +267,7 @@ import os, signal, sys, torch
 from pathlib import Path
 from openpae import config
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OPENPAE_TEST_THREADS", "1")))
 def hook(event, args):
     if event == "os.rename" and str(args[1]).endswith("step-00000004"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -1020,13 +1020,6 @@ def test_classes_are_dropped_as_often_as_the_config_says(generator_run: Generato
         assert float(null.float().mean()) == pytest.approx(share, abs=0.07)
         assert torch.equal(seen[0][~null], batch.labels[~null])
         torch.testing.assert_close(update.loss.detach(), update.logs["mse"] + update.logs["cosine"])
-
-
-def test_the_generator_learns_normalised_latents(generator_run: GeneratorRun, latents: Shards) -> None:
-    task = GeneratorTask(generator_run)
-    x = task.model.normalise(latents.gather(np.arange(10)).flatten(0, 1))
-    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(8), atol=1e-4, rtol=0)
 
 
 def test_evaluation_of_the_generator_is_the_same_in_any_batch(generator_run: GeneratorRun) -> None:

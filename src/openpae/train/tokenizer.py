@@ -85,6 +85,7 @@ class TokenizerTask:
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
         self.model = tokenizer_class(run.model)(run.model, encoder)
+        self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
             self.model.start_local()
         self.model.to(self.device)
@@ -148,8 +149,8 @@ class TokenizerTask:
         if "gan" in terms and self.run.loss.gan_weight == "adaptive":
             # Of the module that the losses called: of a sharded one, the weights are full just now.
             last = unwrap(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
-            weights["gan"], known = balance_gan(terms, weights, decoded, last, keep_graph=due)
-            joint, logs["gan_weight"] = [known], weights["gan"]
+            logs["gan_weight"], known = balance_gan(terms, weights, decoded, last, keep_graph=due)
+            joint, weights["gan"] = [known], logs["gan_weight"]
         if due:
             logs |= gradient_shares(terms, weights, z)
         single = [name for name in terms if not joint or name not in BALANCED]
