@@ -11,6 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "faults"))
 
 from cases import CASES
+from hostile_cases import HOSTILE
+from more_cases import MORE
 from running import SMALL, Case, Outcome, run_case, workspace
 
 HEAD = """# What goes wrong, and what is said
@@ -71,5 +73,5 @@ if __name__ == "__main__":
         root = Path(scratch) / "workspace"
         root.mkdir()
         workspace(root)
-        text = page({case: run_case(case, root, Path(scratch) / "copy") for case in CASES})
+        text = page({case: run_case(case, root, Path(scratch) / "copy") for case in CASES + MORE + HOSTILE})
     (Path(__file__).parent / "errors.md").write_text(text, encoding="utf-8")

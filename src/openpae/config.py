@@ -201,6 +201,7 @@ def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
     """
     for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
         interval = allowed.get(name, "(-inf, inf)")
+        wanted = f"lie in {interval}" if name in allowed else "be finite"
         low, high = map(float, interval[1:-1].split(","))
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not (
@@ -208,7 +209,7 @@ def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
                 or (number == low and interval[0] == "[")
                 or (number == high and interval[-1] == "]")
             ):
-                raise ValueError(f"{at}{name} must lie in {interval}, got {_shown(value)}")
+                raise ValueError(f"{at}{name} must {wanted}, got {_shown(value)}")
 
 
 def differences(old: Any, new: Any) -> list[str]:

@@ -80,7 +80,7 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
         raise NotADirectoryError(f"{path} is a file, but a folder is to be written; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    if old.exists() and not path.exists():  # killed in that instant: until the block ends, the old one counts
+    if old.is_dir() and not old.is_symlink() and not path.exists():  # killed in that instant: until the block ends, the old one counts
         os.rename(old, path)
     for leftover in (partial, old):
         discard(leftover)
