@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 Images = Annotated[Path, tyro.conf.arg(metavar="IMAGES")]
 Out = Annotated[Path, tyro.conf.arg(metavar="OUT")]
-Tokenizer = Annotated[Path, tyro.conf.arg(metavar="TOKENIZER")]
-Generator = Annotated[Path, tyro.conf.arg(metavar="GENERATOR")]
-Reference = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
+TokenizerPath = Annotated[Path, tyro.conf.arg(metavar="TOKENIZER")]
+GeneratorPath = Annotated[Path, tyro.conf.arg(metavar="GENERATOR")]
+ReferencePath = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -198,6 +198,4 @@ def at_least_one(**numbers: int | None) -> None:
         ValueError: names the flag.
     """
     for name, number in numbers.items():
-        most = _LARGEST.get(name, 10**8)
-        if number is not None and not 1 <= number <= most:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [1, {most}], got {number}")
+        configs.check_number(f"--{name.replace('_', '-')}", number, f"[1, {_LARGEST.get(name, 10**8)}]")

@@ -11,13 +11,13 @@ import tyro
 from openpae import config as configs
 from openpae.commands.console import (
     Device,
-    Generator,
+    GeneratorPath,
     Images,
     Out,
     Precision,
     Progress,
-    Reference,
-    Tokenizer,
+    ReferencePath,
+    TokenizerPath,
     at_least_one,
     say,
 )
@@ -128,7 +128,7 @@ class SampleRun:
 
 
 def reconstruct(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     images: Images,
     out: Out,
     /,
@@ -193,8 +193,8 @@ def _names(images: list[str], out: Path) -> list[str]:
 
 
 def sample(
-    tokenizer: Tokenizer,
-    generator: Generator,
+    tokenizer: TokenizerPath,
+    generator: GeneratorPath,
     out: Out,
     /,
     run: tyro.conf.OmitArgPrefixes[SampleRun],
@@ -250,7 +250,7 @@ def sample(
 
 
 def interpolate(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     out: Out,
     /,
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
@@ -306,9 +306,9 @@ def interpolate(
 
 
 def search_guidance(
-    tokenizer: Tokenizer,
-    generator: Generator,
-    reference: Reference,
+    tokenizer: TokenizerPath,
+    generator: GeneratorPath,
+    reference: ReferencePath,
     out: Out,
     /,
     search: tyro.conf.OmitArgPrefixes[SearchConfig],

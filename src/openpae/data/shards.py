@@ -13,6 +13,7 @@ Opening a folder checks what costs nothing: that every shard has its size and ty
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -261,6 +262,9 @@ class Shards:
         self.shape: tuple[int, ...] = tuple(self.index["shape"])
         self.dtype = TYPES[self.index["dtype"]]
         self.labels = self._open_labels()
+        if kind == "latents" and not _has_statistics(self.index):
+            reason = "latents need a tokenizer, and a finite mean and std for each channel"
+            raise _damaged(self.folder / "index.json", reason)
         self.ends = np.cumsum(self.index["rows"])
         self._maps = [self._open(number, rows) for number, rows in enumerate(self.index["rows"])]
 
@@ -279,17 +283,18 @@ class Shards:
         """
         shape = self.shape if versions is None else self.shape[1:]
         out = np.empty((len(rows), *shape), dtype=_STORED[self.index["dtype"]])
-        shards = np.searchsorted(self.ends, rows, side="right")
-        locals_ = rows - np.concatenate([[0], self.ends])[shards]
-        if versions is None:
-            for i, (shard, row) in enumerate(zip(shards.tolist(), locals_.tolist(), strict=True)):
-                out[i] = self._maps[shard][row]
-        else:
-            picks = zip(shards.tolist(), locals_.tolist(), versions.tolist(), strict=True)
-            for i, (shard, row, version) in enumerate(picks):
-                out[i] = self._maps[shard][row, version]
+        picked = itertools.repeat(...) if versions is None else versions.tolist()
+        for target, row, version in zip(out, self.views(rows), picked, strict=False):
+            target[...] = row[version]
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+    def views(self, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """The memory maps of rows (B,), one `shape` each; read-only, nothing is copied."""
+        shards = np.searchsorted(self.ends, rows, side="right")
+        locals_ = rows - np.concatenate([[0], self.ends])[shards]
+        for shard, row in zip(shards.tolist(), locals_.tolist(), strict=True):
+            yield self._maps[shard][row]
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the content: a hash of the shards' checksums and of the labels."""
@@ -376,8 +381,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = _with_keys(path, skipped=list, **kinds)
     whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
-    if index["kind"] == "latents" and not _has_statistics(index):
-        raise _damaged(path, "latents need a tokenizer, and a finite mean and std for each channel")
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index

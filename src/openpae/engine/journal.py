@@ -148,7 +148,7 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
     Raises:
         ValueError: a line that no run has written.
     """
-    lines = []
+    lines: list[dict[str, float]] = []
     for text in (run_dir / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)

@@ -29,8 +29,8 @@ class OptimConfig:
     clip: float | None = None
     """Largest norm of the gradient; null clips nothing."""
     spike_factor: float | None = None
-    """Leave out a step whose gradient norm is more than so many times the player's mean norm so far, once 20
-    steps are known; null leaves out none. The log counts them."""
+    """Skip a step whose gradient norm exceeds `spike_factor` times the player's mean norm, once 20 steps are
+    known; null skips none. The log counts them."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -52,17 +52,16 @@ class LoopConfig:
     steps: int
     """Optimizer steps."""
     global_batch_size: int
-    """Images per optimizer step, over all processes: the number that matters."""
+    """Images per optimizer step, over all processes."""
     device_batch_size: int | None = None
     """Images per forward pass of one process, to fit memory; null takes all that the process sees of a step.
     It changes the result only where a loss looks at the device batch: kl, gan_weight adaptive, lpips_share
     or mcr_share below 1."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What several processes (torchrun) share: with ddp each keeps the whole model and only gradients are
-    averaged; with fsdp weights, gradients, optimizer and EMA are cut into shards (FSDP2). One process does
-    neither."""
+    """How several processes (torchrun) share the work. ddp: each keeps the full model, and gradients are
+    averaged. fsdp: weights, gradients, optimizer and EMA are sharded (FSDP2). One process uses neither."""
     seed: int = 0
-    """Of initial weights, data order, augmentation and noise."""
+    """Seed of initial weights, data order, augmentation and noise."""
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     """fp32: all in float32. tf32: as fp32, but a GPU multiplies in TF32. bf16: autocast around the losses.
     Weights, optimizer and EMA stay float32."""
@@ -73,7 +72,7 @@ class LoopConfig:
     ema_decay: float | None = None
     """Decay of the moving average of the weights per step; null keeps none."""
     export: Literal["ema", "raw"] = "ema"
-    """Which weights a checkpoint offers for use, and evaluation judges; without an average the raw ones."""
+    """Weights that a checkpoint offers for use and that evaluation takes; without an average the raw ones."""
     log_every: int = 20
     """Steps between log lines; each is the mean since the last."""
     save_every: int = 1000
@@ -91,7 +90,7 @@ class LoopConfig:
     and the tensor where it began, and end the run. skip: leave the step out. rollback: go back to the last
     checkpoint, and from there past the data of that step."""
     nonfinite_limit: int = 10
-    """Steps skipped in a row, or rollbacks, after which the run ends all the same."""
+    """Steps skipped in a row, or rollbacks, after which the run ends."""
     profile_steps: int = 0
     """Steps, from the fourth of this start on, that PyTorch's profiler records into run_dir/profile; 0
     records none."""

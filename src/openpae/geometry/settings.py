@@ -30,7 +30,7 @@ class MeasureConfig:
     batch_size: int = 32
     """Images per forward pass; changes no number beyond rounding."""
     seed: int = 0
-    """Of directions, classes and clusters."""
+    """Seed of directions, classes and clusters."""
 
     def __post_init__(self) -> None:
         others = dict.fromkeys(("lpc_count", "directions", "classes", "repeats", "batch_size"), "[1, inf)")

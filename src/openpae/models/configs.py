@@ -34,13 +34,13 @@ class DiscriminatorConfig:
     source: str = "facebook/dino-vits8"
     """features: hub name or local folder of the ViT, a ViTModel of the transformers package."""
     taps: tuple[int, ...] = (3, 6, 9, 12)
-    """features: blocks of the ViT, counted from 1, behind which a head looks."""
+    """features: blocks of the ViT, counted from 1, whose output a head sees."""
     head_dim: int = 256
     """features: width of the heads."""
     width: int = 64
     """patch: channels of the first layer; each of the next doubles them, up to 8 times."""
     num_layers: int = 3
-    """patch: layers of stride 2; 3 judge patches of 70 x 70 pixels."""
+    """patch: layers of stride 2; with 3 each output sees 70 x 70 pixels."""
 
     def __post_init__(self) -> None:
         check_fields(self, "discriminator.", head_dim=WIDTH, width=WIDTH, num_layers=LAYERS)
@@ -161,7 +161,7 @@ class PAEConfig:
     """Width of modulator and projectors; null is the VFM's own, as in the paper. Otherwise one linear layer
     behind the VFM narrows its features (our choice, for sizes that a CPU can train)."""
     fusion: Literal["modulate", "add", "concat", "finetune", "none"] = "modulate"
-    """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
+    """How detail joins the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
     the RAE of arXiv:2510.11690: the features themselves are the latent, and only the decoder is trained."""
     sphere: Literal["token", "sample"] = "token"
     """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole

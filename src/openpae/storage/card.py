@@ -30,11 +30,9 @@ class _Kind:
 
 
 _KINDS = {
-    "PAEConfig": _Kind("a tokenizer: images to latents and back", "tokenizer", "PAE", "frozen encoder"),
-    "LightningDiTConfig": _Kind(
-        "a generator: latents of a class, from noise", "generator", "LightningDiT", "tokenizer"
-    ),
-    "DiTDHConfig": _Kind("a generator: latents of a class, from noise", "generator", "DiTDH", "tokenizer"),
+    "PAEConfig": _Kind("images to latents and back", "tokenizer", "PAE", "frozen encoder"),
+    "LightningDiTConfig": _Kind("latents of a class, from noise", "generator", "LightningDiT", "tokenizer"),
+    "DiTDHConfig": _Kind("latents of a class, from noise", "generator", "DiTDH", "tokenizer"),
 }
 
 
@@ -78,7 +76,8 @@ def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> s
         *_usage(models, repo),
         *(line for facts in models.values() for line in _metrics(facts)),
         *("## Licence", ""),
-        f"{stated} A frozen encoder keeps its own licence; its weights come from its own home.",
+        f"{stated} A frozen encoder keeps its own licence.",
+        "Its weights come from its own home.",
         "",
     ]
     return "\n".join(lines)

@@ -78,14 +78,13 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """How the samples of every generator are judged, against training images or the reference that is
-    given."""
+    """How the samples of every generator are evaluated, against training images or the given reference."""
 
     samples: int = 50_000
     """Class-balanced samples, with the same noise for every generator."""
     curve: bool = False
-    """Judge every checkpoint that the generator's loop keeps for good (loop.keep_every), for the curve over
-    steps, and not only the last."""
+    """Evaluate every checkpoint that the generator's loop keeps for good (`loop.keep_every`), for the curve
+    over steps. Otherwise only the last one is evaluated."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How they are drawn."""
     extractor: ExtractorName = "vgg16"
@@ -98,11 +97,11 @@ class JudgeSettings:
     """Training images, evenly spread, whose reconstructions the samples are also compared with: gfid_own. 0
     leaves it out."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks."""
+    """Precision of the networks."""
     batch_size: int = 64
     """Samples at once; changes no number beyond rounding."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
     def __post_init__(self) -> None:
         two = dict.fromkeys(("samples", "reference_images"), "[2, inf)")
@@ -154,7 +153,7 @@ class StudySetup:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     """How tokenizers are measured."""
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    """How generators are judged."""
+    """How samples are evaluated."""
 
     def __post_init__(self) -> None:
         check_fields(self, every="[1, inf)", raw_count="[1, inf)")
@@ -183,16 +182,16 @@ class StudyRow:
     """One setting, trained once per seed."""
 
     name: str
-    """What tables call it."""
+    """Name in tables."""
     set: tuple[str, ...] = ()
-    """Changes to the presets: STAGE.FIELD=VALUE with STAGE refiner, tokenizer, generator, measure or judge,
+    """Changes to the presets: STAGE.FIELD=VALUE with STAGE refiner, tokenizer, generator, measure or `judge`,
     such as tokenizer.loss.ssr=0.0; the value as YAML."""
     targets: Literal["refined", "pca", "random"] = "refined"
     """Targets of SSR and SCR: a trained refiner's, or raw ones (Table 2b)."""
     tokenizer_from: str | None = None
     """A tokenizer that is not trained here, as `pae profile` names one: diffusers:OWNER/NAME, a folder."""
     generate: bool = True
-    """Train and judge a generator; otherwise the tokenizer is only measured."""
+    """Train a generator and evaluate its samples; otherwise the tokenizer is only measured."""
     x: float | None = None
     """Place on the axis of a sweep."""
     paper: Reported = field(default_factory=Reported)
@@ -211,9 +210,9 @@ class Claim:
     """What the paper says of two rows."""
 
     text: str
-    """In words."""
+    """The claim in words."""
     metric: MetricName
-    """In which the one is better."""
+    """Metric that is better in one row."""
     better: str
     """Name of a row."""
     worse: str
@@ -225,9 +224,9 @@ class Study:
     """A grid of runs: every row with every seed, and what the paper says of them."""
 
     name: str
-    """Of its folder of results, and in tables: letters, digits, - and _."""
+    """Name of its folder of results, and in tables: letters, digits, - and _."""
     title: str
-    """Of its section in the report."""
+    """Title of its section in the report."""
     text: str = ""
     """A few sentences below the title: what the paper did, and what is different here."""
     setup: str
@@ -235,17 +234,16 @@ class Study:
     set: tuple[str, ...] = ()
     """Changes to all rows, before their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initial weights, data order, augmentation and noise of tokenizer and generator. Refiner and raw
-    targets are made once for all of them."""
+    """Seeds of initial weights, data order, augmentation and noise of tokenizer and generator. Refiner and
+    raw targets are made once for all of them."""
     rows: tuple[StudyRow, ...]
     """The settings that are compared."""
     claims: tuple[Claim, ...] = ()
     """Each gets a verdict."""
     faster: str | None = None
-    """Row whose samples are said to become as good as the others' final ones in fewer steps; needs
-    judge.curve."""
+    """Row that is said to reach the others' final quality in fewer steps; needs `judge.curve`."""
     x_label: str = ""
-    """Of the axis of a sweep."""
+    """Label of the axis of a sweep."""
     radar: tuple[MetricName, ...] = ()
     """Axes of a radar plot of the rows; none draws none."""
 
@@ -306,7 +304,9 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
         try:
             wanted[stage][name] = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # depth, a wrong date or number
-            raise ValueError(f"the value of {_short(change)} is not YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"the value of {_short(change)} is not YAML: {' '.join(str(error).split())}"
+            ) from None
     return Resolved(**{name: configs.changed(part, wanted[name], at=name) for name, part in parts.items()})
 
 

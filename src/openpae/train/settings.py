@@ -80,8 +80,8 @@ class TokenizerRun:
     """The tokenizer."""
     start: Literal["vit", "local"] = "vit"
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
-    itself, and images with the spectrum of photographs; a run of minutes is a decibel ahead
-    (docs/results.md), what it does to a long one is not known."""
+    itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
+    (docs/results.md). Its effect on a long run is not known."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -93,7 +93,7 @@ class TokenizerRun:
     extractor_weights: Path | None = None
     """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
     geometry: bool = False
-    """Let evaluation also report GSQ, eRank and LPC of the held-out latents, LPC of a tenth of the images, as
+    """Evaluation also reports GSQ, eRank and LPC of the held-out latents. LPC takes a tenth of the images:
     each costs nine decodes."""
     optim: OptimConfig
     """How it is trained."""
@@ -147,7 +147,7 @@ class GeneratorRun:
     """What the samples are compared with: real images, an npz of the ADM layout, or a reference that
     `pae evaluate --save-reference` wrote; needed beside `tokenizer`."""
     evaluation_samples: int = 1000
-    """How many samples."""
+    """Number of samples."""
     extractor: ExtractorName = "vgg16"
     """Features of that distance."""
     extractor_weights: Path | None = None
