@@ -206,13 +206,13 @@ NUMBERS = rows(
         "a scale of a search that is none",
         lambda: None,
         "pae search-guidance tokenizer generator images out --scales nan --device cpu",
-        "^scales must be finite, got",
+        "^scales must be a finite number, got",
     ),
     (
         "a temperature that is none",
         lambda: None,
         "pae profile tokenizer --images images --out out --sigma nan",
-        "^sigma must lie in",
+        "^sigma must be a finite number",
     ),
 )
 

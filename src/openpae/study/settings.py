@@ -297,7 +297,8 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
         stage, dot, name = where.strip().partition(".")
         if not (equals and dot and stage in parts):
             raise ValueError(
-                f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got {_short(change)}"
+                f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got "
+                f"{_short(change)}"
             )
         if name in _OWN:
             raise ValueError(f"{_short(change)} cannot be changed: a study sets {name} itself")
