@@ -204,6 +204,4 @@ def at_least_one(**numbers: int | None) -> None:
         ValueError: names the flag.
     """
     for name, number in numbers.items():
-        most = _LARGEST.get(name, 10**8)
-        if number is not None and not 1 <= number <= most:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [1, {most}], got {number}")
+        configs.check_number(f"--{name.replace('_', '-')}", number, f"[1, {_LARGEST.get(name, 10**8)}]")

@@ -161,7 +161,7 @@ def verify_checkpoint(folder: Path) -> None:
                 raise ValueError(
                     f"state.pt holds an optimizer state of {player} ({number}) that fits no weight"
                 )
-            _require(_optimizer_fault(held, torch.empty(shape)), f"the optimizer of {player} ({number})")
+            _require(_optimizer_fault(held, torch.empty(shape)), f"optimizer of {player} ({number})")
 
 
 def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
