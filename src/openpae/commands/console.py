@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -161,6 +161,16 @@ def tell_skipped(names: Sequence[str]) -> None:
     """Name the files that were left out."""
     if names:
         tell(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+def tell_classes(names: Sequence[str], labels: Iterable[int]) -> None:
+    """Say which label is which class, and which class has no image left."""
+    from openpae.data.classes import class_list, count_classes, empty_classes
+
+    counts = count_classes(names, labels)
+    tell(f"labels: {class_list(names, counts)}")
+    if empty := empty_classes(names, counts):
+        tell(f"no image is left of class {', '.join(empty)}; no generator learns or draws it")
 
 
 def at_least_one(**numbers: int | None) -> None:

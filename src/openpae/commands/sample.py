@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from openpae.models.tokenizer import PAE
 from openpae.sampling.sample_set import FILES, SampleSet, draw_samples
 from openpae.sampling.sampler import balanced_labels
 from openpae.sampling.settings import Format, SamplerConfig, Solver
+from openpae.storage.model_folder import seen_classes, trained_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +114,13 @@ class SampleRun:
         if self.grid and self.count is not None:
             raise ValueError("--grid draws --columns images of each class: leave --count out")
 
-    def labels(self, num_classes: int) -> tuple[Tensor, str]:
-        """The class of every sample, and what a record says of them."""
+    def labels(self, num_classes: int | Sequence[int]) -> tuple[Tensor, str]:
+        """The class of every sample, and what a record says of them; the classes as `balanced_labels` takes
+        them."""
+        known = range(num_classes) if isinstance(num_classes, int) else num_classes
         if self.grid:
-            spread = torch.linspace(0, num_classes - 1, min(8, num_classes)).round().long().tolist()
-            chosen = list(self.classes or spread)
+            spread = torch.linspace(0, len(known) - 1, min(8, len(known))).round().long().tolist()
+            chosen = list(self.classes or [known[i] for i in spread])
             return torch.tensor(chosen).repeat_interleave(self.columns), f"{self.columns} each of {chosen}"
         count = 64 if self.count is None else self.count
         if self.classes is None:
@@ -212,7 +216,7 @@ def sample(
     config = sampler.config()
     with processes.process_group(device):
         models = _Models.load(tokenizer, generator, sampler, device)
-        labels, scheme = run.labels(models.generator.config.num_classes)
+        labels, scheme = run.labels(seen_classes(generator, models.generator.config.num_classes, run.classes))
         samples = SampleSet(
             labels=labels,
             scheme=scheme,
@@ -314,10 +318,12 @@ def search_guidance(
     from openpae.eval.guidance_search import SampleEvaluator
     from openpae.eval.guidance_search import search_guidance as run_search
     from openpae.eval.reference import open_reference
+    from openpae.eval.run import check_reference
     from openpae.runtime import processes
 
     with processes.process_group(device):
         models = _Models.load(tokenizer, generator, sampler, device)
+        check_reference(reference, generator)
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
@@ -328,7 +334,7 @@ def search_guidance(
             extractor=features,
             reference=open_reference(reference, features, size=models.decoder.config.image_shape),
             search=search,
-            num_classes=models.generator.config.num_classes,
+            num_classes=trained_classes(generator, models.generator.config.num_classes),
             batch_size=sampler.batch_size,
             precision=sampler.precision,
             weak=models.weak,

@@ -12,6 +12,7 @@ Opening a folder checks what costs nothing: that every shard has its size and ty
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.storage.files import file_hash, read_json, whole_file, write_json
+from openpae.storage.files import file_hash, fingerprints_agree, read_json, whole_file, write_json
 
 TYPES = {
     "uint8": torch.uint8,
@@ -102,11 +103,12 @@ class ShardWriter:
         header = folder / "header.json"
         if header.is_file():
             begun = read_json(header)
-            if begun != layout.as_header():
-                changed = sorted(_differing(begun, layout.as_header()))
+            if changed := sorted(_differing(begun, layout.as_header())):
                 raise ValueError(
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
+            # As it was begun: an older header may hold a shorter fingerprint of the same images.
+            self.layout = dataclasses.replace(layout, attributes=begun["attributes"])
         else:
             # A kill inside write_json leaves its partial file, and nothing else.
             if folder.exists() and any(path.name != ".header.json.partial" for path in folder.iterdir()):
@@ -392,6 +394,8 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> set[
         old, new = a.get(key), b.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changed |= _differing(old, new, f"{at}{key}.")
+        elif key in ("images", "source") and fingerprints_agree(str(old), str(new)):
+            continue
         elif old != new:
             changed.add(f"{at}{key} ({old} there, {new} now)" if len(f"{old}{new}") < 120 else f"{at}{key}")
     return changed

@@ -33,6 +33,7 @@ from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
+from openpae.storage.model_folder import RUN_CONFIG, checkpoint_path, checkpoint_steps
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
@@ -56,20 +57,37 @@ def check_run(run_dir: Path, config: Any) -> bool:
     same run on other hardware (`HARDWARE_FIELDS`).
 
     Raises:
-        ValueError: the folder belongs to a run with another config; the message lists the differences.
+        ValueError: the folder belongs to a run with another config, or its checkpoints were made with another
+            one; the message lists the differences.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
         return False
     changed = configs.differences(configs.load(type(config), file), config)
-    if other := [
-        line for line in changed if not line.startswith(tuple(f"{name}:" for name in HARDWARE_FIELDS))
-    ]:
+    if other := _changing(changed):
         raise ValueError(
-            f"{run_dir} belongs to a run with another config ({'; '.join(other[:5])}); "
+            f"{run_dir} belongs to a run with another config ({other}); "
             "name another run folder, or pass its own config.yaml to go on"
         )
+    for step in reversed(checkpoint_steps(run_dir)):
+        kept = checkpoint_path(run_dir, step) / RUN_CONFIG
+        try:
+            made_with = configs.load(type(config), kept)
+        except (OSError, ValueError):  # older versions kept none; `resume` names a damaged one
+            continue
+        if other := _changing(configs.differences(made_with, config)):
+            raise ValueError(
+                f"{file} was edited: the checkpoint of step {step} was made with another config ({other}); "
+                f"copy {kept} over it, or name another run folder"
+            )
+        break
     return not changed
+
+
+def _changing(differences: Sequence[str]) -> str:
+    """Those that change what is computed, as one text."""
+    hardware = tuple(f"{name}:" for name in HARDWARE_FIELDS)
+    return "; ".join([line for line in differences if not line.startswith(hardware)][:5])
 
 
 def open_run(run_dir: Path, config: Any) -> None:
@@ -115,6 +133,8 @@ def fit(
         Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
     """
     fitting = _Fitting.of(task, run_dir, optim, loop)
+    if (run_dir / "config.yaml").is_file():
+        fitting.state.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     with _run_lock(run_dir), _matmul_precision(loop.precision):
         while True:
             try:
@@ -391,7 +411,8 @@ def _signals() -> Iterator[list[int]]:
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if caught:  # the second time means now
+        # The second Ctrl-C means now. A second SIGTERM does not: a scheduler and torchrun may send one each.
+        if signum == signal.SIGINT in caught:
             raise KeyboardInterrupt
         caught.append(signum)
 

@@ -1,0 +1,1 @@
+"""Where the code runs: the processes that this one starts."""

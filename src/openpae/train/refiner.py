@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features
-from openpae.data.images import open_images
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
@@ -46,7 +45,7 @@ class RefinerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source = open_images(run.data.images)
+        source, _ = run.data.open()
         encoder = encoder or load_encoder(run.encoder, run.encoder_source)
         if encoder.spec.dim != run.model.feature_dim:
             raise ValueError(

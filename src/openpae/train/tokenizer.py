@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, Subset, open_images, spread
+from openpae.data.images import ImageSource, Subset, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
 from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
@@ -67,7 +67,7 @@ class TokenizerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source = open_images(run.data.images)
+        source, self.judged = run.data.open()
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
@@ -90,7 +90,6 @@ class TokenizerTask:
             self.extractor = load_extractor(run.extractor, run.extractor_weights, self.device)
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
-        self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
             for name in ("decoder", "modulator"):
