@@ -29,7 +29,7 @@ def run_evaluation(
     drawing: SamplingOptions | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any] | None:
-    """SampleEvaluator, and give the record; None where only a reference was to be made.
+    """Evaluate, and give the record; None where only a reference was to be made.
 
     Under torchrun every process must call it: each works on its share, and all get the record.
 

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.models.configs import DiTDHConfig, GeneratorConfig, LinearTargetsConfig, PAEConfig, RefinerConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import GENERATORS, DiTDH, Generator
+from openpae.models.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
 from openpae.models.encoders import Encoder
-from openpae.models.priors import FrozenPrior, LinearTargets, Refiner
-from openpae.models.tokenizer import PAE
+from openpae.models.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
+from openpae.models.tokenizer import PAE, PAEConfig
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import (
     CONFIG,
@@ -111,8 +110,8 @@ def write_prior(
 ) -> None:
     """Write a refiner's files (or raw targets') into an existing folder.
 
-    encoder_fingerprint names the encoder whose
-    features it refines."""
+    encoder_fingerprint names the encoder whose features it refines.
+    """
     write_model(folder, state, config, encoder_fingerprint, "openpae.load_prior")
 
 
