@@ -29,7 +29,8 @@ from openpae.data.images import BrokenImage, PackedImages
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
+from openpae.engine.loop import fit
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.engine.task import Update
 from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig

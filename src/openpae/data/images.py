@@ -95,11 +95,8 @@ class ImageFolder:
         return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
-        """Two parts of 16 digits: over names and sizes, and over a few kilobytes of each file.
-
-        With `whole`, a third over all of every file. The times of the files do not count: a copy keeps its
-        caches.
-        """
+        """Parts of 16 digits: over names and sizes, over a few kilobytes of each file, and with `whole` over
+        all of it. The times of the files do not count: a copy keeps its caches."""
         return self._fingerprint
 
     @functools.cached_property

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openpae.data.classes import check_images_agree
-from openpae.data.images import ImageSource, open_images
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
@@ -37,16 +34,3 @@ class ImageData:
             )
         if self.evaluation_images < 1:
             raise ValueError(f"data.evaluation_images must be >= 1, got {self.evaluation_images}")
-
-    def open(self) -> tuple[ImageSource, ImageSource | None]:
-        """The training images, and the held-out ones.
-
-        Raises:
-            FileNotFoundError, ValueError: not there, unusable, or both have classes and not the same.
-        """
-        images = open_images(self.images)
-        if self.evaluation is None:
-            return images, None
-        held_out = open_images(self.evaluation)
-        check_images_agree(self.images, images.classes, self.evaluation, held_out.classes)
-        return images, held_out

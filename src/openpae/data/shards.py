@@ -12,11 +12,10 @@ Opening a folder checks what costs nothing: that every shard has its size and ty
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -107,8 +106,8 @@ class ShardWriter:
                 raise ValueError(
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
-            # As it was begun: an older header may hold a shorter fingerprint of the same images.
-            self.layout = dataclasses.replace(layout, attributes=begun["attributes"])
+            # An older header may hold a shorter fingerprint of the same images.
+            self.layout = replace(layout, attributes=begun["attributes"])
         else:
             # A kill inside write_json leaves its partial file, and nothing else.
             if folder.exists() and any(path.name != ".header.json.partial" for path in folder.iterdir()):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from openpae.data.classes import check_images_agree
 from openpae.data.images import (
     BrokenImage,
     ImageSource,
@@ -22,12 +23,27 @@ from openpae.data.images import (
     center_crop,
     crop,
     height_width,
+    open_images,
     resize_to_cover,
 )
 from openpae.data.order import StepBatches, random_bits, shuffled
 from openpae.data.readers import read_batches, share
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
+
+
+def open_training(data: ImageData) -> tuple[ImageSource, ImageSource | None]:
+    """The training images and the held-out ones that a config names.
+
+    Raises:
+        FileNotFoundError, ValueError: not there, unusable, or both have classes and not the same.
+    """
+    images = open_images(data.images)
+    if data.evaluation is None:
+        return images, None
+    held_out = open_images(data.evaluation)
+    check_images_agree(data.images, images.classes, data.evaluation, held_out.classes)
+    return images, held_out
 
 
 class ImageBatch(NamedTuple):

@@ -1,1 +1,0 @@
-"""Where the code runs: the processes that this one starts."""

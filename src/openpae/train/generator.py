@@ -17,9 +17,10 @@ from openpae.data.order import StepBatches
 from openpae.data.readers import read_batches
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor

@@ -15,10 +15,11 @@ from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, Subset, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches, open_training
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -67,7 +68,7 @@ class TokenizerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source, self.judged = run.data.open()
+        source, self.judged = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
