@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import signal
 import threading
@@ -69,6 +70,8 @@ def share(tensors: Iterable[Tensor]) -> None:
 def _started(
     dataset: Dataset[Any], sampler: StepBatches, num_workers: int, pin: bool, readers: Children
 ) -> Iterator[Any]:
+    if num_workers:
+        readers.Event()  # where there is no room for it, PyTorch would leave half an iterator behind
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(
         DataLoader(
@@ -114,7 +117,8 @@ def _explained(
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # no room for the queues themselves
         return OSError(_no_room())
     if text.startswith("Caught "):  # raised by a process that reads, with its traceback
-        return type(error)(text.strip().splitlines()[-1].partition(": ")[2] or text)
+        said = re.findall(rf"^[\w.]*{type(error).__name__}: (.*)$", text, re.MULTILINE)
+        return type(error)(said[-1]) if said else error
     if readers.started:  # a process that has died may not have ended yet
         wait([reader.sentinel for reader in readers.started], timeout=1.0)
     if not (dead := readers.dead()):
