@@ -22,6 +22,8 @@ from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
+from openpae.runtime.escape import one_line
+from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = (
     "out of memory",
@@ -47,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
-    from openpae.engine.loop import Stopped  # torch takes a second; --help does not need it
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text, nor a terminal speak UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name](arguments[1:])
     except Stopped as stop:
-        print(f"pae: {stop}", file=sys.stderr)
+        print(f"pae: {one_line(stop)}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -113,7 +114,7 @@ class _WarningLines:
     def line(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
         self.counts[category] += 1
         hidden = self.counts[category] > getattr(category, "most_lines", math.inf)
-        return "" if hidden else f"pae: warning: {message}\n"
+        return "" if hidden else f"pae: warning: {one_line(message)}\n"
 
     def count_the_rest(self) -> None:
         for category, count in self.counts.items():
@@ -129,7 +130,7 @@ def _memory(message: str) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"pae: error: {message}", file=sys.stderr)
+    print(f"pae: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

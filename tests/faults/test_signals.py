@@ -22,12 +22,13 @@ from openpae.data.images import ImageFolder, PackedImages, pack_images
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
-from openpae.engine.loop import Stopped, fit
+from openpae.engine.loop import fit
 from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import LightningDiTConfig, PAEConfig, RefinerConfig
 from openpae.objective.settings import TokenizerLoss
 from openpae.runtime.draws import Draws
+from openpae.runtime.signals import Stopped
 from openpae.storage.model_folder import checkpoint_steps
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.refiner import train_refiner

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from openpae.commands.console import Folder, Images, Out, Progress, at_least_one, tell_classes, tell_skipped
+from openpae.commands.console import (
+    Folder,
+    Images,
+    Out,
+    Progress,
+    at_least_one,
+    say,
+    tell_classes,
+    tell_skipped,
+)
 
 
 def pack(
@@ -28,11 +37,13 @@ def pack(
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
     from openpae.data.images import ImageFolder, pack_images
+    from openpae.storage.outputs import spare
 
+    spare(into=out, inputs=[images])
     with Progress("packing", "img") as progress:
         source = ImageFolder(images, whole=whole_content)
         packed = pack_images(source, out, size=shape, skip_broken=skip_broken, progress=progress)
-    print(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
+    say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
     tell_classes(packed.classes, packed.labels)
     tell_skipped(packed.shards.index["skipped"])
 
@@ -47,4 +58,4 @@ def info(folder: Folder, /, verify: bool = False) -> None:
     from openpae.commands.describe import describe
 
     for name, value in describe(folder, verify=verify).items():
-        print(f"{name:16} {value}")
+        say(f"{name:16} {value}")

@@ -5,32 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
-from torch import Tensor
 
 from openpae import config as configs
 from openpae.commands.console import (
     Device,
-    Generator,
+    GeneratorPath,
     Images,
     Out,
     Precision,
     Progress,
-    Reference,
-    Tokenizer,
+    ReferencePath,
+    TokenizerPath,
     at_least_one,
+    say,
 )
-from openpae.data.pixels import to_unit
 from openpae.eval.settings import ExtractorName, SearchConfig
-from openpae.models.ditdh import Generator as GeneratorModel
-from openpae.models.tokenizer import PAE
-from openpae.sampling.sample_set import FILES, SampleSet, draw_samples
-from openpae.sampling.sampler import balanced_labels
-from openpae.sampling.settings import Format, SamplerConfig, Solver
-from openpae.storage.model_folder import seen_classes, trained_classes
+from openpae.sampling.settings import FILES, Format, SamplerConfig, Solver
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openpae.sampling.pipeline import SamplingModels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +115,10 @@ class SampleRun:
     def labels(self, num_classes: int | Sequence[int]) -> tuple[Tensor, str]:
         """The class of every sample, and what a record says of them; the classes as `balanced_labels` takes
         them."""
+        import torch
+
+        from openpae.sampling.sampler import balanced_labels
+
         known = range(num_classes) if isinstance(num_classes, int) else num_classes
         if self.grid:
             spread = torch.linspace(0, len(known) - 1, min(8, len(known))).round().long().tolist()
@@ -129,13 +131,14 @@ class SampleRun:
 
 
 def reconstruct(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     images: Images,
     out: Out,
     /,
     count: int | None = None,
     batch_size: int = 16,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Encode and decode images, write them as PNG under their own names, and print the PSNR.
 
@@ -146,6 +149,7 @@ def reconstruct(
         count: images to take, from the first on; all by default.
         batch_size: images per forward pass; lower it if memory runs out.
         device: auto takes a GPU if there is one.
+        overwrite: replace files of these names that this command did not make.
     """
     at_least_one(count=count, batch_size=batch_size)
     import torch
@@ -156,47 +160,50 @@ def reconstruct(
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
+    from openpae.storage.files import whole_file
+    from openpae.storage.outputs import alone, claim
 
     where = pick_device(device)
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images)
     rows = range(len(source) if count is None else min(count, len(source)))
-    targets = _targets(
-        out, [f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows]
-    )
+    names = _names([f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows], out)
+    claim(out, names, inputs=(tokenizer, images), overwrite=overwrite)
     metrics = ReconstructionMetrics()
-    with Progress("reconstructing", "img") as progress, torch.no_grad():
+    with alone(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
         done = 0
         for x in source_batches(source, model.config.image_shape, batch_size, rows):
             y = model.reconstruct(x.to(where)).float().cpu()
             metrics.update(x, y)
-            for target, pixels in zip(targets[done : done + len(y)], y, strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                to_image(pixels).save(target)
+            for name, pixels in zip(names[done : done + len(y)], y, strict=True):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(out / name) as partial:
+                    to_image(pixels).save(partial, format="PNG")
             done += len(y)
             progress(done, len(rows))
     for estimate in metrics.compute().values():
         print(estimate)
 
 
-def _targets(out: Path, names: list[str]) -> list[Path]:
-    """Where each image's PNG goes; ValueError where one would replace another (a.jpg and a.png)."""
-    first: dict[Path, str] = {}
-    for name in names:
-        target = (out / name).with_name(f"{Path(name).stem}.png")
-        if (other := first.setdefault(target, name)) != name:
-            raise ValueError(f"{other} and {name} would both become {target}; rename one")
+def _names(images: list[str], out: Path) -> list[str]:
+    """The name of each image's PNG; ValueError where one would replace another (a.jpg and a.png)."""
+    first: dict[str, str] = {}
+    for image in images:
+        name = Path(image).with_name(f"{Path(image).stem}.png").as_posix()
+        if (other := first.setdefault(name, image)) != image:
+            raise ValueError(f"{other} and {image} would both become {out / name}; rename one")
     return list(first)
 
 
 def sample(
-    tokenizer: Tokenizer,
-    generator: Generator,
+    tokenizer: TokenizerPath,
+    generator: GeneratorPath,
     out: Out,
     /,
     run: tyro.conf.OmitArgPrefixes[SampleRun],
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Draw images with a generator: samples.npz (ADM layout), a folder, or tensors; and grid.png to look at.
 
@@ -208,15 +215,19 @@ def sample(
         generator: a generator folder or a run folder of pae train-generator.
         out: folder for the samples.
         device: auto takes a GPU if there is one.
+        overwrite: replace what has the names of these files in the folder.
     """
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
+    from openpae.sampling.sample_set import SampleSet, draw_samples
+    from openpae.storage.model_folder import seen_classes
 
     run.check()
     config = sampler.config()
     with processes.process_group(device):
-        models = _Models.load(tokenizer, generator, sampler, device)
-        labels, scheme = run.labels(seen_classes(generator, models.generator.config.num_classes, run.classes))
+        models = _load(tokenizer, generator, sampler, device)
+        classes = seen_classes(generator, models.generator.config.num_classes, run.classes)
+        labels, scheme = run.labels(classes)
         samples = SampleSet(
             labels=labels,
             scheme=scheme,
@@ -228,14 +239,23 @@ def sample(
             facts=models.facts,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
-            draw_samples(out, samples, models.decoder, models.generator, weak=models.weak, progress=progress)
+            draw_samples(
+                out,
+                samples,
+                models.tokenizer,
+                models.generator,
+                weak=models.weak,
+                progress=progress,
+                inputs=(tokenizer, generator, sampler.autoguidance),
+                overwrite=overwrite,
+            )
         if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
-            print(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
+            say(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
 
 
 def interpolate(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     out: Out,
     /,
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
@@ -245,6 +265,7 @@ def interpolate(
     label: int | None = None,
     frames: int = 9,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Walk between two images, or between two seeds of a generator; write strip.png and the frames.
 
@@ -260,9 +281,11 @@ def interpolate(
         label: class of the generated images.
         frames: pictures of the walk, the two ends counted.
         device: auto takes a GPU if there is one.
+        overwrite: replace a strip.png or frames that this command did not make.
     """
     from openpae.data.pixels import image_grid, to_image
     from openpae.storage.files import whole_file, whole_folder
+    from openpae.storage.outputs import check_claim, claim
 
     generated = (generator, seeds, label)
     if (images is None) == (None in generated) or (
@@ -272,22 +295,25 @@ def interpolate(
             "interpolate needs either --images FIRST LAST, or --generator FOLDER --seeds FIRST LAST --label "
             "CLASS"
         )
+    names, inputs = ("frames", "strip.png"), (tokenizer, generator, sampler.autoguidance, *(images or ()))
+    check_claim(out, names, inputs=inputs, overwrite=overwrite)
     if images is not None:
         walk = _walk_of_images(tokenizer, images, sampler, frames, device)
     else:
         walk = _walk_of_seeds(tokenizer, generator, seeds, label, sampler, frames, device)  # type: ignore[arg-type]
+    claim(out, names, inputs=inputs, overwrite=overwrite)
     with whole_folder(out / "frames") as partial:
         for number, pixels in enumerate(walk):
             to_image(pixels).save(partial / f"{number:03d}.png")
     with whole_file(out / "strip.png") as file:
         image_grid(walk, columns=frames).save(file, format="PNG")
-    print(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
+    say(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
 
 
 def search_guidance(
-    tokenizer: Tokenizer,
-    generator: Generator,
-    reference: Reference,
+    tokenizer: TokenizerPath,
+    generator: GeneratorPath,
+    reference: ReferencePath,
     out: Out,
     /,
     search: tyro.conf.OmitArgPrefixes[SearchConfig],
@@ -320,19 +346,20 @@ def search_guidance(
     from openpae.eval.reference import open_reference
     from openpae.eval.run import check_reference
     from openpae.runtime import processes
+    from openpae.storage.model_folder import trained_classes
 
     with processes.process_group(device):
-        models = _Models.load(tokenizer, generator, sampler, device)
+        models = _load(tokenizer, generator, sampler, device)
         check_reference(reference, generator)
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
         judge = SampleEvaluator(
-            models.decoder,
+            models.tokenizer,
             models.generator,
             sampler.config(),
             extractor=features,
-            reference=open_reference(reference, features, size=models.decoder.config.image_shape),
+            reference=open_reference(reference, features, size=models.tokenizer.config.image_shape),
             search=search,
             num_classes=trained_classes(generator, models.generator.config.num_classes),
             batch_size=sampler.batch_size,
@@ -340,7 +367,8 @@ def search_guidance(
             weak=models.weak,
         )
         tell = print if processes.is_rank0() else None
-        record = run_search(out, judge, facts=models.facts, tell=tell)
+        inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
+        record = run_search(out, judge, facts=models.facts, tell=tell, inputs=inputs)
         if tell is not None:
             best = record["best"]
             print(
@@ -349,43 +377,27 @@ def search_guidance(
             )
 
 
-@dataclass(frozen=True)
-class _Models:
-    """What draws, on its device, and what a record says of it."""
+def _load(tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> SamplingModels:
+    from openpae.runtime.device import pick_device
+    from openpae.sampling.pipeline import SamplingModels
 
-    decoder: PAE
-    generator: GeneratorModel
-    weak: GeneratorModel | None
-    device: torch.device
-    facts: dict[str, Any]
-
-    @classmethod
-    def load(cls, tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> _Models:
-        from openpae.models.saved import check_pair, load_generator, load_tokenizer
-        from openpae.runtime.device import pick_device
-
-        facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
-        if sampler.autoguidance is not None:
-            facts["autoguidance"] = check_pair(tokenizer, sampler.autoguidance)["generator"]
-        where = pick_device(device)
-        models = [load_generator(generator).to(where)]
-        if sampler.autoguidance is not None:
-            models.append(load_generator(sampler.autoguidance).to(where))
-        for model in models if sampler.compile else []:
-            model.compile()
-        return cls(
-            decoder=load_tokenizer(tokenizer, decode_only=True).to(where),
-            generator=models[0],
-            weak=models[1] if len(models) > 1 else None,
-            device=where,
-            facts={**facts, "precision": sampler.precision, "compile": sampler.compile},
-        )
+    return SamplingModels.load(
+        tokenizer,
+        generator,
+        sampler.autoguidance,
+        device=pick_device(device),
+        precision=sampler.precision,
+        compile=sampler.compile,
+    )
 
 
 def _walk_of_images(
     folder: Path, images: tuple[Path, Path], sampler: SamplerChoice, frames: int, device: str
-) -> torch.Tensor:
+) -> Tensor:
+    import torch
+
     from openpae.data.images import center_crop, read_image
+    from openpae.data.pixels import to_unit
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
     from openpae.sampling.interpolation import interpolate_images
@@ -408,14 +420,14 @@ def _walk_of_seeds(
     sampler: SamplerChoice,
     frames: int,
     device: str,
-) -> torch.Tensor:
+) -> Tensor:
     from openpae.runtime.device import autocast
     from openpae.sampling.interpolation import interpolate_seeds
 
-    models = _Models.load(folder, generator, sampler, device)
+    models = _load(folder, generator, sampler, device)
     with autocast(models.device, sampler.precision):
         return interpolate_seeds(
-            models.decoder,
+            models.tokenizer,
             models.generator,
             sampler.config(),
             seeds=seeds,

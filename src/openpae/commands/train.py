@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from openpae.commands.console import (
@@ -11,7 +12,7 @@ from openpae.commands.console import (
     Out,
     Precision,
     Progress,
-    Tokenizer,
+    TokenizerPath,
     at_least_one,
     print_run,
     run_of,
@@ -20,15 +21,16 @@ from openpae.commands.console import (
     tell_classes,
     tell_skipped,
 )
+from openpae.models.configs import size_fields
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 
 def train_tokenizer(argv: Sequence[str]) -> None:
     """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
+    run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
     from openpae.runtime import processes
-    from openpae.train.settings import TokenizerRun
     from openpae.train.tokenizer import train_tokenizer
 
-    run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_tokenizer(run, run_dir, progress=progress)
         print_run(run_dir, metrics)
@@ -36,11 +38,10 @@ def train_tokenizer(argv: Sequence[str]) -> None:
 
 def train_refiner(argv: Sequence[str]) -> None:
     """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
+    run, run_dir = run_of(RefinerRun, argv, "train-refiner")
     from openpae.runtime import processes
     from openpae.train.refiner import train_refiner
-    from openpae.train.settings import RefinerRun
 
-    run, run_dir = run_of(RefinerRun, argv, "train-refiner")
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_refiner(run, run_dir, progress=progress)
         print_run(run_dir, metrics)
@@ -51,26 +52,22 @@ def train_generator(argv: Sequence[str]) -> None:
 
     --model.size s, b, l, xl, 1p0b or 1p6b sets layers, width and heads together.
     """
-    import dataclasses
-
-    from openpae.models.configs import size_fields
-    from openpae.runtime import processes
-    from openpae.train.generator import train_generator
-    from openpae.train.settings import GeneratorRun
-
     argv, size = take_option(argv, "--model.size")
 
     def sized(run: GeneratorRun) -> GeneratorRun:
         fields = {} if size is None else size_fields(size)
-        return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
+        return replace(run, model=replace(run.model, **fields))
 
     run, run_dir = run_of(GeneratorRun, argv, "train-generator", sized)
+    from openpae.runtime import processes
+    from openpae.train.generator import train_generator
+
     with processes.process_group(run.loop.device):
         print_run(run_dir, train_generator(run, run_dir))
 
 
 def cache_latents(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     images: Images,
     out: Out,
     /,
@@ -99,7 +96,9 @@ def cache_latents(
     from openpae.runtime import processes
     from openpae.runtime.device import autocast, pick_device
     from openpae.storage.model_folder import identity_of
+    from openpae.storage.outputs import spare
 
+    spare(into=out, inputs=[tokenizer, images])
     with processes.process_group(device):
         where = pick_device(device)
         model = saved.load_tokenizer(tokenizer).to(where)
@@ -168,8 +167,10 @@ def fit_targets(
     from openpae.data.images import open_images
     from openpae.models.encoders import load_encoder
     from openpae.runtime.device import pick_device
+    from openpae.storage.outputs import spare
     from openpae.train import targets
 
+    spare(out, inputs=[images])
     with Progress("VFM features", "img") as progress:
         targets.fit_targets(
             load_encoder(encoder, encoder_source),

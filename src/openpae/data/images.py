@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openpae.data.colour import UnreadProfile, shown
 from openpae.data.listing import image_names
-from openpae.data.shards import Layout, Part, Shards, ShardWriter
+from openpae.data.shards import Layout, Part, Shards, shard_folder
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -150,6 +150,20 @@ class PackedImages:
         row = self.shards.gather(np.array([index]))[0]
         return Image.fromarray(row.permute(1, 2, 0).numpy())
 
+    def cut(
+        self, rows: NDArray[np.int64], size: Size, lefts: NDArray[np.int64], tops: NDArray[np.int64]
+    ) -> Tensor:
+        """Parts of images (B,), copied straight from the memory map: uint8, (B, 3, H, W).
+
+        Column and row at which each part begins are (B,).
+        """
+        height, width = height_width(size)
+        out = np.empty((len(rows), 3, height, width), dtype=np.uint8)
+        corners = zip(self.shards.views(rows), lefts.tolist(), tops.tolist(), strict=True)
+        for i, (image, left, top) in enumerate(corners):
+            out[i] = image[:, top : top + height, left : left + width]
+        return torch.from_numpy(out)
+
     def fingerprint(self) -> str:
         """Over the checksums of the shards."""
         return self.shards.fingerprint()
@@ -274,6 +288,12 @@ def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
     return image if scaled == image.size else image.resize(scaled, Image.Resampling.BICUBIC)
 
 
+def covers(shape: tuple[int, int], size: Size) -> bool:
+    """Whether `resize_to_cover` leaves an image of this (H, W) as it is."""
+    height, width = height_width(size)
+    return max(height / shape[0], width / shape[1]) == 1
+
+
 def crop(image: Image.Image, size: Size, left: int, top: int) -> NDArray[np.uint8]:
     """A part of an RGB image as (3, H, W) uint8."""
     height, width = height_width(size)
@@ -319,7 +339,6 @@ def pack_images(
         per_shard=per_shard,
         attributes={"classes": source.classes, "source": source.fingerprint()},
     )
-    writer = ShardWriter(folder, layout)
 
     def read(index: int) -> NDArray[np.uint8] | str:
         try:
@@ -338,10 +357,10 @@ def pack_images(
             if progress:
                 progress(index + 1, len(source))
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with shard_folder(folder, layout) as writer, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for shard in writer.missing():
             writer.write_parts(shard, parts(layout.span(shard), pool))
-    writer.finish()
+        writer.finish()
     return PackedImages(folder)
 
 

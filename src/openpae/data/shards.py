@@ -13,8 +13,10 @@ Opening a folder checks what costs nothing: that every shard has its size and ty
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.storage.files import file_hash, fingerprints_agree, read_json, whole_file, write_json
+from openpae.storage.outputs import LOCK, locked, make_folder
 
 TYPES = {
     "uint8": torch.uint8,
@@ -100,6 +103,7 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         header = folder / "header.json"
+        check_shard_folder(folder, layout.kind)
         if header.is_file():
             begun = read_json(header)
             if changed := sorted(_differing(begun, layout.as_header())):
@@ -109,10 +113,7 @@ class ShardWriter:
             # An older header may hold a shorter fingerprint of the same images.
             self.layout = replace(layout, attributes=begun["attributes"])
         else:
-            # A kill inside write_json leaves its partial file, and nothing else.
-            if folder.exists() and any(path.name != ".header.json.partial" for path in folder.iterdir()):
-                raise ValueError(f"{folder} is not empty and holds no {layout.kind}; name a new folder")
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(header, layout.as_header())
 
     def missing(self) -> list[int]:
@@ -208,6 +209,31 @@ class ShardWriter:
         return self.folder / f"{shard:05d}.npy"
 
 
+def check_shard_folder(folder: Path, kind: str) -> None:
+    """Refuse to fill a folder that is neither new nor ours.
+
+    Raises:
+        ValueError: it holds files, but no header.json; the message names the `kind` that it lacks.
+    """
+    # A kill inside write_json leaves its partial file, and nothing else.
+    known = {LOCK, "header.json", ".header.json.partial"}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names <= known and "header.json" not in names:
+        raise ValueError(f"{folder} is not empty and holds no {kind}; name a new folder")
+
+
+@contextmanager
+def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
+    """`ShardWriter`, with the folder held against other processes.
+
+    Raises:
+        ValueError: see `ShardWriter`; or another process fills the folder.
+    """
+    check_shard_folder(folder, layout.kind)
+    with locked(folder, "writing"):
+        yield ShardWriter(folder, layout)
+
+
 class Shards:
     """A complete folder of shards, read through memory maps.
 
@@ -255,17 +281,18 @@ class Shards:
         """
         shape = self.shape if versions is None else self.shape[1:]
         out = np.empty((len(rows), *shape), dtype=_STORED[self.index["dtype"]])
-        shards = np.searchsorted(self.ends, rows, side="right")
-        locals_ = rows - np.concatenate([[0], self.ends])[shards]
-        if versions is None:
-            for i, (shard, row) in enumerate(zip(shards.tolist(), locals_.tolist(), strict=True)):
-                out[i] = self._maps[shard][row]
-        else:
-            picks = zip(shards.tolist(), locals_.tolist(), versions.tolist(), strict=True)
-            for i, (shard, row, version) in enumerate(picks):
-                out[i] = self._maps[shard][row, version]
+        picked = itertools.repeat(...) if versions is None else versions.tolist()
+        for target, row, version in zip(out, self.views(rows), picked, strict=False):
+            target[...] = row[version]
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+    def views(self, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """The memory maps of rows (B,), one `shape` each; read-only, nothing is copied."""
+        shards = np.searchsorted(self.ends, rows, side="right")
+        locals_ = rows - np.concatenate([[0], self.ends])[shards]
+        for shard, row in zip(shards.tolist(), locals_.tolist(), strict=True):
+            yield self._maps[shard][row]
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the content: a hash of the shards' checksums and of the labels."""
@@ -352,9 +379,22 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = _with_keys(path, skipped=list, **kinds)
     whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
+    if index["kind"] == "latents" and not _has_statistics(index):
+        raise _damaged(path, "latents need a tokenizer, and a finite mean and std for each channel")
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index
+
+
+def _has_statistics(index: Mapping[str, Any]) -> bool:
+    channels = index["shape"][1] if len(index["shape"]) == 4 else None
+    values = [index.get("mean"), index.get("std")]
+    return isinstance(index["attributes"].get("tokenizer"), str) and all(
+        isinstance(value, list)
+        and len(value) == channels
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+        for value in values
+    )
 
 
 def _with_keys(path: Path, **kinds: type) -> dict[str, Any]:

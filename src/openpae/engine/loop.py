@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -32,16 +31,8 @@ from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
-
-
-class Stopped(Exception):
-    """The run was told to stop by a signal and has saved; the same command goes on."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on"
-        )
-        self.signum = signum
+from openpae.runtime.signals import Stopped
+from openpae.storage.outputs import alone
 
 
 def fit(
@@ -72,7 +63,7 @@ def fit(
     fitting = _Fitting.of(task, run_dir, optim, loop)
     if (run_dir / "config.yaml").is_file():
         fitting.state.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    with _run_lock(run_dir), _matmul_precision(loop.precision):
+    with alone(run_dir, "training"), _matmul_precision(loop.precision):
         while True:
             try:
                 return fitting.run(quiet)
@@ -317,26 +308,6 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-@contextmanager
-def _run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder: two runs in it would mix their logs and checkpoints. A kill lets it go."""
-    lock = FileLock(run_dir / ".lock")
-
-    def take() -> None:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"another process is training in {run_dir}; wait for it, stop it, or name another folder"
-            ) from None
-
-    processes.on_rank0(take)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

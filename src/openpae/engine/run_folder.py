@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from openpae import config as configs
 from openpae.runtime import processes
 from openpae.storage.model_folder import RUN_CONFIG, checkpoint_path, checkpoint_steps
+from openpae.storage.outputs import make_folder, spare
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
     "checkpoint_blocks",
 )
 """Fields that say how a run is computed, and not what: it may go on with others."""
+
+
+_WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
+"""What a run writes beside its config.yaml, without which none of it is a run's."""
 
 
 def check_run(run_dir: Path, config: Any) -> bool:
@@ -61,12 +67,24 @@ def open_run(run_dir: Path, config: Any) -> None:
     Call it once the task stands: a path that is not there must not leave a run folder behind.
 
     Raises:
-        ValueError: see `check_run`.
+        ValueError: see `check_run`; or a new run's folder holds files of the user that it would replace, or
+            lies in what the run reads.
     """
 
     def make() -> None:
         if not check_run(run_dir, config):
-            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (run_dir / "config.yaml").is_file():
+                spare(*(run_dir / name for name in _WRITTEN), into=run_dir, inputs=[*_paths(config)])
+            make_folder(run_dir)
             configs.save(config, run_dir / "config.yaml")
 
     processes.on_rank0(make)
+
+
+def _paths(config: Any) -> Iterator[Path]:
+    """All that a config names, however nested."""
+    for value in vars(config).values():
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value)
+        elif isinstance(value, Path):
+            yield value

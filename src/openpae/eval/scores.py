@@ -28,8 +28,9 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Es
         A value in [1, K]; std is that of the splits (divided by their number, as torch-fidelity does).
 
     Raises:
-        ValueError: fewer samples than splits.
+        ValueError: fewer samples than splits, or logits that are not finite.
     """
+    _check_finite(logits)
     if not 1 <= splits <= len(logits):
         raise ValueError(f"splits must be between 1 and the {len(logits)} samples, got {splits}")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
@@ -60,7 +61,8 @@ def kid(
         k(x, y) = (x . y / F + 1)^3
 
     Unbiased, so that it may be compared between sample counts and may fall below zero. Mean over random
-    subsets of m samples; the same seed draws the same subsets as torch-fidelity.
+    subsets of m samples; the same seed draws the same subsets as torch-fidelity. Products are computed in the
+    type of the samples, float32 as a rule, and summed in float64.
 
     Args:
         samples: features (N, F).
@@ -74,7 +76,7 @@ def kid(
         of subsets only, not that of the samples.
 
     Raises:
-        ValueError: the widths differ, or one set is smaller than a subset.
+        ValueError: the widths differ, features are not finite, or one set is smaller than a subset.
     """
     _check_widths(samples, reference)
     smaller = min(len(samples), len(reference))
@@ -88,11 +90,11 @@ def kid(
     for _ in range(subsets):
         # torch-fidelity draws the samples first, then the reference.
         chosen = torch.from_numpy(draw.choice(len(samples), subset_size, replace=False))
-        x = samples[chosen.to(samples.device)].double()
+        x = samples[chosen.to(samples.device)]
         chosen = torch.from_numpy(draw.choice(len(reference), subset_size, replace=False))
-        y = reference[chosen.to(reference.device)].double().to(x.device)
+        y = reference[chosen.to(reference.device)].to(x)
         within = _sum_off_diagonal(_cubic(x, x)) + _sum_off_diagonal(_cubic(y, y))
-        across = _cubic(x, y).sum() / subset_size**2
+        across = _cubic(x, y).sum(dtype=torch.float64) / subset_size**2
         values.append(float(within / (subset_size * (subset_size - 1)) - 2 * across))
     std = float(np.std(values))
     return Estimate(
@@ -125,13 +127,13 @@ def precision_recall(
         samples: features (N, F).
         reference: features (M, F).
         k: neighbours.
-        block: rows whose distances are held at once; memory is some 4 block max(N, M) bytes.
+        block: rows whose distances are held at once; memory is some 8 block max(M, block) bytes.
 
     Returns:
         Precision and recall, shares in [0, 1], with the standard error of a share.
 
     Raises:
-        ValueError: the widths differ, or a set has no k-th neighbour.
+        ValueError: the widths differ, features are not finite, or a set has no k-th neighbour.
     """
     _check_widths(samples, reference)
     if not 1 <= k < min(len(samples), len(reference)):
@@ -142,8 +144,14 @@ def precision_recall(
     centre = reference.double().mean(0)
     x = (samples.double() - centre.to(samples.device)).float()
     y = (reference.double() - centre).float().to(x.device)
-    precise = _covered(x, y, _radii(y, k, block), block)
-    recalled = _covered(y, x, _radii(x, k, block), block)
+    reach_x, reach_y = _radii(x, k, block), _radii(y, k, block)
+    precise = torch.empty(len(x), dtype=torch.bool, device=x.device)
+    recalled = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for start in range(0, len(x), block):  # each distance between the sets serves both shares
+        rows = slice(start, start + block)
+        distances = _squared_distances(x[rows], y)
+        precise[rows] = (distances <= reach_y).any(dim=1)
+        recalled |= (distances <= reach_x[rows, None]).any(dim=0)
     settings: Settings = {"k": k, "samples": len(samples), "reference": len(reference)}
     return _share("precision", precise, settings), _share("recall", recalled, settings)
 
@@ -154,14 +162,25 @@ def _check_widths(samples: Tensor, reference: Tensor) -> None:
             f"features must be (N, F) and (M, F) of one width, got {tuple(samples.shape)} "
             f"and {tuple(reference.shape)}"
         )
+    _check_finite(samples)
+    _check_finite(reference)
+
+
+def _check_finite(features: Tensor) -> None:
+    if not features.isfinite().all():  # no comparison holds for NaN: shares of it would look like numbers
+        raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    if x is y and x.device.type == "cpu":
+        products = torch.from_numpy(np.dot(x.numpy(), x.numpy().T))  # NumPy computes half of it by syrk
+    else:
+        products = x @ y.T
+    return products.div_(x.shape[1]).add_(1).pow_(3)
 
 
 def _sum_off_diagonal(kernel: Tensor) -> Tensor:
-    return kernel.sum() - kernel.trace()
+    return kernel.sum(dtype=torch.float64) - kernel.diagonal().sum(dtype=torch.float64)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -170,22 +189,21 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance of each row to its k-th neighbour: (N,)."""
-    radii = []
-    for start in range(0, len(features), block):
-        rows = features[start : start + block]
-        distances = _squared_distances(rows, features)
-        distances[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = (
-            0  # a row's own, first of k + 1
-        )
-        radii.append(distances.kthvalue(k + 1, dim=1).values)
-    return torch.cat(radii)
+    """Squared distance of each row to its k-th neighbour: (N,). Each pair of blocks is multiplied once."""
+    nearest = features.new_full((len(features), k), math.inf)
 
+    def keep_nearest(rows: slice, distances: Tensor) -> None:
+        nearest[rows] = torch.cat([nearest[rows], distances], dim=1).topk(k, largest=False).values
 
-def _covered(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> Tensor:
-    """Whether each point lies in the ball of some centre: (N,) bool."""
-    parts = torch.split(points, block)
-    return torch.cat([(_squared_distances(part, centres) <= radii).any(dim=1) for part in parts])
+    blocks = [slice(start, start + block) for start in range(0, len(features), block)]
+    for number, rows in enumerate(blocks):
+        own = _squared_distances(features[rows], features[rows]).fill_diagonal_(math.inf)
+        keep_nearest(rows, own)
+        for columns in blocks[number + 1 :]:
+            distances = _squared_distances(features[rows], features[columns])
+            keep_nearest(rows, distances)
+            keep_nearest(columns, distances.T)
+    return nearest.amax(dim=1)
 
 
 def _share(name: str, hits: Tensor, settings: Settings) -> Estimate:

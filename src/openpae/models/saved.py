@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from openpae import config as configs
+from openpae.models.configs import DiTDHConfig, GeneratorConfig, LinearTargetsConfig, PAEConfig, RefinerConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import GENERATORS, DiTDH, DiTDHConfig, Generator, GeneratorConfig
+from openpae.models.ditdh import GENERATORS, DiTDH
 from openpae.models.encoders import Encoder
-from openpae.models.priors import FrozenPrior, LinearTargets, LinearTargetsConfig, Refiner, RefinerConfig
-from openpae.models.tokenizer import PAE, PAEConfig
+from openpae.models.generator import LatentGenerator
+from openpae.models.priors import FrozenPrior, LinearTargets, Refiner
+from openpae.models.tokenizer import Autoencoder
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import (
     CONFIG,
@@ -24,7 +27,7 @@ from openpae.storage.model_folder import (
     write_classes,
     write_model,
 )
-from openpae.storage.weights import load_strict
+from openpae.storage.weights import check_size, load_strict
 
 
 def write_tokenizer(
@@ -71,8 +74,10 @@ def write_generator(
         write_classes(folder, *classes)
 
 
-def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False) -> PAE:
-    """As `PAE.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
+def load_tokenizer(
+    folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False
+) -> Autoencoder:
+    """As `Autoencoder.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
 
     Args:
         folder: a tokenizer folder, a training checkpoint, or a run folder (its newest checkpoint).
@@ -83,10 +88,10 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
         FileNotFoundError: no such folder, or the encoder's weights cannot be had.
         ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
     """
-    return PAE.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
+    return Autoencoder.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
 
 
-def load_generator(folder: str | Path) -> Generator:
+def load_generator(folder: str | Path) -> LatentGenerator:
     """As `from_pretrained` of either generator, but of local folders only.
 
     Args:
@@ -124,12 +129,14 @@ def load_prior(folder: str | Path) -> FrozenPrior:
     """
     path = model_folder(folder)
     kind = configs.read_yaml(path / CONFIG).get("kind")
-    targets: Refiner | LinearTargets
+    build: Callable[[], Refiner | LinearTargets]
     if kind == "LinearTargetsConfig":
-        targets = LinearTargets(configs.load(LinearTargetsConfig, path / CONFIG))
+        build = partial(LinearTargets, configs.load(LinearTargetsConfig, path / CONFIG))
     else:
-        targets = Refiner(configs.load(RefinerConfig, path / CONFIG))
+        build = partial(Refiner, configs.load(RefinerConfig, path / CONFIG))
     state, _ = read_model(path)
+    check_size(build, state, f"weights in {path}")
+    targets = build()
     load_strict(targets, state, f"weights in {path}")
     return FrozenPrior(targets)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from openpae.config import check_fields
 from openpae.models.configs import DiscriminatorConfig, PerceptualNet
 
 if TYPE_CHECKING:
@@ -25,16 +26,16 @@ class TokenizerLoss:
     """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
     lpips package's, torchvision's), or a name of the hub; null fetches them from the registry."""
     lpips_share: float = 1.0
-    """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and
-    saves most of the cost on a CPU."""
+    """Share of each device batch that LPIPS sees, in (0, 1]. Less leaves the expected loss as it is and saves
+    most of the cost on a CPU."""
     gan: float = 0.5
     """Adversarial loss."""
     gan_weight: Literal["fixed", "adaptive"] = "fixed"
     """adaptive multiplies it by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
     gan_start: float = 0.5
-    """Share of the training after which the autoencoder feels the discriminator."""
+    """Share of the training after which the adversarial loss acts on the autoencoder."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """The network that judges."""
+    """The discriminator."""
     discriminator_start: float = 0.37
     """Share of the training after which the discriminator learns."""
     ssr: float = 0.2
@@ -46,8 +47,8 @@ class TokenizerLoss:
     mcr_angles: tuple[float, float] = (42.5, 85.0)
     """Medium and large angle of the perturbation in degrees."""
     mcr_start: float = 0.0
-    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes a decoder that is
-    asked for continuity before it can see settles on one grey image (docs/log.md)."""
+    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes an early MCR
+    leaves a decoder that shows one grey image (docs/log.md)."""
     mcr_share: float = 1.0
     """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
     scr: float = 1.0
@@ -59,31 +60,28 @@ class TokenizerLoss:
     diffusion: float = 0.0
     """Generic regulariser of Table 3(a): a small denoiser trained jointly on the latent."""
     latent_noise: float = 0.0
-    """Noise that the decoder learns to bear (RAE, which has 0.8): its root mean square is drawn for each
-    image, uniformly from 0 to this, and it is added to the latent that is decoded for L1, LPIPS and GAN."""
+    """Noise on the latent while the decoder learns (RAE has 0.8). Its root mean square is drawn for each
+    image, uniformly from 0 to this. The noisy latent is decoded for L1, LPIPS and GAN."""
     gradients_every: int = 0
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
-        for name in ("gan_start", "discriminator_start", "mcr_start"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in [0, 1], got {share}")
+        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise", "gradients_every")
+        check_fields(
+            self,
+            "loss.",
+            mcr_angles="(0, 90)",
+            **dict.fromkeys(weights, "[0, inf)"),
+            **dict.fromkeys(("gan_start", "discriminator_start", "mcr_start"), "[0, 1]"),
+            **dict.fromkeys(("lpips_share", "mcr_share"), "(0, 1]"),
+        )
         if self.gan_start < self.discriminator_start:
             raise ValueError(
                 f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
-        for name in ("lpips_share", "mcr_share"):
-            if not 0 < (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in (0, 1], got {share}")
-        medium, large = self.mcr_angles
-        if not 0 < medium < large < 90:
-            raise ValueError(f"loss.mcr_angles must be 0 < medium < large < 90, got {self.mcr_angles}")
-        if self.gradients_every < 0:
-            raise ValueError(f"loss.gradients_every must be >= 0 (0 logs none), got {self.gradients_every}")
+        if self.mcr_angles[0] >= self.mcr_angles[1]:
+            raise ValueError(f"loss.mcr_angles must be (medium, large), got {self.mcr_angles}")
 
     @property
     def needs_prior(self) -> bool:

@@ -29,13 +29,14 @@ from openpae.eval.image_stream import real_images, tensor_images
 from openpae.eval.reference import reference_of
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.quickstart.page import pretrained_report, quickstart_report
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, whole_file, write_json
 from openpae.storage.model_folder import PARTS, identity_of
+from openpae.storage.outputs import spare
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.refiner import RefinerTask, train_refiner
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -48,7 +49,7 @@ SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
 
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
-"""The pretrained release: a pair for 64-pixel emoji, trained by docs/make_pretrained.py."""
+"""The pretrained release: a pair for 64-pixel emoji, trained by tools/make_pretrained.py."""
 
 
 def parse_budget(text: str) -> float:
@@ -112,7 +113,7 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
 
 
-def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> PAE:
+def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencoder:
     """Cache the latents of pictures in out/latents by the tokenizer of out/tokenizer, which is returned."""
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, source in pictures.items():
@@ -183,10 +184,18 @@ def _same_plan(out: Path, plan: dict[str, Any]) -> None:
     """
     file = out / "plan.json"
     if not file.is_file():
+        spare(*(out / name for name in _WRITTEN))
         write_json(file, plan)
     elif (begun := read_json(file)) != plan:
         shown = ", ".join(f"{name} {begun.get(name)}" for name in plan if begun.get(name) != plan[name])
         raise ValueError(f"{out} holds a quickstart with {shown}; go on with that, or name another --out")
+
+
+_WRITTEN = (
+    *("data", "generator", "latents", "refiner", "tokenizer", "evaluation.json", "report.html"),
+    *("reconstructions.png", "samples.npz", "samples.png"),
+)
+"""What a quickstart makes beside its plan.json, without which none of it is a quickstart's."""
 
 
 class _Clock:
@@ -295,7 +304,7 @@ def _fitted(loop: LoopConfig, steps: float) -> LoopConfig:
 
 
 def _measure(
-    out: Path, tokenizer: PAE, judged: PackedImages, budget: float, seed: int
+    out: Path, tokenizer: Autoencoder, judged: PackedImages, budget: float, seed: int
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Reconstruction and generation metrics, and the samples; kept in evaluation.json and samples.npz."""
     generator = load_generator(out / "generator")

@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 
-from openpae.engine.loop import Stopped
 from openpae.runtime import processes
 from openpae.runtime.children import Children
 from openpae.runtime.provenance import version
+from openpae.runtime.signals import Stopped
 from openpae.storage.files import whole_file
 from openpae.study.once import run_stage
-from openpae.study.page import study_page
+from openpae.study.page import study_page, study_text
 from openpae.study.plan import Plan
 from openpae.study.rehearse import Estimate, estimates
 from openpae.study.settings import Study
 from openpae.study.stage import Stage, StageLayout
 from openpae.study.table import collect, write_table
-from openpae.study.text import study_text
 
 Log = Callable[[str], None]
 
@@ -82,7 +81,9 @@ def write_results(plan: Plan, command: str) -> list[Path]:
         results = collect(plan, [study.name for study in studies])
         write_table(results, folder / "results.csv")
         with whole_file(folder / "results.md") as partial:
-            partial.write_text(study_text(plan, studies, results, command), encoding="utf-8")
+            partial.write_text(
+                study_text(plan, studies, results, command), encoding="utf-8", errors="backslashreplace"
+            )
         study_page(plan, studies, results, command).write(folder / "report.html")
         pages.append(folder / "report.html")
     return pages

@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the models themselves: python docs/make_performance.py
+"""Write the tables of docs/performance.md from the models themselves: python tools/make_performance.py
 
 Parameters, products and kept activations are counted on PyTorch's meta device, where a model has shapes and
 no numbers, so that the largest costs nothing. What depends on a machine is computed from the constants below.
@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openpae.models.configs import SIZES, LightningDiTConfig, PAEConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import tokenizer_class
 
-PAGE = Path(__file__).parent / "performance.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 IMAGENET = 1_281_167
 # Dense bf16 of an H100 SXM (NVIDIA's data sheet) times the share that we aim at. The public code's 284
 # images/s of XL/1 on an H800 are a share of 0.20.
@@ -90,7 +90,7 @@ def tokenizer_row(size: int) -> dict[str, float]:
     config = PAEConfig(encoder="dinov2-l", image_size=size)
     side = size // 16
     with torch.device("meta"):
-        model = PAE(config)
+        model = tokenizer_class(config)(config)
         x, u = torch.empty(1, 3, size, size), torch.empty(1, side * side, model.spec.dim)
         z = torch.empty(1, *config.latent_shape)
     return {
