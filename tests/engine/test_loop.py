@@ -34,8 +34,9 @@ from openpae.engine import loop as loop_module
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run, seconds_per_step
+from openpae.engine.loop import fit, seconds_per_step
 from openpae.engine.optim import adamw
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
 from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -195,6 +195,16 @@ def tell_skipped(names: Sequence[str]) -> None:
 
 _LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2**14, "latent_dim": 2**16}
 """What an option may be at most: what lies beyond is a mistake, and would take hours or all memory."""
+
+
+def tell_classes(names: Sequence[str], labels: Iterable[int]) -> None:
+    """Say which label is which class, and which class has no image left."""
+    from openpae.data.classes import class_list, count_classes, empty_classes
+
+    counts = count_classes(names, labels)
+    tell(f"labels: {class_list(names, counts)}")
+    if empty := empty_classes(names, counts):
+        tell(f"no image is left of class {', '.join(empty)}; no generator learns or draws it")
 
 
 def at_least_one(**numbers: int | None) -> None:
