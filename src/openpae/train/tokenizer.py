@@ -39,7 +39,8 @@ from openpae.models.encoders import Encoder, encoder_architecture, encoder_finge
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.tokenizer import tokenizer_class
+from openpae.models.tokenizer import PAE, tokenizer_class
+from openpae.models.transform_start import fit_readout, start_as_transform
 from openpae.objective.losses import (
     compared_pairs,
     discriminator_hinge,
@@ -62,6 +63,9 @@ from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import identity_of
 from openpae.train.settings import TokenizerRun
+
+_FITTED = 128
+"""Images that start dct fits the last layer to."""
 
 
 class TokenizerTask:
@@ -95,6 +99,8 @@ class TokenizerTask:
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
+        if run.start == "dct":
+            self._start_as_transform()
         loss, steps = run.loss, run.loop.steps
         self.lpips = self._perceptual(loss) if loss.lpips or loss.mcr else None
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
@@ -144,7 +150,7 @@ class TokenizerTask:
                 shown = self.discriminator.features(diff_augment(decoded["r"], augment))
                 terms["gan"] = generator_hinge(self.discriminator(shown))
         every = self.run.loss.gradients_every
-        due = every > 0 and step % every == 0
+        due = every > 0 and draws.step % every == 0
         joint: list[Tensor] = []
         if "gan" in terms and self.run.loss.gan_weight == "adaptive":
             # Of the module that the losses called: of a sharded one, the weights are full just now.
@@ -250,6 +256,19 @@ class TokenizerTask:
             players["discriminator"] = distribute(self.discriminator, run.loop, small=True)
             optimizers["discriminator"] = adamw(players["discriminator"], run.optim)
         return players, optimizers
+
+    def _start_as_transform(self) -> None:
+        """Initial weights, and the last layer fitted to the first images; in every process alike."""
+        if not isinstance(self.model, PAE):
+            raise ValueError("start dct needs a tokenizer with a modulator, got model.fusion none")
+        start_as_transform(self.model)
+        size = self.run.loop.global_batch_size
+        steps = StepBatches(range(-(-_FITTED // size)), size, [range(size)])
+        batches = [*image_batches(self.images, steps, 0, pin=False)]
+        images = torch.cat([batch.images for batch in batches]).to(self.device).float() / 255
+        cached = [batch.features for batch in batches if batch.features is not None]
+        features = torch.cat(cached).to(self.device) if cached else self.model.features(images)
+        fit_readout(self.model, images, features)
 
     def _load_prior(self) -> nn.Module | None:
         run = self.run
