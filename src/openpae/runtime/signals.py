@@ -21,14 +21,16 @@ class Stopped(Exception):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM end nothing: the list gets the signal. The second is a KeyboardInterrupt."""
+    """Inside, SIGINT and SIGTERM end nothing: the list gets the signal. A second SIGINT is a
+    KeyboardInterrupt."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if caught:  # the second time means now
+        # The second Ctrl-C means now. A second SIGTERM does not: a scheduler and torchrun may send one each.
+        if signum == signal.SIGINT in caught:
             raise KeyboardInterrupt
         caught.append(signum)
 

@@ -83,6 +83,9 @@ class TokenizerRun:
     itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
     (docs/results.md). Its effect on a long run is not known. dct: as a cosine transform of each patch, with a
     last layer that is fitted to the first images. 200 steps then give what a long run gives from vit."""
+    checkpoint_blocks: int = 0
+    """Blocks of the decoder, from the first on, whose activations are computed again in the backward pass
+    instead of kept: less memory for a third more work in them. The result is the same."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -102,6 +105,7 @@ class TokenizerRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
+        check_fields(self, checkpoint_blocks=f"[0, {self.model.decoder.num_layers}]")
         if self.model.fusion == "none":
             idle = ("ssr", "scr", "kl", "diffusion", "gradients_every")
             if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:
