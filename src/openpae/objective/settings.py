@@ -27,6 +27,15 @@ class TokenizerLoss:
     lpips_share: float = 1.0
     """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and
     saves most of the cost on a CPU."""
+    lpips_shift: int = 0
+    """Largest shift in pixels, to the right and down, of image and decodes before LPIPS: each step draws one
+    for all images. Networks with strides look at a fixed lattice of pixels and leave it in the decodes; 3
+    covers the stride of AlexNet's first layer."""
+    lpips_late_net: PerceptualNet | None = None
+    """Network of LPIPS from `lpips_late_start` on; null keeps `lpips_net`. A CPU pays for VGG only at the
+    end. The evaluations of the whole run use this network."""
+    lpips_late_start: float = 0.9
+    """Share of the training after which `lpips_late_net` takes over."""
     gan: float = 0.5
     """Adversarial loss."""
     gan_weight: Literal["fixed", "adaptive"] = "fixed"
@@ -48,12 +57,21 @@ class TokenizerLoss:
     mcr_start: float = 0.0
     """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes a decoder that is
     asked for continuity before it can see settles on one grey image (docs/log.md)."""
+    mcr_angle_ramp: float = 0.0
+    """Share of the training, from `mcr_start` on, over which both angles rise linearly from 0; 0 as in the
+    paper. A decoder is then never asked for what only one grey image satisfies."""
     mcr_share: float = 1.0
     """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
     scr: float = 1.0
     """Semantic consistency: pooled latent and tokens (Eq. 5). Needs a prior."""
     scr_tokens: Literal["pooled", "tokens", "both"] = "both"
     """What it compares (Table 3c)."""
+    ramp: tuple[float, float] = (0.0, 0.0)
+    """Shares of the training between which LPIPS, SSR, MCR and SCR rise together to their weights: (begin,
+    end). Their ratio is the same at every step."""
+    ramp_from: float = 1.0
+    """Share of their weights that these four have before the ramp, in (0, 1]; they rise by a constant factor
+    a step. 1 as in the paper. A small decoder learns to see by L1 first (docs/log.md)."""
     kl: float = 0.0
     """Generic regulariser of Table 3(a); there 1e-6."""
     diffusion: float = 0.0
@@ -68,7 +86,7 @@ class TokenizerLoss:
         for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise"):
             if (weight := getattr(self, name)) < 0:
                 raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
-        for name in ("gan_start", "discriminator_start", "mcr_start"):
+        for name in ("gan_start", "discriminator_start", "mcr_start", "mcr_angle_ramp", "lpips_late_start"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"loss.{name} must lie in [0, 1], got {share}")
         if self.gan_start < self.discriminator_start:
@@ -76,12 +94,17 @@ class TokenizerLoss:
                 f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
-        for name in ("lpips_share", "mcr_share"):
+        for name in ("lpips_share", "mcr_share", "ramp_from"):
             if not 0 < (share := getattr(self, name)) <= 1:
                 raise ValueError(f"loss.{name} must lie in (0, 1], got {share}")
         medium, large = self.mcr_angles
         if not 0 < medium < large < 90:
             raise ValueError(f"loss.mcr_angles must be 0 < medium < large < 90, got {self.mcr_angles}")
+        begin, end = self.ramp
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(f"loss.ramp must be 0 <= begin <= end <= 1, got {self.ramp}")
+        if self.lpips_shift < 0:
+            raise ValueError(f"loss.lpips_shift must be >= 0 (0 shifts nothing), got {self.lpips_shift}")
         if self.gradients_every < 0:
             raise ValueError(f"loss.gradients_every must be >= 0 (0 logs none), got {self.gradients_every}")
 
@@ -95,3 +118,17 @@ class TokenizerLoss:
         """The weight of each term by its symbol."""
         names = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion")
         return {"l1": 1.0} | {name: getattr(self, name) for name in names}
+
+    def weights_at(self, progress: float) -> dict[str, float | Tensor]:
+        """`weights` after a share of the training, in [0, 1], as `ramp` has it."""
+        factor = self.ramp_from ** (1 - _risen(progress, *self.ramp))
+        ramped = {name: getattr(self, name) * factor for name in ("lpips", "ssr", "mcr", "scr")}
+        return self.weights | ramped
+
+    def angles_at(self, progress: float) -> tuple[float, float]:
+        """`mcr_angles` after a share of the training, in [0, 1], as `mcr_angle_ramp` has it."""
+        if not self.mcr_angle_ramp:
+            return self.mcr_angles
+        factor = _risen(progress, self.mcr_start, self.mcr_start + self.mcr_angle_ramp)
+        medium, large = self.mcr_angles
+        return medium * factor, large * factor
