@@ -24,6 +24,7 @@ from openpae.models.configs import (
     PAEConfig,
     RefinerConfig,
 )
+from openpae.objective.settings import TokenizerLoss
 from openpae.sampling.settings import SamplerConfig
 from openpae.study.settings import (
     Claim,
@@ -35,7 +36,6 @@ from openpae.study.settings import (
     StudySetup,
 )
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss
 
 RUNS = (RefinerRun, TokenizerRun, GeneratorRun, Study, StudySetup)
 PARTS = (

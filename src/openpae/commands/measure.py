@@ -9,9 +9,7 @@ import tyro
 
 from openpae.commands.console import Device, Progress, Reference, at_least_one
 from openpae.commands.sample import SamplerChoice
-from openpae.eval.run import run_evaluation
 from openpae.eval.settings import EvaluationRun, SamplingOptions
-from openpae.geometry.profile import run_profile
 from openpae.geometry.settings import ProfileRun
 
 
@@ -33,6 +31,7 @@ def evaluate(
         out: where the record (JSON) goes; by default evaluation.json beside what is judged.
         device: auto takes a GPU if there is one.
     """
+    from openpae.eval.run import run_evaluation
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
@@ -83,6 +82,7 @@ def profile(
         tokenizers: what to measure, one or several.
         device: auto takes a GPU if there is one.
     """
+    from openpae.geometry.profile import run_profile
     from openpae.runtime.device import pick_device
 
     with Progress("measuring", "img") as progress:

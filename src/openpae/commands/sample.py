@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
-from torch import Tensor
 
 from openpae import config as configs
 from openpae.commands.console import (
@@ -22,13 +20,13 @@ from openpae.commands.console import (
     Tokenizer,
     at_least_one,
 )
-from openpae.data.pixels import to_unit
 from openpae.eval.settings import ExtractorName, SearchConfig
-from openpae.models.ditdh import Generator as GeneratorModel
-from openpae.models.tokenizer import PAE
-from openpae.sampling.sample_set import FILES, SampleSet, draw_samples
-from openpae.sampling.sampler import balanced_labels
-from openpae.sampling.settings import Format, SamplerConfig, Solver
+from openpae.sampling.settings import FILES, Format, SamplerConfig, Solver
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openpae.sampling.pipeline import SamplingModels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +112,10 @@ class SampleRun:
 
     def labels(self, num_classes: int) -> tuple[Tensor, str]:
         """The class of every sample, and what a record says of them."""
+        import torch
+
+        from openpae.sampling.sampler import balanced_labels
+
         if self.grid:
             spread = torch.linspace(0, num_classes - 1, min(8, num_classes)).round().long().tolist()
             chosen = list(self.classes or spread)
@@ -207,11 +209,12 @@ def sample(
     """
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
+    from openpae.sampling.sample_set import SampleSet, draw_samples
 
     run.check()
     config = sampler.config()
     with processes.process_group(device):
-        models = _Models.load(tokenizer, generator, sampler, device)
+        models = _load(tokenizer, generator, sampler, device)
         labels, scheme = run.labels(models.generator.config.num_classes)
         samples = SampleSet(
             labels=labels,
@@ -224,7 +227,9 @@ def sample(
             facts=models.facts,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
-            draw_samples(out, samples, models.decoder, models.generator, weak=models.weak, progress=progress)
+            draw_samples(
+                out, samples, models.tokenizer, models.generator, weak=models.weak, progress=progress
+            )
         if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
             print(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
@@ -317,16 +322,16 @@ def search_guidance(
     from openpae.runtime import processes
 
     with processes.process_group(device):
-        models = _Models.load(tokenizer, generator, sampler, device)
+        models = _load(tokenizer, generator, sampler, device)
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
         judge = SampleEvaluator(
-            models.decoder,
+            models.tokenizer,
             models.generator,
             sampler.config(),
             extractor=features,
-            reference=open_reference(reference, features, size=models.decoder.config.image_shape),
+            reference=open_reference(reference, features, size=models.tokenizer.config.image_shape),
             search=search,
             num_classes=models.generator.config.num_classes,
             batch_size=sampler.batch_size,
@@ -343,43 +348,27 @@ def search_guidance(
             )
 
 
-@dataclass(frozen=True)
-class _Models:
-    """What draws, on its device, and what a record says of it."""
+def _load(tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> SamplingModels:
+    from openpae.runtime.device import pick_device
+    from openpae.sampling.pipeline import SamplingModels
 
-    decoder: PAE
-    generator: GeneratorModel
-    weak: GeneratorModel | None
-    device: torch.device
-    facts: dict[str, Any]
-
-    @classmethod
-    def load(cls, tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> _Models:
-        from openpae.models.saved import check_pair, load_generator, load_tokenizer
-        from openpae.runtime.device import pick_device
-
-        facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
-        if sampler.autoguidance is not None:
-            facts["autoguidance"] = check_pair(tokenizer, sampler.autoguidance)["generator"]
-        where = pick_device(device)
-        models = [load_generator(generator).to(where)]
-        if sampler.autoguidance is not None:
-            models.append(load_generator(sampler.autoguidance).to(where))
-        for model in models if sampler.compile else []:
-            model.compile()
-        return cls(
-            decoder=load_tokenizer(tokenizer, decode_only=True).to(where),
-            generator=models[0],
-            weak=models[1] if len(models) > 1 else None,
-            device=where,
-            facts={**facts, "precision": sampler.precision, "compile": sampler.compile},
-        )
+    return SamplingModels.load(
+        tokenizer,
+        generator,
+        sampler.autoguidance,
+        device=pick_device(device),
+        precision=sampler.precision,
+        compile=sampler.compile,
+    )
 
 
 def _walk_of_images(
     folder: Path, images: tuple[Path, Path], sampler: SamplerChoice, frames: int, device: str
-) -> torch.Tensor:
+) -> Tensor:
+    import torch
+
     from openpae.data.images import center_crop, read_image
+    from openpae.data.pixels import to_unit
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
     from openpae.sampling.interpolation import interpolate_images
@@ -402,14 +391,14 @@ def _walk_of_seeds(
     sampler: SamplerChoice,
     frames: int,
     device: str,
-) -> torch.Tensor:
+) -> Tensor:
     from openpae.runtime.device import autocast
     from openpae.sampling.interpolation import interpolate_seeds
 
-    models = _Models.load(folder, generator, sampler, device)
+    models = _load(folder, generator, sampler, device)
     with autocast(models.device, sampler.precision):
         return interpolate_seeds(
-            models.decoder,
+            models.tokenizer,
             models.generator,
             sampler.config(),
             seeds=seeds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from openpae.commands.console import (
@@ -19,15 +20,16 @@ from openpae.commands.console import (
     tell,
     tell_skipped,
 )
+from openpae.models.configs import size_fields
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 
 def train_tokenizer(argv: Sequence[str]) -> None:
     """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
+    run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
     from openpae.runtime import processes
-    from openpae.train.settings import TokenizerRun
     from openpae.train.tokenizer import train_tokenizer
 
-    run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_tokenizer(run, run_dir, progress=progress)
         print_run(run_dir, metrics)
@@ -35,11 +37,10 @@ def train_tokenizer(argv: Sequence[str]) -> None:
 
 def train_refiner(argv: Sequence[str]) -> None:
     """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
+    run, run_dir = run_of(RefinerRun, argv, "train-refiner")
     from openpae.runtime import processes
     from openpae.train.refiner import train_refiner
-    from openpae.train.settings import RefinerRun
 
-    run, run_dir = run_of(RefinerRun, argv, "train-refiner")
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
         metrics = train_refiner(run, run_dir, progress=progress)
         print_run(run_dir, metrics)
@@ -50,20 +51,16 @@ def train_generator(argv: Sequence[str]) -> None:
 
     --model.size s, b, l, xl, 1p0b or 1p6b sets layers, width and heads together.
     """
-    import dataclasses
-
-    from openpae.models.configs import size_fields
-    from openpae.runtime import processes
-    from openpae.train.generator import train_generator
-    from openpae.train.settings import GeneratorRun
-
     argv, size = take_option(argv, "--model.size")
 
     def sized(run: GeneratorRun) -> GeneratorRun:
         fields = {} if size is None else size_fields(size)
-        return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
+        return replace(run, model=replace(run.model, **fields))
 
     run, run_dir = run_of(GeneratorRun, argv, "train-generator", sized)
+    from openpae.runtime import processes
+    from openpae.train.generator import train_generator
+
     with processes.process_group(run.loop.device):
         print_run(run_dir, train_generator(run, run_dir))
 

@@ -33,22 +33,13 @@ from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
+from openpae.runtime.signals import Stopped
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
     "checkpoint_blocks",
 )
 """Fields that say how a run is computed, and not what: it may go on with others."""
-
-
-class Stopped(Exception):
-    """The run was told to stop by a signal and has saved; the same command goes on."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on"
-        )
-        self.signum = signum
 
 
 def check_run(run_dir: Path, config: Any) -> bool:

@@ -35,7 +35,7 @@ def successive_halving(
     samples: int,
     halving: int,
 ) -> Candidate:
-    """SampleEvaluator all over few samples, the better ones over more, until one is left (arXiv:1502.07943).
+    """Evaluate all over few samples, the better ones over more, until one is left (arXiv:1502.07943).
 
     Every round costs about as much as the first. Values of one round compare, those of two do not: a Frechet
     distance falls with the number of samples.

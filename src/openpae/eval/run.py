@@ -14,8 +14,9 @@ from openpae.eval.image_stream import ImageStream, drawn_images, npz_stream, rea
 from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.models.lpips_weights import load_perceptual
-from openpae.models.saved import check_pair, load_generator, load_tokenizer
+from openpae.models.saved import load_tokenizer
 from openpae.runtime.processes import is_rank0
+from openpae.sampling.pipeline import SamplingModels
 from openpae.sampling.sampler import balanced_labels
 from openpae.storage.model_folder import identity_of
 
@@ -28,7 +29,7 @@ def run_evaluation(
     drawing: SamplingOptions | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any] | None:
-    """SampleEvaluator, and give the record; None where only a reference was to be made.
+    """Evaluate, and give the record; None where only a reference was to be made.
 
     Under torchrun every process must call it: each works on its share, and all get the record.
 
@@ -69,25 +70,24 @@ def _samples(run: EvaluationRun, drawing: SamplingOptions, device: torch.device)
         return stored_images(run.samples)
     if run.generator is None or run.tokenizer is None or run.sample_count is None:
         return None
-    facts = check_pair(run.tokenizer, run.generator)
-    tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
-    generator, weak = load_generator(run.generator).to(device), None
-    if drawing.autoguidance is not None:
-        facts |= {"autoguidance": check_pair(run.tokenizer, drawing.autoguidance)["generator"]}
-        weak = load_generator(drawing.autoguidance).to(device)
-    for model in (generator, weak) if drawing.compile else ():
-        if model is not None:
-            model.compile()
+    models = SamplingModels.load(
+        run.tokenizer,
+        run.generator,
+        drawing.autoguidance,
+        device=device,
+        precision=drawing.precision,
+        compile=drawing.compile,
+    )
     return drawn_images(
-        tokenizer,
-        generator,
-        balanced_labels(run.sample_count, generator.config.num_classes),
+        models.tokenizer,
+        models.generator,
+        balanced_labels(run.sample_count, models.generator.config.num_classes),
         drawing.sampler,
-        size=tokenizer.config.image_shape,
+        size=models.tokenizer.config.image_shape,
         seed=run.seed,
         precision=drawing.precision,
-        weak=weak,
-        facts={"labels": "class-balanced", "compile": drawing.compile, **facts},
+        weak=models.weak,
+        facts={"labels": "class-balanced", **models.facts},
     )
 
 

@@ -123,11 +123,11 @@ class EvaluationRun:
     """One evaluation: what is judged, and how."""
 
     samples: Path | None = None
-    """Evaluate these: samples.npz of pae sample, or its folder; an npz of the ADM layout; a folder of images."""
+    """Samples: samples.npz of pae sample, or its folder; an npz of the ADM layout; a folder of images."""
     tokenizer: Path | None = None
     """Evaluate its reconstructions of the reference's images; with generator, it decodes the samples."""
     generator: Path | None = None
-    """SampleEvaluator what it makes, straight from the sampler; needs tokenizer and sample_count."""
+    """Generator whose samples are evaluated as they are drawn; needs tokenizer and sample_count."""
     sample_count: int | None = None
     """How many samples to draw, in equal numbers of every class; published numbers take 50,000."""
     seed: int = 0

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models.configs import (
-    DiTDHConfig,
-    GeneratorConfig,
-    LightningDiTConfig,
-)
+from openpae.models.configs import DiTDHConfig, GeneratorConfig, LightningDiTConfig
 from openpae.models.dit import DiTBlock, LightningDiT, checked_statistics, run_blocks
 from openpae.models.layers import rope_2d, sincos_2d, to_tokens, unpatchify
 from openpae.storage import hub

@@ -90,8 +90,8 @@ def write_prior(
 ) -> None:
     """Write a refiner's files (or raw targets') into an existing folder.
 
-    encoder_fingerprint names the encoder whose
-    features it refines."""
+    encoder_fingerprint names the encoder whose features it refines.
+    """
     write_model(folder, state, config, encoder_fingerprint, "openpae.load_prior")
 
 

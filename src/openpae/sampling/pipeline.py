@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from PIL import Image
@@ -13,13 +13,68 @@ from torch import Tensor
 
 from openpae.data.pixels import to_image
 from openpae.models.ditdh import Generator
-from openpae.models.saved import check_pair, load_generator
+from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import PAE
 from openpae.sampling.sampler import sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage import hub
 from openpae.storage.card import model_card
 from openpae.storage.model_folder import PARTS, README, identity_of, new_model_folder
+
+
+@dataclass(frozen=True)
+class SamplingModels:
+    """The models that draw images, loaded, checked against each other and placed on one device."""
+
+    tokenizer: PAE
+    """Decodes; its encoder is left out."""
+    generator: Generator
+    """Makes the latents."""
+    weak: Generator | None
+    """Guides in place of the null class (AutoGuidance); None for classifier-free guidance."""
+    device: torch.device
+    """Where all of them are."""
+    facts: dict[str, Any]
+    """What a record says of them: fingerprints, precision, compile."""
+
+    @classmethod
+    def load(
+        cls,
+        tokenizer: str | Path,
+        generator: str | Path,
+        weak: str | Path | None = None,
+        *,
+        device: torch.device,
+        precision: str = "fp32",
+        compile: bool = False,
+    ) -> SamplingModels:
+        """Load a tokenizer and a generator of its latents.
+
+        Args:
+            tokenizer: a tokenizer folder or a run folder.
+            generator: a generator folder or a run folder.
+            weak: a smaller or less trained generator of the same latents, alike.
+            device: where they go.
+            precision: fp32 or bf16; only recorded here, the caller opens autocast.
+            compile: compile the generators.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: the models do not belong together, or damaged or unfitting weights.
+        """
+        facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
+        if weak is not None:
+            facts["autoguidance"] = check_pair(tokenizer, weak)["generator"]
+        generators = [load_generator(folder).to(device) for folder in (generator, weak) if folder is not None]
+        for model in generators if compile else []:
+            model.compile()
+        return cls(
+            tokenizer=load_tokenizer(tokenizer, decode_only=True).to(device),
+            generator=generators[0],
+            weak=generators[1] if len(generators) > 1 else None,
+            device=device,
+            facts={**facts, "precision": precision, "compile": compile},
+        )
 
 
 class Pipeline:

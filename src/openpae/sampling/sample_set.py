@@ -31,16 +31,8 @@ from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
-from openpae.sampling.settings import Format, SamplerConfig
+from openpae.sampling.settings import FILES, Format, SamplerConfig
 from openpae.storage.files import file_hash, read_json, whole_file, whole_folder, write_json
-
-FILES: Mapping[Format, str] = {
-    "npz": "samples.npz",
-    "png": "images",
-    "safetensors": "samples.safetensors",
-    "latents": "latents.safetensors",
-}
-"""Where the samples of each format are."""
 
 _SHOWN = 256  # images in a picture that can still be looked at
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,3 +63,12 @@ Format = Literal["npz", "png", "safetensors", "latents"]
 """npz: samples.npz in the layout of ADM (arr_0 uint8 images, arr_1 labels); png: a folder of images, named by
 their index; safetensors: images (n, 3, H, W) uint8 and labels; latents: the same of latents, float32, not
 decoded."""
+
+
+FILES: Mapping[Format, str] = {
+    "npz": "samples.npz",
+    "png": "images",
+    "safetensors": "samples.safetensors",
+    "latents": "latents.safetensors",
+}
+"""Where the samples of each format are."""

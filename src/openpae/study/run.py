@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from openpae.engine.loop import Stopped
 from openpae.runtime import processes
 from openpae.runtime.provenance import version
+from openpae.runtime.signals import Stopped
 from openpae.storage.files import whole_file
 from openpae.study.once import run_stage
 from openpae.study.page import study_page
