@@ -34,7 +34,7 @@ FILES_OF = {
     "storage": "files weights assets model_folder card hub",
     "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "tokenizer dit ditdh denoiser discriminator saved",
+    "tokenizer patch_start dit ditdh denoiser discriminator saved",
     "engine": "settings optim task ema health journal parallel checkpoints diagnosis loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",

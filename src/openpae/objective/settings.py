@@ -132,3 +132,9 @@ class TokenizerLoss:
         factor = _risen(progress, self.mcr_start, self.mcr_start + self.mcr_angle_ramp)
         medium, large = self.mcr_angles
         return medium * factor, large * factor
+
+
+def _risen(progress: float, begin: float, end: float) -> float:
+    """A line from 0 at `begin` to 1 at `end`, and level outside; where both are one place, 1 from there
+    on."""
+    return min(1.0, max(0.0, progress - begin) / (end - begin)) if begin < end else float(progress >= begin)

@@ -24,12 +24,6 @@ from openpae.runtime import processes
 from openpae.runtime.draws import Draws
 
 
-def _risen(progress: float, begin: float, end: float) -> float:
-    """A line from 0 at `begin` to 1 at `end`, and level outside; where both are one place, 1 from there
-    on."""
-    return min(1.0, max(0.0, progress - begin) / (end - begin)) if begin < end else float(progress >= begin)
-
-
 def latent_noise(draws: Draws, strength: float, shape: Sequence[int]) -> Tensor | None:
     """Noise for the latents of a device batch, (B, *shape): n = s e, s uniform in [0, strength], e normal.
 

@@ -79,10 +79,11 @@ class TokenizerRun:
 
     model: PAEConfig = field(default_factory=PAEConfig)
     """The tokenizer."""
-    start: Literal["vit", "local"] = "vit"
+    start: Literal["vit", "local", "patches"] = "vit"
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
     itself, and images with the spectrum of photographs; a run of minutes is a decibel ahead
-    (docs/results.md), what it does to a long one is not known."""
+    (docs/results.md), what it does to a long one is not known. patches: the principal components of patches
+    pass from the first step (`models.patch_start`); a small tokenizer starts 6 to 10 decibels ahead."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData

@@ -15,7 +15,7 @@ from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, Subset, open_images, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
+from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches, raise_on_broken
 from openpae.engine.loop import check_run, fit, open_run
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
@@ -32,6 +32,7 @@ from openpae.models.discriminator import AUGMENT_DRAWS, build_discriminator, dif
 from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
+from openpae.models.patch_start import start_from_patches
 from openpae.models.saved import load_prior, write_tokenizer
 from openpae.models.tokenizer import PAE
 from openpae.objective.losses import (
@@ -48,6 +49,9 @@ from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import identity_of
 from openpae.train.settings import TokenizerRun
+
+_START_IMAGES = 256
+"""Images that `start_from_patches` sees, the first of the training."""
 
 
 class TokenizerTask:
@@ -80,6 +84,10 @@ class TokenizerTask:
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
+        if run.start == "patches":
+            (shown,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
+            features = None if shown.features is None else shown.features.to(self.device)
+            start_from_patches(self.model, shown.images.to(self.device).float() / 255, features)
         loss, steps = run.loss, run.loop.steps
         looks = loss.lpips > 0 or loss.mcr > 0
         self.lpips = self._perceptual(loss.lpips_net) if looks else None
