@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openpae.models.configs import SIZES, LightningDiTConfig, PAEConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import tokenizer_class
 
 PAGE = Path(__file__).parent / "performance.md"
 IMAGENET = 1_281_167
@@ -90,7 +90,7 @@ def tokenizer_row(size: int) -> dict[str, float]:
     config = PAEConfig(encoder="dinov2-l", image_size=size)
     side = size // 16
     with torch.device("meta"):
-        model = PAE(config)
+        model = tokenizer_class(config)(config)
         x, u = torch.empty(1, 3, size, size), torch.empty(1, side * side, model.spec.dim)
         z = torch.empty(1, *config.latent_shape)
     return {

@@ -1,6 +1,9 @@
-"""Plant defects in a copy of the package and see that the tests find each: python tests/mutations.py
+"""Plant the defects of mutations.yaml in a copy of the package and see that a test finds each.
 
-Not collected by pytest. It writes the list and the tests that failed into docs/testing.md.
+    python tests/mutations.py           # all; writes the list and the tests that failed into docs/testing.md
+    python tests/mutations.py WORD ...  # those that are described with one of these words
+
+`pytest -m slow` runs them too (test_mutations.py).
 """
 
 from __future__ import annotations
@@ -12,12 +15,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "testing.md"
 BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->\n"
+LIMIT = 900
+"""Seconds after which a defect counts as found: the tests hang."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,146 +44,105 @@ class Defect:
     tests: str
     """Arguments for pytest: where it should be found."""
 
+    def planted_in(self, text: str) -> str:
+        """The file's text with the defect.
 
-DEFECTS = (
-    Defect(
-        what="the optimizer is not restored",
-        file="train/saving.py",
-        old='optimizer.load_state_dict({**held, "state": sharded})',
-        new='optimizer.load_state_dict({**held, "state": {}})',
-        tests="tests/test_engine.py -k resumed",
-    ),
-    Defect(
-        what="the average of the weights (EMA) is not restored",
-        file="train/saving.py",
-        old='_copy(state.ema.average, content["ema"], "ema")',
-        new="pass",
-        tests="tests/test_engine.py -k resumed",
-    ),
-    Defect(
-        what="random numbers come from a state that a checkpoint does not restore",
-        file="train/task.py",
-        old=", generator=self._generator(name)",
-        new="",
-        tests="tests/test_engine.py -k 'resumed or cut'",
-    ),
-    Defect(
-        what="the data order is off by one: each step sees the last image of the step before",
-        file="data/order.py",
-        old="step * self.whole + row for row",
-        new="step * (self.whole - 1) + row for row",
-        tests="tests/test_order.py",
-    ),
-    Defect(
-        what="a resumed run begins its data one step late",
-        file="train/engine.py",
-        old="batches = self.batches(data_steps)",
-        new="batches = self.batches([s + (start > 0) for s in data_steps])",
-        tests="tests/test_engine.py -k resumed",
-    ),
-    Defect(
-        what="gradients are reduced twice",
-        file="train/engine.py",
-        old="        limit = math.inf if",
-        new="        for weight in weights if torch.distributed.is_initialized() else []:\n"
-        "            torch.distributed.all_reduce(weight.grad)\n"
-        "        limit = math.inf if",
-        tests="tests/test_distributed.py -k 'two_processes_train or reduced_once'",
-    ),
-    Defect(
-        what="the discriminator stays outside of DDP",
-        file="train/tokenizer.py",
-        old="distribute(self.discriminator, run.loop, small=True)",
-        new="self.discriminator",
-        tests="tests/test_distributed.py -k two_processes_train",
-    ),
-    Defect(
-        what="a checkpoint is written in its place",
-        file="storage.py",
-        old="    partial.mkdir()\n    try:\n",
-        new="    path.mkdir(exist_ok=True)\n    yield path\n    return\n    partial.mkdir()\n    try:\n",
-        tests="tests/test_storage.py tests/test_engine.py tests/faults/test_kills.py "
-        "-k 'folder or killed or training_a_generator'",
-    ),
-    Defect(
-        what="the checksum of a checkpoint is not checked",
-        file="train/saving.py",
-        old="if file_hash(folder / name) != digest:",
-        new="if False:",
-        tests="tests/test_engine.py tests/faults/test_cases.py -k 'damaged'",
-    ),
-    Defect(
-        what="the checksum of a shard is not checked",
-        file="data/shards.py",
-        old='if file_hash(self.folder / f"{number:05d}.npy") != expected:',
-        new="if False:",
-        tests="tests/test_shards.py -k bit",
-    ),
-    Defect(
-        what="the largest checkpoint is taken for the newest",
-        file="folders.py",
-        old="return sorted(int(match[1]) for match in found if match)",
-        new="steps = [int(match[1]) for match in found if match]\n"
-        '    files = {s: checkpoint_path(run_dir, s).rglob("*") for s in steps}\n'
-        "    sizes = {s: sum(file.stat().st_size for file in files[s]) for s in steps}\n"
-        "    return sorted(steps, key=sizes.__getitem__)",
-        tests="tests/test_engine.py -k newest",
-    ),
-    Defect(
-        what="the null branch is computed and thrown away outside of the guidance interval",
-        file="guidance.py",
-        old="        if not guides_at(t):\n            return model(x, here, labels)\n",
-        new="        if not guides_at(t):\n"
-        "            return model(torch.cat([x, x]), torch.cat([here, here]), twice).chunk(2)[0]\n",
-        tests="tests/test_sampling.py -k 'null or evaluations or fifth'",
-    ),
-)
+        Raises:
+            ValueError: the file has changed and no longer holds `old`.
+        """
+        if self.old not in text:
+            raise ValueError(f"{self.file} does not hold {self.old!r}; update mutations.yaml")
+        return text.replace(self.old, self.new)
 
 
-def failing(defect: Defect) -> list[str]:
-    """The tests that fail where the defect is, of those that should."""
+def read_defects() -> list[Defect]:
+    """All of mutations.yaml, with paths in place of their short names."""
+    content = yaml.safe_load((Path(__file__).parent / "mutations.yaml").read_text(encoding="utf-8"))
+    tests = {name: f"tests/{path}" for name, path in content["tests"].items()}
+    return [
+        Defect(
+            **entry
+            | {
+                "file": content["files"][entry["file"]],
+                "tests": re.sub(r"{([\w-]+)}", lambda match: tests[match[1]], entry["tests"]),
+            }
+        )
+        for entry in content["defects"]
+    ]
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the project to plant defects in."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("src", "tests", "docs", "configs"):
-            shutil.copytree(ROOT / name, copy / name, symlinks=True)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        file = copy / "src" / "openpae" / defect.file
-        text = file.read_text(encoding="utf-8")
-        if defect.old not in text:
-            raise ValueError(f"{defect.file} does not hold {defect.old!r}; bring the defect up to date")
-        file.write_text(text.replace(defect.old, defect.new), encoding="utf-8")
-        command = f"{sys.executable} -m pytest -W error -q --tb=no -rfE -p no:cacheprovider {defect.tests}"
-        environment = os.environ | {"PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
+            shutil.copytree(
+                ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, copy)
+        yield copy
+
+
+def first_failure(defect: Defect, copy: Path) -> str | None:
+    """The first test that fails where the defect is, of those that should; None if they all pass.
+
+    Raises:
+        RuntimeError: pytest could not run them.
+    """
+    file = copy / "src" / "openpae" / defect.file
+    sound = file.read_text(encoding="utf-8")
+    options = "-W error -q -x --tb=no -rfE -p no:cacheprovider"
+    environment = os.environ | {
+        "PYTHONPATH": str(copy / "src"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    try:
+        file.write_text(defect.planted_in(sound), encoding="utf-8")
+        done = subprocess.run(
+            f"{sys.executable} -m pytest {options} {defect.tests}",
+            shell=True, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "(hangs)"
+    finally:
+        file.write_text(sound, encoding="utf-8")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest itself failed on {defect.what!r}:\n{done.stdout}\n{done.stderr}")
-    return re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
+    names = re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
+    return names[0] if names else None
 
 
-def table(found: dict[str, list[str]]) -> str:
+def table(found: dict[str, str]) -> str:
     """What was planted and what failed, as Markdown."""
-    rows = ["| defect | tests that fail |", "|---|---|"]
-    for what, tests in found.items():
-        names = sorted({re.sub(r"\[.*", "", test) for test in tests})
-        shown = ", ".join(f"`{name}`" for name in names[:3])
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        rows.append(f"| {what} | {len(tests)}: {shown}{more} |")
+    rows = ["| defect | test that finds it |", "|---|---|"]
+    for what, test in found.items():
+        name = re.sub(r"\[.*", "", test)
+        rows.append(f"| {what} | `{name}` |")
     return "\n".join(rows) + "\n"
 
 
 def main() -> None:
     """Run all defects, or those whose words are given; write the page if all were run and found."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("words", nargs="*", help="only defects that are described with one of these")
     words = parser.parse_args().words
-    chosen = [defect for defect in DEFECTS if not words or any(word in defect.what for word in words)]
-    found: dict[str, list[str]] = {}
-    for defect in chosen:
-        found[defect.what] = failing(defect)
-        print(f"{len(found[defect.what]):3} tests fail: {defect.what}", flush=True)
-    if missed := [what for what, tests in found.items() if not tests]:
-        sys.exit(f"no test finds: {'; '.join(missed)}")
-    if chosen == list(DEFECTS):
+    chosen = [one for one in read_defects() if not words or any(word in one.what for word in words)]
+    found: dict[str, str] = {}
+    missed: list[str] = []
+    with copied() as copy:
+        for defect in chosen:
+            test = first_failure(defect, copy)
+            print(f"{test or 'NO TEST':60} finds: {defect.what}", flush=True)
+            if test is None:
+                missed.append(defect.what)
+            else:
+                found[defect.what] = test
+    if missed:
+        sys.exit(f"{len(missed)} of {len(chosen)} were not found: {'; '.join(missed)}")
+    if not words:
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
         PAGE.write_text(before + BEGIN + table(found) + END + after, encoding="utf-8")

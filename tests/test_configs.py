@@ -16,7 +16,7 @@ from openpae.models.configs import SIZES, DiTDHConfig, LightningDiTConfig, PAECo
 from openpae.models.dit import LightningDiT
 from openpae.models.ditdh import build_generator
 from openpae.models.priors import Refiner
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import PAE, tokenizer_class
 from openpae.models.vfms import ENCODERS
 from openpae.objective.flow import dimension_shift
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -34,7 +34,7 @@ KINDS: dict[str, Any] = {
 }
 MODELS: dict[str, Callable[[Any], nn.Module]] = {
     "RefinerRun": Refiner,
-    "TokenizerRun": PAE,
+    "TokenizerRun": lambda config: tokenizer_class(config)(config),
     "GeneratorRun": build_generator,
 }
 

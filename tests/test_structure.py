@@ -34,7 +34,7 @@ FILES_OF = {
     "storage": "files weights assets model_folder card hub",
     "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "tokenizer patch_start dit ditdh denoiser discriminator saved",
+    "decoder tokenizer patch_start generator dit ditdh denoiser discriminator saved",
     "engine": "settings optim task ema health journal parallel checkpoints diagnosis loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
@@ -43,8 +43,8 @@ FILES_OF = {
     "reference generation evaluate guidance_search run",
     "geometry": "settings metrics interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
-    "study": "settings shared stage plan work table once page text rehearse run",
-    "bench": "record data metrics generator stages",
+    "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
+    "bench": "record noise generator tokenizer",
     "quickstart": "page run",
     "commands": "console describe data train sample measure publish study bench",
 }

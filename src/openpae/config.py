@@ -71,6 +71,34 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
+def changed(config: T, changes: dict[str, Any], at: str = "") -> T:
+    """A config with some fields changed: `changed(run, {"loss.ssr": 0.2, "loop.seed": 1})`.
+
+    Args:
+        config: any frozen config.
+        changes: dotted path of a field -> its new value, as YAML gives it.
+        at: where the config stands in a larger one; errors name it.
+
+    Raises:
+        ValueError, TypeError: an unknown field, or as `from_dict`.
+    """
+    if not changes:
+        return config
+    data = to_dict(config)
+    for where, value in changes.items():
+        *parents, name = where.split(".")
+        inner = data
+        for parent in parents:
+            if not isinstance(inner.get(parent), dict):
+                known = ", ".join(sorted(inner))
+                raise ValueError(
+                    f"unknown key {at}.{where}; {parent!r} is none of {known}, or holds no fields"
+                )
+            inner = inner[parent]
+        inner[name] = value
+    return from_dict(type(config), data, at)
+
+
 def load(cls: type[T], path: str | Path) -> T:
     """Read a config file: its first key `kind` names the class, the others are the fields.
 

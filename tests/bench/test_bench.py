@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from openpae.bench import data, generator, metrics, record, stages
+from openpae.bench import generator, record, tokenizer
 from openpae.cli import main
 from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, HeadConfig, LightningDiTConfig
 from openpae.models.ditdh import build_generator
@@ -135,43 +135,16 @@ def test_utilisation_is_only_for_the_precision_of_the_table(monkeypatch: pytest.
     assert generator.utilisation(figures, device, "fp32") is None
 
 
-@pytest.mark.parametrize(
-    ("bench", "preset", "expected"),
-    [
-        (stages.bench_refiner, "refiner/tiny", {"step_seconds", "images_per_second", "reference_seconds"}),
-        (
-            stages.bench_tokenizer,
-            "tokenizer/tiny",
-            {"baseline_seconds", "full_seconds", "ratio", "images_per_second"},
-        ),
-    ],
-)
-def test_stages_are_timed(bench: Any, preset: str, expected: set[str]) -> None:
-    found = bench(preset=preset, steps=1)
-    assert found.figures.keys() == expected
+def test_the_tokenizers_step_is_timed() -> None:
+    found = tokenizer.bench_tokenizer(preset="tokenizer/tiny", steps=1)
+    assert found.figures.keys() == {"baseline_seconds", "full_seconds", "ratio", "images_per_second"}
     assert all(value > 0 for value in found.figures.values())
     assert found.settings["batch_size"] == 8
 
 
-def test_caches_and_loader_are_timed() -> None:
-    found = data.bench_cache(preset="tokenizer/tiny", images=6, batch_size=4)
-    assert found.figures.keys() == {"latents_images_per_second", "features_images_per_second"}
-    assert all(value > 0 for value in found.figures.values())
-    found = data.bench_loader(rows=64, shape=(4, 2, 2), batch_size=32, seconds=0.05)
-    rate = found.figures["latents_per_second"]
-    assert found.figures["gigabytes_per_second"] == pytest.approx(rate * 4 * 2 * 2 * 2 / 1e9)
-
-
-def test_the_frechet_distance_is_timed() -> None:
-    found = metrics.bench_metrics(samples=60, features=8, block=25)
-    assert found.figures["statistics_seconds"] > 0
-    assert found.figures["distance_seconds"] > 0
-    assert 0 < found.figures["peak_gib"] < 64
-
-
 def test_a_record_says_where_it_comes_from() -> None:
-    found = record.record("loader", record.Found(figures={"rate": 2.0}, settings={"rows": 3}))
-    assert found["bench"] == "loader"
+    found = record.record("tokenizer", record.Found(figures={"rate": 2.0}, settings={"rows": 3}))
+    assert found["bench"] == "tokenizer"
     assert found["machine"]["torch"] == torch.__version__
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert "cores" in found["machine"]["device"]
@@ -179,7 +152,7 @@ def test_a_record_says_where_it_comes_from() -> None:
 
 
 def made(figures: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return record.record("loader", record.Found(figures=figures, settings=settings))
+    return record.record("tokenizer", record.Found(figures=figures, settings=settings))
 
 
 def test_records_compare_figure_by_figure() -> None:
@@ -199,24 +172,24 @@ def test_the_command_writes_prints_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates = iter((10.0, 15.0))
-    monkeypatch.setattr(data, "bench_loader", lambda: record.Found(figures={"rate": next(rates)}))
-    run("bench", "loader", "--out", tmp_path / "first.json")
+    monkeypatch.setattr(tokenizer, "bench_tokenizer", lambda: record.Found(figures={"rate": next(rates)}))
+    run("bench", "tokenizer", "--out", tmp_path / "first.json")
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "first.json").read_text())
-    run("bench", "loader", "--compare", tmp_path / "first.json")
+    run("bench", "tokenizer", "--compare", tmp_path / "first.json")
     assert capsys.readouterr().out.splitlines()[-1].split() == ["rate", "15", "10", "1.500"]
 
 
 def test_a_record_of_another_bench_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data, "bench_loader", lambda: pytest.fail("measured"))
-    (tmp_path / "other.json").write_text(json.dumps({"bench": "cache", "figures": {}}))
+    monkeypatch.setattr(tokenizer, "bench_tokenizer", lambda: pytest.fail("measured"))
+    (tmp_path / "other.json").write_text(json.dumps({"bench": "generator", "figures": {}}))
     for file, message in (
-        ("other.json", "must hold a record of pae bench loader"),
+        ("other.json", "must hold a record of pae bench tokenizer"),
         ("none.json", "No such file"),
     ):
         with pytest.raises(SystemExit) as stop:
-            run("bench", "loader", "--compare", tmp_path / file)
+            run("bench", "tokenizer", "--compare", tmp_path / file)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
 
@@ -232,5 +205,5 @@ def test_options_of_the_generator_reach_it_and_no_other_bench(
     run("bench", "generator", *options)
     assert seen == [{"sizes": ("s", "b"), "batch_size": 2, "compile": True, "patch_size": 2}]
     with pytest.raises(SystemExit):
-        run("bench", "cache", "--sizes", "s")
+        run("bench", "tokenizer", "--sizes", "s")
     assert "--sizes belongs to pae bench generator" in capsys.readouterr().err

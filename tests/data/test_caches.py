@@ -130,6 +130,7 @@ def test_without_flips_there_is_one_version(model: PAE, packed: PackedImages, tm
     ("changes", "message"),
     [
         ({"tokenizer_fingerprint": "other"}, r"attributes.tokenizer \(print there, other now\)"),
+        ({"precision": "bf16"}, r"attributes.precision \(fp32 there, bf16 now\)"),
         ({"flips": False}, r"shape \(\[2, 8, 4, 4\] there, \[1, 8, 4, 4\] now\)"),
         ({"image_size": 64}, r"attributes.image_size \(32 there, 64 now\)"),
     ],

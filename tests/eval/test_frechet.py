@@ -140,3 +140,27 @@ def test_bad_features_are_refused() -> None:
         frechet_distance(gaussian_of(features(9)), gaussian_of(features(9, 5)))
     with pytest.raises(ValueError, match=r"\(F,\) and \(F, F\), got \(3,\) and \(2, 2\)"):
         gaussian(torch.zeros(3), torch.zeros(2, 2))
+
+
+def test_a_covariance_that_cholesky_refuses_is_factored_by_its_eigenvectors() -> None:
+    """Commuting covariances with eigenvalues of zero: sum (sqrt a - sqrt b)^2 again."""
+    a = torch.tensor([4.0, 1.0, 0.0, 0.0]).double()
+    b = torch.tensor([1.0, 0.0, 9.0, 0.0]).double()
+    zero, expected = torch.zeros(4).double(), float((a.sqrt() - b.sqrt()).square().sum())
+    assert torch.linalg.cholesky_ex(a.diag()).info > 0
+    for first, second in ((a, b), (b, a)):
+        assert frechet_distance(gaussian(zero, first.diag()), gaussian(zero, second.diag())) == pytest.approx(
+            expected, rel=1e-12
+        )
+
+
+def test_covariance_is_symmetric_and_equals_numpys_far_from_zero() -> None:
+    x = features(700).double() + 1e4
+    found = gaussian_of(x)
+    assert torch.equal(found.covariance, found.covariance.T)
+    blocks = Moments(block=64)
+    for part in x.split(50):
+        blocks.update(part)
+    expected = np.cov(x.numpy(), rowvar=False)
+    for covariance in (found.covariance, blocks.gaussian().covariance):
+        np.testing.assert_allclose(covariance.numpy(), expected, rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from torch import Tensor, distributed, multiprocessing
 
 from openpae.eval.extractors import INCEPTION, Features
@@ -230,12 +231,22 @@ def test_black_images_are_warned_of() -> None:
         FeatureSet(PixelFeatures()).update(pictures(4) / 255)
 
 
-def test_floor_of_real_images_falls_with_their_number() -> None:
+def test_floor_of_real_images_is_that_of_two_sets_without_a_common_image() -> None:
+    """The mean over three draws of disjoint sets, SciPy's square root in the Frechet distance."""
     real = torch.randn(400, 12)
-    small, large = frechet_floor(real, 25), frechet_floor(real, 200)
-    assert small.value > 2 * large.value > 0
-    assert large.settings["samples"] == 200
-    assert frechet_floor(real, 25) == small
+    for n in (25, 200):
+        values = []
+        for seed in (5, 6, 7):
+            rows = torch.randperm(400, generator=torch.Generator().manual_seed(seed))
+            a, b = (real[part].double().numpy() for part in (rows[:n], rows[n : 2 * n]))
+            covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+            root = sqrtm(covariances[0] @ covariances[1]).real
+            shift = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
+            values.append(shift + np.trace(covariances[0] + covariances[1] - 2 * root))
+        found = frechet_floor(real, n, seed=5)
+        assert found.value == pytest.approx(np.mean(values), rel=1e-4)
+        assert found.std == pytest.approx(np.std(values, ddof=1), rel=1e-3)
+        assert found.settings["samples"] == n
     with pytest.raises(ValueError, match=r"between 2 and 200 \(half of 400 images\), got 201"):
         frechet_floor(real, 201)
 

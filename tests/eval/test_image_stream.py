@@ -119,10 +119,20 @@ def test_the_sampler_streams_what_it_draws(tiny_pae: PAE, tiny_dit: LightningDiT
 
 def test_bf16_is_for_the_networks_that_draw_alone(tiny_pae: PAE, tiny_dit: LightningDiT) -> None:
     labels = balanced_labels(2, 2)
-    stream = drawn_images(tiny_pae, tiny_dit, labels, SamplerConfig(steps=2), size=32, precision="bf16")
-    for batch in stream.batches(1):
-        assert not torch.is_autocast_enabled("cpu")  # or the extractor would run in it
-        assert batch.images.dtype == torch.float32
+    drawing: set[tuple[str, bool]] = set()
+    for name, network in (("generator", tiny_dit), ("decoder", tiny_pae.decoder)):
+        network.register_forward_pre_hook(
+            lambda *_, name=name: drawing.add((name, torch.is_autocast_enabled("cpu")))
+        )
+    for precision, expected in (("bf16", True), ("fp32", False)):
+        drawing.clear()
+        stream = drawn_images(
+            tiny_pae, tiny_dit, labels, SamplerConfig(steps=2), size=32, precision=precision
+        )  # type: ignore[arg-type]
+        for batch in stream.batches(1):
+            assert not torch.is_autocast_enabled("cpu")  # or the extractor would run in it
+            assert batch.images.dtype == torch.float32
+        assert drawing == {("generator", expected), ("decoder", expected)}
 
 
 def test_small_images_are_not_enlarged_silently(

@@ -41,11 +41,11 @@ def test_inception_score_equals_its_definition() -> None:
 
 
 def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
-    x, y = features(50), features(60, shift=0.5, seed=1)
+    x, y = features(50).double(), features(60, shift=0.5, seed=1).double()
     draw, values, m = np.random.RandomState(7), [], 11
     for _ in range(4):
-        a = x.double().numpy()[draw.choice(50, m, replace=False)]
-        b = y.double().numpy()[draw.choice(60, m, replace=False)]
+        a = x.numpy()[draw.choice(50, m, replace=False)]
+        b = y.numpy()[draw.choice(60, m, replace=False)]
         kernel = lambda p, q: (p @ q / 12 + 1) ** 3  # noqa: E731
         within = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(m) for j in range(m) if i != j)
         across = sum(kernel(p, q) for p in a for q in b)
@@ -53,6 +53,17 @@ def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
     found = kid(x, y, subsets=4, subset_size=m, seed=7)
     assert found.value == pytest.approx(np.mean(values), rel=1e-9)
     assert found.std == pytest.approx(np.std(values), rel=1e-9)
+
+
+def test_kid_of_float32_features_errs_by_no_more_than_the_rounding_of_its_products() -> None:
+    """Each of the F products and sums of x . y / F rounds once; the cube triples the relative error."""
+    width = 64
+    x, y = features(300, width).relu(), features(300, width, seed=1).relu()  # x . y has no cancellation
+    exact = kid(x.double(), y.double(), subsets=3, subset_size=200).value
+    largest = float((torch.cat([x, y]).double() @ torch.cat([x, y]).double().T / width + 1).max() ** 3)
+    unit = torch.finfo(torch.float32).eps / 2
+    found = kid(x, y, subsets=3, subset_size=200).value
+    assert abs(found - exact) <= 4 * largest * 3 * (width + 4) * unit
 
 
 def test_kid_has_no_bias_where_the_frechet_distance_has() -> None:
@@ -103,3 +114,17 @@ def test_bad_settings_are_refused() -> None:
         kid(x, features(10, 4), subset_size=5)
     with pytest.raises(ValueError, match="kid_subset_size must be at least 2, got 1"):
         EvaluationConfig(kid_subset_size=1)
+
+
+def test_precision_and_recall_do_not_depend_on_the_blocks() -> None:
+    """Blocks share products between rows and columns; every share equals that of the direct formula."""
+    x, y, k = features(53), features(41, shift=0.8, seed=1), 3
+    radii = [torch.cdist(s.double(), s.double()).kthvalue(k + 1, dim=1).values for s in (x, y)]
+    across = torch.cdist(x.double(), y.double())
+    expected = [
+        float((across <= radii[1]).any(dim=1).double().mean()),
+        float((across <= radii[0][:, None]).any(dim=0).double().mean()),
+    ]
+    assert 0 < min(expected) < max(expected) < 1
+    for block in (1, 7, 16, 100):
+        assert [found.value for found in precision_recall(x, y, k=k, block=block)] == pytest.approx(expected)

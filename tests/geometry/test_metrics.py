@@ -108,14 +108,6 @@ def test_ssc_drops_and_counts_images_of_one_segment() -> None:
         spatial_structure_consistency(latents[1:2], labels[1:2])
 
 
-def test_ssc_leaves_ignored_cells_out() -> None:
-    latents, labels = scenes(n=1, noise=0.01)
-    labels[:, :4] = 9  # a row of cells whose tokens say otherwise
-    found = spatial_structure_consistency(latents, labels, ignore=9)
-    assert found.settings["ignore"] == 9
-    assert found.value > spatial_structure_consistency(latents, labels).value
-
-
 def test_majority_labels_count_pixels() -> None:
     labels = torch.tensor([[[5, 5, 2, 2], [5, 1, 3, 3], [0, 0, 0, 0], [0, 0, 0, 7]]])
     assert majority_labels(labels, 2, 2).tolist() == [[[5, 2], [0, 0]]]  # 2 ties with 3

@@ -36,6 +36,7 @@ def test_a_generator_is_exported(tiny_dit: LightningDiT, tmp_path: Path) -> None
         "labels": ["batch"],
     }
     assert np.ravel(facts["latent_mean"]).tolist() == list(range(8))
+    assert np.ravel(facts["latent_std"]).tolist() == list(range(1, 9))
     assert facts["null_label"] == 2
 
 

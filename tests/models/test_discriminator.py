@@ -314,14 +314,6 @@ def test_denoiser_starts_at_no_velocity_and_learns() -> None:
     assert losses[-1] < 1
 
 
-def test_denoiser_knows_where_on_the_path_it_is() -> None:
-    net = LatentDenoiser(8, width=16, num_layers=1)
-    nn.init.normal_(net.to_velocity.weight)
-    x = torch.randn(1, 8, 4, 4).expand(2, 8, 4, 4)
-    near, far = net(x, torch.tensor([0.1, 0.6]))
-    assert (near - far).abs().max() > 1e-3
-
-
 def test_build_reads_a_local_folder(tmp_path: Path) -> None:
     backbone = tiny_vit()
     backbone.save_pretrained(tmp_path)

@@ -126,7 +126,6 @@ def test_a_wide_tokenizer_has_a_wide_grid(tiny_config: PAEConfig) -> None:
     config = replace(tiny_config, image_width=48)
     assert (config.image_shape, config.grid_shape, config.latent_shape) == (WIDE, (4, 6), (8, 4, 6))
     model = build_tokenizer(config)
-    assert model.modulator is not None
     assert torch.equal(model.modulator.positions[0], sincos_2d(4, 6, 48))
     assert torch.equal(model.decoder.positions[0], sincos_2d(4, 6, 32))
     z = model.encode(torch.rand(2, 3, *WIDE))
@@ -142,7 +141,6 @@ def test_another_size_is_seen_through_interpolated_positions(
     """As a tokenizer made for that size, with the same weights and the trained positions resized by hand."""
     made = build_tokenizer(replace(tiny_config, image_size=size[0], image_width=size[1])).eval()
     made.load_state_dict(tiny_pae.state_dict())
-    assert made.modulator is not None
     h, w = (side // 8 for side in size)
     for part, width in ((made.modulator, 48), (made.decoder, 32)):
         table = sincos_2d(4, 4, width).T.reshape(1, width, 4, 4)

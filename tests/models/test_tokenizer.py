@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from openpae.interop.released import import_tokenizer
 from openpae.models.backbones import drop_norm_affine
 from openpae.models.configs import DecoderConfig, PAEConfig
+from openpae.models.decoder import Deprojector, PixelDecoder, Projector
 from openpae.models.encoders import FrozenEncoder, load_encoder
 from openpae.models.layers import sincos_2d
-from openpae.models.modulator import DetailFusion, DetailModulator
-from openpae.models.tokenizer import PAE, Deprojector, PixelDecoder, Projector, build_tokenizer
+from openpae.models.modulator import DetailFusion, DetailModulator, NoModulator
+from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.models.vfms import ENCODERS, EncoderSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pae_dinov2_tiny.safetensors"
@@ -60,7 +61,6 @@ def test_every_stage_agrees_with_the_golden_file() -> None:
     model = golden_model(tensors, sizes)
     images = tensors["io.images"]
     features = model.features(images)
-    assert model.modulator is not None
     modulated = model.modulator(model.preprocess(images), features)
     latents = model.encode(images)
     found = {
@@ -161,7 +161,6 @@ def test_rows_and_columns_are_not_mixed_up(tiny_pae: PAE) -> None:
     moved = (features - other).norm(dim=-1).view(2, 6)
     assert moved.argmax() == 5
     pixels, tokens = tiny_pae.preprocess(images), torch.randn(1, 12, 48)
-    assert tiny_pae.modulator is not None
     shift = tiny_pae.modulator(tiny_pae.preprocess(changed), tokens) - tiny_pae.modulator(pixels, tokens)
     assert shift.norm(dim=-1).view(2, 6).argmax() == 5
 
@@ -223,7 +222,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(tiny_config: PAECo
         trained = fusion == "finetune" or not name.startswith("encoder.")
         assert parameter.requires_grad == trained, name
         assert (parameter.grad is not None and bool(parameter.grad.any())) == trained, name
-    assert (model.modulator is None) == (fusion == "finetune")
+    assert isinstance(model.modulator, NoModulator) == (fusion == "finetune")
 
 
 def test_a_width_of_its_own_narrows_the_features(tiny_config: PAEConfig) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,14 @@ from openpae import cli
 from openpae import config as configs
 from openpae.storage.files import read_json
 from openpae.study import once, work
+from openpae.study.correlations import Point, _rank_correlations, correlations, points
 from openpae.study.page import decided, ranks
 from openpae.study.plan import Plan, make_plan, own_data, resolve_rows, snapshots
 from openpae.study.rehearse import estimates
 from openpae.study.run import describe_plan, run_plan
 from openpae.study.settings import Claim, Study, StudyData, StudyRow, StudySetup, resolve
-from openpae.study.table import (
-    Point,
-    Result,
-    compare,
-    correlations,
-    curves,
-    finals,
-    first_reach,
-    mean_error,
-    needed_seeds,
-    points,
-    spearman,
-    speed_up,
-)
+from openpae.study.table import Result, curves, finals
+from openpae.study.verdicts import compare, first_reach, mean_error, needed_seeds, speed_up
 from openpae.train.settings import GeneratorRun
 
 STUDIES = sorted(
@@ -294,12 +284,13 @@ def test_mean_error_is_numpys() -> None:
     assert mean_error([3.0]) == (3.0, None)
 
 
-def test_spearman_is_scipys() -> None:
+def test_rank_correlations_are_scipys() -> None:
     generator = np.random.default_rng(0)
-    for _ in range(5):
-        x, y = generator.integers(0, 6, 20).astype(float), generator.normal(size=20)
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert math.isnan(spearman(np.ones(5), np.arange(5.0)))
+    columns = generator.integers(0, 5, (20, 4)).astype(float)  # with ties
+    columns[:, 1] = 1.0
+    with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):
+        expected = [stats.spearmanr(columns[:, k], columns[:, -1]).statistic for k in range(3)]
+    np.testing.assert_allclose(_rank_correlations(columns), expected, atol=1e-12)
 
 
 def test_correlations_turn_both_sides_so_that_larger_is_better() -> None:

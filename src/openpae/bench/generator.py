@@ -13,12 +13,13 @@ from typing import Literal
 
 import torch
 
-from openpae.bench.data import random_latents
+from openpae.bench.noise import random_latents
 from openpae.bench.record import Found, peak_gib
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, LightningDiTConfig
-from openpae.models.ditdh import Generator, build_generator
+from openpae.models.ditdh import build_generator
+from openpae.models.generator import LatentGenerator
 from openpae.runtime.device import autocast, device_name, pick_device
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.sampler import evaluations, sample_latents
@@ -197,7 +198,7 @@ def _measured(run: GeneratorRun, steps: int, sampler: SamplerConfig) -> dict[str
     }
 
 
-def _sample_seconds(model: Generator, batch: int, sampler: SamplerConfig, precision: str) -> float:
+def _sample_seconds(model: LatentGenerator, batch: int, sampler: SamplerConfig, precision: str) -> float:
     """Time of a batch of latents, after a step to warm up."""
     device = model.latent_mean.device
     labels = torch.arange(batch, device=device) % model.config.num_classes

@@ -12,7 +12,7 @@ from openpae.commands.console import Precision, at_least_one
 if TYPE_CHECKING:
     from openpae.bench.record import Comparison
 
-What = Literal["generator", "tokenizer", "refiner", "loader", "cache", "metrics"]
+What = Literal["generator", "tokenizer"]
 
 
 def bench(
@@ -34,9 +34,7 @@ def bench(
 
     Args:
         what: generator: every size counted, training and sampling measured; tokenizer: a step of the
-            quickstart's full objective beside one of L1 + LPIPS; refiner: a step of the quickstart's; loader:
-            latents per second and core; cache: images per second into the caches of latents and features;
-            metrics: the Frechet distance of 50,000 images, beside torch-fidelity's if that is there.
+            quickstart's full objective beside one of L1 + LPIPS.
         out: also write the record (JSON) here.
         compare: a record of the same bench, to stand beside this one with the ratio of each figure.
         sizes: which generators to measure; by default all on a GPU and none on a CPU. All are counted.
@@ -47,7 +45,7 @@ def bench(
         compile: compile the generator first.
         checkpoint_blocks: blocks whose activations are computed again; none by default.
     """
-    from openpae.bench import data, generator, metrics, record, stages
+    from openpae.bench import generator, record, tokenizer
     from openpae.storage.files import write_json
 
     options: dict[str, Any] = {
@@ -64,16 +62,10 @@ def bench(
     if what != "generator" and given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} belongs to pae bench generator; pae bench {what} has no such option")
-    benches = {
-        "generator": lambda: generator.bench_generator(**given),
-        "tokenizer": stages.bench_tokenizer,
-        "refiner": stages.bench_refiner,
-        "loader": data.bench_loader,
-        "cache": data.bench_cache,
-        "metrics": metrics.bench_metrics,
-    }
     other = None if compare is None else record.read_record(compare, what)
-    found = record.record(what, benches[what]())
+    found = record.record(
+        what, generator.bench_generator(**given) if what == "generator" else tokenizer.bench_tokenizer()
+    )
     print(json.dumps(found, indent=1))
     if out is not None:
         write_json(out, found)

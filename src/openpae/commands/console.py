@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 Images = Annotated[Path, tyro.conf.arg(metavar="IMAGES")]
 Out = Annotated[Path, tyro.conf.arg(metavar="OUT")]
-Tokenizer = Annotated[Path, tyro.conf.arg(metavar="TOKENIZER")]
-Generator = Annotated[Path, tyro.conf.arg(metavar="GENERATOR")]
-Reference = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
+TokenizerPath = Annotated[Path, tyro.conf.arg(metavar="TOKENIZER")]
+GeneratorPath = Annotated[Path, tyro.conf.arg(metavar="GENERATOR")]
+ReferencePath = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from openpae.commands.console import Device, Progress, Reference, at_least_one
+from openpae.commands.console import Device, Progress, ReferencePath, at_least_one
 from openpae.commands.sample import SamplerChoice
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.geometry.settings import ProfileRun
 
 
 def evaluate(
-    reference: Reference,
+    reference: ReferencePath,
     /,
     run: tyro.conf.OmitArgPrefixes[EvaluationRun],
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],

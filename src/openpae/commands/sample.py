@@ -11,13 +11,13 @@ import tyro
 from openpae import config as configs
 from openpae.commands.console import (
     Device,
-    Generator,
+    GeneratorPath,
     Images,
     Out,
     Precision,
     Progress,
-    Reference,
-    Tokenizer,
+    ReferencePath,
+    TokenizerPath,
     at_least_one,
 )
 from openpae.eval.settings import ExtractorName, SearchConfig
@@ -127,7 +127,7 @@ class SampleRun:
 
 
 def reconstruct(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     images: Images,
     out: Out,
     /,
@@ -188,8 +188,8 @@ def _targets(out: Path, names: list[str]) -> list[Path]:
 
 
 def sample(
-    tokenizer: Tokenizer,
-    generator: Generator,
+    tokenizer: TokenizerPath,
+    generator: GeneratorPath,
     out: Out,
     /,
     run: tyro.conf.OmitArgPrefixes[SampleRun],
@@ -236,7 +236,7 @@ def sample(
 
 
 def interpolate(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     out: Out,
     /,
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
@@ -286,9 +286,9 @@ def interpolate(
 
 
 def search_guidance(
-    tokenizer: Tokenizer,
-    generator: Generator,
-    reference: Reference,
+    tokenizer: TokenizerPath,
+    generator: GeneratorPath,
+    reference: ReferencePath,
     out: Out,
     /,
     search: tyro.conf.OmitArgPrefixes[SearchConfig],

@@ -12,7 +12,7 @@ from openpae.commands.console import (
     Out,
     Precision,
     Progress,
-    Tokenizer,
+    TokenizerPath,
     at_least_one,
     print_run,
     run_of,
@@ -66,7 +66,7 @@ def train_generator(argv: Sequence[str]) -> None:
 
 
 def cache_latents(
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerPath,
     images: Images,
     out: Out,
     /,

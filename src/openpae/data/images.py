@@ -124,6 +124,20 @@ class PackedImages:
         row = self.shards.gather(np.array([index]))[0]
         return Image.fromarray(row.permute(1, 2, 0).numpy())
 
+    def cut(
+        self, rows: NDArray[np.int64], size: Size, lefts: NDArray[np.int64], tops: NDArray[np.int64]
+    ) -> Tensor:
+        """Parts of images (B,), copied straight from the memory map: uint8, (B, 3, H, W).
+
+        Column and row at which each part begins are (B,).
+        """
+        height, width = height_width(size)
+        out = np.empty((len(rows), 3, height, width), dtype=np.uint8)
+        corners = zip(self.shards.views(rows), lefts.tolist(), tops.tolist(), strict=True)
+        for i, (image, left, top) in enumerate(corners):
+            out[i] = image[:, top : top + height, left : left + width]
+        return torch.from_numpy(out)
+
     def fingerprint(self) -> str:
         """Over the checksums of the shards."""
         return self.shards.fingerprint()
@@ -250,6 +264,12 @@ def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     scaled = (round(image.width * scale), round(image.height * scale))
     return image if scaled == image.size else image.resize(scaled, Image.Resampling.BICUBIC)
+
+
+def covers(shape: tuple[int, int], size: Size) -> bool:
+    """Whether `resize_to_cover` leaves an image of this (H, W) as it is."""
+    height, width = height_width(size)
+    return max(height / shape[0], width / shape[1]) == 1
 
 
 def crop(image: Image.Image, size: Size, left: int, top: int) -> NDArray[np.uint8]:

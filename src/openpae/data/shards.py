@@ -13,8 +13,9 @@ Opening a folder checks what costs nothing: that every shard has its size and ty
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -254,17 +255,18 @@ class Shards:
         """
         shape = self.shape if versions is None else self.shape[1:]
         out = np.empty((len(rows), *shape), dtype=_STORED[self.index["dtype"]])
-        shards = np.searchsorted(self.ends, rows, side="right")
-        locals_ = rows - np.concatenate([[0], self.ends])[shards]
-        if versions is None:
-            for i, (shard, row) in enumerate(zip(shards.tolist(), locals_.tolist(), strict=True)):
-                out[i] = self._maps[shard][row]
-        else:
-            picks = zip(shards.tolist(), locals_.tolist(), versions.tolist(), strict=True)
-            for i, (shard, row, version) in enumerate(picks):
-                out[i] = self._maps[shard][row, version]
+        picked = itertools.repeat(...) if versions is None else versions.tolist()
+        for target, row, version in zip(out, self.views(rows), picked, strict=False):
+            target[...] = row[version]
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+    def views(self, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """The memory maps of rows (B,), one `shape` each; read-only, nothing is copied."""
+        shards = np.searchsorted(self.ends, rows, side="right")
+        locals_ = rows - np.concatenate([[0], self.ends])[shards]
+        for shard, row in zip(shards.tolist(), locals_.tolist(), strict=True):
+            yield self._maps[shard][row]
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the content: a hash of the shards' checksums and of the labels."""

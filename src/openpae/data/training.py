@@ -22,7 +22,7 @@ from openpae.data.images import (
     ImageSource,
     PackedImages,
     Size,
-    center_crop,
+    covers,
     crop,
     height_width,
     resize_to_cover,
@@ -87,7 +87,9 @@ class TrainingImages(Dataset[ImageBatch]):
             if cached is not None:
                 check_features(cached, source, augment)
         self.source, self.size, self.seed = source, height_width(size), seed
-        self.augment, self.resize = augment, resize
+        self.augment = augment
+        grow = resize / shorter if augment == "crop" and resize else 1
+        self.cover = round(self.size[0] * grow), round(self.size[1] * grow)
         self.skip_broken, self.features, self.targets = skip_broken, features, targets
         self.reading: Tensor | None = None  # shared memory: id of each worker process, and the row it is at
 
@@ -97,22 +99,18 @@ class TrainingImages(Dataset[ImageBatch]):
         rows = shuffled(where, len(self.source), self.seed)
         bits = random_bits(where, self.seed)
         flips = (bits & 1).astype(bool) if self.augment != "none" else np.zeros(len(where), dtype=bool)
-        packed = isinstance(self.source, PackedImages) and self.source.image_shape == self.size
         skipped: list[str] = []
-        if packed and self.augment != "crop":
-            assert isinstance(self.source, PackedImages)  # for the type checker: `packed` says so
-            images = self.source.shards.gather(rows)
+        if isinstance(self.source, PackedImages) and covers(self.source.image_shape, self.cover):
+            images = self.source.cut(rows, self.size, *self._corners(self.source.image_shape, bits))
         else:
             try:
-                taken = [self._read(int(row), int(bit), skipped) for row, bit in zip(rows, bits, strict=True)]
-            except (
-                BrokenImage
-            ) as error:  # told by `raise_on_broken`: a worker process would add its traceback
+                taken = [self._read(int(row), bits[i : i + 1], skipped) for i, row in enumerate(rows)]
+            except BrokenImage as error:  # `raise_on_broken` raises it: a worker would add its traceback
                 return ImageBatch(torch.empty(0), torch.empty(0), broken=str(error))
             rows = np.array([row for row, _ in taken])
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
-        turn = torch.from_numpy(flips)
-        images = torch.where(turn.view(-1, 1, 1, 1), images.flip(-1), images) if flips.any() else images
+        for i in np.flatnonzero(flips).tolist():  # one by one: a mirrored batch would not stay in the cache
+            images[i] = images[i].flip(-1)
         features, prior = (
             None if cached is None else cached.gather(rows, flips.astype(np.int64))
             for cached in (self.features, self.targets)
@@ -120,7 +118,7 @@ class TrainingImages(Dataset[ImageBatch]):
         labels = torch.from_numpy(self.source.labels[rows])
         return ImageBatch(images, labels, features, prior, tuple(skipped))
 
-    def _read(self, row: int, bits: int, skipped: list[str]) -> tuple[int, NDArray[np.uint8]]:
+    def _read(self, row: int, bits: NDArray[np.uint64], skipped: list[str]) -> tuple[int, NDArray[np.uint8]]:
         for offset in range(len(self.source)):
             index = (row + offset) % len(self.source)
             if self.reading is not None and (worker := get_worker_info()) is not None:
@@ -133,16 +131,21 @@ class TrainingImages(Dataset[ImageBatch]):
                 skipped.append(str(error))
         raise BrokenImage(f"not one of the {len(self.source)} images can be decoded; the last: {skipped[-1]}")
 
-    def _cut(self, image: Image.Image, bits: int) -> NDArray[np.uint8]:
+    def _cut(self, image: Image.Image, bits: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        image = resize_to_cover(image, self.cover)
+        lefts, tops = self._corners((image.height, image.width), bits)
+        return crop(image, self.size, int(lefts[0]), int(tops[0]))
+
+    def _corners(
+        self, shape: tuple[int, int], bits: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First column and first row, (B,) each, of what is cut from images of this (H, W)."""
+        down, across = (whole - part for whole, part in zip(shape, self.size, strict=True))
         if self.augment != "crop":
-            return center_crop(image, self.size)
-        height, width = self.size
-        grow = (self.resize or min(self.size)) / min(self.size)
-        image = resize_to_cover(image, (round(height * grow), round(width * grow)))
+            return np.full(len(bits), across // 2), np.full(len(bits), down // 2)
         # Two numbers in [0, 1) from bits that the flip does not use.
-        across, down = ((bits >> shift) % 2**20 / 2**20 for shift in (8, 32))
-        left, top = int(across * (image.width - width + 1)), int(down * (image.height - height + 1))
-        return crop(image, self.size, left, top)
+        x, y = ((bits >> np.uint64(shift)) % np.uint64(2**20) / 2**20 for shift in (8, 32))
+        return (x * (across + 1)).astype(np.int64), (y * (down + 1)).astype(np.int64)
 
 
 def image_batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,25 @@ class Estimate:
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" +- {self.stderr:.2g}"
         return f"{self.name} {self.value:.4g}{error} ({self.n} {self.over})"
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """A metric that the data at hand does not define."""
+
+    name: str
+    reason: str
+
+
+def split_results(results: Iterable[Estimate | Undefined]) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """The estimates by name, and the reasons of the metrics that are not defined."""
+    metrics, undefined = {}, {}
+    for result in results:
+        if isinstance(result, Undefined):
+            undefined[result.name] = result.reason
+        else:
+            metrics[result.name] = result
+    return metrics, undefined
 
 
 def mean_of(name: str, values: Tensor, settings: Settings, over: str = "images") -> Estimate:

@@ -22,7 +22,7 @@ from openpae.eval.reconstruction import ReconstructionMetrics
 from openpae.eval.reference import Reference, reference_of
 from openpae.eval.settings import EvaluationConfig
 from openpae.models.lpips import LPIPS
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
@@ -32,7 +32,7 @@ VALUE_RANGE = "RGB in [0, 1], rounded to 256 levels"
 
 
 def evaluate_reconstruction(
-    tokenizer: PAE,
+    tokenizer: Autoencoder,
     images: ImageStream,
     *,
     extractor: FeatureExtractor | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 
@@ -32,7 +33,7 @@ class Gaussian:
 
 @dataclass
 class _Sums:
-    """Mean and scatter S = sum (x - m)(x - m)^T of n samples."""
+    """Mean and scatter S = sum (x - m)(x - m)^T of n samples; only the lower triangle of S is kept."""
 
     n: int
     mean: Tensor
@@ -41,9 +42,18 @@ class _Sums:
     def add_mean(self, n: int, mean: Tensor) -> None:
         """Take in n more samples whose own scatter was added already."""
         delta = mean - self.mean
-        self.scatter.addr_(delta, delta, alpha=self.n * n / (self.n + n))
+        self.add_products(delta[None], self.n * n / (self.n + n))
         self.mean = self.mean + delta * (n / (self.n + n))
         self.n += n
+
+    def add_products(self, rows: Tensor, weight: float = 1.0) -> None:
+        """S <- S + weight rows^T rows, of rows (B, F). BLAS syrk computes half of it; PyTorch has no syrk."""
+        if rows.device.type == "cpu":
+            # Transposed views: BLAS reads by columns, and its upper triangle is our lower one.
+            a, c = rows.numpy().T, self.scatter.numpy().T
+            self.scatter = torch.from_numpy(dsyrk(weight, a, beta=1.0, c=c, overwrite_c=True).T)
+        else:
+            self.scatter.addmm_(rows.T, rows, alpha=weight)
 
 
 class Moments:
@@ -88,13 +98,15 @@ class Moments:
             raise ValueError(f"features must keep their width of {self.width}, got {features.shape[1]}")
         if not features.isfinite().all():
             raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
-        self.pending.append(features.detach().clone())
-        if sum(len(rows) for rows in self.pending) >= self.block:
-            rows = torch.cat(self.pending)
-            whole = len(rows) // self.block * self.block
-            for start in range(0, whole, self.block):
-                self._absorb(rows[start : start + self.block])
-            self.pending = [rows[whole:].clone()] if whole < len(rows) else []
+        features = features.detach()
+        if len(features) + sum(len(rows) for rows in self.pending) < self.block:
+            self.pending.append(features.clone())
+            return
+        rows = torch.cat([*self.pending, features]) if self.pending else features
+        full = len(rows) // self.block * self.block
+        for start in range(0, full, self.block):
+            self._absorb(rows[start : start + self.block])
+        self.pending = [rows[full:].clone()] if full < len(rows) else []
 
     def merge(self, other: Moments) -> None:
         """Add what another process has seen; `other` stays as it is.
@@ -129,26 +141,17 @@ class Moments:
         if total.pending:
             total._absorb(torch.cat(total.pending))
         assert total.sums is not None
-        covariance = total.sums.scatter.div_(self.n - 1)
+        lower = total.sums.scatter.div_(self.n - 1)
+        covariance = lower.tril() + lower.tril(-1).T
         return Gaussian(mean=total.sums.mean.cpu(), covariance=covariance.cpu(), n=self.n, factor=factor)
 
     def _absorb(self, rows: Tensor) -> None:
         rows = rows.double()
         mean = rows.mean(0)
-        centred = rows - mean
         if self.sums is None:
-            self.sums = _Sums(len(rows), mean, _scatter(centred))
-        else:
-            self.sums.scatter += _scatter(centred)
-            self.sums.add_mean(len(rows), mean)
-
-
-def _scatter(centred: Tensor) -> Tensor:
-    """x^T x. NumPy sees that both factors are one and computes half of it, PyTorch does not."""
-    if centred.device.type != "cpu":
-        return centred.T @ centred
-    rows = centred.numpy()
-    return torch.from_numpy(rows.T @ rows)
+            self.sums = _Sums(0, torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean)))
+        self.sums.add_products(rows - mean)
+        self.sums.add_mean(len(rows), mean)
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
@@ -168,9 +171,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
         tr (A B)^(1/2) = sum_i sqrt(eig_i(A^(1/2) B A^(1/2))) = nuclear norm of F_a F_b^T,   A = F_a^T F_a
 
-    Only symmetric matrices are decomposed: their eigenvalues are real and stay accurate where a covariance is
-    singular or ill-conditioned, which is where `sqrtm` of the product fails. Sets of fewer samples than
-    features go through their factors, which is faster and exact.
+    Any factor A = F^T F serves in place of the root of A; Cholesky's is the fastest. A singular A has none
+    and is factored by its eigenvectors. Only eigenvalues of symmetric matrices are taken: they are real and
+    stay accurate where a covariance is ill-conditioned, which is where `sqrtm` of the product fails. Sets of
+    fewer samples than features go through their factors, which is faster and exact.
 
     Returns:
         A number >= 0; what rounding leaves below zero is zero.
@@ -187,8 +191,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     elif b.factor is not None:
         overlap = _sum_of_roots(b.factor @ a.covariance @ b.factor.T)
     else:
-        values, vectors = torch.linalg.eigh(a.covariance)
-        root = vectors * values.clamp(min=0).sqrt()  # A = root root^T
+        root, failed = torch.linalg.cholesky_ex(a.covariance)  # A = root root^T
+        if failed:
+            values, vectors = torch.linalg.eigh(a.covariance)
+            root = vectors * values.clamp(min=0).sqrt()
         overlap = _sum_of_roots(root.T @ b.covariance @ root)
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
     return max(0.0, float(distance))

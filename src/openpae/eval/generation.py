@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from openpae.eval.estimate import Estimate
+from openpae.eval.estimate import Estimate, Undefined, split_results
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import Gaussian, frechet_distance, gaussian_of
@@ -108,11 +108,14 @@ class Evaluation:
         if samples.n < 2:
             raise ValueError(f"a Frechet distance needs at least 2 samples, got {samples.n}")
         self._warn()
-        metrics = {"frechet": _frechet("frechet", samples.pooled.gaussian(), reference.pooled)}
-        undefined: dict[str, str] = {}
-        self._spatial(metrics, undefined)
-        self._inception_score(metrics, undefined)
-        self._against_features(metrics, undefined)
+        metrics, undefined = split_results(
+            (
+                _frechet("frechet", samples.pooled.gaussian(), reference.pooled),
+                self._spatial(),
+                self._inception_score(),
+                *self._against_features(),
+            )
+        )
         assert samples.image_size is not None
         return GenerationMetrics(
             metrics=metrics,
@@ -142,45 +145,44 @@ class Evaluation:
                 stacklevel=3,
             )
 
-    def _spatial(self, metrics: dict[str, Estimate], undefined: dict[str, str]) -> None:
-        if self.samples.spatial is None:
-            undefined["spatial_frechet"] = f"{self.samples.extractor.name} has no spatial features"
-        elif self.reference.spatial is None:
-            undefined["spatial_frechet"] = "the reference holds no spatial statistics"
-        else:
-            metrics["spatial_frechet"] = _frechet(
-                "spatial_frechet", self.samples.spatial.gaussian(), self.reference.spatial
-            )
+    def _spatial(self) -> Estimate | Undefined:
+        name, samples, reference = "spatial_frechet", self.samples.spatial, self.reference.spatial
+        if samples is None:
+            return Undefined(name, f"{self.samples.extractor.name} has no spatial features")
+        if reference is None:
+            return Undefined(name, "the reference holds no spatial statistics")
+        return _frechet(name, samples.gaussian(), reference)
 
-    def _inception_score(self, metrics: dict[str, Estimate], undefined: dict[str, str]) -> None:
+    def _inception_score(self) -> Estimate | Undefined:
         config, logits = self.config, self.samples.logits()
         if logits is None:
-            undefined["inception_score"] = f"{self.samples.extractor.name} does not classify"
-        elif len(logits) < config.splits:
-            undefined["inception_score"] = f"{len(logits)} samples are fewer than splits = {config.splits}"
-        else:
-            metrics["inception_score"] = inception_score(logits, splits=config.splits, seed=config.seed)
+            return Undefined("inception_score", f"{self.samples.extractor.name} does not classify")
+        if len(logits) < config.splits:
+            return Undefined(
+                "inception_score", f"{len(logits)} samples are fewer than splits = {config.splits}"
+            )
+        return inception_score(logits, splits=config.splits, seed=config.seed)
 
-    def _against_features(self, metrics: dict[str, Estimate], undefined: dict[str, str]) -> None:
+    def _against_features(self) -> Iterator[Estimate | Undefined]:
         config, real = self.config, self.reference.features
         if real is None:
             for name in ("kid", "precision", "recall"):
-                undefined[name] = "the reference holds statistics only, no images or features"
+                yield Undefined(name, "the reference holds statistics only, no images or features")
             return
-        found = self.samples.features()
-        smaller = min(len(found), len(real))
+        features = self.samples.features()
+        smaller = min(len(features), len(real))
         if smaller < config.kid_subset_size:
-            undefined["kid"] = f"{smaller} images are fewer than kid_subset_size = {config.kid_subset_size}"
-        else:
-            metrics["kid"] = kid(
-                found, real, subsets=config.kid_subsets, subset_size=config.kid_subset_size, seed=config.seed
+            yield Undefined(
+                "kid", f"{smaller} images are fewer than kid_subset_size = {config.kid_subset_size}"
             )
+        else:
+            subsets, size = config.kid_subsets, config.kid_subset_size
+            yield kid(features, real, subsets=subsets, subset_size=size, seed=config.seed)
         if smaller <= config.k:
-            undefined |= dict.fromkeys(
-                ("precision", "recall"), f"{smaller} images have no neighbour {config.k}"
-            )
+            for name in ("precision", "recall"):
+                yield Undefined(name, f"{smaller} images have no neighbour {config.k}")
         else:
-            metrics["precision"], metrics["recall"] = precision_recall(found, real, k=config.k)
+            yield from precision_recall(features, real, k=config.k)
 
 
 def frechet_floor(features: Tensor, n: int, *, repeats: int = 3, seed: int = 0) -> Estimate:

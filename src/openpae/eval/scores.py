@@ -60,7 +60,8 @@ def kid(
         k(x, y) = (x . y / F + 1)^3
 
     Unbiased, so that it may be compared between sample counts and may fall below zero. Mean over random
-    subsets of m samples; the same seed draws the same subsets as torch-fidelity.
+    subsets of m samples; the same seed draws the same subsets as torch-fidelity. Products are computed in the
+    type of the samples, float32 as a rule, and summed in float64.
 
     Args:
         samples: features (N, F).
@@ -88,11 +89,11 @@ def kid(
     for _ in range(subsets):
         # torch-fidelity draws the samples first, then the reference.
         chosen = torch.from_numpy(draw.choice(len(samples), subset_size, replace=False))
-        x = samples[chosen.to(samples.device)].double()
+        x = samples[chosen.to(samples.device)]
         chosen = torch.from_numpy(draw.choice(len(reference), subset_size, replace=False))
-        y = reference[chosen.to(reference.device)].double().to(x.device)
+        y = reference[chosen.to(reference.device)].to(x)
         within = _sum_off_diagonal(_cubic(x, x)) + _sum_off_diagonal(_cubic(y, y))
-        across = _cubic(x, y).sum() / subset_size**2
+        across = _cubic(x, y).sum(dtype=torch.float64) / subset_size**2
         values.append(float(within / (subset_size * (subset_size - 1)) - 2 * across))
     std = float(np.std(values))
     return Estimate(
@@ -125,7 +126,7 @@ def precision_recall(
         samples: features (N, F).
         reference: features (M, F).
         k: neighbours.
-        block: rows whose distances are held at once; memory is some 4 block max(N, M) bytes.
+        block: rows whose distances are held at once; memory is some 8 block max(M, block) bytes.
 
     Returns:
         Precision and recall, shares in [0, 1], with the standard error of a share.
@@ -142,8 +143,14 @@ def precision_recall(
     centre = reference.double().mean(0)
     x = (samples.double() - centre.to(samples.device)).float()
     y = (reference.double() - centre).float().to(x.device)
-    precise = _covered(x, y, _radii(y, k, block), block)
-    recalled = _covered(y, x, _radii(x, k, block), block)
+    reach_x, reach_y = _radii(x, k, block), _radii(y, k, block)
+    precise = torch.empty(len(x), dtype=torch.bool, device=x.device)
+    recalled = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for start in range(0, len(x), block):  # each distance between the sets serves both shares
+        rows = slice(start, start + block)
+        distances = _squared_distances(x[rows], y)
+        precise[rows] = (distances <= reach_y).any(dim=1)
+        recalled |= (distances <= reach_x[rows, None]).any(dim=0)
     settings: Settings = {"k": k, "samples": len(samples), "reference": len(reference)}
     return _share("precision", precise, settings), _share("recall", recalled, settings)
 
@@ -157,11 +164,15 @@ def _check_widths(samples: Tensor, reference: Tensor) -> None:
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    if x is y and x.device.type == "cpu":
+        products = torch.from_numpy(np.dot(x.numpy(), x.numpy().T))  # NumPy computes half of it by syrk
+    else:
+        products = x @ y.T
+    return products.div_(x.shape[1]).add_(1).pow_(3)
 
 
 def _sum_off_diagonal(kernel: Tensor) -> Tensor:
-    return kernel.sum() - kernel.trace()
+    return kernel.sum(dtype=torch.float64) - kernel.diagonal().sum(dtype=torch.float64)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -170,22 +181,21 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance of each row to its k-th neighbour: (N,)."""
-    radii = []
-    for start in range(0, len(features), block):
-        rows = features[start : start + block]
-        distances = _squared_distances(rows, features)
-        distances[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = (
-            0  # a row's own, first of k + 1
-        )
-        radii.append(distances.kthvalue(k + 1, dim=1).values)
-    return torch.cat(radii)
+    """Squared distance of each row to its k-th neighbour: (N,). Each pair of blocks is multiplied once."""
+    nearest = features.new_full((len(features), k), math.inf)
 
+    def keep_nearest(rows: slice, distances: Tensor) -> None:
+        nearest[rows] = torch.cat([nearest[rows], distances], dim=1).topk(k, largest=False).values
 
-def _covered(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> Tensor:
-    """Whether each point lies in the ball of some centre: (N,) bool."""
-    parts = torch.split(points, block)
-    return torch.cat([(_squared_distances(part, centres) <= radii).any(dim=1) for part in parts])
+    blocks = [slice(start, start + block) for start in range(0, len(features), block)]
+    for number, rows in enumerate(blocks):
+        own = _squared_distances(features[rows], features[rows]).fill_diagonal_(math.inf)
+        keep_nearest(rows, own)
+        for columns in blocks[number + 1 :]:
+            distances = _squared_distances(features[rows], features[columns])
+            keep_nearest(rows, distances)
+            keep_nearest(columns, distances.T)
+    return nearest.amax(dim=1)
 
 
 def _share(name: str, hits: Tensor, settings: Settings) -> Estimate:

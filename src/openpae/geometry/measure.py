@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from openpae.data.images import ImageSource, Size, chosen_rows, spread
 from openpae.data.label_maps import Segmented
 from openpae.data.pixels import to_unit
-from openpae.eval.estimate import Estimate
+from openpae.eval.estimate import Estimate, Settings, Undefined, split_results
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.image_stream import source_batches
@@ -33,10 +33,10 @@ from openpae.geometry.spaces import Tokenizer, check_tokenizer
 from openpae.models.lpips import LPIPS
 
 METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
-"""In the order in which they are told."""
+"""In the order in which they are shown."""
 
 Tick = Callable[[int], None]
-"""Told how many more images have been worked on."""
+"""Called with how many more images are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def measure_tokenizer(
         lpips: for LPC and the distance of reconstructions, on the tokenizer's device; None leaves them out.
         real: features of these images (`chosen_rows`), for Frechet distances; None leaves them out.
         config: settings.
-        tick: told of progress; the sum over a tokenizer is `work_of`.
+        tick: called with the images done; over a tokenizer they add up to `work_of`.
 
     Raises:
         ValueError: the tokenizer does not keep its promises for images of this size (`check_tokenizer`).
@@ -85,20 +85,18 @@ def measure_tokenizer(
     config = config or MeasureConfig()
     tick = tick or (lambda _: None)
     rows = chosen_rows(source, config.count)
-    metrics: dict[str, Estimate] = {}
-    undefined: dict[str, str] = {}
-    pooled, latents = _reconstruct(tokenizer, source, rows, size, lpips, real, config, tick, metrics)
-    _semantic(pooled, torch.from_numpy(source.labels[rows]), config, metrics, undefined)
-    _structure(tokenizer, segmented, config, metrics, undefined)
+    results, pooled, latents = _reconstruct(tokenizer, source, rows, size, lpips, real, config, tick)
+    results += [effective_rank(pooled), _semantics(pooled, torch.from_numpy(source.labels[rows]), config)]
+    results.append(_structure(tokenizer, segmented, config))
     tick(0 if segmented is None else len(segmented.images))
     if tokenizer.decode is None:
         missing = ("lpc", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
-        undefined |= dict.fromkeys(
-            missing, f"{tokenizer.name} has no decoder, so there are no images to compare"
-        )
+        reason = f"{tokenizer.name} has no decoder, so there are no images to compare"
+        results += [Undefined(name, reason) for name in missing]
     else:
-        _continuity(latents, tokenizer.decode, lpips, real, config, metrics, undefined)
+        results += _continuity(latents, tokenizer.decode, lpips, real, config)
     tick(min(config.lpc_count, len(rows)))
+    metrics, undefined = split_results(results)
     return Measured(
         name=tokenizer.name,
         fingerprint=tokenizer.fingerprint,
@@ -126,9 +124,9 @@ def _reconstruct(
     real: FeatureSet | None,
     config: MeasureConfig,
     tick: Tick,
-    metrics: dict[str, Estimate],
-) -> tuple[Tensor, Tensor]:
-    """Pooled latents (n, C) of all images, and the latents (n, C, h, w) themselves if they can be decoded."""
+) -> tuple[list[Estimate | Undefined], Tensor, Tensor]:
+    """What reconstructions say; pooled latents (n, C) of all images, and the latents (n, C, h, w) themselves
+    if they can be decoded."""
     decode = tokenizer.decode
     pairs = ReconstructionMetrics(lpips)
     decoded = None if real is None else FeatureSet(real.extractor)
@@ -145,47 +143,30 @@ def _reconstruct(
             if decoded is not None:
                 decoded.update(y.cpu())
         tick(len(x))
-    if decode is not None:
-        metrics |= pairs.compute()
+    results: list[Estimate | Undefined] = [] if decode is None else [*pairs.compute().values()]
     if decode is not None and decoded is not None and real is not None:
-        metrics["frechet"] = Estimate(
-            name="frechet",
-            value=frechet_distance(decoded.pooled.gaussian(), real.pooled.gaussian()),
-            n=decoded.n,
-            settings={"extractor": real.extractor.name, "reference": real.n},
-        )
-    return torch.cat(pooled), torch.cat(latents) if latents else torch.empty(0)
+        distance = frechet_distance(decoded.pooled.gaussian(), real.pooled.gaussian())
+        settings: Settings = {"extractor": real.extractor.name, "reference": real.n}
+        results.append(Estimate(name="frechet", value=distance, n=decoded.n, settings=settings))
+    return results, torch.cat(pooled), torch.cat(latents) if latents else torch.empty(0)
 
 
-def _semantic(
-    pooled: Tensor,
-    labels: Tensor,
-    config: MeasureConfig,
-    metrics: dict[str, Estimate],
-    undefined: dict[str, str],
-) -> None:
-    metrics["erank"] = effective_rank(pooled)
+def _semantics(pooled: Tensor, labels: Tensor, config: MeasureConfig) -> Estimate | Undefined:
     if len(torch.unique(labels)) < 2:
-        undefined["gsq"] = "the images are all of one class; give a folder with one subfolder per class"
-    else:
-        metrics["gsq"] = global_semantic_quality(
-            pooled, labels, classes=config.classes, repeats=config.repeats, seed=config.seed
-        )
+        reason = "the images are all of one class; give a folder with one subfolder per class"
+        return Undefined("gsq", reason)
+    return global_semantic_quality(
+        pooled, labels, classes=config.classes, repeats=config.repeats, seed=config.seed
+    )
 
 
 def _continuity(
-    latents: Tensor,
-    decode: Decode,
-    lpips: LPIPS | None,
-    real: FeatureSet | None,
-    config: MeasureConfig,
-    metrics: dict[str, Estimate],
-    undefined: dict[str, str],
-) -> None:
+    latents: Tensor, decode: Decode, lpips: LPIPS | None, real: FeatureSet | None, config: MeasureConfig
+) -> Iterator[Estimate | Undefined]:
     if lpips is None:
-        undefined |= dict.fromkeys(("lpc", "lpips"), "no LPIPS network was given")
+        yield from (Undefined(name, "no LPIPS network was given") for name in ("lpc", "lpips"))
     else:
-        metrics["lpc"] = latent_perturbation_consistency(
+        yield latent_perturbation_consistency(
             latents[spread(len(latents), config.lpc_count)],
             decode,
             lpips,
@@ -194,33 +175,25 @@ def _continuity(
             seed=config.seed,
         )
     if real is None:
-        undefined |= dict.fromkeys(("frechet", "interpolated_frechet"), "no feature extractor was given")
+        names = ("frechet", "interpolated_frechet")
+        yield from (Undefined(name, "no feature extractor was given") for name in names)
     else:
-        metrics["interpolated_frechet"] = interpolated_frechet(
-            latents, decode, real, batch_size=config.batch_size, seed=config.seed
-        )
+        yield interpolated_frechet(latents, decode, real, batch_size=config.batch_size, seed=config.seed)
 
 
 @torch.no_grad()
 def _structure(
-    tokenizer: Tokenizer,
-    segmented: Segmented | None,
-    config: MeasureConfig,
-    metrics: dict[str, Estimate],
-    undefined: dict[str, str],
-) -> None:
+    tokenizer: Tokenizer, segmented: Segmented | None, config: MeasureConfig
+) -> Estimate | Undefined:
     if segmented is None:
-        undefined["ssc"] = "no label maps were given"
-        return
+        return Undefined("ssc", "no label maps were given")
     latents = torch.cat(
         [tokenizer.encode(to_unit(x)).cpu() for x in torch.split(segmented.images, config.batch_size)]
     )
     grid = majority_labels(segmented.labels, *latents.shape[-2:], ignore=segmented.ignore)
     if all(len(torch.unique(cells[cells != segmented.ignore])) < 2 for cells in grid):
-        undefined["ssc"] = (
-            f"no label map has two segments on the {grid.shape[1]} x {grid.shape[2]} latent grid"
-        )
-        return
-    metrics["ssc"] = spatial_structure_consistency(
+        h, w = grid.shape[1:]
+        return Undefined("ssc", f"no label map has two segments on the {h} x {w} latent grid")
+    return spatial_structure_consistency(
         latents, segmented.labels, sigma=config.sigma, ignore=segmented.ignore, seed=config.seed
     )

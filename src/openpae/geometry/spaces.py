@@ -28,7 +28,7 @@ from openpae.geometry.metrics import Decode
 from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.models.layers import to_grid
 from openpae.models.saved import load_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.storage.files import file_hash, fingerprint
 from openpae.storage.model_folder import identity_of
 
@@ -142,7 +142,7 @@ def check_tokenizer(tokenizer: Tokenizer, images: Tensor) -> None:
         )
 
 
-def pae_space(model: PAE, name: str, fingerprint: str) -> LatentSpace:
+def pae_space(model: Autoencoder, name: str, fingerprint: str) -> LatentSpace:
     """Our tokenizer as it stands, wherever its weights are."""
     return LatentSpace(
         name=name,

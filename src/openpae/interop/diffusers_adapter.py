@@ -19,7 +19,7 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.models.configs import PAEConfig
 from openpae.models.encoders import FrozenEncoder, empty_encoder, encoder_architecture
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder, tokenizer_class
 
 
 class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
@@ -62,10 +62,10 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         config = configs.from_dict(PAEConfig, tokenizer)
         trainable = config.fusion == "finetune"
         encoder = empty_encoder(config.encoder, architecture, trainable=trainable) if with_encoder else None
-        self.pae = PAE(config, encoder)
+        self.pae = tokenizer_class(config)(config, encoder)
 
     @classmethod
-    def of(cls, tokenizer: PAE, *, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Self:
+    def of(cls, tokenizer: Autoencoder, *, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> Self:
         """A tokenizer as an autoencoder of diffusers; the weights are shared.
 
         Args:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from openpae.models.ditdh import Generator
-from openpae.models.tokenizer import PAE
+from openpae.models.generator import LatentGenerator
+from openpae.models.tokenizer import Autoencoder
 from openpae.storage.files import whole_folder, write_json
 
 Format = Literal["torch-export", "onnx"]
@@ -43,7 +43,7 @@ class _Part:
 
 @torch.no_grad()
 def export_model(
-    model: PAE | Generator, out: Path, format: Format, *, tolerance: float = 1e-4
+    model: Autoencoder | LatentGenerator, out: Path, format: Format, *, tolerance: float = 1e-4
 ) -> dict[str, float]:
     """Write the graphs of a model, each checked against the model, and export.json that describes them.
 
@@ -89,7 +89,7 @@ def export_model(
                 "output": part.output,
                 "difference": found[part.name],
             }
-        if not isinstance(model, PAE):
+        if not isinstance(model, Autoencoder):
             facts["latent_mean"] = model.latent_mean.tolist()
             facts["latent_std"] = model.latent_std.tolist()
             facts["null_label"] = model.null_label
@@ -98,7 +98,7 @@ def export_model(
 
 
 class _Encode(nn.Module):
-    def __init__(self, tokenizer: PAE) -> None:
+    def __init__(self, tokenizer: Autoencoder) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
@@ -107,7 +107,7 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
-    def __init__(self, tokenizer: PAE) -> None:
+    def __init__(self, tokenizer: Autoencoder) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
@@ -115,10 +115,10 @@ class _Decode(nn.Module):
         return self.tokenizer.decode(latents)
 
 
-def _parts_of(model: PAE | Generator) -> list[_Part]:
+def _parts_of(model: Autoencoder | LatentGenerator) -> list[_Part]:
     """Two examples each: an export takes a batch of one for a constant."""
     z = torch.rand(2, *model.config.latent_shape)
-    if not isinstance(model, PAE):
+    if not isinstance(model, Autoencoder):
         inputs = {"x": z, "t": torch.rand(2), "labels": torch.tensor([0, model.null_label])}
         return [_Part(name="velocity", module=model, inputs=inputs, output="velocity")]
     parts = [_Part(name="decode", module=_Decode(model).eval(), inputs={"latents": z}, output="images")]

@@ -21,8 +21,9 @@ from openpae.models.configs import (
     PAEConfig,
 )
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import DiTDH, Generator
+from openpae.models.ditdh import DiTDH
 from openpae.models.encoders import Encoder, FrozenEncoder, load_encoder
+from openpae.models.generator import LatentGenerator
 from openpae.models.layers import rope_2d, sincos_2d
 from openpae.models.tokenizer import PAE
 from openpae.storage.weights import load_strict, read_tensors, some
@@ -220,7 +221,7 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
     return DiTDHConfig(num_layers=blocks - layers, head=head, **shared)
 
 
-def import_generator(released: Mapping[str, Any], config: GeneratorConfig) -> Generator:
+def import_generator(released: Mapping[str, Any], config: GeneratorConfig) -> LatentGenerator:
     """Released LightningDiT or DiT-DH weights as ours; the latent statistics stay at 0 and 1 until they are
     set.
 

@@ -55,18 +55,25 @@ class SpectralConv2d(nn.Module):
         self.register_buffer("start", F.normalize(start, dim=0), persistent=False)
         # All singular values 1: sigma starts exact, and features keep their scale through the depth.
         nn.init.orthogonal_(self.weight)
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        """Inside `norms_once`: the vectors u and v, once they are known."""
 
     def sigma(self) -> Tensor:
         """The largest singular value of the kernel as a matrix: scalar, float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             matrix = self.weight.flatten(1)
-            with torch.no_grad():
-                u = self.start
-                for _ in range(16):
-                    v = F.normalize(matrix.mT @ u, dim=0)
-                    u = F.normalize(matrix @ v, dim=0)
+            u, v = self.kept[0] if self.kept else self._singular_vectors(matrix.detach())
             sigma: Tensor = u @ (matrix @ v)
             return sigma
+
+    def _singular_vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        u = self.start
+        for _ in range(16):
+            v = F.normalize(matrix.mT @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        if self.kept is not None:
+            self.kept.append((u, v))
+        return u, v
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, inputs, H, W). Returns (B, outputs, H', W')."""
@@ -95,7 +102,11 @@ class PatchDiscriminator(nn.Module):
         self.to_logits = SpectralConv2d(widths[-1], 1, 4, padding=1)
         self.smallest = 3 * 2**num_layers
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What `forward` takes in place of images: the images themselves, as no layer is frozen."""
+        return [images]
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Logits of images, high where they look real.
 
         Args:
@@ -107,6 +118,7 @@ class PatchDiscriminator(nn.Module):
         Raises:
             ValueError: not (B, 3, H, W), or too small for one patch.
         """
+        images = images if isinstance(images, Tensor) else images[0]
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.smallest:
             raise ValueError(
                 f"images must be (B, 3, H, W) with H and W >= {self.smallest} for {len(self.layers) - 1} "
@@ -155,15 +167,12 @@ class FeatureDiscriminator(nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images, high where they look real.
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the frozen ViT makes of images: (B, D, h, w) behind each tap. Weights of heads do not enter.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; decodes may leave the range. Resized (bilinear, antialiased) to
                 the square that the ViT was trained on, so that its positions fit. Gradients flow to these.
-
-        Returns:
-            (B, taps, N): one logit per token behind each tap; 4 x 784 for DINO-S/8.
 
         Raises:
             ValueError: not (B, 3, H, W).
@@ -175,11 +184,19 @@ class FeatureDiscriminator(nn.Module):
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
         states = self.backbone((images - self.mean) / self.std, output_hidden_states=True).hidden_states
         side = self.image_size // self.patch_size
-        logits = [
-            head(to_grid(states[tap][:, 1:], side, side))  # without the CLS token
-            for tap, head in zip(self.taps, self.heads, strict=True)
-        ]
-        return torch.stack(logits, dim=1)
+        return [to_grid(states[tap][:, 1:], side, side) for tap in self.taps]  # without the CLS token
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Logits of images, high where they look real.
+
+        Args:
+            images: see `features`; or these features, where they are known.
+
+        Returns:
+            (B, taps, N): one logit per token behind each tap; 4 x 784 for DINO-S/8.
+        """
+        grids = self.features(images) if isinstance(images, Tensor) else images
+        return torch.stack([head(grid) for grid, head in zip(grids, self.heads, strict=True)], dim=1)
 
 
 class FeatureHead(nn.Module):
@@ -242,6 +259,23 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def norms_once(module: nn.Module | None) -> Iterator[None]:
+    """Inside, the power iteration of each spectral norm runs once, for all passes of a step.
+
+    The weights must not change before the last pass in here. A cache that looks at the weights' version
+    counter would be wrong: a fused optimizer does not raise it.
+    """
+    convs = [part for part in module.modules() if isinstance(part, SpectralConv2d)] if module else []
+    for conv in convs:
+        conv.kept = []
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.kept = None
 
 
 def diff_augment(images: Tensor, draws: Tensor) -> Tensor:

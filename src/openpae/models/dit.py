@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from openpae.models.configs import LightningDiTConfig
+from openpae.models.generator import LatentGenerator
 from openpae.models.layers import (
     resize_positions,
     rope_2d,
@@ -19,7 +18,6 @@ from openpae.models.layers import (
     to_tokens,
     unpatchify,
 )
-from openpae.storage import hub
 
 
 class Attention(nn.Module):
@@ -108,46 +106,21 @@ def run_blocks(
     return x
 
 
-def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents, each in one of the shapes, ready to be broadcast to (C, h, w).
-
-    Raises:
-        ValueError: another shape, or a channel that does not vary.
-    """
-    if mean.shape != std.shape or tuple(mean.shape) not in shapes:
-        allowed = " or ".join(map(str, shapes))
-        raise ValueError(f"mean and std must be {allowed}, got {tuple(mean.shape)} and {tuple(std.shape)}")
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise ValueError(
-            f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
-            "a latent channel that never varies cannot be generated"
-        )
-    return (mean.view(-1, 1, 1), std.view(-1, 1, 1)) if mean.ndim == 1 else (mean, std)
-
-
-class LightningDiT(nn.Module):
+class LightningDiT(LatentGenerator):
     """Velocity of noisy latents: v(x_t, t, class).
 
-    It works on latents normalised per channel; the statistics travel with it as buffers, so that
-    `normalise` and `denormalise` cannot be forgotten or taken from another tokenizer.
-
-    Args:
-        config: its sizes.
-        checkpoint_blocks: see `run_blocks`; it changes what training costs, not what the model is.
+    It works on latents normalised per channel. Arguments: see `LatentGenerator`.
     """
+
+    config_class = LightningDiTConfig
+    config: LightningDiTConfig
 
     positions: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
-    latent_mean: Tensor
-    latent_std: Tensor
-    made_with: str | None = None
-    """Fingerprint of the tokenizer whose latents it makes, known where it was loaded; saving needs it."""
 
     def __init__(self, config: LightningDiTConfig, *, checkpoint_blocks: int = 0) -> None:
-        super().__init__()
-        self.config = config
-        self.checkpoint_blocks = checkpoint_blocks
+        super().__init__(config, checkpoint_blocks=checkpoint_blocks)
         dim, patch, grid = config.hidden_dim, config.patch_size, config.token_grid
         self.patch_embed = nn.Conv2d(config.latent_dim, dim, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -162,8 +135,7 @@ class LightningDiT(nn.Module):
         cos, sin = rope_2d(*grid, dim // config.num_heads)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_dim, 1, 1))
-        self.register_buffer("latent_std", torch.ones(config.latent_dim, 1, 1))
+        self._register_statistics(config.latent_dim, 1, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -173,20 +145,12 @@ class LightningDiT(nn.Module):
                 nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.class_embed.weight, std=0.02)
-        for layer in self.time_mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
+        self._reset_embeddings(self.class_embed, self.time_mlp)
         # Zero: every block starts as the identity, the velocity as zero (AdaLN-zero).
         zeros = [block.get_submodule("modulation") for block in self.blocks]
         for layer in [*zeros, self.final_modulation, self.to_velocity]:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
-
-    @property
-    def null_label(self) -> int:
-        """The label that means no class."""
-        return self.config.num_classes
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the velocity x_1 - x_0.
@@ -226,53 +190,3 @@ class LightningDiT(nn.Module):
         head_dim = self.config.hidden_dim // self.config.num_heads
         cos, sin = rope_2d(h, w, head_dim, trained, self.positions.device)
         return resize_positions(self.positions, trained, h, w), cos, sin
-
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take the per-channel mean and standard deviation (C,) of the latents that are to be generated.
-
-        Raises:
-            ValueError: not one of each per channel, or a channel that does not vary.
-        """
-        mean, std = checked_statistics(mean, std, (self.config.latent_dim,))
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
-
-    def normalise(self, z: Tensor) -> Tensor:
-        """Latents as the tokenizer gives them to latents of zero mean and unit variance per channel."""
-        return (z.float() - self.latent_mean) / self.latent_std
-
-    def denormalise(self, x: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
-        return x.float() * self.latent_std + self.latent_mean
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> LightningDiT:
-        """A saved generator in evaluation mode, with the statistics of its latents.
-
-        Args:
-            name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
-            revision: branch, tag or commit of the hub.
-
-        Raises:
-            FileNotFoundError: neither a folder nor a name that the hub has, or it cannot be reached.
-            ValueError: another kind of model, or damaged or unfitting weights.
-        """
-        model, made_with = hub.load_saved(cls, LightningDiTConfig, name_or_folder, revision)
-        model.made_with = made_with
-        return model
-
-    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
-        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
-
-        Args:
-            folder: where; replaced if it holds nothing but a saved model.
-            precision: of the parameters in the file.
-
-        Raises:
-            ValueError: `made_with` is not known, or the folder holds something else.
-        """
-        hub.save(self, folder, made_with=self.made_with, precision=precision)
-
-    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
-        """Save and upload to the hub; see `hub.push`. Returns the address."""
-        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)

@@ -8,19 +8,18 @@ looks at them too and gives the velocity.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.models.configs import DiTDHConfig, GeneratorConfig, LightningDiTConfig
-from openpae.models.dit import DiTBlock, LightningDiT, checked_statistics, run_blocks
+from openpae.models.dit import DiTBlock, LightningDiT, run_blocks
+from openpae.models.generator import LatentGenerator
 from openpae.models.layers import rope_2d, sincos_2d, to_tokens, unpatchify
-from openpae.storage import hub
 
 
-class DiTDH(nn.Module):
+class DiTDH(LatentGenerator):
     """Velocity of noisy latents: v(x_t, t, class), by a DiT M and a wide head H.
 
         s   = silu(W M(x_t | t, class) + time)      what the DiT makes of each token
@@ -34,21 +33,17 @@ class DiTDH(nn.Module):
         checkpoint_blocks: see `dit.run_blocks`; the blocks of the DiT come first, then those of the head.
     """
 
+    config_class = DiTDHConfig
+    config: DiTDHConfig
     frequencies: Tensor
     positions: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
     head_cos: Tensor
     head_sin: Tensor
-    latent_mean: Tensor
-    latent_std: Tensor
-    made_with: str | None = None
-    """Fingerprint of the tokenizer whose latents it makes, known where it was loaded; saving needs it."""
 
     def __init__(self, config: DiTDHConfig, *, checkpoint_blocks: int = 0) -> None:
-        super().__init__()
-        self.config = config
-        self.checkpoint_blocks = checkpoint_blocks
+        super().__init__(config, checkpoint_blocks=checkpoint_blocks)
         dim, wide, channels, patch = (
             *(config.hidden_dim, config.head.hidden_dim),
             *(config.latent_dim, config.patch_size),
@@ -77,8 +72,7 @@ class DiTDH(nn.Module):
             cos, sin = rope_2d(*config.token_grid, width // heads)
             self.register_buffer(f"{name}_cos", cos, persistent=False)
             self.register_buffer(f"{name}_sin", sin, persistent=False)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_shape))
-        self.register_buffer("latent_std", torch.ones(config.latent_shape))
+        self._register_statistics(*config.latent_shape)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,20 +82,12 @@ class DiTDH(nn.Module):
             nn.init.xavier_uniform_(embed.weight.view(embed.weight.shape[0], -1))
             if embed.bias is not None:
                 nn.init.zeros_(embed.bias)
-        nn.init.normal_(self.class_embed.weight, std=0.02)
-        for layer in self.time_mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
+        self._reset_embeddings(self.class_embed, self.time_mlp)
         # Zero: every block starts as the identity, the velocity as zero (AdaLN-zero).
         zeros = [block.get_submodule("modulation") for block in (*self.blocks, *self.head_blocks)]
         for layer in [*zeros, self.final_modulation, self.to_velocity]:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
-
-    @property
-    def null_label(self) -> int:
-        """The label that means no class."""
-        return self.config.num_classes
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the velocity x_1 - x_0.
@@ -128,56 +114,9 @@ class DiTDH(nn.Module):
         wide = self.to_velocity(self.final_norm(wide) * (1 + scale) + shift)
         return unpatchify(wide, h, w, self.config.patch_size)
 
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take mean and standard deviation of the latents that are to be generated: per channel, (C,), or per
-        channel and place, (C, h, w), as in RAE's release.
-
-        Raises:
-            ValueError: neither shape, or a channel that does not vary.
-        """
-        mean, std = checked_statistics(mean, std, (self.config.latent_dim,), self.config.latent_shape)
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
-
-    def normalise(self, z: Tensor) -> Tensor:
-        """Latents as the tokenizer gives them to latents of zero mean and unit variance."""
-        return (z.float() - self.latent_mean) / self.latent_std
-
-    def denormalise(self, x: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
-        return x.float() * self.latent_std + self.latent_mean
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> DiTDH:
-        """A saved generator in evaluation mode, with the statistics of its latents.
-
-        Args:
-            name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
-            revision: branch, tag or commit of the hub.
-
-        Raises:
-            FileNotFoundError: neither a folder nor a name that the hub has, or it cannot be reached.
-            ValueError: another kind of model, or damaged or unfitting weights.
-        """
-        model, made_with = hub.load_saved(cls, DiTDHConfig, name_or_folder, revision)
-        model.made_with = made_with
-        return model
-
-    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
-        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
-
-        Args:
-            folder: where; replaced if it holds nothing but a saved model.
-            precision: of the parameters in the file.
-
-        Raises:
-            ValueError: `made_with` is not known, or the folder holds something else.
-        """
-        hub.save(self, folder, made_with=self.made_with, precision=precision)
-
-    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
-        """Save and upload to the hub; see `hub.push`. Returns the address."""
-        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
+    @property
+    def _statistics_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.config.latent_dim,), self.config.latent_shape)
 
     def _fourier(self, level: Tensor) -> Tensor:
         """Noise levels (B,) in [0, 1] to sines and cosines at the fixed random frequencies: (B, 512)."""
@@ -185,13 +124,11 @@ class DiTDH(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-Generator = LightningDiT | DiTDH
-"""What training, sampling and checkpoints work with."""
 GENERATORS: tuple[type[GeneratorConfig], ...] = (LightningDiTConfig, DiTDHConfig)
 """The classes of configs that `build_generator` takes."""
 
 
-def build_generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> Generator:
+def build_generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> LatentGenerator:
     """A new generator of the class that its config belongs to.
 
     Args:

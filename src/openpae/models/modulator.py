@@ -119,3 +119,11 @@ class DetailModulator(nn.Module):
             detail = layer(detail, features)
         out: Tensor = self.fusion(features, detail)
         return out
+
+
+class NoModulator(nn.Module):
+    """In the modulator's place where the VFM itself is finetuned (fusion finetune of Table 3b)."""
+
+    def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """Returns the features as they are, (B, N, D)."""
+        return features

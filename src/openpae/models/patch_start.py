@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models.layers import start_at_self
-from openpae.models.tokenizer import PAE
+from openpae.models.layers import SelfAttention, start_at_self
+from openpae.models.modulator import DetailModulator
+from openpae.models.tokenizer import PAE, Autoencoder
 
 _GAIN = 3.0
 """Of the components beside the positions that are added to them, whose root mean square is 0.7."""
 
 
 @torch.no_grad()
-def start_from_patches(model: PAE, images: Tensor, features: Tensor | None = None) -> None:
+def start_from_patches(model: Autoencoder, images: Tensor, features: Tensor | None = None) -> None:
     """Initial weights with which the tokenizer passes the principal components of patches.
 
         d = V (p - mean p),  z = sphere([d, c]),  x_r = W decoder(z) + b
@@ -36,24 +37,18 @@ def start_from_patches(model: PAE, images: Tensor, features: Tensor | None = Non
     Raises:
         ValueError: another fusion, or too narrow a model.
     """
-    modulator, projector, deprojector = model.modulator, model.projector, model.deprojector
     channels = model.config.latent_dim
-    if modulator is None or projector is None or deprojector is None or model.config.fusion != "modulate":
+    if not isinstance(model, PAE) or model.config.fusion != "modulate":
         raise ValueError(
             f"start patches needs model.fusion modulate, got {model.config.fusion}; use another start"
         )
+    modulator, projector, deprojector = model.modulator, model.projector, model.deprojector
+    assert isinstance(modulator, DetailModulator)  # for the type checker: the fusion says so
     width = modulator.patch_embed.out_channels
     if width < channels:
         raise ValueError(f"start patches needs a width >= latent_dim = {channels}, got {width}")
     _embed_components(modulator.patch_embed, model.preprocess(images), channels - 1)
-    residuals: list[nn.Linear] = []
-    for layer in modulator.layers:
-        residuals += [layer.self_attn.proj, layer.cross_attn.proj, layer.mlp.fc2]
-    for block in model.decoder.blocks:
-        residuals += [block.attn.proj, block.mlp.fc2]
-    for branch in residuals:
-        nn.init.zeros_(branch.weight)
-
+    _silence_branches(model)
     # u (1 + gamma) + beta: gamma = -1 where components come, beta = d.
     fusion = modulator.fusion.proj
     nn.init.zeros_(fusion.weight)
@@ -62,10 +57,7 @@ def start_from_patches(model: PAE, images: Tensor, features: Tensor | None = Non
     fusion.weight[width:] = torch.eye(width) / _GAIN
 
     for attention in (projector.attn, deprojector.attn):
-        start_at_self(attention, gain=3.0)
-        rotation = nn.init.orthogonal_(torch.empty(width, width))
-        attention.qkv.weight[2 * width :] = rotation
-        attention.proj.weight.copy_(rotation.T)
+        _pass_tokens(attention)
     to_latent, from_latent = projector.to_latent, deprojector.from_latent
     nn.init.zeros_(to_latent.weight)
     places = torch.arange(channels - 1)
@@ -78,10 +70,8 @@ def start_from_patches(model: PAE, images: Tensor, features: Tensor | None = Non
     nn.init.orthogonal_(model.decoder.embed.weight)
     z = model.encode(images, features)
     tokens = _output_of(model.decoder.norm, lambda: model.decode(z))[:, 1:]
-    wanted = (images - model.encoder_input.mean) / model.encoder_input.std
-    patch = model.decoder.patch_size
-    pixels = wanted.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1)
-    _fit(model.decoder.to_pixels, tokens.flatten(0, 1), pixels.reshape(-1, 3 * patch**2))
+    pixels = (images - model.encoder_input.mean) / model.encoder_input.std
+    _fit(model.decoder.to_pixels, tokens.flatten(0, 1), _patches(pixels, model.decoder.patch_size))
 
 
 def _embed_components(embed: nn.Conv2d, pixels: Tensor, count: int) -> None:
@@ -96,6 +86,32 @@ def _embed_components(embed: nn.Conv2d, pixels: Tensor, count: int) -> None:
     nn.init.zeros_(embed.bias)  # type: ignore[arg-type]
     embed.weight[:count] = rows.view(count, *embed.weight.shape[1:]).to(embed.weight)
     embed.bias[:count] = -(rows @ patches.mean(dim=0)).to(embed.weight)  # type: ignore[index]
+
+
+def _silence_branches(model: PAE) -> None:
+    """Let every residual branch of modulator and decoder add nothing at first."""
+    assert isinstance(model.modulator, DetailModulator)  # for the type checker: the fusion says so
+    for layer in model.modulator.layers:
+        for branch in (layer.self_attn.proj, layer.cross_attn.proj, layer.mlp.fc2):
+            nn.init.zeros_(branch.weight)
+    for block in model.decoder.blocks:
+        for branch in (block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(branch.weight)
+
+
+def _pass_tokens(attention: SelfAttention) -> None:
+    """Let an attention give each token itself: values by a rotation, which the output turns back."""
+    start_at_self(attention, gain=3.0)
+    width = attention.proj.in_features
+    rotation = nn.init.orthogonal_(torch.empty(width, width))
+    attention.qkv.weight[2 * width :] = rotation
+    attention.proj.weight.copy_(rotation.T)
+
+
+def _patches(images: Tensor, patch: int) -> Tensor:
+    """All patches of images (B, 3, H, W) as rows (n, p p 3), in the order of `unpatchify`."""
+    cut = images.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, p, p)
+    return cut.permute(0, 2, 3, 4, 5, 1).reshape(-1, 3 * patch**2)
 
 
 def _output_of(layer: nn.Module, call: Callable[[], object]) -> Tensor:

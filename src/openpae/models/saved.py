@@ -11,10 +11,11 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.models.configs import DiTDHConfig, GeneratorConfig, LinearTargetsConfig, PAEConfig, RefinerConfig
 from openpae.models.dit import LightningDiT
-from openpae.models.ditdh import GENERATORS, DiTDH, Generator
+from openpae.models.ditdh import GENERATORS, DiTDH
 from openpae.models.encoders import Encoder
+from openpae.models.generator import LatentGenerator
 from openpae.models.priors import FrozenPrior, LinearTargets, Refiner
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import CONFIG, ENCODER, identity_of, model_folder, read_model, write_model
 from openpae.storage.weights import load_strict
@@ -51,8 +52,10 @@ def write_generator(
     write_model(folder, state, config, tokenizer_fingerprint, "openpae.load_generator")
 
 
-def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False) -> PAE:
-    """As `PAE.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
+def load_tokenizer(
+    folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False
+) -> Autoencoder:
+    """As `Autoencoder.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
 
     Args:
         folder: a tokenizer folder, a training checkpoint, or a run folder (its newest checkpoint).
@@ -63,10 +66,10 @@ def load_tokenizer(folder: str | Path, encoder: Encoder | None = None, *, decode
         FileNotFoundError: no such folder, or the encoder's weights cannot be had.
         ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
     """
-    return PAE.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
+    return Autoencoder.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
 
 
-def load_generator(folder: str | Path) -> Generator:
+def load_generator(folder: str | Path) -> LatentGenerator:
     """As `from_pretrained` of either generator, but of local folders only.
 
     Args:

@@ -1,5 +1,5 @@
 """PAE: a frozen VFM, the Detail-Aware Modulator, a latent on the sphere and a ViT decoder (Sec. 3 of the
-paper)."""
+paper); and RAE, the bare autoencoder that the paper starts from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from openpae import config as configs
-from openpae.models.configs import DecoderConfig, PAEConfig
+from openpae.models.configs import PAEConfig
+from openpae.models.decoder import Deprojector, PixelDecoder, Projector
 from openpae.models.encoders import (
     Encoder,
     EncoderInput,
@@ -19,93 +20,23 @@ from openpae.models.encoders import (
     load_encoder,
 )
 from openpae.models.layers import (
-    SelfAttention,
-    TransformerBlock,
-    init_vit,
-    resize_positions,
-    sincos_2d,
     start_at_self,
     start_with_spectrum,
     to_grid,
     to_sphere,
     to_tokens,
-    unpatchify,
 )
-from openpae.models.modulator import DetailModulator
+from openpae.models.modulator import DetailModulator, NoModulator
 from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
 from openpae.storage.model_folder import CONFIG, ENCODER, model_folder, read_model
 from openpae.storage.weights import load_strict
 
 
-class Projector(nn.Module):
-    """Fused features to latent: self-attention (no residual, no norm), then a 3x3 convolution D -> C."""
+class Autoencoder(nn.Module):
+    """A VFM, something that turns its features into latents and back, and a ViT decoder.
 
-    def __init__(self, dim: int, num_heads: int, latent_dim: int) -> None:
-        super().__init__()
-        self.attn = SelfAttention(dim, num_heads, qkv_bias=False)
-        self.to_latent = nn.Conv2d(dim, latent_dim, 3, padding=1)
-        init_vit(self)
-
-    def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
-        """tokens: (B, h w, D). Returns latents before the sphere norm: (B, C, h, w)."""
-        out: Tensor = self.to_latent(to_grid(self.attn(tokens), h, w))
-        return out
-
-
-class Deprojector(nn.Module):
-    """Latent to features, the projector's mirror: a 3x3 convolution C -> D, then self-attention."""
-
-    def __init__(self, dim: int, num_heads: int, latent_dim: int) -> None:
-        super().__init__()
-        self.from_latent = nn.Conv2d(latent_dim, dim, 3, padding=1)
-        self.attn = SelfAttention(dim, num_heads, qkv_bias=False)
-        init_vit(self)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z: (B, C, h, w). Returns tokens: (B, h w, D)."""
-        out: Tensor = self.attn(to_tokens(self.from_latent(z)))
-        return out
-
-
-class PixelDecoder(nn.Module):
-    """ViT-MAE style decoder from tokens to normalised pixels.
-
-    Args:
-        dim: width D of the tokens that come in.
-        config: its own sizes.
-        grid: (h, w) that the positions are made for; for another they are interpolated.
-    """
-
-    positions: Tensor
-
-    def __init__(self, dim: int, config: DecoderConfig, grid: tuple[int, int]) -> None:
-        super().__init__()
-        width = config.hidden_dim
-        self.patch_size, self.grid = config.patch_size, grid
-        self.embed = nn.Linear(dim, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("positions", sincos_2d(*grid, width)[None], persistent=False)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, config.num_heads, config.mlp_dim, norm_eps=1e-12)
-            for _ in range(config.num_layers)
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.to_pixels = nn.Linear(width, 3 * config.patch_size**2)
-        init_vit(self)
-
-    def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
-        """tokens: (B, h w, D). Returns normalised pixels: (B, 3, h patch, w patch)."""
-        x = self.embed(tokens) + resize_positions(self.positions, self.grid, h, w)
-        # The CLS token carries no position; it goes in front and is dropped behind the last block.
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return unpatchify(self.to_pixels(self.norm(x)[:, 1:]), h, w, self.patch_size)
-
-
-class PAE(nn.Module):
-    """Prior-Aligned AutoEncoder.
+    `PAE` and `RAE` differ in the part between: `_build_bottleneck`, `_to_latent` and `_from_latent`.
 
     Args:
         config: its sizes.
@@ -113,8 +44,7 @@ class PAE(nn.Module):
             else from the facts of the table: enough to train on cached features, to decode, to count.
 
     Raises:
-        ValueError: config.encoder names no row of the table and no encoder is given, or fusion none is to
-            make latents of another width than the features.
+        ValueError: config.encoder names no row of the table and no encoder is given.
     """
 
     made_with: str | None = None
@@ -128,23 +58,21 @@ class PAE(nn.Module):
         self.keeps_encoder = config.fusion == "finetune"
         self.spec: EncoderSpec = encoder_spec(config.encoder) if encoder is None else encoder.spec
         self.encoder = encoder
-        dim, heads, grid = config.width or self.spec.dim, self.spec.num_heads, config.grid_shape
-        bare = config.fusion == "none"
-        if bare and config.latent_dim != dim:
-            raise ValueError(
-                f"fusion none makes latents of the width of the features, so latent_dim must be {dim}, got "
-                f"{config.latent_dim}"
-            )
-        self.narrow = nn.Linear(self.spec.dim, dim) if config.width else nn.Identity()
-        self.modulator = (
-            DetailModulator(dim, heads, config.modulator_layers, self.spec.stride, grid, config.fusion)
-            if config.fusion != "finetune" and config.fusion != "none"
-            else None
-        )
-        self.projector = None if bare else Projector(dim, heads, config.latent_dim)
-        self.deprojector = None if bare else Deprojector(dim, heads, config.latent_dim)
-        self.decoder = PixelDecoder(dim, config.decoder, grid)
+        width = self._build_bottleneck()
+        self.decoder = PixelDecoder(width, config.decoder, config.grid_shape)
         self.encoder_input = EncoderInput(self.spec, config.decoder.patch_size)
+
+    def _build_bottleneck(self) -> int:
+        """Make the modules between VFM and decoder; returns the width of the tokens that the decoder gets."""
+        raise NotImplementedError
+
+    def _to_latent(self, pixels: Tensor, features: Tensor, h: int, w: int) -> Tensor:
+        """Latents before the sphere norm, (B, C, h, w), of VFM features (B, h w, D)."""
+        raise NotImplementedError
+
+    def _from_latent(self, z: Tensor) -> Tensor:
+        """Tokens for the decoder, (B, h w, D), of latents (B, C, h, w)."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -158,11 +86,12 @@ class PAE(nn.Module):
         Args:
             images: in [0, 1], (B, 3, H, W).
             features: as for `encode`.
-            further: makes more latents (any batch sizes) from z; they pass the decoder in one batch with it.
+            extra_latents: makes more latents (any batch sizes) from z; they share z's pass through the
+                decoder.
             noise: what is added to z before it is decoded, (B, C, h, w).
 
         Returns:
-            z, (B, C, h, w), and the decodes of z and of the further latents, in order.
+            z, (B, C, h, w), and the decodes of z and of the extra latents, in order.
         """
         z = self.encode(images, features)
         latents = [z if noise is None else z + noise, *(extra_latents(z) if extra_latents else [])]
@@ -197,17 +126,13 @@ class PAE(nn.Module):
         pixels = self.preprocess(images)
         if features is None:
             features = self._encoder()(pixels)
-        tokens: Tensor = self.narrow(features.float())  # cached ones come in float16
-        if self.modulator is not None:
-            tokens = self.modulator(pixels, tokens)
-        z = to_grid(tokens, h, w) if self.projector is None else self.projector(tokens, h, w)
+        z = self._to_latent(pixels, features.float(), h, w)  # cached features come in float16
         return to_sphere(z, self.config.sphere)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents z (B, C, h, w): around [0, 1], not clamped, float32."""
         z = z.float()  # cached ones come in bfloat16
-        tokens = to_tokens(z) if self.deprojector is None else self.deprojector(z)
-        normalised: Tensor = self.decoder(tokens, *z.shape[-2:])
+        normalised: Tensor = self.decoder(self._from_latent(z), *z.shape[-2:])
         return normalised.float() * self.encoder_input.std + self.encoder_input.mean
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -222,7 +147,7 @@ class PAE(nn.Module):
         *,
         decode_only: bool = False,
         revision: str | None = None,
-    ) -> PAE:
+    ) -> Autoencoder:
         """A saved tokenizer in evaluation mode.
 
         Args:
@@ -247,7 +172,7 @@ class PAE(nn.Module):
                 source = str(path / ENCODER) if (path / ENCODER).is_file() else config.encoder_source
                 own = {name.removeprefix("encoder."): value for name, value in kept.items()} or None
                 encoder = load_encoder(config.encoder, source, trainable=finetuned, state=own)
-        model = cls(config, encoder)
+        model = tokenizer_class(config)(config, encoder)
         # What the file does not hold of the encoder is as it was built.
         built = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
         load_strict(model, built | state, f"weights in {path}")
@@ -291,11 +216,8 @@ class PAE(nn.Module):
         return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
 
     def start_local(self) -> None:
-        """Other initial weights: detail passes both projectors from the first step, and the first images have
-        the spectrum of photographs (`layers.start_at_self`, `layers.start_with_spectrum`)."""
-        for projector in (self.projector, self.deprojector):
-            if projector is not None:
-                start_at_self(projector.attn)
+        """Other initial weights: the first images have the spectrum of photographs
+        (`layers.start_with_spectrum`)."""
         start_with_spectrum(self.decoder.to_pixels, self.decoder.patch_size)
 
     @property
@@ -317,11 +239,78 @@ class PAE(nn.Module):
         return self.encoder
 
 
-def build_tokenizer(config: PAEConfig) -> PAE:
+class PAE(Autoencoder):
+    """Prior-Aligned AutoEncoder (Sec. 3): modulator, projector, sphere, deprojector; see `Autoencoder`."""
+
+    def _build_bottleneck(self) -> int:
+        config, spec = self.config, self.spec
+        if config.fusion == "none":
+            raise ValueError("fusion none is the bare autoencoder: build it with build_tokenizer, or RAE")
+        dim = config.width or spec.dim
+        self.narrow = nn.Linear(spec.dim, dim) if config.width else nn.Identity()
+        self.modulator = (
+            NoModulator()
+            if config.fusion == "finetune"
+            else DetailModulator(
+                dim, spec.num_heads, config.modulator_layers, spec.stride, config.grid_shape, config.fusion
+            )
+        )
+        self.projector = Projector(dim, spec.num_heads, config.latent_dim)
+        self.deprojector = Deprojector(dim, spec.num_heads, config.latent_dim)
+        return dim
+
+    def _to_latent(self, pixels: Tensor, features: Tensor, h: int, w: int) -> Tensor:
+        z: Tensor = self.projector(self.modulator(pixels, self.narrow(features)), h, w)
+        return z
+
+    def _from_latent(self, z: Tensor) -> Tensor:
+        tokens: Tensor = self.deprojector(z)
+        return tokens
+
+    def start_local(self) -> None:
+        """As `Autoencoder.start_local`; detail also passes both projectors from the first step
+        (`layers.start_at_self`)."""
+        for projector in (self.projector, self.deprojector):
+            start_at_self(projector.attn)
+        super().start_local()
+
+
+class RAE(Autoencoder):
+    """Representation autoencoder (arXiv:2510.11690), the paper's baseline: the VFM's features on the sphere
+    are the latent, and only the decoder is trained (fusion none); see `Autoencoder`.
+
+    Raises:
+        ValueError: latent_dim is not the width of the features.
+    """
+
+    def _build_bottleneck(self) -> int:
+        dim = self.spec.dim
+        if self.config.latent_dim != dim:
+            raise ValueError(
+                f"fusion none makes latents of the width of the features, so latent_dim must be {dim}, got "
+                f"{self.config.latent_dim}"
+            )
+        return dim
+
+    def _to_latent(self, pixels: Tensor, features: Tensor, h: int, w: int) -> Tensor:
+        return to_grid(features, h, w)
+
+    def _from_latent(self, z: Tensor) -> Tensor:
+        return to_tokens(z)
+
+
+def tokenizer_class(config: PAEConfig) -> type[Autoencoder]:
+    """The class that a config belongs to."""
+    return RAE if config.fusion == "none" else PAE
+
+
+def build_tokenizer(config: PAEConfig) -> Autoencoder:
     """A new tokenizer with the pretrained VFM that its config names.
 
     Raises:
         ValueError, FileNotFoundError: the VFM is unknown, or its weights cannot be had.
     """
     trainable = config.fusion == "finetune"
-    return PAE(config, load_encoder(config.encoder, config.encoder_source, trainable=trainable))
+    return tokenizer_class(config)(
+        config, load_encoder(config.encoder, config.encoder_source, trainable=trainable)
+    )

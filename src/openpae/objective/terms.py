@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from openpae.models.layers import to_tokens
 from openpae.models.lpips import LPIPS
 from openpae.objective.losses import (
+    adaptive_weight,
     compared_pairs,
     consistency,
     denoising_loss,
@@ -22,6 +24,9 @@ from openpae.objective.losses import (
 from openpae.objective.settings import TokenizerLoss
 from openpae.runtime import processes
 from openpae.runtime.draws import Draws
+
+BALANCED = ("l1", "lpips", "mcr", "gan")
+"""The terms of the decodes, which `balance_gan` adds up."""
 
 
 def latent_noise(draws: Draws, strength: float, shape: Sequence[int]) -> Tensor | None:
@@ -126,3 +131,56 @@ def gradient_shares(
     }
     total = torch.stack(list(norms.values())).sum()
     return {f"gradient_share_{name}": norm / total for name, norm in norms.items()}
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradients with respect to its inputs are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)
+
+
+def balance_gan(
+    terms: Mapping[str, Tensor],
+    weights: Mapping[str, float | Tensor],
+    decoded: Mapping[str, Tensor],
+    last: Tensor,
+    *,
+    keep_graph: bool,
+) -> tuple[Tensor, Tensor]:
+    """The terms of the decodes (L1, LPIPS, MCR and GAN), GAN with the adaptive weight of VQGAN.
+
+    Perceptual network and discriminator run backward once: the gradients at the decodes are carried on to the
+    decoder's last layer for their norms, weighted, added, and kept for the step. MCR has no gradient at the
+    reconstruction, its anchor, so what arrives there is the gradient of L1 and LPIPS.
+
+    Args:
+        terms: scalars by symbol.
+        weights: of the terms.
+        decoded: the decodes, r among them.
+        last: W, weight of the decoder's last layer.
+        keep_graph: whether the terms are to be run backward again.
+
+    Returns:
+        The weight of GAN, and the weighted sum of these terms, whose gradients at the decodes are known.
+    """
+    names = [name for name in BALANCED if name in terms and name != "gan"]
+    seen = torch.stack([weights[name] * terms[name] for name in names]).sum()
+    gradients = [*torch.autograd.grad(seen, list(decoded.values()), retain_graph=keep_graph)]
+    (adversarial,) = torch.autograd.grad(terms["gan"], decoded["r"], retain_graph=keep_graph)
+    at = list(decoded).index("r")
+    pulls = [
+        processes.mean_of(torch.autograd.grad(decoded["r"], last, gradient, retain_graph=True)[0])
+        for gradient in (gradients[at], adversarial)  # one weight for all processes
+    ]
+    weight = weights["gan"] * adaptive_weight(pulls[0], pulls[1])
+    gradients[at] = gradients[at] + weight * adversarial
+    value = (seen + weight * terms["gan"]).detach()
+    loss: Tensor = _KnownGradient.apply(value, gradients, *decoded.values())  # type: ignore[no-untyped-call]
+    return weight, loss

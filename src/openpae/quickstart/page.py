@@ -16,7 +16,7 @@ from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES
 from openpae.data.pixels import image_grid, pca_pictures, to_unit
 from openpae.engine.journal import read_log
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.objective.losses import perturb
 from openpae.objective.settings import TokenizerLoss
 from openpae.report import Page, png_bytes
@@ -31,7 +31,7 @@ _OPENMOJI = "All emojis designed by OpenMoji, the open-source emoji and icon pro
 def quickstart_report(
     out: Path,
     seconds: Mapping[str, float],
-    tokenizer: PAE,
+    tokenizer: Autoencoder,
     judged: PackedImages,
     record: Mapping[str, Any],
     samples: Tensor,
@@ -108,7 +108,7 @@ def pretrained_report(
     out: Path,
     folder: Path,
     seconds: Mapping[str, float],
-    tokenizer: PAE,
+    tokenizer: Autoencoder,
     judged: PackedImages,
     record: Mapping[str, Any],
     samples: Tensor,
@@ -162,7 +162,7 @@ def pretrained_report(
 def _show_pictures(
     page: Page,
     out: Path,
-    tokenizer: PAE,
+    tokenizer: Autoencoder,
     judged: PackedImages,
     angles: tuple[float, float],
     samples: Tensor,

@@ -29,7 +29,7 @@ from openpae.eval.image_stream import real_images, tensor_images
 from openpae.eval.reference import reference_of
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.quickstart.page import pretrained_report, quickstart_report
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
@@ -112,7 +112,7 @@ def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None
     return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
 
 
-def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> PAE:
+def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencoder:
     """Cache the latents of pictures in out/latents by the tokenizer of out/tokenizer, which is returned."""
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, source in pictures.items():
@@ -295,7 +295,7 @@ def _fitted(loop: LoopConfig, steps: float) -> LoopConfig:
 
 
 def _measure(
-    out: Path, tokenizer: PAE, judged: PackedImages, budget: float, seed: int
+    out: Path, tokenizer: Autoencoder, judged: PackedImages, budget: float, seed: int
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Reconstruction and generation metrics, and the samples; kept in evaluation.json and samples.npz."""
     generator = load_generator(out / "generator")

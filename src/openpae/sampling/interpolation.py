@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openpae.models.layers import slerp, to_grid, to_tokens
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, sample_latents
@@ -14,7 +14,7 @@ from openpae.sampling.settings import SamplerConfig
 
 
 def interpolate_images(
-    tokenizer: PAE, first: Tensor, last: Tensor, frames: int, batch_size: int = 16
+    tokenizer: Autoencoder, first: Tensor, last: Tensor, frames: int, batch_size: int = 16
 ) -> Tensor:
     """Encode two images, walk from one latent to the other along the sphere, and decode.
 

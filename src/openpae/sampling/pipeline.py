@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from openpae.data.pixels import to_image
-from openpae.models.ditdh import Generator
+from openpae.models.generator import LatentGenerator
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import Autoencoder
 from openpae.sampling.sampler import sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage import hub
@@ -26,11 +26,11 @@ from openpae.storage.model_folder import PARTS, README, identity_of, new_model_f
 class SamplingModels:
     """The models that draw images, loaded, checked against each other and placed on one device."""
 
-    tokenizer: PAE
+    tokenizer: Autoencoder
     """Decodes; its encoder is left out."""
-    generator: Generator
+    generator: LatentGenerator
     """Makes the latents."""
-    weak: Generator | None
+    weak: LatentGenerator | None
     """Guides in place of the null class (AutoGuidance); None for classifier-free guidance."""
     device: torch.device
     """Where all of them are."""
@@ -86,7 +86,7 @@ class Pipeline:
         generator: makes the latents.
     """
 
-    def __init__(self, tokenizer: PAE, generator: Generator) -> None:
+    def __init__(self, tokenizer: Autoencoder, generator: LatentGenerator) -> None:
         self.tokenizer, self.generator = tokenizer, generator
 
     @classmethod
@@ -126,7 +126,7 @@ class Pipeline:
         """
         places = [hub.find_model(place) for place in (tokenizer, generator)]
         check_pair(*places)
-        return cls(PAE.from_pretrained(places[0], decode_only=decode_only), load_generator(places[1]))
+        return cls(Autoencoder.from_pretrained(places[0], decode_only=decode_only), load_generator(places[1]))
 
     def to(self, device: torch.device | str) -> Self:
         """Move both to a device."""

@@ -12,23 +12,11 @@ from PIL import Image
 
 from openpae import config as configs
 from openpae.report import Page
+from openpae.study.correlations import Point, correlations, points
 from openpae.study.plan import Plan, Run
 from openpae.study.settings import HIGHER_IS_BETTER, Claim, MetricName, Study, StudyRow, StudySetup, reported
-from openpae.study.table import (
-    Comparison,
-    Point,
-    Result,
-    Verdict,
-    compare,
-    correlations,
-    cost,
-    curves,
-    finals,
-    mean_error,
-    points,
-    speed_up,
-    verdict_of,
-)
+from openpae.study.table import Result, cost, curves, finals
+from openpae.study.verdicts import Comparison, Verdict, compare, mean_error, speed_up, verdict_of
 
 TITLES = {
     "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "psnr": "PSNR", "ssim": "SSIM",
@@ -348,3 +336,34 @@ def _place(cell: Run) -> str:
     return (
         f"{cell.study} / {cell.row} / seed {cell.seed}: {', '.join(cell.own[:1])}, {cell.generator}{judged}"
     )
+
+
+def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str) -> str:
+    """What `study_page` shows, without its pictures.
+
+    Args:
+        plan: what was planned; its records are read.
+        studies: those to show.
+        results: their numbers, from `collect`.
+        command: how it was called.
+    """
+    parts = []
+    for study in studies:
+        header, rows = numbers(study, results)
+        parts += [f"## {study.title}", study.text]
+        parts.append(_table(header, rows) if rows else "Nothing of it is done yet.")
+        for header, rows in (verdicts(study, results), speed(study, results)):
+            parts.append(_table(header, rows) if rows else "")
+    names = [study.name for study in studies]
+    tables = [ranks(points(plan, names, quality), quality) for quality in ("gfid", "gfid_own")]
+    if any(rows for _, rows in tables):
+        parts.append("## Rank correlations with the quality of samples")
+        parts += [_table(header, rows) for header, rows in tables if rows]
+    seconds, code = cost(plan, names)
+    parts += ["## How", f"`{command}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

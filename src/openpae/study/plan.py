@@ -10,7 +10,7 @@ from typing import Any
 
 from openpae import config as configs
 from openpae.data.images import open_images
-from openpae.storage.files import file_hash
+from openpae.storage.files import file_hash, read_json
 from openpae.study.settings import JudgeSettings, Resolved, Study, StudyData, StudyRow, StudySetup, resolve
 from openpae.study.stage import (
     FeatureSettings,
@@ -54,6 +54,11 @@ class Plan:
     """By id, inputs before what needs them."""
     cells: tuple[Run, ...]
     places: StageLayout
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What a stage left when it was done; None where it is not."""
+        file = self.places.record(name)
+        return read_json(file) if file.is_file() else None
 
 
 def own_data(studies: Sequence[Study]) -> StudyData:

@@ -21,13 +21,12 @@ from openpae.runtime.provenance import version
 from openpae.runtime.signals import Stopped
 from openpae.storage.files import whole_file
 from openpae.study.once import run_stage
-from openpae.study.page import study_page
+from openpae.study.page import study_page, study_text
 from openpae.study.plan import Plan
 from openpae.study.rehearse import Estimate, estimates
 from openpae.study.settings import Study
 from openpae.study.stage import Stage, StageLayout
 from openpae.study.table import collect, write_table
-from openpae.study.text import study_text
 
 Log = Callable[[str], None]
 

@@ -308,30 +308,7 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
             wanted[stage][name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"the value of {change!r} is not YAML: {' '.join(str(error).split())}") from None
-    return Resolved(**{name: changed(part, wanted[name], at=name) for name, part in parts.items()})
-
-
-def changed(config: T, changes: dict[str, Any], at: str = "") -> T:
-    """A config with some fields changed: "loss.ssr" -> value, as YAML gives it.
-
-    Raises:
-        ValueError, TypeError: as `config.from_dict`.
-    """
-    if not changes:
-        return config
-    data = configs.to_dict(config)
-    for where, value in changes.items():
-        *parents, name = where.split(".")
-        inner = data
-        for parent in parents:
-            if not isinstance(inner.get(parent), dict):
-                known = ", ".join(sorted(inner))
-                raise ValueError(
-                    f"unknown key {at}.{where}; {parent!r} is none of {known}, or holds no fields"
-                )
-            inner = inner[parent]
-        inner[name] = value
-    return configs.from_dict(type(config), data, at)
+    return Resolved(**{name: configs.changed(part, wanted[name], at=name) for name, part in parts.items()})
 
 
 def reported(row: StudyRow) -> dict[str, float]:

@@ -28,22 +28,35 @@ from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import pae_space
 from openpae.models.configs import PerceptualNet
 from openpae.models.denoiser import LatentDenoiser
-from openpae.models.discriminator import AUGMENT_DRAWS, build_discriminator, diff_augment, frozen
+from openpae.models.discriminator import (
+    AUGMENT_DRAWS,
+    build_discriminator,
+    diff_augment,
+    frozen,
+    norms_once,
+)
 from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.patch_start import start_from_patches
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.tokenizer import PAE
+from openpae.models.tokenizer import tokenizer_class
 from openpae.objective.losses import (
-    adaptive_weight,
     compared_pairs,
     discriminator_hinge,
     generator_hinge,
     perturb,
     reached_angle,
 )
-from openpae.objective.terms import generic_terms, gradient_shares, image_terms, latent_noise, prior_terms
+from openpae.objective.terms import (
+    BALANCED,
+    balance_gan,
+    generic_terms,
+    gradient_shares,
+    image_terms,
+    latent_noise,
+    prior_terms,
+)
 from openpae.runtime import processes
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
@@ -75,7 +88,7 @@ class TokenizerTask:
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
-        self.model = PAE(run.model, encoder)
+        self.model = tokenizer_class(run.model)(run.model, encoder)
         if run.start == "local":
             self.model.start_local()
         self.model.to(self.device)
@@ -85,9 +98,9 @@ class TokenizerTask:
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
         if run.start == "patches":
-            (shown,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
-            features = None if shown.features is None else shown.features.to(self.device)
-            start_from_patches(self.model, shown.images.to(self.device).float() / 255, features)
+            (first,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
+            features = None if first.features is None else first.features.to(self.device)
+            start_from_patches(self.model, to_unit(first.images.to(self.device)), features)
         loss, steps = run.loss, run.loop.steps
         looks = loss.lpips > 0 or loss.mcr > 0
         self.lpips = self._perceptual(loss.lpips_net) if looks else None
@@ -119,6 +132,10 @@ class TokenizerTask:
 
         L = L1 + w LPIPS + w GAN + w SSR + w MCR + w SCR + w KL + w diffusion
         """
+        with norms_once(self.discriminator):  # its weights change when both players have looked
+            yield from self._updates(batch, draws, step)
+
+    def _updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         x = to_unit(batch.images)
         features = batch.features
         if features is None and self.prior is not None:
@@ -133,24 +150,34 @@ class TokenizerTask:
             target = self.prior(features) if batch.prior is None else batch.prior
             terms |= prior_terms(z, target, self.run.loss)
         terms |= generic_terms(z, self.players.get("denoiser"), draws, self.run.loss)
-        weights = self.run.loss.weights_at(progress)
+        weights, shown = self.run.loss.weights_at(progress), None
         augment = draws.uniform("augment", AUGMENT_DRAWS) if self.discriminator is not None else x
         if self.discriminator is not None and step >= self.gan_from:
             with frozen(self.discriminator):  # or its own update would start from these gradients
-                terms["gan"] = generator_hinge(self.discriminator(diff_augment(decoded["r"], augment)))
-            if self.run.loss.gan_weight == "adaptive":
-                logs["gan_weight"] = weights["gan"] = weights["gan"] * self._adaptive_weight(terms, weights)
+                shown = self.discriminator.features(diff_augment(decoded["r"], augment))
+                terms["gan"] = generator_hinge(self.discriminator(shown))
         every = self.run.loss.gradients_every
-        if every and step % every == 0:
+        due = every > 0 and step % every == 0
+        joint: list[Tensor] = []
+        if "gan" in terms and self.run.loss.gan_weight == "adaptive":
+            # Of the module that the losses called: of a sharded one, the weights are full just now.
+            last = unwrap(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
+            weights["gan"], known = balance_gan(terms, weights, decoded, last, keep_graph=due)
+            joint, logs["gan_weight"] = [known], weights["gan"]
+        if due:
             logs |= gradient_shares(terms, weights, z)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        single = [name for name in terms if not joint or name not in BALANCED]
+        loss = torch.stack([*joint, *(weights[name] * terms[name] for name in single)]).sum()
         logs |= {name: term.detach() for name, term in terms.items()}
         yield Update("autoencoder", loss, logs, broken_count(batch, self.run.data))
 
         if self.discriminator is not None and step >= self.discriminator_from:
+            if shown is None:
+                shown = self.discriminator.features(diff_augment(decoded["r"].detach(), augment))
+            seen = zip(self.discriminator.features(diff_augment(x, augment)), shown, strict=True)
             # One pass for both: where processes average its gradients, they do so once.
-            shown = torch.cat([diff_augment(x, augment), diff_augment(decoded["r"].detach(), augment)])
-            real, fake = self.players["discriminator"](shown).chunk(2)
+            both = [torch.cat([real, fake.detach()]) for real, fake in seen]
+            real, fake = self.players["discriminator"](both).chunk(2)
             accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
             yield Update("discriminator", discriminator_hinge(real, fake), {"accuracy": accuracy.detach()})
 
@@ -219,15 +246,6 @@ class TokenizerTask:
         noise = latent_noise(draws, loss.latent_noise, self.run.model.latent_shape)
         z, decodes = self.players["autoencoder"](x, features, extra_latents, noise)
         return z, dict(zip(["r", *wanted], decodes, strict=True)), logs
-
-    def _adaptive_weight(self, terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
-        # Of the module that the losses called: where it is cut into shards, its weights are whole just now.
-        last = unwrap(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
-        wanted = torch.stack([weights[name] * terms[name] for name in ("l1", "lpips") if name in terms]).sum()
-        given = terms["gan"]
-        pulls = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (wanted, given)]
-        pulls = [processes.mean_of(pull) for pull in pulls]  # one weight for all processes
-        return adaptive_weight(pulls[0], pulls[1])
 
     def _players(self) -> tuple[dict[str, nn.Module], dict[str, Optimizer]]:
         run = self.run

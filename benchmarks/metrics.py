@@ -1,15 +1,19 @@
-"""How fast metrics are computed, beside torch-fidelity."""
+"""How fast the Frechet distance is computed, beside torch-fidelity where that is installed.
+
+python benchmarks/metrics.py
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from openpae.bench.record import Found, peak_gib
+from openpae.bench.record import Found, peak_gib, record
 from openpae.eval.frechet import Moments, frechet_distance
 
 
@@ -69,3 +73,7 @@ def _random_features(seed: int, samples: int, features: int, block: int) -> Iter
     for start in range(0, samples, block):
         rows = torch.randn(min(block, samples - start), features, generator=generator)
         yield rows.abs_() + 0.01 * seed
+
+
+if __name__ == "__main__":
+    print(json.dumps(record("metrics", bench_metrics()), indent=1))

@@ -1,8 +1,13 @@
-"""How fast data are read and caches are written; and the random data that benches work on."""
+"""How fast one core reads latents in training order, and how fast caches are written.
+
+python benchmarks/caches.py loader|cache
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import math
 import tempfile
 import time
@@ -13,10 +18,10 @@ import torch
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.bench.record import Found
+from openpae.bench.noise import random_images, random_latents
+from openpae.bench.record import Found, record
 from openpae.data.caches import cache_features, cache_latents
 from openpae.data.images import PackedImages
-from openpae.data.shards import Layout, Shards, ShardWriter
 from openpae.data.training import TrainingLatents
 from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.runtime.device import autocast, pick_device
@@ -141,36 +146,8 @@ def _cache_seconds(
     return between - start, time.perf_counter() - between
 
 
-def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, classes: int = 1) -> Shards:
-    """A cache of random latents and mirror images, (2, C, h, w) a row, with labels taken in turn."""
-    layout = Layout(
-        kind="latents",
-        dtype="bfloat16",
-        shape=(2, *shape),
-        sources=rows,
-        per_shard=1024,
-        attributes={"tokenizer": "random"},
-    )
-    writer = ShardWriter(folder, layout)
-    generator = torch.Generator().manual_seed(0)
-    for shard in writer.missing():
-        span = layout.span(shard)
-        labels = [row % classes for row in span]
-        writer.write(shard, torch.randn(len(span), 2, *shape, generator=generator), labels)
-    return writer.finish()
-
-
-def random_images(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Packed images of noise, uint8, of size (H, W)."""
-    layout = Layout(
-        kind="images",
-        dtype="uint8",
-        shape=(3, *size),
-        sources=count,
-        per_shard=count,
-        attributes={"classes": ["noise"], "source": "random"},
-    )
-    writer = ShardWriter(folder, layout)
-    generator = torch.Generator().manual_seed(0)
-    writer.write(0, torch.randint(0, 256, (count, 3, *size), generator=generator), [0] * count)
-    writer.finish()
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("loader", "cache"))
+    what = parser.parse_args().what
+    print(json.dumps(record(what, bench_loader() if what == "loader" else bench_cache()), indent=1))

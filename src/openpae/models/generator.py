@@ -1,0 +1,125 @@
+"""What all generators share: the statistics of their latents, their classes, and how they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from openpae.models.configs import GeneratorConfig
+from openpae.storage import hub
+
+
+def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents, each in one of the shapes, ready to be broadcast to (C, h, w).
+
+    Raises:
+        ValueError: another shape, or a channel that does not vary.
+    """
+    if mean.shape != std.shape or tuple(mean.shape) not in shapes:
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"mean and std must be {allowed}, got {tuple(mean.shape)} and {tuple(std.shape)}")
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise ValueError(
+            f"statistics must be finite and std > 0, got mean {mean.tolist()} and std {std.tolist()}; "
+            "a latent channel that never varies cannot be generated"
+        )
+    return (mean.view(-1, 1, 1), std.view(-1, 1, 1)) if mean.ndim == 1 else (mean, std)
+
+
+class LatentGenerator(nn.Module):
+    """A network that predicts the velocity of noisy latents; `LightningDiT` and `DiTDH` are the two.
+
+    It works on normalised latents; the statistics travel with it as buffers, so that `normalise` and
+    `denormalise` cannot be forgotten or taken from another tokenizer.
+
+    Args:
+        config: its sizes.
+        checkpoint_blocks: see `dit.run_blocks`; it changes what training costs, not what the model is.
+    """
+
+    config_class: ClassVar[type[GeneratorConfig]]
+    config: GeneratorConfig
+    latent_mean: Tensor
+    latent_std: Tensor
+    made_with: str | None = None
+    """Fingerprint of the tokenizer whose latents it makes, known where it was loaded; saving needs it."""
+
+    def __init__(self, config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = checkpoint_blocks
+
+    def _register_statistics(self, *shape: int) -> None:
+        self.register_buffer("latent_mean", torch.zeros(*shape))
+        self.register_buffer("latent_std", torch.ones(*shape))
+
+    def _reset_embeddings(self, class_embed: nn.Embedding, time_mlp: nn.Sequential) -> None:
+        """Initial weights of the conditioning, as DiT's."""
+        nn.init.normal_(class_embed.weight, std=0.02)
+        for layer in time_mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means no class."""
+        return self.config.num_classes
+
+    @property
+    def _statistics_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of mean and standard deviation that it takes."""
+        return ((self.config.latent_dim,),)
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Take mean and standard deviation of the latents that are to be generated: per channel, (C,), or for
+        `DiTDH` also per channel and place, (C, h, w), as in RAE's release.
+
+        Raises:
+            ValueError: another shape, or a channel that does not vary.
+        """
+        mean, std = checked_statistics(mean, std, *self._statistics_shapes)
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Latents as the tokenizer gives them to latents of zero mean and unit variance."""
+        return (z.float() - self.latent_mean) / self.latent_std
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return x.float() * self.latent_std + self.latent_mean
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> Self:
+        """A saved generator in evaluation mode, with the statistics of its latents.
+
+        Args:
+            name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
+            revision: branch, tag or commit of the hub.
+
+        Raises:
+            FileNotFoundError: neither a folder nor a name that the hub has, or it cannot be reached.
+            ValueError: another kind of model, or damaged or unfitting weights.
+        """
+        model, made_with = hub.load_saved(cls, cls.config_class, name_or_folder, revision)
+        model.made_with = made_with
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
+        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
+
+        Args:
+            folder: where; replaced if it holds nothing but a saved model.
+            precision: of the parameters in the file.
+
+        Raises:
+            ValueError: `made_with` is not known, or the folder holds something else.
+        """
+        hub.save(self, folder, made_with=self.made_with, precision=precision)
+
+    def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
+        """Save and upload to the hub; see `hub.push`. Returns the address."""
+        return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)

@@ -1,0 +1,190 @@
+"""What the numbers of a study say of a claim: intervals, verdicts, needed seeds, speed-ups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Verdict = Literal["shown", "not shown", "contradicted", "agrees", "disagrees"]
+"""The last two are of one seed: which way the numbers point, without an error bar."""
+
+
+MOST_SEEDS = 100
+"""Seeds a row above which it does not matter how many it would take."""
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error, s / sqrt(n); one value has no error."""
+    array = np.asarray(values, dtype=np.float64)
+    error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
+    return float(array.mean()), error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How much better one row is than another."""
+
+    gain: float
+    """Difference of the means, positive where the first row is better."""
+    stderr: float | None
+    """Of the difference; None where a row has one seed."""
+    low: float | None
+    """Ends of its 95 % interval (Welch's t)."""
+    high: float | None
+    verdict: Verdict
+    reason: str
+
+
+def compare(
+    better: Mapping[int, float], worse: Mapping[int, float], *, higher: bool, paired: bool = False
+) -> Comparison:
+    """Decide whether a row is better than another (Welch's t interval of the difference of their means).
+
+        gain +- t_{0.975, v} sqrt(s_a^2 / n_a + s_b^2 / n_b)
+
+    Shown: the 95 % interval lies above 0. Contradicted: it lies below 0. Otherwise not shown. A row of one
+    seed has no interval: it agrees or disagrees.
+
+    Args:
+        better: seed -> value of the row that is said to be better.
+        worse: of the other.
+        higher: whether higher values are better.
+        paired: rows share their models seed by seed, so the interval is that of the differences of a seed.
+    """
+    if paired:
+        better, worse = ({seed: row[seed] for seed in better if seed in worse} for row in (better, worse))
+    if not better or not worse:
+        return _undecided(math.nan, "not run yet")
+    sign = 1.0 if higher else -1.0
+    a, b = (sign * np.array(list(row.values()), dtype=np.float64) for row in (better, worse))
+    gain = float(a.mean() - b.mean())
+    if min(len(a), len(b)) < 2:
+        return _of_one_seed(gain)
+    if paired:
+        return _decided((a - b).tolist())
+    low, high = _interval_of_means(a, b)
+    verdict = verdict_of(low, high)
+    reason = ""
+    if verdict == "not shown" and gain:
+        spread = math.sqrt((float(a.var(ddof=1)) + float(b.var(ddof=1))) / 2)
+        wanted = needed_seeds(gain, spread, more_than=max(len(a), len(b)))
+        reason = f"seeds a row that would decide a difference of this size: {wanted}"
+    error = math.sqrt(float(a.var(ddof=1)) / len(a) + float(b.var(ddof=1)) / len(b))
+    return Comparison(gain=gain, stderr=error, low=low, high=high, verdict=verdict, reason=reason)
+
+
+def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
+    """Welch's 95 % interval of mean(a) - mean(b); a single point where neither row varies."""
+    from scipy.stats import ttest_ind
+
+    gain = float(a.mean() - b.mean())
+    if not (a.var() or b.var()):
+        return gain, gain
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval()
+    return float(interval.low), float(interval.high)
+
+
+def needed_seeds(gain: float, spread: float, *, more_than: int = 1) -> str:
+    """Seeds per row with which a t test at 5 % finds a true difference four times in five: "about 7".
+
+    Power of the two-sided t test of two rows of n: noncentral t with 2 n - 2 degrees of freedom and
+    noncentrality gain / spread sqrt(n / 2).
+    """
+    from scipy.stats import nct, t
+
+    for n in range(more_than + 1, MOST_SEEDS + 1):
+        limit, centre = t.ppf(0.975, 2 * n - 2), abs(gain) / spread * math.sqrt(n / 2)
+        if nct.sf(limit, 2 * n - 2, centre) >= 0.8:
+            return f"about {n}"
+    return f"more than {MOST_SEEDS}"
+
+
+def _undecided(gain: float, reason: str) -> Comparison:
+    return Comparison(gain=gain, stderr=None, low=None, high=None, verdict="not shown", reason=reason)
+
+
+def _of_one_seed(gain: float) -> Comparison:
+    one = _undecided(gain, "one seed, which has no error bar")
+    return replace(one, verdict="agrees" if gain > 0 else "disagrees")
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """What a 95 % interval of a gain says: does it lie above 0, below, or across?"""
+    return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
+
+
+def _decided(gains: Sequence[float]) -> Comparison:
+    """Whether gains, one per seed, lie above 0 (one-sample t interval)."""
+    gain, error = mean_error(gains)
+    if error is None:
+        return _of_one_seed(gain)
+    from scipy.stats import ttest_1samp
+
+    interval = ttest_1samp(gains, 0.0).confidence_interval() if error else None
+    low, high = (gain, gain) if interval is None else (float(interval.low), float(interval.high))
+    return Comparison(gain=gain, stderr=error, low=low, high=high, verdict=verdict_of(low, high), reason="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedUp:
+    """How many times earlier a row reaches the quality with which another one ends."""
+
+    factors: Mapping[int, float]
+    """Seed -> steps of the slow row over steps of the fast one until that quality; 0 where it never gets
+    there."""
+    at_least: frozenset[int]
+    """Seeds whose fast row was as good at its first judged step already: a lower bound."""
+    comparison: Comparison
+    """Of the logarithms of the factors with 0."""
+
+
+def speed_up(
+    fast: Mapping[int, Sequence[tuple[int, float]]],
+    slow: Mapping[int, Sequence[tuple[int, float]]],
+    *,
+    higher: bool = False,
+) -> SpeedUp | None:
+    """The convergence factor of Fig. 1, seed by seed; between judged steps the curve is a straight line.
+
+    Args:
+        fast: seed -> (step, value), in order.
+        slow: the same of the row that is said to be slower.
+        higher: whether higher values are better.
+
+    Returns:
+        None where no seed has both curves.
+    """
+    factors, at_least = {}, set()
+    for seed in sorted(fast.keys() & slow.keys()):
+        end, goal = slow[seed][-1]
+        step = first_reach(fast[seed], goal, higher=higher)
+        factors[seed] = 0.0 if step is None else end / step
+        if step == fast[seed][0][0]:
+            at_least.add(seed)
+    if not factors:
+        return None
+    if 0.0 in factors.values():
+        verdict = _undecided(math.nan, "not every seed reaches it")
+    elif at_least:
+        verdict = _undecided(math.nan, "lower bounds have no interval; judge earlier steps")
+    else:
+        verdict = _decided([math.log(factor) for factor in factors.values()])
+    return SpeedUp(factors=factors, at_least=frozenset(at_least), comparison=verdict)
+
+
+def first_reach(curve: Sequence[tuple[int, float]], goal: float, *, higher: bool) -> float | None:
+    """First step at which a curve is as good as `goal`, straight between its points; None if never."""
+    sign = 1.0 if higher else -1.0
+    before: tuple[int, float] | None = None
+    for step, value in curve:
+        if sign * (value - goal) >= 0:
+            if before is None or value == before[1]:
+                return float(step)
+            return before[0] + (step - before[0]) * (goal - before[1]) / (value - before[1])
+        before = step, value
+    return None

@@ -1,0 +1,40 @@
+"""Every defect of mutations.yaml can be planted, and a test finds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mutations import ROOT, Defect, copied, first_failure, read_defects
+
+DEFECTS = read_defects()
+
+
+def test_there_are_many_and_they_differ() -> None:
+    assert len(DEFECTS) >= 60
+    assert max(Counter(defect.what for defect in DEFECTS).values()) == 1
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
+def test_a_defect_can_be_planted(defect: Defect) -> None:
+    """The package still holds what the defect replaces, and its tests exist."""
+    text = (ROOT / "src" / "openpae" / defect.file).read_text(encoding="utf-8")
+    compile(defect.planted_in(text), defect.file, "exec")
+    files = [part for part in defect.tests.split() if part.startswith("tests/")]
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+
+
+@pytest.fixture(scope="module")
+def copy() -> Iterator[Path]:
+    with copied() as folder:
+        yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
+def test_a_planted_defect_is_found(defect: Defect, copy: Path) -> None:
+    assert first_failure(defect, copy) is not None
