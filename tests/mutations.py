@@ -76,7 +76,7 @@ def copied() -> Iterator[Path]:
     """A copy of the project to plant defects in."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("src", "tests", "docs", "configs"):
+        for name in ("src", "tests", "docs", "tools", "configs"):
             shutil.copytree(
                 ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
             )

@@ -197,14 +197,14 @@ def test_the_papers_generator_runs_last_as_long_as_they_say(name: str, steps: in
 
 
 def test_the_reference_of_the_docs_is_up_to_date() -> None:
-    """Run `python docs/make_config.py` after a change of a config."""
+    """Run `python tools/make_config.py` after a change of a config."""
     import importlib.util
     from pathlib import Path
 
-    docs = Path(__file__).parent.parent / "docs"
-    spec = importlib.util.spec_from_file_location("make_config", docs / "make_config.py")
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("make_config", root / "tools" / "make_config.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (docs / "config.md").read_text(encoding="utf-8") == module.page()
+    assert (root / "docs" / "config.md").read_text(encoding="utf-8") == module.page()

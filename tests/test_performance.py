@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_performance", DOCS / "make_performance.py")
+    spec = importlib.util.spec_from_file_location("make_performance", ROOT / "tools" / "make_performance.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -23,7 +23,7 @@ def script() -> ModuleType:
 
 @pytest.mark.slow
 def test_the_page_is_up_to_date(script: ModuleType) -> None:
-    assert (DOCS / "performance.md").read_text(encoding="utf-8") == script.page()
+    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8") == script.page()
 
 
 def test_products_of_the_largest_preset_by_hand(script: ModuleType) -> None:

@@ -14,7 +14,9 @@ from openpae.quickstart import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^pae (.*)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)), re.M)
+PAGES = [README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("commands.md", "hub.md"))]
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join(PAGES), re.S)).replace("\\\n", " ")
+COMMANDS = re.findall(r"^pae (.*)$", BLOCKS, re.M)
 
 
 @pytest.mark.assets
@@ -80,7 +82,7 @@ def test_the_table_of_the_paper_names_code_that_exists() -> None:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 30
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -115,7 +117,10 @@ def test_ci_runs_the_test_command_of_the_readme_and_nothing_else() -> None:
     assert "<!-- test command -->" in script
 
 
-def test_every_file_of_the_package_stands_in_the_readme() -> None:
+def test_every_room_and_file_of_the_package_stands_in_the_readme() -> None:
+    """The rooms and the files beside them; what is no module lies at the top of the repository, too."""
+    (tree,) = re.findall(r"```\n(src/openpae/\n.*?)```", README, re.S)
     for path in (ROOT / "src" / "openpae").iterdir():
-        if path.suffix == ".py" and not path.name.startswith("_"):
-            assert f"`{path.name}`" in README, f"{path.name} is not in the README's table"
+        if not path.name.startswith("_") and path.suffix != ".typed":
+            name = f"{path.name}/" if path.is_dir() else path.name
+            assert re.search(rf"(?:^|\s){re.escape(name)}(?:\s|$)", tree), f"{name} is not in the tree"

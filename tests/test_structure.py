@@ -30,8 +30,8 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "signals processes device draws provenance",
-    "storage": "files weights assets model_folder card hub",
+    "runtime": "escape signals processes device draws provenance",
+    "storage": "files outputs weights assets model_folder card hub",
     "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
     "decoder tokenizer patch_start generator dit ditdh denoiser discriminator saved",

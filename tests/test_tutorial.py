@@ -13,7 +13,7 @@ from openpae import cli
 from openpae.storage.files import read_json
 
 TEXT = (Path(__file__).parent.parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(bash|yaml)\n(.*?)```", TEXT, re.S)
+BLOCKS = re.findall(r"```(bash|yaml)\n(.*?)```", TEXT.replace("\\\n    ", ""), re.S)
 # What makes it tiny: the page's presets and numbers -> smaller ones. Each must stand in the page.
 SMALLER = {
     "/quickstart": "/tiny",

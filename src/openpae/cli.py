@@ -19,6 +19,7 @@ from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
+from openpae.runtime.escape import one_line
 from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = ("out of memory", "not enough memory", "Storage size calculation overflowed")
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name](arguments[1:])
     except Stopped as stop:
-        print(f"pae: {stop}", file=sys.stderr)
+        print(f"pae: {one_line(stop)}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -95,11 +96,11 @@ def quickstart(
 
 
 def _as_line(message: Warning | str, *_: object, **__: object) -> str:
-    return f"pae: warning: {message}\n"
+    return f"pae: warning: {one_line(message)}\n"
 
 
 def _fail(message: str) -> int:
-    print(f"pae: error: {message}", file=sys.stderr)
+    print(f"pae: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -139,9 +139,11 @@ def save(config: Any, path: Path) -> None:
     if "kind" in data:
         raise TypeError(f"{type(config).__name__} cannot be saved with a field 'kind'; rename the field")
     text = yaml.safe_dump({"kind": type(config).__name__, **data}, sort_keys=False, width=100)
+    path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        partial.unlink(missing_ok=True)  # of a kill, or a link that somebody has put there
+        with partial.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -172,6 +174,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping; or it is
             too large to be a config.
     """
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} must be a file, got a folder, a pipe or a device")
     if (size := file.stat().st_size) > _LARGEST:
         raise ValueError(f"{file} is no config: it has {size:,} bytes, at most {_LARGEST:,} are read")
     content = file.read_bytes()
@@ -182,6 +186,29 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold keys and values, got {_type_name(data)}")
     return data
+
+
+def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
+    """Refuse numbers outside of their interval. Every number of a config must be finite, named here or not.
+
+    Args:
+        config: a dataclass, in its `__post_init__`. None passes; of a tuple, every item is checked.
+        at: what stands before a field's name in a message ("optim.").
+        allowed: intervals by field, such as "[1, inf)" or "(0, 1]".
+
+    Raises:
+        ValueError: a number that does not lie in its interval, or NaN.
+    """
+    for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
+        interval = allowed.get(name, "(-inf, inf)")
+        low, high = map(float, interval[1:-1].split(","))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not (
+                low < number < high
+                or (number == low and interval[0] == "[")
+                or (number == high and interval[-1] == "]")
+            ):
+                raise ValueError(f"{at}{name} must lie in {interval}, got {_shown(value)}")
 
 
 def differences(old: Any, new: Any) -> list[str]:

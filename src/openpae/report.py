@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from openpae.runtime.escape import chart
 from openpae.storage.files import whole_file
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class Page:
             + "\n</body></html>\n"
         )
         with whole_file(path) as partial:
-            partial.write_text(page, encoding="utf-8")
+            partial.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _data_url(image: Image.Image) -> str:
@@ -181,9 +182,9 @@ def _line_chart(
     axes = figure.add_subplot()
     for (name, points), colour in zip(lines.items(), itertools.cycle(PALETTE), strict=False):
         style = {"linestyle": "", "marker": "o", "markersize": 4} if dots else {"linewidth": 1.6}
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, **style)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(x_label, fontsize=8)
+        axes.plot(*zip(*points, strict=True), label=chart(name), color=colour, **style)
+    axes.set_title(chart(title), fontsize=10, loc="left")
+    axes.set_xlabel(chart(x_label), fontsize=8)
     if log:
         axes.set_yscale("log")
     axes.tick_params(labelsize=8)
@@ -205,12 +206,14 @@ def _radar_chart(names: Sequence[str], scores: Mapping[str, Sequence[float | Non
     for (name, values), colour in zip(scores.items(), itertools.cycle(PALETTE), strict=False):
         heights = [math.nan if value is None else value for value in values]
         closed = ([*angles, angles[0]], [*heights, heights[0]])
-        axes.plot(*closed, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, clip_on=False)
+        axes.plot(
+            *closed, color=colour, linewidth=1.8, marker="o", markersize=4, label=chart(name), clip_on=False
+        )
         if None not in values:
             axes.fill(*closed, color=colour, alpha=0.1)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
-    axes.set_xticks(angles, labels=list(names), fontsize=9)
+    axes.set_xticks(angles, labels=list(map(chart, names)), fontsize=9)
     axes.tick_params(axis="x", pad=9)
     axes.grid(color="#cdd1d6", linewidth=0.7)
     axes.spines["polar"].set_color("#cdd1d6")

@@ -1,6 +1,6 @@
 """What users give that cannot work, the command they type, and the one line that they get.
 
-One table for two readers: test_cases.py runs every row, docs/make_errors.py writes docs/errors.md from it.
+One table for two readers: test_cases.py runs every row, tools/make_errors.py writes docs/errors.md from it.
 """
 
 from __future__ import annotations

@@ -35,13 +35,13 @@ def test_what_can_not_work_is_one_line(case: Case, outcome_of: Callable[[Case], 
 
 
 def test_the_page_says_what_happens(outcome_of: Callable[[Case], Outcome]) -> None:
-    """Otherwise run: python docs/make_errors.py"""
+    """Otherwise run: python tools/make_errors.py"""
     page = make_errors().page({case: outcome_of(case) for case in CASES})
     assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page
 
 
 def make_errors() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_errors", ROOT / "docs" / "make_errors.py")
+    spec = importlib.util.spec_from_file_location("make_errors", ROOT / "tools" / "make_errors.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -131,12 +131,12 @@ def test_the_late_network_takes_over_at_its_start(packed: PackedImages) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ramp": (0.6, 0.2)}, "loss.ramp must be 0 <= begin <= end <= 1"),
-        ({"ramp": (0.0, 1.5)}, "loss.ramp must be 0 <= begin <= end <= 1"),
+        ({"ramp": (0.6, 0.2)}, r"loss.ramp must be \(begin, end\), begin <= end"),
+        ({"ramp": (0.0, 1.5)}, r"loss.ramp must lie in \[0, 1\]"),
         ({"ramp_from": 0.0}, r"loss.ramp_from must lie in \(0, 1\]"),
         ({"ramp_from": 1.1}, r"loss.ramp_from must lie in \(0, 1\]"),
         ({"mcr_angle_ramp": -0.1}, r"loss.mcr_angle_ramp must lie in \[0, 1\]"),
-        ({"lpips_shift": -1}, "loss.lpips_shift must be >= 0"),
+        ({"lpips_shift": -1}, r"loss.lpips_shift must lie in \[0, inf\)"),
         ({"lpips_late_start": 2.0}, r"loss.lpips_late_start must lie in \[0, 1\]"),
     ],
 )

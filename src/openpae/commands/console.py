@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from openpae import config as configs
+from openpae.runtime.escape import one_line
 
 T = TypeVar("T")
 
@@ -33,14 +36,13 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         options: of `tyro.cli`.
 
     Raises:
-        ValueError: a config refuses a value.
+        ValueError: a config refuses a value, or an option is NaN or infinite.
         SystemExit: tyro has told what it cannot read, or the help.
     """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             found: T = tyro.cli(target, **options)
-            return found
     except SystemExit as stop:
         fault = stop.__context__
         while fault is not None:
@@ -49,6 +51,23 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
             fault = fault.__cause__ or fault.__context__
         sys.stderr.write(said.getvalue())
         raise
+    if isinstance(found, tuple):  # of a function; a config has its own checks
+        _require_finite("", found)
+    return found
+
+
+def _require_finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity among options, however nested."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_finite(str(key), item)
+    elif isinstance(value, tuple):
+        for item in value:
+            _require_finite(name, item)
+    elif dataclasses.is_dataclass(value):
+        _require_finite(name, vars(value))
 
 
 def _is_ours(fault: BaseException) -> bool:
@@ -143,12 +162,17 @@ class Progress:
         self.bar.close()
 
 
+def say(text: object) -> None:
+    """Print one line: names of files may hold anything."""
+    print(one_line(text))
+
+
 def tell(text: str) -> None:
     """Print, where this is the first process."""
     from openpae.runtime import processes
 
     if processes.is_rank0():
-        print(text)
+        say(text)
 
 
 def print_run(run_dir: Path, metrics: dict[str, float]) -> None:
@@ -163,12 +187,17 @@ def tell_skipped(names: Sequence[str]) -> None:
         tell(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
+_LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2**14, "latent_dim": 2**16}
+"""What an option may be at most: what lies beyond is a mistake, and would take hours or all memory."""
+
+
 def at_least_one(**numbers: int | None) -> None:
-    """Refuse counts below 1.
+    """Refuse counts below 1, and those that no machine could serve.
 
     Raises:
         ValueError: names the flag.
     """
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
+        most = _LARGEST.get(name, 10**8)
+        if number is not None and not 1 <= number <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [1, {most}], got {number}")

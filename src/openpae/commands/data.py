@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openpae.commands.console import Folder, Images, Out, Progress, at_least_one, tell_skipped
+from openpae.commands.console import Folder, Images, Out, Progress, at_least_one, say, tell_skipped
 
 
 def pack(
@@ -25,10 +25,12 @@ def pack(
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
     from openpae.data.images import ImageFolder, pack_images
+    from openpae.storage.outputs import spare
 
+    spare(into=out, inputs=[images])
     with Progress("packing", "img") as progress:
         packed = pack_images(ImageFolder(images), out, size=shape, skip_broken=skip_broken, progress=progress)
-    print(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
+    say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
     tell_skipped(packed.shards.index["skipped"])
 
 
@@ -42,4 +44,4 @@ def info(folder: Folder, /, verify: bool = False) -> None:
     from openpae.commands.describe import describe
 
     for name, value in describe(folder, verify=verify).items():
-        print(f"{name:16} {value}")
+        say(f"{name:16} {value}")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from openpae import config as configs
 from openpae.data.images import ImageFolder
 from openpae.data.shards import Shards
-from openpae.engine.checkpoints import read_facts
+from openpae.engine.checkpoints import verify_checkpoint
 from openpae.engine.journal import read_log
 from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
@@ -114,7 +114,7 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
     if verify:
         if (folder / "checkpoint.json").is_file():
             try:
-                read_facts(folder)
+                verify_checkpoint(folder)
             except ValueError as error:
                 raise ValueError(f"checkpoint {folder} is damaged: {error}") from None
         if kind == "PAEConfig":

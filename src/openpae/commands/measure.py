@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from openpae.commands.console import Device, Progress, ReferencePath, at_least_one
+from openpae.commands.console import Device, Progress, ReferencePath, at_least_one, say
 from openpae.commands.sample import SamplerChoice
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.geometry.settings import ProfileRun
@@ -20,6 +20,7 @@ def evaluate(
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     out: Path | None = None,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Measure a tokenizer's reconstructions, stored samples, or what a generator draws, against real images.
 
@@ -30,13 +31,22 @@ def evaluate(
             both), or a file of --save-reference.
         out: where the record (JSON) goes; by default evaluation.json beside what is judged.
         device: auto takes a GPU if there is one.
+        overwrite: replace files that are no records or references of this command.
     """
+    from openpae.eval.reference import is_own_reference
     from openpae.eval.run import run_evaluation
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
+    from openpae.storage.outputs import read_record, spare
 
     at_least_one(batch_size=sampler.batch_size)
+    record_file = run.record_path() if out is None and run.judges() else out
+    for file in (record_file, run.save_reference):
+        if file is not None:
+            known = "metrics" in read_record(file) or is_own_reference(file)
+            inputs = [path for path in (reference, run.samples) if path is not None and path.is_file()]
+            spare(file, inputs=inputs, ours=[file] if known else [], overwrite=overwrite)
     drawing = None
     if run.generator is not None:
         drawing = SamplingOptions(
@@ -54,17 +64,17 @@ def evaluate(
         if not processes.is_rank0():
             return
     if run.save_reference is not None:
-        print(f"reference in {run.save_reference}")
+        say(f"reference in {run.save_reference}")
     if record is None:
         return
     for name, metric in record["metrics"].items():
         error = "" if metric["stderr"] is None else f" +- {metric['stderr']:.2g}"
-        print(f"{name:20} {metric['value']:.5g}{error}")
+        say(f"{name:20} {metric['value']:.5g}{error}")
     for name, reason in record.get("undefined", {}).items():
-        print(f"{name:20} not defined: {reason}")
-    target = out or run.record_path()
-    write_json(target, record)
-    print(f"record in {target}")
+        say(f"{name:20} not defined: {reason}")
+    assert record_file is not None  # there is a record, so something was judged
+    write_json(record_file, record)
+    say(f"record in {record_file}")
 
 
 def profile(
@@ -88,8 +98,8 @@ def profile(
     with Progress("measuring", "img") as progress:
         found = run_profile(tokenizers, run, device=pick_device(device), progress=progress)
     for one in found:
-        print(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
+        say(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
         for estimate in one.metrics.values():
-            print(f"  {estimate}")
+            say(f"  {estimate}")
         for name, reason in one.undefined.items():
-            print(f"  {name} not defined: {reason}")
+            say(f"  {name} not defined: {reason}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from openpae.commands.console import Out, Progress
+from openpae.commands.console import Out, Progress, say
 
 Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
 Repo = Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")]
@@ -43,8 +43,10 @@ def import_official(
         classes: for latents: number of classes; by default the largest label plus one.
     """
     from openpae.interop.released import released_kind
+    from openpae.storage.outputs import spare
     from openpae.storage.weights import read_tensors
 
+    spare(into=out, inputs=[file, tokenizer, statistics])
     if file.is_dir():
         _import_latents(file, out, tokenizer, classes)
         return
@@ -64,8 +66,8 @@ def _import_tokenizer(
     config = released_module.released_tokenizer_config(released, encoder, source, decoder_heads)
     released_module.import_tokenizer(released, config).save_pretrained(out)
     c, h, w = config.latent_shape
-    print(f"tokenizer of {config.image_size}-pixel images to {c} x {h} x {w} latents in {out}")
-    print(f"fingerprint {identity_of(out).fingerprint}")
+    say(f"tokenizer of {config.image_size}-pixel images to {c} x {h} x {w} latents in {out}")
+    say(f"fingerprint {identity_of(out).fingerprint}")
 
 
 def _import_generator(
@@ -84,7 +86,7 @@ def _import_generator(
     generator.made_with = "unknown" if tokenizer is None else identity_of(tokenizer).fingerprint
     generator.save_pretrained(out)
     c, h, w = generator.config.latent_shape
-    print(f"{type(generator).__name__} of {c} x {h} x {w} latents, {generator.null_label} classes, in {out}")
+    say(f"{type(generator).__name__} of {c} x {h} x {w} latents, {generator.null_label} classes, in {out}")
 
 
 def _import_latents(source: Path, out: Path, tokenizer: Path | None, classes: int | None) -> None:
@@ -106,7 +108,7 @@ def _import_latents(source: Path, out: Path, tokenizer: Path | None, classes: in
             num_classes=classes,
             progress=progress,
         )
-    print(f"{len(shards):,} latents {shards.shape[1:]} in {out}")
+    say(f"{len(shards):,} latents {shards.shape[1:]} in {out}")
 
 
 def export(
@@ -128,12 +130,14 @@ def export(
     from openpae.interop.export import export_model
     from openpae.models.saved import load_generator, load_tokenizer
     from openpae.storage.model_folder import CONFIG, model_folder
+    from openpae.storage.outputs import spare
 
+    spare(into=out, inputs=[model])
     kind = configs.read_yaml(model_folder(model) / CONFIG).get("kind")
     loaded = load_tokenizer(model) if kind == "PAEConfig" else load_generator(model)
     for name, difference in export_model(loaded, out, format, tolerance=tolerance).items():
-        print(f"{name}: differs from the model by at most {difference:.2g}")
-    print(f"graphs in {out}")
+        say(f"{name}: differs from the model by at most {difference:.2g}")
+    say(f"graphs in {out}")
 
 
 def push(
@@ -165,5 +169,5 @@ def push(
         staged = Path(work) / "model"
         hub.stage(folder, staged, repo, licence=licence)
         for file in sorted(path for path in staged.rglob("*") if path.is_file()):
-            print(f"{file.stat().st_size:>14,}  {file.relative_to(staged)}")
+            say(f"{file.stat().st_size:>14,}  {file.relative_to(staged)}")
         print(f"\n{(staged / README).read_text(encoding='utf-8')}")

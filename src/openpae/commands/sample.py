@@ -19,6 +19,7 @@ from openpae.commands.console import (
     ReferencePath,
     TokenizerPath,
     at_least_one,
+    say,
 )
 from openpae.eval.settings import ExtractorName, SearchConfig
 from openpae.sampling.settings import FILES, Format, SamplerConfig, Solver
@@ -134,6 +135,7 @@ def reconstruct(
     count: int | None = None,
     batch_size: int = 16,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Encode and decode images, write them as PNG under their own names, and print the PSNR.
 
@@ -144,6 +146,7 @@ def reconstruct(
         count: images to take, from the first on; all by default.
         batch_size: images per forward pass; lower it if memory runs out.
         device: auto takes a GPU if there is one.
+        overwrite: replace files of these names that this command did not make.
     """
     at_least_one(count=count, batch_size=batch_size)
     import torch
@@ -154,36 +157,38 @@ def reconstruct(
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
+    from openpae.storage.files import whole_file
+    from openpae.storage.outputs import alone, claim
 
     where = pick_device(device)
     model = load_tokenizer(tokenizer).to(where)
     source = open_images(images)
     rows = range(len(source) if count is None else min(count, len(source)))
-    targets = _targets(
-        out, [f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows]
-    )
+    names = _names([f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows], out)
+    claim(out, names, inputs=(tokenizer, images), overwrite=overwrite)
     metrics = ReconstructionMetrics()
-    with Progress("reconstructing", "img") as progress, torch.no_grad():
+    with alone(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
         done = 0
         for x in source_batches(source, model.config.image_shape, batch_size, rows):
             y = model.reconstruct(x.to(where)).float().cpu()
             metrics.update(x, y)
-            for target, pixels in zip(targets[done : done + len(y)], y, strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                to_image(pixels).save(target)
+            for name, pixels in zip(names[done : done + len(y)], y, strict=True):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(out / name) as partial:
+                    to_image(pixels).save(partial, format="PNG")
             done += len(y)
             progress(done, len(rows))
     for estimate in metrics.compute().values():
         print(estimate)
 
 
-def _targets(out: Path, names: list[str]) -> list[Path]:
-    """Where each image's PNG goes; ValueError where one would replace another (a.jpg and a.png)."""
-    first: dict[Path, str] = {}
-    for name in names:
-        target = (out / name).with_name(f"{Path(name).stem}.png")
-        if (other := first.setdefault(target, name)) != name:
-            raise ValueError(f"{other} and {name} would both become {target}; rename one")
+def _names(images: list[str], out: Path) -> list[str]:
+    """The name of each image's PNG; ValueError where one would replace another (a.jpg and a.png)."""
+    first: dict[str, str] = {}
+    for image in images:
+        name = Path(image).with_name(f"{Path(image).stem}.png").as_posix()
+        if (other := first.setdefault(name, image)) != image:
+            raise ValueError(f"{other} and {image} would both become {out / name}; rename one")
     return list(first)
 
 
@@ -195,6 +200,7 @@ def sample(
     run: tyro.conf.OmitArgPrefixes[SampleRun],
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Draw images with a generator: samples.npz (ADM layout), a folder, or tensors; and grid.png to look at.
 
@@ -206,6 +212,7 @@ def sample(
         generator: a generator folder or a run folder of pae train-generator.
         out: folder for the samples.
         device: auto takes a GPU if there is one.
+        overwrite: replace what has the names of these files in the folder.
     """
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
@@ -228,11 +235,18 @@ def sample(
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
             draw_samples(
-                out, samples, models.tokenizer, models.generator, weak=models.weak, progress=progress
+                out,
+                samples,
+                models.tokenizer,
+                models.generator,
+                weak=models.weak,
+                progress=progress,
+                inputs=(tokenizer, generator, sampler.autoguidance),
+                overwrite=overwrite,
             )
         if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
-            print(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
+            say(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
 
 
 def interpolate(
@@ -246,6 +260,7 @@ def interpolate(
     label: int | None = None,
     frames: int = 9,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Walk between two images, or between two seeds of a generator; write strip.png and the frames.
 
@@ -261,9 +276,11 @@ def interpolate(
         label: class of the generated images.
         frames: pictures of the walk, the two ends counted.
         device: auto takes a GPU if there is one.
+        overwrite: replace a strip.png or frames that this command did not make.
     """
     from openpae.data.pixels import image_grid, to_image
     from openpae.storage.files import whole_file, whole_folder
+    from openpae.storage.outputs import check_claim, claim
 
     generated = (generator, seeds, label)
     if (images is None) == (None in generated) or (
@@ -273,16 +290,19 @@ def interpolate(
             "interpolate needs either --images FIRST LAST, or --generator FOLDER --seeds FIRST LAST --label "
             "CLASS"
         )
+    names, inputs = ("frames", "strip.png"), (tokenizer, generator, sampler.autoguidance, *(images or ()))
+    check_claim(out, names, inputs=inputs, overwrite=overwrite)
     if images is not None:
         walk = _walk_of_images(tokenizer, images, sampler, frames, device)
     else:
         walk = _walk_of_seeds(tokenizer, generator, seeds, label, sampler, frames, device)  # type: ignore[arg-type]
+    claim(out, names, inputs=inputs, overwrite=overwrite)
     with whole_folder(out / "frames") as partial:
         for number, pixels in enumerate(walk):
             to_image(pixels).save(partial / f"{number:03d}.png")
     with whole_file(out / "strip.png") as file:
         image_grid(walk, columns=frames).save(file, format="PNG")
-    print(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
+    say(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
 
 
 def search_guidance(
@@ -339,7 +359,8 @@ def search_guidance(
             weak=models.weak,
         )
         tell = print if processes.is_rank0() else None
-        record = run_search(out, judge, facts=models.facts, tell=tell)
+        inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
+        record = run_search(out, judge, facts=models.facts, tell=tell, inputs=inputs)
         if tell is not None:
             best = record["best"]
             print(

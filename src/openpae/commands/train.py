@@ -93,7 +93,9 @@ def cache_latents(
     from openpae.runtime import processes
     from openpae.runtime.device import autocast, pick_device
     from openpae.storage.model_folder import identity_of
+    from openpae.storage.outputs import spare
 
+    spare(into=out, inputs=[tokenizer, images])
     with processes.process_group(device):
         where = pick_device(device)
         model = saved.load_tokenizer(tokenizer).to(where)
@@ -161,8 +163,10 @@ def fit_targets(
     from openpae.data.images import open_images
     from openpae.models.encoders import load_encoder
     from openpae.runtime.device import pick_device
+    from openpae.storage.outputs import spare
     from openpae.train import targets
 
+    spare(out, inputs=[images])
     with Progress("VFM features", "img") as progress:
         targets.fit_targets(
             load_encoder(encoder, encoder_source),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, in_order, plain_size
 from openpae.data.pixels import to_unit
-from openpae.data.shards import TYPES, Layout, Part, Shards, ShardWriter
+from openpae.data.shards import TYPES, Layout, Part, Shards, shard_folder
 from openpae.runtime import processes
 
 Progress = Callable[[int, int], None]
@@ -274,12 +275,13 @@ def _fill(
 
 def _write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterator[Part]]) -> Shards:
     """Write what is missing, each process every so manieth shard; the first makes and closes the folder."""
-    writer = processes.on_rank0(lambda: ShardWriter(folder, layout))
-    missing = processes.broadcast(writer.missing())
-    with processes.failing_together():
-        for number in processes.rank_slice(len(missing)):
-            writer.write_parts(missing[number], parts(layout.span(missing[number])))
-    return processes.on_rank0(writer.finish)
+    with ExitStack() as stack:
+        writer = processes.on_rank0(lambda: stack.enter_context(shard_folder(folder, layout)))
+        missing = processes.broadcast(writer.missing())
+        with processes.failing_together():
+            for number in processes.rank_slice(len(missing)):
+                writer.write_parts(missing[number], parts(layout.span(missing[number])))
+        return processes.on_rank0(writer.finish)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from openpae.data.listing import image_names
-from openpae.data.shards import Layout, Part, Shards, ShardWriter
+from openpae.data.shards import Layout, Part, Shards, shard_folder
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -317,7 +317,6 @@ def pack_images(
         per_shard=per_shard,
         attributes={"classes": source.classes, "source": source.fingerprint()},
     )
-    writer = ShardWriter(folder, layout)
 
     def read(index: int) -> NDArray[np.uint8] | str:
         try:
@@ -336,10 +335,10 @@ def pack_images(
             if progress:
                 progress(index + 1, len(source))
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with shard_folder(folder, layout) as writer, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for shard in writer.missing():
             writer.write_parts(shard, parts(layout.span(shard), pool))
-    writer.finish()
+        writer.finish()
     return PackedImages(folder)
 
 

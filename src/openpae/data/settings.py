@@ -6,24 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from openpae.config import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """The images that a run trains on and is judged by."""
+    """The images that a run trains on and is evaluated with."""
 
     images: Path
     """Training images: a folder of class subfolders, a flat folder, or packed images (pae pack)."""
     evaluation: Path | None = None
     """Held-out images in either form; null evaluates nothing."""
     evaluation_images: int = 500
-    """How many of them, evenly spread."""
+    """Number of held-out images, evenly spread."""
     augment: Literal["none", "flip", "crop"] = "crop"
     """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random crop,
     mirrored."""
     resize: int = 384
     """Shorter side before the random crop (where crops are not square: of what covers their shape)."""
     skip_broken: bool = False
-    """Put the next readable image in the place of a file that cannot be decoded, and warn of it by name."""
+    """Replace a file that cannot be decoded by the next readable image, with a warning that names it."""
     feature_cache: Path | None = None
     """Folder for the VFM's features of packed images, made on first use; null computes them at every step."""
 
@@ -32,5 +34,4 @@ class ImageData:
             raise ValueError(
                 "data.feature_cache needs data.augment none or flip: random crops cannot be cached"
             )
-        if self.evaluation_images < 1:
-            raise ValueError(f"data.evaluation_images must be >= 1, got {self.evaluation_images}")
+        check_fields(self, "data.", evaluation_images="[1, inf)")

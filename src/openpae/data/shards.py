@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.storage.files import file_hash, read_json, whole_file, write_json
+from openpae.storage.outputs import LOCK, locked, make_folder
 
 TYPES = {
     "uint8": torch.uint8,
@@ -101,6 +103,7 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         header = folder / "header.json"
+        check_shard_folder(folder, layout.kind)
         if header.is_file():
             begun = read_json(header)
             if begun != layout.as_header():
@@ -109,10 +112,7 @@ class ShardWriter:
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
         else:
-            # A kill inside write_json leaves its partial file, and nothing else.
-            if folder.exists() and any(path.name != ".header.json.partial" for path in folder.iterdir()):
-                raise ValueError(f"{folder} is not empty and holds no {layout.kind}; name a new folder")
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_json(header, layout.as_header())
 
     def missing(self) -> list[int]:
@@ -206,6 +206,31 @@ class ShardWriter:
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"
+
+
+def check_shard_folder(folder: Path, kind: str) -> None:
+    """Refuse to fill a folder that is neither new nor ours.
+
+    Raises:
+        ValueError: it holds files, but no header.json; the message names the `kind` that it lacks.
+    """
+    # A kill inside write_json leaves its partial file, and nothing else.
+    known = {LOCK, "header.json", ".header.json.partial"}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names <= known and "header.json" not in names:
+        raise ValueError(f"{folder} is not empty and holds no {kind}; name a new folder")
+
+
+@contextmanager
+def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
+    """`ShardWriter`, with the folder held against other processes.
+
+    Raises:
+        ValueError: see `ShardWriter`; or another process fills the folder.
+    """
+    check_shard_folder(folder, layout.kind)
+    with locked(folder, "writing"):
+        yield ShardWriter(folder, layout)
 
 
 class Shards:
@@ -353,9 +378,22 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = _with_keys(path, skipped=list, **kinds)
     whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
+    if index["kind"] == "latents" and not _has_statistics(index):
+        raise _damaged(path, "latents need a tokenizer, and a finite mean and std for each channel")
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index
+
+
+def _has_statistics(index: Mapping[str, Any]) -> bool:
+    channels = index["shape"][1] if len(index["shape"]) == 4 else None
+    values = [index.get("mean"), index.get("std")]
+    return isinstance(index["attributes"].get("tokenizer"), str) and all(
+        isinstance(value, list)
+        and len(value) == channels
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+        for value in values
+    )
 
 
 def _with_keys(path: Path, **kinds: type) -> dict[str, Any]:

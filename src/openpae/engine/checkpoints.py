@@ -9,7 +9,6 @@ checkpoints/step-N/   a model folder that anyone can load, and beside it
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,9 +30,9 @@ from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
 from openpae.runtime import processes
-from openpae.storage.files import file_hash, read_json, whole_folder, write_json
-from openpae.storage.model_folder import README, checkpoint_path, checkpoint_steps
-from openpae.storage.weights import pickle_refusal
+from openpae.storage.files import file_hash, read_json, remove_folder, whole_folder, write_json
+from openpae.storage.model_folder import README, RECORD, checkpoint_path, checkpoint_steps
+from openpae.storage.weights import read_tensors, some
 
 
 @dataclass
@@ -103,7 +102,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
             "share"
         )
     if (folder / "state.pt").is_file():
-        content = _read_state(folder / "state.pt")
+        content = _read_state(folder / "state.pt", step)
     else:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
@@ -128,12 +127,49 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     facts = read_json(folder / "checkpoint.json")
     kinds = {"step": int, "inputs": dict, "passed_over": list, "sha256": dict}
-    if wrong := [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]:
-        raise ValueError(f"checkpoint.json has no fitting {', '.join(wrong)}")
+    wrong = [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]
+    if wrong or not all(type(step) is int for step in facts["passed_over"]):
+        raise ValueError(f"checkpoint.json has no fitting {', '.join(wrong) or 'passed_over'}")
+    kept = {name for name, path in _inside(folder) if path.is_file() and not path.is_symlink()}
+    # Nothing else is opened: a list may name a device, a pipe or a file of somebody else.
+    if strange := sorted(kept ^ facts["sha256"].keys() | {name for name, path in _inside(folder)} - kept):
+        raise ValueError(f"checkpoint.json does not list its files ({some(strange)})")
+    if folder.name.startswith("step-") and folder.name != checkpoint_path(Path(), facts["step"]).name:
+        raise ValueError(f"checkpoint.json is that of step {facts['step']}")
     for name, digest in facts["sha256"].items():
         if file_hash(folder / name) != digest:
             raise ValueError(f"its checksum is wrong ({name})")
     return facts
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """`read_facts`, and see that the training state fits its own weights.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged, or a tensor of the state has another shape or type
+            than the weights; the message names it.
+    """
+    facts = read_facts(folder)
+    if not (folder / "state.pt").is_file():
+        return
+    content = _read_state(folder / "state.pt", facts["step"])
+    for player, weights in content["players"].items():
+        shapes = {value.shape for value in weights.values() if isinstance(value, Tensor)}
+        for number, held in dict(content["optimizers"].get(player, {}).get("state", {})).items():
+            shape = getattr(held.get("exp_avg"), "shape", None) if isinstance(held, Mapping) else None
+            if shape not in shapes:
+                raise ValueError(
+                    f"state.pt holds an optimizer state of {player} ({number}) that fits no weight"
+                )
+            _require(_optimizer_fault(held, torch.empty(shape)), f"the optimizer of {player} ({number})")
+
+
+def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
+    """What a checkpoint holds, by name, but for what does not belong to the training state."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if (path.is_symlink() or not path.is_dir()) and name not in (README, RECORD, "checkpoint.json"):
+            yield name, path
 
 
 @contextmanager
@@ -163,7 +199,7 @@ def _bytes(content: Any) -> int:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of the checkpoint but its README; each process reads its share."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != README)
+    files = sorted(path for _, path in _inside(folder))
     own = {
         files[i].relative_to(folder).as_posix(): file_hash(files[i]) for i in processes.rank_slice(len(files))
     }
@@ -177,10 +213,7 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
     """
     for step in [step for step in checkpoint_steps(run_dir) if step <= newest][: -loop.keep_last]:
         if not (loop.keep_every and step and step % loop.keep_every == 0):
-            folder = checkpoint_path(run_dir, step)
-            # Out of sight at once: killed in the middle, half a checkpoint would look like a whole one.
-            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
-            shutil.rmtree(removed)
+            remove_folder(checkpoint_path(run_dir, step))
 
 
 def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:
@@ -205,11 +238,14 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] |
     return None
 
 
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(pickle_refusal(file, error)) from None
+def _read_state(file: Path, step: int) -> dict[str, Any]:
+    content = read_tensors(file)
+    kinds = {"step": int, "players": dict, "optimizers": dict, "health": dict}
+    kinds["ema"] = type(content.get("ema")) if isinstance(content.get("ema"), dict | None) else dict
+    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+        raise ValueError(f"{file} is no training state: it has no fitting {', '.join(sorted(wrong))}")
+    if content["step"] != step:
+        raise ValueError(f"{file} is the training state of step {content['step']}, not of step {step}")
     return content
 
 
@@ -247,31 +283,80 @@ def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[st
 
 @torch.no_grad()
 def _restore(state: RunState, content: Mapping[str, Any]) -> None:
-    for name, player in state.task.players.items():
-        _copy(_trained_state(player), content["players"][name], name)
+    """Load what `_content` gave, once all of it is seen to fit: a wrong shape would crash a fused kernel."""
+    players = {name: _trained_state(player) for name, player in state.task.players.items()}
+    for name, own in players.items():
+        _check_weights(own, content["players"].get(name), name)
     for name, optimizer in state.task.optimizers.items():
-        weights, held = _weights(optimizer), content["optimizers"][name]
-        sharded = {
-            number: {
-                key: value if key == "step" else shard_like(value, weights[number])
-                for key, value in s.items()
-            }
-            for number, s in held["state"].items()
-        }
-        optimizer.load_state_dict({**held, "state": sharded})
+        _check_optimizer(optimizer, content["optimizers"].get(name), name)
     if state.ema is not None:
-        _copy(state.ema.average, content["ema"], "ema")
-    state.health.norms = {player: norm.to(state.health.device) for player, norm in content["health"].items()}
+        _check_weights(state.ema.average, content["ema"], "ema")
+    norms = {name: norm for name, norm in content["health"].items() if _fits(norm, torch.empty(2))}
+    _require(None if norms.keys() == content["health"].keys() <= players.keys() else "its norms", "health")
+    for name, own in players.items():
+        _copy(own, content["players"][name])
+    for name, optimizer in state.task.optimizers.items():
+        weights, groups = _weights(optimizer), optimizer.state_dict()["param_groups"]
+        moments = {
+            number: {
+                key: value
+                if key == "step"
+                # In the layout of the weight: a fused kernel goes through both in the order of their memory.
+                else torch.empty_like(weights[number]).copy_(shard_like(value, weights[number]))
+                for key, value in held.items()
+            }
+            for number, held in content["optimizers"][name]["state"].items()
+        }
+        # The groups are the config's: what a file says of betas and kernels is not asked.
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    if state.ema is not None:
+        _copy(state.ema.average, content["ema"])
+    state.health.norms = {player: norm.to(state.health.device) for player, norm in norms.items()}
 
 
-def _copy(own: Mapping[str, Tensor], kept: Mapping[str, Tensor], what: str) -> None:
-    strange = sorted(own.keys() ^ kept.keys())
-    strange += [name for name in own.keys() & kept.keys() if own[name].shape != kept[name].shape]
-    if strange:
+def _check_weights(own: Mapping[str, Tensor], kept: Any, what: str) -> None:
+    names = kept.keys() if isinstance(kept, Mapping) else set()
+    strange = sorted(own.keys() ^ names)
+    strange += [name for name in own.keys() & names if not _fits(kept[name], own[name])]
+    _require(", ".join(map(str, strange[:5])) or None, what)
+
+
+def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
+    weights = dict(enumerate(_weights(optimizer)))
+    held = kept.get("state") if isinstance(kept, Mapping) else None
+    what = f"optimizer of {player}"
+    _require(None if isinstance(held, Mapping) and held.keys() <= weights.keys() else "its numbers", what)
+    for number, moments in dict(held or {}).items():
+        _require(_optimizer_fault(moments, weights[number]), f"{what} ({number})")
+
+
+def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
+    """What of an AdamW state does not fit its weight."""
+    wanted = {"step": torch.empty(()), "exp_avg": weight, "exp_avg_sq": weight}
+    if not isinstance(moments, Mapping) or moments.keys() != wanted.keys():
+        return "its names"
+    strange = [name for name, like in wanted.items() if not _fits(moments[name], like)]
+    return ", ".join(strange) or None
+
+
+def _fits(kept: Any, own: Tensor) -> bool:
+    """Whether a tensor of a file has the shape, type and layout of ours."""
+    return (
+        isinstance(kept, Tensor)
+        and (kept.shape, kept.dtype, kept.layout) == (own.shape, own.dtype, torch.strided)
+        and kept.device.type != "meta"
+    )
+
+
+def _require(fault: str | None, what: str) -> None:
+    if fault:
         raise ValueError(
-            f"the checkpoint's {what} does not hold the weights that the config asks for: "
-            f"{', '.join(strange[:5])}; it is of another version or another encoder"
+            f"the checkpoint's {what} does not hold what the config asks for: {fault}; it is damaged, or of "
+            "another version or another encoder"
         )
+
+
+def _copy(own: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
     for name, value in own.items():
         value.copy_(shard_like(kept[name], value))
 

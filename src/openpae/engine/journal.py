@@ -143,14 +143,28 @@ class _Board:
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's log.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    for text in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    """The lines of a run's log.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: a line that no run has written.
+    """
+    lines: list[dict[str, float]] = []
+    for text in (run_dir / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or type(line.get("step")) is not int or not _numbers(line):
+            raise ValueError(
+                f"{run_dir / 'log.jsonl'} is damaged: line {len(lines) + 1} must hold a step and numbers; "
+                "remove it"
+            )
+        lines.append(line)
     return lines
+
+
+def _numbers(line: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in line.values())
 
 
 @contextmanager

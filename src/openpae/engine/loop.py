@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import sys
@@ -16,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -34,12 +34,17 @@ from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped
+from openpae.storage.outputs import alone, make_folder, spare
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
     "checkpoint_blocks",
 )
 """Fields that say how a run is computed, and not what: it may go on with others."""
+
+
+_WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
+"""What a run writes beside its config.yaml, without which none of it is a run's."""
 
 
 def check_run(run_dir: Path, config: Any) -> bool:
@@ -69,15 +74,27 @@ def open_run(run_dir: Path, config: Any) -> None:
     Call it once the task stands: a path that is not there must not leave a run folder behind.
 
     Raises:
-        ValueError: see `check_run`.
+        ValueError: see `check_run`; or a new run's folder holds files of the user that it would replace, or
+            lies in what the run reads.
     """
 
     def make() -> None:
         if not check_run(run_dir, config):
-            run_dir.mkdir(parents=True, exist_ok=True)
+            if not (run_dir / "config.yaml").is_file():
+                spare(*(run_dir / name for name in _WRITTEN), into=run_dir, inputs=[*_paths(config)])
+            make_folder(run_dir)
             configs.save(config, run_dir / "config.yaml")
 
     processes.on_rank0(make)
+
+
+def _paths(config: Any) -> Iterator[Path]:
+    """All that a config names, however nested."""
+    for value in vars(config).values():
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value)
+        elif isinstance(value, Path):
+            yield value
 
 
 def fit(
@@ -106,7 +123,7 @@ def fit(
         Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
     """
     fitting = _Fitting.of(task, run_dir, optim, loop)
-    with _run_lock(run_dir), _matmul_precision(loop.precision):
+    with alone(run_dir, "training"), _matmul_precision(loop.precision):
         while True:
             try:
                 return fitting.run(quiet)
@@ -351,26 +368,6 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-@contextmanager
-def _run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder: two runs in it would mix their logs and checkpoints. A kill lets it go."""
-    lock = FileLock(run_dir / ".lock")
-
-    def take() -> None:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"another process is training in {run_dir}; wait for it, stop it, or name another folder"
-            ) from None
-
-    processes.on_rank0(take)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

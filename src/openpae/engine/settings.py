@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from openpae.config import check_fields
+
 PROFILED_FROM = 3
 """Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
 
@@ -27,22 +29,20 @@ class OptimConfig:
     clip: float | None = None
     """Largest norm of the gradient; null clips nothing."""
     spike_factor: float | None = None
-    """Leave out a step whose gradient norm is more than so many times the player's mean norm so far, once 20
-    steps are known; null leaves out none. The log counts them."""
+    """Skip a step whose gradient norm exceeds `spike_factor` times the player's mean norm, once 20 steps are
+    known; null skips none. The log counts them."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optim.lr must be > 0 and finite, got {self.lr}")
-        if self.final_lr is not None and not 0 <= self.final_lr <= self.lr:
-            raise ValueError(f"optim.final_lr must lie in [0, lr = {self.lr}], got {self.final_lr}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip must be > 0 or null, got {self.clip}")
-        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
-            raise ValueError(f"optim.spike_factor must be > 1 and finite, or null, got {self.spike_factor}")
+        check_fields(
+            self,
+            "optim.",
+            lr="(0, inf)",
+            final_lr=f"[0, {self.lr}]",
+            warmup_steps="[0, inf)",
+            betas="[0, 1)",
+            clip="(0, inf)",
+            spike_factor="(1, inf)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +52,16 @@ class LoopConfig:
     steps: int
     """Optimizer steps."""
     global_batch_size: int
-    """Images per optimizer step, over all processes: the number that matters."""
+    """Images per optimizer step, over all processes."""
     device_batch_size: int | None = None
     """Images per forward pass of one process, to fit memory; null takes all that the process sees of a step.
     It changes the result only where a loss looks at the device batch: kl, gan_weight adaptive, lpips_share
     or mcr_share below 1."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What several processes (torchrun) share: with ddp each keeps the whole model and only gradients are
-    averaged; with fsdp weights, gradients, optimizer and EMA are cut into shards (FSDP2). One process does
-    neither."""
+    """How several processes (torchrun) share the work. ddp: each keeps the full model, and gradients are
+    averaged. fsdp: weights, gradients, optimizer and EMA are sharded (FSDP2). One process uses neither."""
     seed: int = 0
-    """Of initial weights, data order, augmentation and noise."""
+    """Seed of initial weights, data order, augmentation and noise."""
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     """fp32: all in float32. tf32: as fp32, but a GPU multiplies in TF32. bf16: autocast around the losses.
     Weights, optimizer and EMA stay float32."""
@@ -73,7 +72,7 @@ class LoopConfig:
     ema_decay: float | None = None
     """Decay of the moving average of the weights per step; null keeps none."""
     export: Literal["ema", "raw"] = "ema"
-    """Which weights a checkpoint offers for use, and evaluation judges; without an average the raw ones."""
+    """Weights that a checkpoint offers for use and that evaluation takes; without an average the raw ones."""
     log_every: int = 20
     """Steps between log lines; each is the mean since the last."""
     save_every: int = 1000
@@ -91,21 +90,18 @@ class LoopConfig:
     and the tensor where it began, and end the run. skip: leave the step out. rollback: go back to the last
     checkpoint, and from there past the data of that step."""
     nonfinite_limit: int = 10
-    """Steps skipped in a row, or rollbacks, after which the run ends all the same."""
+    """Steps skipped in a row, or rollbacks, after which the run ends."""
     profile_steps: int = 0
     """Steps, from the fourth of this start on, that PyTorch's profiler records into run_dir/profile; 0
     records none."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "global_batch_size", "log_every", "save_every", "keep_last", "nonfinite_limit")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "num_workers", "seed", "keep_every", "profile_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loop.{name} must be >= 0, got {getattr(self, name)}")
+        counts = ("steps", "global_batch_size", "device_batch_size", "log_every", "save_every", "keep_last")
+        others = ("evaluate_every", "num_workers", "seed", "keep_every", "profile_steps")
+        from_one = dict.fromkeys((*counts, "nonfinite_limit"), "[1, inf)")
+        check_fields(self, "loop.", ema_decay="[0, 1)", **from_one, **dict.fromkeys(others, "[0, inf)"))
         part = self.device_batch_size
-        if part is not None and (part < 1 or self.global_batch_size % part):
+        if part is not None and self.global_batch_size % part:
             raise ValueError(
                 f"loop.device_batch_size must divide global_batch_size = {self.global_batch_size}, got {part}"
             )
@@ -118,8 +114,6 @@ class LoopConfig:
             raise ValueError(
                 f"loop.keep_every must be a multiple of save_every = {self.save_every}, got {self.keep_every}"
             )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"loop.ema_decay must lie in [0, 1) or be null, got {self.ema_decay}")
 
 
 def lr_at(step: int, optim: OptimConfig, steps: int) -> float:

@@ -29,6 +29,26 @@ class Gaussian:
                 f"mean and covariance must be (F,) and (F, F), got {tuple(self.mean.shape)} "
                 f"and {tuple(self.covariance.shape)}"
             )
+        if fault := _fault_of(self.mean, self.covariance):
+            raise ValueError(f"statistics of features must be {fault}; make them again from the images")
+
+
+def _fault_of(mean: Tensor, covariance: Tensor) -> str | None:
+    """What mean (F,) and covariance (F, F) are not, up to the rounding of a file in float32."""
+    if mean.is_complex() or covariance.is_complex():
+        return "real numbers, got complex ones"
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        return "finite, got NaN or infinity"
+    c = covariance.double()
+    # Rounding entries to float32 moves eigenvalues by no more than F * 2^-24 of the largest entry.
+    rounding = len(c) * 2.0**-24 * float(c.abs().max()) if len(c) else 0.0
+    if len(c) and float((c - c.T).abs().max()) > rounding:
+        return "symmetric: sigma is not the transpose of itself"
+    # Twice the rounding, as a matrix that lies on the edge has a Cholesky factor by luck.
+    lifted = c + (2 * rounding + torch.finfo(torch.float64).tiny) * torch.eye(len(c), dtype=c.dtype)
+    if torch.linalg.cholesky_ex(lifted).info:
+        return "positive semi-definite: sigma has a negative eigenvalue, which no covariance has"
+    return None
 
 
 @dataclass
@@ -180,7 +200,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         A number >= 0; what rounding leaves below zero is zero.
 
     Raises:
-        ValueError: the two have different widths.
+        ValueError: the two have different widths, or are so large that the distance overflows.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"both Gaussians must have one width, got {len(a.mean)} and {len(b.mean)} features")
@@ -197,6 +217,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
             root = vectors * values.clamp(min=0).sqrt()
         overlap = _sum_of_roots(root.T @ b.covariance @ root)
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
+    if not distance.isfinite():  # max(0.0, nan) would be a perfect score
+        raise ValueError("the Frechet distance is not finite: the statistics are too large for float64")
     return max(0.0, float(distance))
 
 

@@ -26,6 +26,7 @@ from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, balanced_labels, decoded, evaluations, sample_batches
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, write_json
+from openpae.storage.outputs import made_by, make_folder, spare
 
 
 def successive_halving(
@@ -132,6 +133,7 @@ def search_guidance(
     *,
     facts: Mapping[str, Any],
     tell: Callable[[str], None] | None = None,
+    inputs: Sequence[Path | None] = (),
 ) -> dict[str, Any]:
     """Find the guidance of the lowest distance; an interrupted call goes on where it was.
 
@@ -142,13 +144,17 @@ def search_guidance(
         judge: measures a candidate.
         facts: what else the record should say and what must agree to go on: fingerprints, precision.
         tell: gets a line for every distance.
+        inputs: what was read for it; nothing is written there.
 
     Returns:
         The record, as in search.json.
 
     Raises:
-        ValueError: the folder holds another search, or there are too few candidates.
+        ValueError: the folder holds another search or files of the user, or there are too few candidates.
     """
+    names = [out / "search.json", out / "best.yaml"]
+    ours = names if made_by(out / "search.json", kind="guidance search") else ()
+    spare(*names, into=out, inputs=inputs, ours=ours)
     search, sampler = judge.search, judge.sampler
     candidates = search.candidates(sampler)
     settings = _settings(judge, facts)
@@ -208,7 +214,7 @@ def _begun(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The record so far, or a new one."""
     path = out / "search.json"
     if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         record = {**settings, "versions": package_versions(), "measured": [], "best": None}
         write_json(path, record)
         return record

@@ -5,13 +5,14 @@ Under torchrun each process reads its own share, and the numbers say which image
 
 from __future__ import annotations
 
+import math
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,10 @@ from openpae.storage.files import read_json
 Facts = Mapping[str, Any]
 Rows = Sequence[int] | NDArray[np.int64]
 
+_LARGEST_IMAGE = 2**28
+"""Bytes of one image of an npz file; a compressed megabyte can claim a thousand times as much."""
+_LARGEST_COMPRESSED = 2**30
+"""Bytes of one array of statistics or features, where the file itself is smaller."""
 AS_STORED = "as stored"
 """Preprocessing of images that are neither resized nor cropped."""
 
@@ -271,22 +276,19 @@ def _npz_batches(path: Path, batch_size: int, count: int) -> Iterator[Batch]:
     """This process's share of the first `count` images, of which only one batch is in memory."""
     known, height, width = _npz_header(path)
     own = rank_slice(count)
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        _read_header(file)
+    with npz_entry(path, "arr_0") as (file, _):
         # All processes read the whole file: a compressed one cannot be entered in the middle.
         for start in range(0, count, batch_size * own.step):
             rows = range(start, min(start + batch_size * own.step, count))
-            size = len(rows) * height * width * 3
-            try:
-                data = file.read(size)
-            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
-            if len(data) < size:
-                raise ValueError(f"{path} is damaged: arr_0 ends before its {known} images do")
+            data = file.read(len(rows) * height * width * 3)
+            if len(data) < len(rows) * height * width * 3:
+                raise ValueError(f"arr_0 ends before its {known} images do")
             if mine := rows[own.start :: own.step]:
                 pixels = np.frombuffer(data, np.uint8).reshape(len(rows), height, width, 3)
                 images = torch.from_numpy(pixels[own.start :: own.step].copy()).permute(0, 3, 1, 2)
                 yield Batch(to_unit(images), mine)
+        if count == known:
+            file.read(1)  # at its end the checksum is compared
 
 
 def npz_keys(path: Path) -> set[str]:
@@ -297,29 +299,79 @@ def npz_keys(path: Path) -> set[str]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile:
+            return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+    except Exception:  # the bytes of a damaged directory can lead its reader to any of them
         raise ValueError(f"{path} is no npz file") from None
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+
+@contextmanager
+def npz_entry(path: Path, name: str) -> Iterator[tuple[IO[bytes], _Header]]:
+    """One array of an npz file, open where its data begin, with its shape and type. No pickle is read.
+
+    Raises:
+        ValueError: no such array, damaged, encrypted or compressed in an unknown way; what is read inside
+            the block counts too.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+            shape, fortran, dtype = (read or np.lib.format.read_array_header_2_0)(file)
+            size = archive.getinfo(f"{name}.npy").file_size
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize > size:
+                raise ValueError(f"{name} claims {shape} of {dtype}, which its {size:,} bytes do not hold")
+            yield file, _Header(shape, fortran, dtype)
+    except KeyError:
+        known = ", ".join(sorted(npz_keys(path))) or "nothing"
+        raise ValueError(f"{path} holds no {name}; it holds: {known}") from None
+    except Exception as error:  # the bytes of a damaged file can lead its readers to any of them
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def npz_array(path: Path, name: str, kinds: str = "fiu") -> NDArray[Any]:
+    """All of one array of an npz file.
+
+    Args:
+        path: the file.
+        name: of the array.
+        kinds: NumPy's letters of the types that it may have; f, i and u are real numbers, U is text.
+
+    Raises:
+        ValueError: see `npz_entry`; or of another type, or more than 1 GiB that was compressed.
+    """
+    with npz_entry(path, name) as (file, (shape, fortran, dtype)):
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in kinds:
+            raise ValueError(f"{name} must hold {'text' if kinds == 'U' else 'real numbers'}, got {dtype}")
+        if size > max(_LARGEST_COMPRESSED, path.stat().st_size):
+            raise ValueError(f"{name} would take {size:,} bytes")
+        data = file.read(size)
+        if len(data) < size or file.read(1):
+            raise ValueError(f"{name} holds other than its {size:,} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
 def _npz_header(path: Path) -> tuple[int, int, int]:
     """(N, H, W) of the images of an npz file."""
     if "arr_0" not in (keys := npz_keys(path)):
         raise ValueError(f"{path} holds no images (arr_0); it holds: {', '.join(sorted(keys)) or 'nothing'}")
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        shape, in_fortran_order, dtype = _read_header(file)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or in_fortran_order:
+    with npz_entry(path, "arr_0") as (_, (shape, fortran, dtype)):
+        pass
+    if fortran or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape[1:]:
         raise ValueError(
             f"arr_0 in {path} must be uint8 images (N, H, W, 3) from 0 to 255, got {dtype} {shape}"
         )
+    if math.prod(shape[1:]) > _LARGEST_IMAGE:
+        raise ValueError(
+            f"arr_0 in {path} holds images of {shape[1]} x {shape[2]} pixels, too large to measure"
+        )
     return shape[0], shape[1], shape[2]
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
 
 
 def _folder_images(path: Path) -> ImageStream:

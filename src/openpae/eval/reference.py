@@ -13,7 +13,7 @@ from openpae.data.images import PackedImages, Size, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of
-from openpae.eval.image_stream import npz_keys, npz_stream, real_images
+from openpae.eval.image_stream import npz_array, npz_keys, npz_stream, real_images
 from openpae.storage.files import file_hash, whole_file
 
 
@@ -108,6 +108,14 @@ def save_reference(reference: Reference, path: Path) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def is_own_reference(path: Path) -> bool:
+    """Whether a file is one that `save_reference` wrote."""
+    try:
+        return path.is_file() and "facts" in npz_keys(path)
+    except ValueError:
+        return False
+
+
 def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64) -> Reference:
     """Read an npz reference: an ADM file (statistics, images or both), or one that `save_reference` wrote.
 
@@ -145,46 +153,61 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
         images = features_of(stream, extractor, batch_size)
         if "mu" not in keys:
             return reference_of(images, path.name, stream.preprocessing)
-    with np.load(path) as file:
-        return Reference(
-            name=path.name,
-            sha256=file_hash(path),
-            extractor=extractor.name,
-            weights="" if images is None else extractor.weights,
-            pooled=_gaussian(file, "mu", "sigma"),
-            spatial=_gaussian(file, "mu_s", "sigma_s") if "mu_s" in keys else None,
-            features=None if images is None else images.features(),
-            image_size=None if images is None else images.image_size,
-            preprocessing="unknown" if images is None else stream.preprocessing,
-        )
-
-
-def _gaussian(file: np.lib.npyio.NpzFile, mean: str, covariance: str, n: int | None = None) -> Gaussian:
-    return Gaussian(
-        mean=torch.from_numpy(file[mean].astype(np.float64)),
-        covariance=torch.from_numpy(file[covariance].astype(np.float64)),
-        n=n,
+    return Reference(
+        name=path.name,
+        sha256=file_hash(path),
+        extractor=extractor.name,
+        weights="" if images is None else extractor.weights,
+        pooled=_gaussian(path, "mu", "sigma"),
+        spatial=_gaussian(path, "mu_s", "sigma_s") if "mu_s" in keys else None,
+        features=None if images is None else images.features(),
+        image_size=None if images is None else images.image_size,
+        preprocessing="unknown" if images is None else stream.preprocessing,
     )
 
 
+def _gaussian(path: Path, mean: str, covariance: str, n: int | None = None) -> Gaussian:
+    mu, sigma = (torch.from_numpy(npz_array(path, name).astype(np.float64)) for name in (mean, covariance))
+    try:
+        return Gaussian(mean=mu, covariance=sigma, n=n)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no {mean} and {covariance}: {error}") from None
+
+
 def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
-    with np.load(path) as file:
-        facts = dict(zip(_FACTS, map(str, file["facts"]), strict=True))
-        if (facts["extractor"], facts["weights"]) != (extractor.name, extractor.weights):
-            raise ValueError(
-                f"{path} was made by {facts['extractor']} with weights {facts['weights'] or 'unknown'}, but "
-                f"the samples are measured by {extractor.name} with {extractor.weights}; make the reference "
-                "again"
-            )
-        n = int(file["n"]) if "n" in file else None
-        features = torch.from_numpy(file["features"]) if "features" in file else None
-        pooled = _gaussian(file, "mu", "sigma", n)
-        if features is not None and len(features) < features.shape[1] and n == len(features):
-            pooled = gaussian_of(features)  # with its factor: exact, as when it was made
-        return Reference(
-            **facts,
-            pooled=pooled,
-            spatial=_gaussian(file, "mu_s", "sigma_s", n) if "mu_s" in file else None,
-            features=features,
-            image_size=tuple(file["image_size"].tolist()) if "image_size" in file else None,
+    keys, names = npz_keys(path), npz_array(path, "facts", "U").ravel().tolist()
+    facts = dict(zip(_FACTS, names, strict=False))
+    if len(names) != len(_FACTS):
+        raise ValueError(f"{path} is damaged: its facts must be {', '.join(_FACTS)}, got {len(names)} texts")
+    if (facts["extractor"], facts["weights"]) != (extractor.name, extractor.weights):
+        raise ValueError(
+            f"{path} was made by {facts['extractor']} with weights {facts['weights'] or 'unknown'}, but "
+            f"the samples are measured by {extractor.name} with {extractor.weights}; make the reference "
+            "again"
         )
+    n = _whole_numbers(path, "n", 1)[0] if "n" in keys else None
+    height_width = _whole_numbers(path, "image_size", 2) if "image_size" in keys else None
+    pooled = _gaussian(path, "mu", "sigma", n)
+    features = torch.from_numpy(npz_array(path, "features")).float() if "features" in keys else None
+    if features is not None:
+        if features.shape[1:] != pooled.mean.shape or len(features) != n or not features.isfinite().all():
+            raise ValueError(
+                f"{path} is damaged: features must be ({n}, {len(pooled.mean)}) finite numbers, one row for "
+                f"each of its images, got {tuple(features.shape)}"
+            )
+        if len(features) < features.shape[1]:
+            pooled = gaussian_of(features)  # with its factor: exact, as when it was made
+    return Reference(
+        **facts,
+        pooled=pooled,
+        spatial=_gaussian(path, "mu_s", "sigma_s", n) if "mu_s" in keys else None,
+        features=features,
+        image_size=None if height_width is None else (height_width[0], height_width[1]),
+    )
+
+
+def _whole_numbers(path: Path, name: str, count: int) -> list[int]:
+    found: list[int] = npz_array(path, name, "iu").ravel().tolist()
+    if len(found) != count or min(found) < 1:
+        raise ValueError(f"{path} is damaged: {name} must hold {count} numbers above 0, got {found[:4]}")
+    return found

@@ -28,8 +28,9 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Es
         A value in [1, K]; std is that of the splits (divided by their number, as torch-fidelity does).
 
     Raises:
-        ValueError: fewer samples than splits.
+        ValueError: fewer samples than splits, or logits that are not finite.
     """
+    _check_finite(logits)
     if not 1 <= splits <= len(logits):
         raise ValueError(f"splits must be between 1 and the {len(logits)} samples, got {splits}")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
@@ -75,7 +76,7 @@ def kid(
         of subsets only, not that of the samples.
 
     Raises:
-        ValueError: the widths differ, or one set is smaller than a subset.
+        ValueError: the widths differ, features are not finite, or one set is smaller than a subset.
     """
     _check_widths(samples, reference)
     smaller = min(len(samples), len(reference))
@@ -132,7 +133,7 @@ def precision_recall(
         Precision and recall, shares in [0, 1], with the standard error of a share.
 
     Raises:
-        ValueError: the widths differ, or a set has no k-th neighbour.
+        ValueError: the widths differ, features are not finite, or a set has no k-th neighbour.
     """
     _check_widths(samples, reference)
     if not 1 <= k < min(len(samples), len(reference)):
@@ -161,6 +162,13 @@ def _check_widths(samples: Tensor, reference: Tensor) -> None:
             f"features must be (N, F) and (M, F) of one width, got {tuple(samples.shape)} "
             f"and {tuple(reference.shape)}"
         )
+    _check_finite(samples)
+    _check_finite(reference)
+
+
+def _check_finite(features: Tensor) -> None:
+    if not features.isfinite().all():  # no comparison holds for NaN: shares of it would look like numbers
+        raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:

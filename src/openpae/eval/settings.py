@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from openpae.config import check_fields
 from openpae.models.configs import PerceptualNet
 from openpae.sampling.settings import SamplerConfig
 
@@ -14,6 +15,9 @@ ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "r
 """inception gives the FID that is published, dinov2 FD-DINOv2; vgg16 (512 features) and efficientnet-lite0
 (1,280) need no hub; random has fixed random weights, for trials."""
 
+
+SIDE, SAMPLES = "[1, 16384]", "[2, 100000000]"
+"""Pixels of a side, and images that are drawn: what lies beyond is a mistake."""
 
 Candidate = tuple[float, float, float]
 """guidance, guidance_start, guidance_end."""
@@ -37,9 +41,7 @@ class SearchConfig:
     """Of the noise, which all candidates share. Report with another."""
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 2), ("halving", 2)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_fields(self, samples="[2, inf)", halving="[2, inf)")
         for name in ("scales", "starts", "ends"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one value")
@@ -93,15 +95,8 @@ class EvaluationConfig:
     """Fewer samples than this are measured with a warning: the Frechet distance is then much too large."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("k", 1),
-            ("kid_subsets", 1),
-            ("kid_subset_size", 2),
-            ("splits", 1),
-            ("min_samples", 2),
-        ):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        one, two = ("k", "kid_subsets", "splits"), ("kid_subset_size", "min_samples")
+        check_fields(self, **dict.fromkeys(one, "[1, inf)"), **dict.fromkeys(two, "[2, inf)"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +148,7 @@ class EvaluationRun:
     nothing to judge that is all that is done."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("sample_count", 2),
-            ("count", 1),
-            ("size", 1),
-            ("min_samples", 2),
-        ):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_fields(self, sample_count=SAMPLES, count="[1, inf)", size=SIDE, min_samples="[2, inf)")
         if self.samples is not None and (self.tokenizer is not None or self.generator is not None):
             raise ValueError("samples are judged as they are; leave tokenizer and generator out, or samples")
         if self.generator is not None and (self.tokenizer is None or self.sample_count is None):
@@ -182,6 +170,10 @@ class EvaluationRun:
                 "save_reference keeps a reference of samples; leave it out for reconstructions, which are "
                 "compared with their own originals"
             )
+
+    def judges(self) -> bool:
+        """Whether something is measured, not only a reference made."""
+        return self.samples is not None or self.tokenizer is not None
 
     def record_path(self) -> Path:
         """Where the record goes if nothing else is said: beside what is judged."""

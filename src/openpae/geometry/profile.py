@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
+from openpae.storage.outputs import made_by, make_folder, spare
 
 
 def run_profile(
@@ -46,8 +48,13 @@ def run_profile(
         What was measured, in the order of the tokenizers.
 
     Raises:
-        FileNotFoundError, ValueError: a tokenizer, images or maps that cannot be had or do not fit.
+        FileNotFoundError, ValueError: a tokenizer, images or maps that cannot be had or do not fit; or the
+            folder holds files of the user that would be replaced.
     """
+    names = [run.out / "profile.json", run.out / "profile.html"]
+    ours = names if made_by(names[0], kind="profile") else ()
+    read = (run.images, run.label_images, run.label_maps, *map(Path, tokenizers))
+    spare(*names, into=run.out, inputs=read, ours=ours)
     config = run.measure
     spaces = _opened(tokenizers, device)
     size: Size = run.size or spaces[0].image_size
@@ -73,7 +80,7 @@ def run_profile(
     records = [
         _record(*each) for each in zip(found, [space.kind for space in spaces], tokenizers, strict=True)
     ]
-    run.out.mkdir(parents=True, exist_ok=True)
+    make_folder(run.out)
     write_json(run.out / "profile.json", {**facts, "tokenizers": records})
     page = profile_page(found, spaces, source, size, segmented, facts, config)
     page.write(run.out / "profile.html")

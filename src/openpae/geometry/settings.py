@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from openpae.eval.settings import ExtractorName
+from openpae.config import check_fields
+from openpae.eval.settings import SIDE, ExtractorName
 from openpae.models.configs import PerceptualNet
 
 
@@ -29,21 +30,11 @@ class MeasureConfig:
     batch_size: int = 32
     """Images per forward pass; changes no number beyond rounding."""
     seed: int = 0
-    """Of directions, classes and clusters."""
+    """Seed of directions, classes and clusters."""
 
     def __post_init__(self) -> None:
-        for part in fields(self):
-            least = (
-                2
-                if part.name == "count"
-                else 0
-                if part.name == "seed"
-                else 0.01
-                if part.name == "sigma"
-                else 1
-            )
-            if (value := getattr(self, part.name)) < least:
-                raise ValueError(f"{part.name} must be at least {least}, got {value}")
+        others = dict.fromkeys(("lpc_count", "directions", "classes", "repeats", "batch_size"), "[1, inf)")
+        check_fields(self, count="[2, inf)", sigma="[0.01, inf)", seed="[0, inf)", **others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +76,6 @@ class ProfileRun:
             )
         if self.label_maps is None and (self.label_images is not None or self.ignore is not None):
             raise ValueError("label_images and ignore say something about label_maps, which were not given")
-        for name, least in (("label_count", 1), ("scenes", 0), ("size", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_fields(self, label_count="[1, inf)", scenes="[0, 1000000]", size=SIDE)
         if self.extractor == "none" and self.extractor_weights is not None:
             raise ValueError("extractor none takes no extractor_weights; leave them out or name an extractor")

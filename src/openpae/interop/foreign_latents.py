@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openpae.data.caches import Progress
-from openpae.data.shards import Layout, Part, Shards, ShardWriter
+from openpae.data.shards import Layout, Part, Shards, shard_folder
 
+_MOST_CLASSES = 2**20
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -77,7 +78,13 @@ def import_latents(
     if first.shape != latent_shape:
         raise ValueError(f"{source} holds latents {first.shape}, but the tokenizer makes {latent_shape}")
     labels = torch.cat([file.labels for file in files])
+    if not len(labels):
+        raise ValueError(f"{source} holds no latents: its files have no rows")
     count = int(labels.max()) + 1 if num_classes is None else num_classes
+    if count > _MOST_CLASSES:
+        raise ValueError(
+            f"{source} would have {count:,} classes, at most {_MOST_CLASSES:,} are taken; see its labels"
+        )
     if not 0 <= int(labels.min()) <= int(labels.max()) < count:
         raise ValueError(
             f"labels in {source} must lie in [0, {count - 1}], got {int(labels.min())} to {int(labels.max())}"
@@ -99,12 +106,12 @@ def import_latents(
         per_shard=per_shard,
         attributes=attributes,
     )
-    writer = ShardWriter(folder, layout)
-    for shard in writer.missing():
-        writer.write_parts(shard, _parts(files, layout.span(shard), chunk))
-        if progress:
-            progress(layout.span(shard).stop, layout.sources)
-    return writer.finish()
+    with shard_folder(folder, layout) as writer:
+        for shard in writer.missing():
+            writer.write_parts(shard, _parts(files, layout.span(shard), chunk))
+            if progress:
+                progress(layout.span(shard).stop, layout.sources)
+        return writer.finish()
 
 
 def _opened(source: Path) -> list[_File]:

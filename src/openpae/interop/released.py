@@ -140,7 +140,7 @@ def released_tokenizer_config(
     return PAEConfig(
         encoder=encoder,
         encoder_source=source,
-        image_size=patch * math.isqrt(_shape(state, "delta_encoder.pos_embed")[1]),
+        image_size=patch * math.isqrt(_shape(state, "delta_encoder.pos_embed", 3)[1]),
         latent_dim=to_latent[0],
         modulator_layers=_count(state, r"delta_encoder\.layers\.(\d+)\."),
         decoder=decoder,
@@ -198,10 +198,10 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
     state = _plain_names(released, ("ema", "model"))
     wide = "s_embedder.proj.weight" in state
     embed, rope = ("s_embedder", "enc_feat_rope") if wide else ("x_embedder", "feat_rope")
-    dim, channels, patch, _ = _shape(state, f"{embed}.proj.weight")
+    dim, channels, patch, _ = _shape(state, f"{embed}.proj.weight", 4)
     shared: dict[str, Any] = {
         "latent_dim": channels,
-        "grid_size": patch * math.isqrt(_shape(state, "pos_embed")[1]),
+        "grid_size": patch * math.isqrt(_shape(state, "pos_embed", 3)[1]),
         "patch_size": patch,
         "hidden_dim": dim,
         "num_heads": dim // _shape(state, f"{rope}.freqs_cos")[1],
@@ -211,8 +211,8 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
     blocks = _count(state, r"blocks\.(\d+)\.")
     if not wide:
         return LightningDiTConfig(num_layers=blocks, **shared)
-    width = _shape(state, "x_embedder.proj.weight")[0]
-    widths = [_shape(state, f"blocks.{index}.norm1.weight")[0] for index in range(blocks)]
+    width = _shape(state, "x_embedder.proj.weight", 4)[0]
+    widths = [_shape(state, f"blocks.{index}.norm1.weight", 1)[0] for index in range(blocks)]
     # Where the head is no wider than the DiT, no tensor tells its blocks from those of the DiT.
     layers = sum(w == width for w in widths) if width != dim else HeadConfig().num_layers
     head = HeadConfig(
@@ -332,10 +332,13 @@ def _take_constant(state: dict[str, Tensor], name: str, ours: Tensor) -> None:
         )
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Tensor], name: str, axes: int = 2) -> tuple[int, ...]:
     if name not in state:
         raise ValueError(f"released weights lack {name}")
-    return tuple(state[name].shape)
+    shape = tuple(state[name].shape)
+    if len(shape) != axes or 0 in shape:
+        raise ValueError(f"{name} of the released weights must have {axes} axes of at least 1, got {shape}")
+    return shape
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

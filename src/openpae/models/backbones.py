@@ -105,6 +105,7 @@ def load_pretrained(
     try:
         with _no_reports():
             config = kind.config_class.from_pretrained(source, **options)
+            check_architecture(config.to_dict())
             if state is None and convert is None:
                 model, report = kind.from_pretrained(source, config=config, **wishes)
             else:
@@ -134,6 +135,18 @@ def load_pretrained(
     return model
 
 
+def check_architecture(architecture: Mapping[str, Any]) -> None:
+    """Refuse sizes that no VFM has, before anything is built.
+
+    Raises:
+        ValueError: a number beyond 2^20, or of layers beyond 1024.
+    """
+    for name, value in architecture.items():
+        most = 1024 if "layer" in name and "norm" not in name else 2**20
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most:
+            raise ValueError(f"{name} of an encoder must lie in [0, {most}], got {value}")
+
+
 def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:
     """A vision tower of the transformers package with random weights.
 
@@ -143,6 +156,7 @@ def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:
     """
     import transformers
 
+    check_architecture(architecture)
     kind = getattr(transformers, model_class)
     tower: nn.Module = kind(kind.config_class.from_dict(dict(architecture)))
     return tower

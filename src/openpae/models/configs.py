@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from openpae.config import check_fields
+
+COUNT, WIDTH, LAYERS = "[1, 16777216]", "[1, 65536]", "[1, 1024]"
+"""What sizes may be: what lies beyond is a mistake, and would be built for hours."""
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -29,18 +34,16 @@ class DiscriminatorConfig:
     source: str = "facebook/dino-vits8"
     """features: hub name or local folder of the ViT, a ViTModel of the transformers package."""
     taps: tuple[int, ...] = (3, 6, 9, 12)
-    """features: blocks of the ViT, counted from 1, behind which a head looks."""
+    """features: blocks of the ViT, counted from 1, whose output a head sees."""
     head_dim: int = 256
     """features: width of the heads."""
     width: int = 64
     """patch: channels of the first layer; each of the next doubles them, up to 8 times."""
     num_layers: int = 3
-    """patch: layers of stride 2; 3 judge patches of 70 x 70 pixels."""
+    """patch: layers of stride 2; with 3 each output sees 70 x 70 pixels."""
 
     def __post_init__(self) -> None:
-        for name in ("head_dim", "width", "num_layers"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"discriminator.{name} must be >= 1, got {value}")
+        check_fields(self, "discriminator.", head_dim=WIDTH, width=WIDTH, num_layers=LAYERS)
         if not self.taps or list(self.taps) != sorted({tap for tap in self.taps if tap >= 1}):
             raise ValueError(
                 f"discriminator.taps must hold blocks of the ViT, counted from 1, in order, got {self.taps}"
@@ -61,10 +64,7 @@ class LowPassConfig:
     amplitude at the grid's Nyquist frequency, and 0.7 % at twice that, where sampling sees a constant."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"low_pass.strength must lie in [0, 1] (0 has no low-pass), got {self.strength}")
-        if self.sigma <= 0:
-            raise ValueError(f"low_pass.sigma must be > 0 cells, got {self.sigma}")
+        check_fields(self, "low_pass.", strength="[0, 1]", sigma="(0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +89,8 @@ class RefinerConfig:
     """Attention heads of Q_t."""
 
     def __post_init__(self) -> None:
-        for name in ("feature_dim", "latent_dim", "grid_size", "decoder_layers", "decoder_dim"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.grid_width is not None and self.grid_width < 1:
-            raise ValueError(f"grid_width must be >= 1 or null, got {self.grid_width}")
+        sizes = ("feature_dim", "latent_dim", "grid_size", "grid_width", "decoder_dim")
+        check_fields(self, decoder_layers=LAYERS, **dict.fromkeys(sizes, WIDTH))
         for name, width in (("num_heads", self.feature_dim), ("decoder_heads", self.decoder_dim)):
             if (heads := getattr(self, name)) < 1 or width % heads:
                 raise ValueError(f"{name} must divide the width {width}, got {heads}")
@@ -118,10 +115,7 @@ class LinearTargetsConfig:
     """Channels C of the targets."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.latent_dim <= self.feature_dim:
-            raise ValueError(
-                f"latent_dim must lie in [1, feature_dim = {self.feature_dim}], got {self.latent_dim}"
-            )
+        check_fields(self, feature_dim=WIDTH, latent_dim=f"[1, {self.feature_dim}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +135,8 @@ class DecoderConfig:
     """Pixels per token and axis: image_size / patch_size is the side of the latent grid."""
 
     def __post_init__(self) -> None:
-        for part in fields(self):
-            if (value := getattr(self, part.name)) < 1:
-                raise ValueError(f"decoder.{part.name} must be >= 1, got {value}")
+        sizes = ("hidden_dim", "num_heads", "mlp_dim", "patch_size")
+        check_fields(self, "decoder.", num_layers=LAYERS, **dict.fromkeys(sizes, WIDTH))
         check_heads(self.hidden_dim, self.num_heads)
 
 
@@ -168,7 +161,7 @@ class PAEConfig:
     """Width of modulator and projectors; null is the VFM's own, as in the paper. Otherwise one linear layer
     behind the VFM narrows its features (our choice, for sizes that a CPU can train)."""
     fusion: Literal["modulate", "add", "concat", "finetune", "none"] = "modulate"
-    """How detail meets the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
+    """How detail joins the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
     the RAE of arXiv:2510.11690: the features themselves are the latent, and only the decoder is trained."""
     sphere: Literal["token", "sample"] = "token"
     """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole
@@ -177,21 +170,18 @@ class PAEConfig:
     """The pixel decoder."""
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "image_width", "latent_dim", "width")
+        check_fields(self, modulator_layers="[0, 1024]", **dict.fromkeys(sizes, WIDTH))
         for name, side in zip(("image_size", "image_width"), self.image_shape, strict=True):
-            if side < 1 or side % self.decoder.patch_size:
+            if side % self.decoder.patch_size:
                 raise ValueError(
                     f"{name} must be a multiple of decoder.patch_size, "
                     f"got {side} and {self.decoder.patch_size}"
                 )
-        for name in ("latent_dim", "width"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
         if self.fusion == "none" and self.width is not None:
             raise ValueError(
                 f"fusion none keeps the VFM's features as they are, so width must be null, got {self.width}"
             )
-        if self.modulator_layers < 0:
-            raise ValueError(f"modulator_layers must be >= 0, got {self.modulator_layers}")
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -292,18 +282,13 @@ def check_generator(config: Any) -> None:
     Raises:
         ValueError: names the field.
     """
-    for name in ("latent_dim", "grid_size", "patch_size", "hidden_dim", "num_layers", "num_classes"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    if config.grid_width is not None and config.grid_width < 1:
-        raise ValueError(f"grid_width must be >= 1 or null, got {config.grid_width}")
+    sizes = dict.fromkeys(("latent_dim", "grid_size", "grid_width", "patch_size", "hidden_dim"), WIDTH)
+    check_fields(config, num_layers=LAYERS, num_classes=COUNT, class_dropout="[0, 1]", **sizes)
     for name in ("grid_size", "grid_width"):
         if (getattr(config, name) or 0) % config.patch_size:
             raise ValueError(
                 f"patch_size must divide {name}, got {config.patch_size} and {getattr(config, name)}"
             )
-    if not 0 <= config.class_dropout <= 1:
-        raise ValueError(f"class_dropout must lie in [0, 1], got {config.class_dropout}")
     check_heads(config.hidden_dim, config.num_heads)
 
 
@@ -319,9 +304,7 @@ class HeadConfig:
     """Attention heads."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "num_layers"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"head.{name} must be >= 1, got {value}")
+        check_fields(self, "head.", hidden_dim=WIDTH, num_layers=LAYERS)
         check_heads(self.hidden_dim, self.num_heads)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from openpae.models.priors import FrozenPrior, LinearTargets, Refiner
 from openpae.models.tokenizer import Autoencoder
 from openpae.storage.files import write_json
 from openpae.storage.model_folder import CONFIG, ENCODER, identity_of, model_folder, read_model, write_model
-from openpae.storage.weights import load_strict
+from openpae.storage.weights import check_size, load_strict
 
 
 def write_tokenizer(
@@ -107,12 +108,14 @@ def load_prior(folder: str | Path) -> FrozenPrior:
     """
     path = model_folder(folder)
     kind = configs.read_yaml(path / CONFIG).get("kind")
-    targets: Refiner | LinearTargets
+    build: Callable[[], Refiner | LinearTargets]
     if kind == "LinearTargetsConfig":
-        targets = LinearTargets(configs.load(LinearTargetsConfig, path / CONFIG))
+        build = partial(LinearTargets, configs.load(LinearTargetsConfig, path / CONFIG))
     else:
-        targets = Refiner(configs.load(RefinerConfig, path / CONFIG))
+        build = partial(Refiner, configs.load(RefinerConfig, path / CONFIG))
     state, _ = read_model(path)
+    check_size(build, state, f"weights in {path}")
+    targets = build()
     load_strict(targets, state, f"weights in {path}")
     return FrozenPrior(targets)
 

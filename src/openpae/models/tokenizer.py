@@ -30,7 +30,7 @@ from openpae.models.modulator import DetailModulator, NoModulator
 from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
 from openpae.storage.model_folder import CONFIG, ENCODER, model_folder, read_model
-from openpae.storage.weights import load_strict
+from openpae.storage.weights import check_size, load_strict
 
 
 class Autoencoder(nn.Module):
@@ -172,7 +172,14 @@ class Autoencoder(nn.Module):
                 source = str(path / ENCODER) if (path / ENCODER).is_file() else config.encoder_source
                 own = {name.removeprefix("encoder."): value for name, value in kept.items()} or None
                 encoder = load_encoder(config.encoder, source, trainable=finetuned, state=own)
-        model = tokenizer_class(config)(config, encoder)
+        kind = tokenizer_class(config)
+        fixed = (
+            {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+            if isinstance(encoder, nn.Module)
+            else {}
+        )
+        check_size(lambda: kind(config, encoder), fixed | state, f"weights in {path}")
+        model = kind(config, encoder)
         # What the file does not hold of the encoder is as it was built.
         built = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
         load_strict(model, built | state, f"weights in {path}")

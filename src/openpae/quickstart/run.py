@@ -36,6 +36,7 @@ from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, whole_file, write_json
 from openpae.storage.model_folder import PARTS, identity_of
+from openpae.storage.outputs import spare
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.refiner import RefinerTask, train_refiner
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -48,7 +49,7 @@ SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
 
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
-"""The pretrained release: a pair for 64-pixel emoji, trained by docs/make_pretrained.py."""
+"""The pretrained release: a pair for 64-pixel emoji, trained by tools/make_pretrained.py."""
 
 
 def parse_budget(text: str) -> float:
@@ -183,10 +184,18 @@ def _same_plan(out: Path, plan: dict[str, Any]) -> None:
     """
     file = out / "plan.json"
     if not file.is_file():
+        spare(*(out / name for name in _WRITTEN))
         write_json(file, plan)
     elif (begun := read_json(file)) != plan:
         shown = ", ".join(f"{name} {begun.get(name)}" for name in plan if begun.get(name) != plan[name])
         raise ValueError(f"{out} holds a quickstart with {shown}; go on with that, or name another --out")
+
+
+_WRITTEN = (
+    *("data", "generator", "latents", "refiner", "tokenizer", "evaluation.json", "report.html"),
+    *("reconstructions.png", "samples.npz", "samples.png"),
+)
+"""What a quickstart makes beside its plan.json, without which none of it is a quickstart's."""
 
 
 class _Clock:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,16 @@ from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
 from openpae.sampling.settings import FILES, Format, SamplerConfig
-from openpae.storage.files import file_hash, read_json, whole_file, whole_folder, write_json
+from openpae.storage.files import (
+    discard,
+    file_hash,
+    read_json,
+    remove_folder,
+    whole_file,
+    whole_folder,
+    write_json,
+)
+from openpae.storage.outputs import alone, made_by, read_record, spare
 
 _SHOWN = 256  # images in a picture that can still be looked at
 
@@ -82,6 +90,8 @@ def draw_samples(
     *,
     weak: VelocityModel | None = None,
     progress: Callable[[int, int], None] | None = None,
+    inputs: Sequence[Path | None] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Draw samples into a folder; an interrupted call goes on with the parts that are missing.
 
@@ -95,14 +105,47 @@ def draw_samples(
         generator: makes the latents, in evaluation mode.
         weak: guides in place of the null class, see `sampling.sample_latents`.
         progress: called with (done, all) parts, of those that were missing, by this process.
+        inputs: what was read for it; nothing is written there.
+        overwrite: replace what has the names of these files.
 
     Returns:
         The record, as in samples.json.
 
     Raises:
-        ValueError: the folder holds other samples, or the settings do not fit the generator.
+        ValueError: the folder holds other samples, or files of the user with the names of these, or another
+            process draws there; or the settings do not fit the generator.
         DiskFull: there is no room for them.
     """
+    processes.on_rank0(lambda: _spare(out, samples.format, inputs, overwrite))
+    with alone(out, "sampling"):
+        if overwrite:
+            processes.on_rank0(lambda: _forget(out))
+        return _draw(out, samples, tokenizer, generator, weak, progress)
+
+
+def _spare(out: Path, format: Format, inputs: Sequence[Path | None], overwrite: bool) -> None:
+    """See that what will be written is new, or of an earlier call."""
+    names = [out / name for name in (FILES[format], "grid.png", "samples.json")]
+    begun = made_by(out / "parts" / "header.json", kind="samples")
+    ours = names if begun or "samples_sha256" in read_record(out / "samples.json") else ()
+    spare(*names, into=out, inputs=inputs, ours=ours, overwrite=overwrite)
+
+
+def _forget(out: Path) -> None:
+    """Have the samples of an earlier call drawn anew."""
+    (out / "samples.json").unlink(missing_ok=True)
+    if made_by(out / "parts" / "header.json", kind="samples"):
+        remove_folder(out / "parts")
+
+
+def _draw(
+    out: Path,
+    samples: SampleSet,
+    tokenizer: Decoder,
+    generator: VelocityModel,
+    weak: VelocityModel | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
     if (finished := processes.on_rank0(lambda: _finished(out, samples))) is not None:
         return finished
     device = next(generator.parameters()).device
@@ -136,7 +179,9 @@ def _finished(out: Path, samples: SampleSet) -> dict[str, Any] | None:
     if changed := [key for key, value in told.items() if record.get(key) != value]:
         facts = ", ".join(f"{key} ({record.get(key)} there, {told[key]} now)" for key in changed[:4])
         raise ValueError(f"{out} holds other samples: another {facts}; name another folder, or delete it")
-    shutil.rmtree(out / "parts", ignore_errors=True)  # killed between the record and this
+    if made_by(out / "parts" / "header.json", kind="samples"):  # killed between the record and this
+        remove_folder(out / "parts")
+    discard(out / ".parts.removed")
     return record
 
 
@@ -179,7 +224,7 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         "versions": package_versions(),
     }
     write_json(out / "samples.json", record)
-    shutil.rmtree(out / "parts")
+    remove_folder(out / "parts")
     return record
 
 

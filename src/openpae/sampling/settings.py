@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from openpae.config import check_fields
+
 Solver = Literal["euler", "heun", "multistep", "sde", "rk45"]
 
 
@@ -19,7 +21,7 @@ class SamplerConfig:
     """euler (the paper's), heun and multistep (after DPM-Solver++ 2M) follow the ODE; sde is the paper's for
     unguided samples: noisy steps and one without noise; rk45 is adaptive and slow, the others' reference."""
     steps: int = 249
-    """Steps of the grid; rk45 finds its own."""
+    """Steps of the grid; rk45 chooses its own."""
     shift: float = 0.4
     """Shift of the grid: t' = s t / (1 + (s - 1) t); below 1 it spends more steps near the noise."""
     tolerance: float = 1e-5
@@ -31,19 +33,18 @@ class SamplerConfig:
     guidance_end: float = 1.0
     """Guide where t <= this."""
     tuned_on: str | None = None
-    """What guidance and interval were tuned on; pae search-guidance says it here, and every record repeats
+    """What guidance and interval were tuned on; pae search-guidance writes it here, and every record repeats
     it."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.shift <= 0:
-            raise ValueError(f"shift must be > 0, got {self.shift}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must lie in (0, 1), got {self.tolerance}")
-        for name in ("guidance_start", "guidance_end"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        check_fields(
+            self,
+            steps="[1, 1000000]",
+            shift="(0, inf)",
+            tolerance="(0, 1)",
+            guidance_start="[0, 1]",
+            guidance_end="[0, 1]",
+        )
         if self.guidance_start > self.guidance_end:
             raise ValueError(
                 f"guidance_start must not exceed guidance_end, got {self.guidance_start} and "

@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 
 from openpae import config as configs
+from openpae.runtime.escape import markdown
 from openpae.storage.files import read_json
 from openpae.storage.model_folder import CONFIG, RECORD, WEIGHTS, Identity, identity_of
 
@@ -29,11 +30,9 @@ class _Kind:
 
 
 _KINDS = {
-    "PAEConfig": _Kind("a tokenizer: images to latents and back", "tokenizer", "PAE", "frozen encoder"),
-    "LightningDiTConfig": _Kind(
-        "a generator: latents of a class, from noise", "generator", "LightningDiT", "tokenizer"
-    ),
-    "DiTDHConfig": _Kind("a generator: latents of a class, from noise", "generator", "DiTDH", "tokenizer"),
+    "PAEConfig": _Kind("images to latents and back", "tokenizer", "PAE", "frozen encoder"),
+    "LightningDiTConfig": _Kind("latents of a class, from noise", "generator", "LightningDiT", "tokenizer"),
+    "DiTDHConfig": _Kind("latents of a class, from noise", "generator", "DiTDH", "tokenizer"),
 }
 
 
@@ -68,14 +67,17 @@ def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> s
     if licence is not None:
         matter["license"] = licence
     title = repo.rpartition("/")[2]
-    stated = f"The weights are under {licence}." if licence else "No licence of the weights is stated."
+    stated = (
+        f"The weights are under {markdown(licence)}." if licence else "No licence of the weights is stated."
+    )
     lines = [
-        *("---", yaml.safe_dump(matter, sort_keys=False).rstrip(), "---", f"# {title}", ""),
+        *("---", yaml.safe_dump(matter, sort_keys=False).rstrip(), "---", f"# {markdown(title)}", ""),
         *(line for facts in models.values() for line in _about(facts)),
         *_usage(models, repo),
         *(line for facts in models.values() for line in _metrics(facts)),
         *("## Licence", ""),
-        f"{stated} A frozen encoder keeps its own licence; its weights come from its own home.",
+        f"{stated} A frozen encoder keeps its own licence.",
+        "Its weights come from its own home.",
         "",
     ]
     return "\n".join(lines)
@@ -86,10 +88,25 @@ def _facts(folder: Path) -> _Facts:
     kind = _KINDS.get(config.pop("kind", ""))
     if kind is None:
         raise ValueError(f"{folder} holds neither a tokenizer nor a generator, so it has no model card")
+    identity = identity_of(folder)  # first: it sees whether the file is damaged
     with safe_open(folder / WEIGHTS, "pt") as file:
         weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return _Facts(kind, config, identity_of(folder), weights, record)
+    if record is not None and not _is_record(record):
+        raise ValueError(
+            f"{folder / RECORD} is no record of pae evaluate: it has no fitting metrics; remove it"
+        )
+    return _Facts(kind, config, identity, weights, record)
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    metrics = record.get("metrics")
+    return isinstance(metrics, Mapping) and all(
+        isinstance(metric, Mapping)
+        and isinstance(metric.get("value"), int | float)
+        and isinstance(metric.get("stderr"), int | float | None)
+        for metric in metrics.values()
+    )
 
 
 def _about(facts: _Facts) -> list[str]:
@@ -97,8 +114,9 @@ def _about(facts: _Facts) -> list[str]:
     return [
         f"{facts.kind.name.capitalize()}: {facts.kind.what} ([PAE]({PAPER})), {facts.weights:,} weights.",
         "",
-        *(f"- {key}: {_short(value)}" for key, value in facts.config.items()),
-        f"- fingerprint: `{home.fingerprint}`, made with the {facts.kind.made_with} `{home.made_with}`",
+        *(f"- {markdown(key)}: {markdown(_short(value))}" for key, value in facts.config.items()),
+        f"- fingerprint: `{markdown(home.fingerprint)}`, made with the {facts.kind.made_with} "
+        f"`{markdown(home.made_with)}`",
         "",
     ]
 
@@ -121,7 +139,7 @@ def _metrics(facts: _Facts) -> list[str]:
     rows = []
     for name, metric in facts.record["metrics"].items():
         error = "" if metric["stderr"] is None else f"{metric['stderr']:.2g}"
-        rows.append(f"| {name} | {metric['value']:.5g} | {error} |")
+        rows.append(f"| {markdown(name)} | {metric['value']:.5g} | {error} |")
     return [
         *(f"## Metrics of the {facts.kind.name}", ""),
         *("| metric | value | standard error |", "|---|---|---|", *rows, ""),

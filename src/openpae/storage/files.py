@@ -20,6 +20,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """A full disk, a quota that is used up, and a file larger than the file system or a limit allows."""
 
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+"""How a partial file is opened: made anew, never through a link that somebody has put there."""
+
+
+_LARGEST_JSON = 2**28
+"""Bytes of a JSON file that is read; a larger one is something else."""
+
+
 class DiskFull(OSError):
     """There is no room for a file or folder; the message says how much was written and what to free."""
 
@@ -29,15 +37,21 @@ def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A path to write to; when the block ends well it becomes `path`, otherwise `path` stays as it was.
 
     Args:
-        path: of the file.
+        path: of the file; where it is a link, the file that it leads to is replaced.
         wanted: bytes that it will take, where that is known, for the message if there is no room.
 
     Raises:
         DiskFull: there is no room for it.
+        IsADirectoryError: a folder has this name.
     """
+    path = resolved(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, but a file is to be written; name another")
     partial = path.with_name(f".{path.name}.partial")
+    discard(partial)
     try:
         with told_if_full(path, partial, wanted):
+            os.close(os.open(partial, _NEW, 0o666))
             yield partial
             _sync(partial)
             os.replace(partial, path)
@@ -54,18 +68,22 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
     absent; nothing half-written is ever seen there.
 
     Args:
-        path: of the folder.
+        path: of the folder; where it is a link, the folder that it leads to is replaced.
         wanted: as in `whole_file`.
 
     Raises:
         DiskFull: there is no room for it.
+        NotADirectoryError: a file has this name.
     """
+    path = resolved(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, but a folder is to be written; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
     if old.exists() and not path.exists():  # killed in that instant: until the block ends, the old one counts
         os.rename(old, path)
     for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
     partial.mkdir()
     try:
         with told_if_full(path, partial, wanted):
@@ -82,6 +100,38 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path behind all links; what does not exist yet stays as it is.
+
+    Raises:
+        OSError: the links lead in a circle.
+    """
+    place = Path(os.path.realpath(path))
+    if place.is_symlink():
+        raise OSError(f"{path} is a link in a circle of links; remove it or name another")
+    return place
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder of ours, if it is there, and what a kill left of an earlier removal.
+
+    It is out of sight at once: killed in the middle, half a folder would look like a whole one.
+    """
+    removed = path.with_name(f".{path.name}.removed")
+    discard(removed)
+    if path.exists():
+        path.rename(removed)
+        shutil.rmtree(removed)
+
+
+def discard(path: Path) -> None:
+    """Remove what a kill left behind; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -159,6 +209,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, or not a mapping.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a file, got a folder, a pipe or a device")
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(f"{path} is none of ours: it has {size:,} bytes, at most {_LARGEST_JSON:,} are read")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of 5,000 digits

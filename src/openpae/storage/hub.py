@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from openpae import config as configs
 from openpae.storage.card import model_card
-from openpae.storage.files import write_json
+from openpae.storage.files import read_json, write_json
 from openpae.storage.model_folder import (
     CONFIG,
     ENCODER,
@@ -32,8 +32,10 @@ from openpae.storage.model_folder import (
     read_model,
     write_model,
 )
-from openpae.storage.weights import load_strict
+from openpae.storage.weights import check_size, load_strict
 
+_NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
+"""A name of the hub: OWNER/NAME."""
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
@@ -120,8 +122,10 @@ def load_saved(
         ValueError: a model of another kind, or damaged or unfitting weights.
     """
     path = model_folder(find_model(name_or_folder, revision))
-    model = kind(configs.load(config, path / CONFIG))
+    loaded = configs.load(config, path / CONFIG)
     state, identity = read_model(path)
+    check_size(lambda: kind(loaded), state, f"weights in {path}")
+    model = kind(loaded)
     load_strict(model, state, f"weights in {path}")
     return model.eval(), identity.made_with
 
@@ -179,8 +183,10 @@ def stage(folder: Path, out: Path, repo: str, *, licence: str | None = None) -> 
 
     Raises:
         FileNotFoundError: no saved model in the folder.
-        ValueError: a model that is neither tokenizer nor generator, or `out` holds something else.
+        ValueError: a model that is neither tokenizer nor generator, damaged, or with a file that is a link;
+            no name of the hub; or `out` holds something else.
     """
+    _check_repo(repo)
     pair = all((folder / part).is_dir() for part in PARTS)
     with new_model_folder(out) as partial:
         places = {part: partial / part for part in PARTS} if pair else {"": partial}
@@ -235,18 +241,40 @@ def push_saved(save: Callable[[Path], None], repo: str, *, licence: str | None, 
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy the files of a model folder, or of the newest checkpoint of a run."""
+    """Copy the files of a model folder, or of the newest checkpoint of a run, if its fingerprint holds."""
     path = model_folder(source)
+    read_model(path)
     for name in _FILES:
         # The record of a run lies beside its checkpoints.
         for place in (source, path):
             if (place / name).is_file() and (name == RECORD or place == path):
+                if (place / name).is_symlink():  # it may lead to any file of this machine
+                    raise ValueError(f"{place / name} is a link; put the file itself there")
+                if name in (ENCODER, RECORD):
+                    read_json(place / name)
                 shutil.copyfile(place / name, target / name)
     config = configs.read_yaml(path / CONFIG)
     home = config.get("encoder_source")
-    if home is not None and Path(home).exists():
+    if home is not None and (Path(str(home)).exists() or not re.fullmatch(_NAME, str(home))):
         text = yaml.safe_dump(config | {"encoder_source": None}, sort_keys=False, width=100)
         (target / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _check_repo(repo: str) -> None:
+    """Refuse what cannot be a name of the hub, before anything is copied or asked."""
+    parts = repo.split("/")
+    if (
+        not re.fullmatch(_NAME, repo)
+        or len(repo) > 96
+        or any(
+            part[0] in "-." or part[-1] in "-." or "--" in part or ".." in part or part.endswith(".git")
+            for part in parts
+        )
+    ):
+        raise ValueError(
+            f"{repo} cannot be a name of the hub; it must be OWNER/NAME of letters, digits, -, _ and ., at "
+            "most 96, without -- and .., and begin and end with a letter or digit"
+        )
 
 
 def _one_line(error: Exception) -> str:

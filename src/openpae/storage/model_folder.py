@@ -129,6 +129,11 @@ def new_model_folder(path: Path) -> Iterator[Path]:
         for file in sorted(path.rglob("*"))
         if not (file.is_file() and file.name in known) and str(file.relative_to(path)) not in PARTS
     ]
+    models = {file.parent for file in path.rglob(WEIGHTS)}
+    for folder in models:  # weights of another program may lie under the same name
+        identity_of(folder)
+    if not models:
+        strange += [file.name for file in path.glob("*")]
     if strange or path.is_file():
         raise ValueError(
             f"{path} holds something else than a saved model ({some(strange) or 'a file'}), so it is not "

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of a pickle protocol that it may not know: then it raises too
             # Mapped, as a training checkpoint is mostly optimizer state, which nobody here will look at.
             data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        claimed = _claimed(data)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
@@ -39,7 +40,30 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a mapping of tensors, got {type(data).__name__}")
+    if claimed is not None:
+        raise ValueError(f"{file} is damaged: it claims a tensor of {tuple(claimed.shape)} and holds less")
     return data
+
+
+def _claimed(data: Any) -> Tensor | None:
+    """A tensor, however nested, that has more numbers than are stored: strides of 0 can claim any size."""
+    if isinstance(data, Tensor):
+        dense = data.layout == torch.strided and data.device.type == "cpu"
+        held = data.untyped_storage().nbytes() if dense else 0
+        return data if data.numel() * data.itemsize > held else None
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, list | tuple) else ()
+    return next((found for part in parts if (found := _claimed(part)) is not None), None)
+
+
+def check_size(build: Callable[[], nn.Module], state: Mapping[str, Tensor], what: str) -> None:
+    """See on the meta device, where nothing is allocated, that a model is no larger than its weights.
+
+    Raises:
+        ValueError: the config asks for other weights than these.
+    """
+    with torch.device("meta"):
+        own = build().state_dict()
+    _check_fit(own, state, what)
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -48,7 +72,11 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
     Raises:
         ValueError: missing or unexpected keys, or wrong shapes; the message lists some of them.
     """
-    own = model.state_dict()
+    _check_fit(model.state_dict(), state, what)
+    model.load_state_dict(dict(state))
+
+
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
@@ -66,7 +94,6 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
     ]
     if faults:
         raise ValueError(f"{what} do not fit the config: {', '.join(faults)}")
-    model.load_state_dict(dict(state))
 
 
 def some(names: list[str]) -> str:

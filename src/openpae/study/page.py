@@ -12,6 +12,7 @@ from PIL import Image
 
 from openpae import config as configs
 from openpae.report import Page
+from openpae.runtime.escape import markdown, without_html
 from openpae.study.correlations import Point, correlations, points
 from openpae.study.plan import Plan, Run
 from openpae.study.settings import HIGHER_IS_BETTER, Claim, MetricName, Study, StudyRow, StudySetup, reported
@@ -350,7 +351,7 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     parts = []
     for study in studies:
         header, rows = numbers(study, results)
-        parts += [f"## {study.title}", study.text]
+        parts += [f"## {markdown(study.title)}", without_html(study.text)]
         parts.append(_table(header, rows) if rows else "Nothing of it is done yet.")
         for header, rows in (verdicts(study, results), speed(study, results)):
             parts.append(_table(header, rows) if rows else "")
@@ -360,10 +361,11 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         parts.append("## Rank correlations with the quality of samples")
         parts += [_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
-    parts += ["## How", f"`{command}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."]
+    how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
+    parts += ["## How", how]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)

@@ -80,7 +80,9 @@ def write_results(plan: Plan, command: str) -> list[Path]:
         results = collect(plan, [study.name for study in studies])
         write_table(results, folder / "results.csv")
         with whole_file(folder / "results.md") as partial:
-            partial.write_text(study_text(plan, studies, results, command), encoding="utf-8")
+            partial.write_text(
+                study_text(plan, studies, results, command), encoding="utf-8", errors="backslashreplace"
+            )
         study_page(plan, studies, results, command).write(folder / "report.html")
         pages.append(folder / "report.html")
     return pages

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from openpae import config as configs
+from openpae.config import check_fields
 from openpae.eval.settings import ExtractorName
 from openpae.geometry.settings import MeasureConfig
 from openpae.models.configs import PerceptualNet
@@ -72,20 +73,18 @@ class MeasureSettings:
     """Label that does not count, such as that of unlabelled pixels."""
 
     def __post_init__(self) -> None:
-        if self.label_count < 1:
-            raise ValueError(f"measure.label_count must be >= 1, got {self.label_count}")
+        check_fields(self, "measure.", label_count="[1, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """How the samples of every generator are judged, against training images or the reference that is
-    given."""
+    """How the samples of every generator are evaluated, against training images or the given reference."""
 
     samples: int = 50_000
     """Class-balanced samples, with the same noise for every generator."""
     curve: bool = False
-    """Judge every checkpoint that the generator's loop keeps for good (loop.keep_every), for the curve over
-    steps, and not only the last."""
+    """Evaluate every checkpoint that the generator's loop keeps for good (`loop.keep_every`), for the curve
+    over steps. Otherwise only the last one is evaluated."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How they are drawn."""
     extractor: ExtractorName = "vgg16"
@@ -98,19 +97,16 @@ class JudgeSettings:
     """Training images, evenly spread, whose reconstructions the samples are also compared with: gfid_own. 0
     leaves it out."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks."""
+    """Precision of the networks."""
     batch_size: int = 64
     """Samples at once; changes no number beyond rounding."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "reference_images"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise ValueError(f"judge.{name} must be >= 2, got {value}")
-        if self.batch_size < 1:
-            raise ValueError(f"judge.batch_size must be >= 1, got {self.batch_size}")
-        if self.own_images == 1 or self.own_images < 0:
+        two = dict.fromkeys(("samples", "reference_images"), "[2, inf)")
+        check_fields(self, "judge.", batch_size="[1, inf)", own_images="[0, inf)", **two)
+        if self.own_images == 1:
             raise ValueError(f"judge.own_images must be >= 2, or 0 for none, got {self.own_images}")
 
 
@@ -157,12 +153,10 @@ class StudySetup:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     """How tokenizers are measured."""
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    """How generators are judged."""
+    """How samples are evaluated."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "raw_count"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        check_fields(self, every="[1, inf)", raw_count="[1, inf)")
         if self.every > 1 and not self.pack:
             raise ValueError(f"every = {self.every} needs pack: true")
 
@@ -188,16 +182,16 @@ class StudyRow:
     """One setting, trained once per seed."""
 
     name: str
-    """What tables call it."""
+    """Name in tables."""
     set: tuple[str, ...] = ()
-    """Changes to the presets: STAGE.FIELD=VALUE with STAGE refiner, tokenizer, generator, measure or judge,
+    """Changes to the presets: STAGE.FIELD=VALUE with STAGE refiner, tokenizer, generator, measure or `judge`,
     such as tokenizer.loss.ssr=0.0; the value as YAML."""
     targets: Literal["refined", "pca", "random"] = "refined"
     """Targets of SSR and SCR: a trained refiner's, or raw ones (Table 2b)."""
     tokenizer_from: str | None = None
     """A tokenizer that is not trained here, as `pae profile` names one: diffusers:OWNER/NAME, a folder."""
     generate: bool = True
-    """Train and judge a generator; otherwise the tokenizer is only measured."""
+    """Train a generator and evaluate its samples; otherwise the tokenizer is only measured."""
     x: float | None = None
     """Place on the axis of a sweep."""
     paper: Reported = field(default_factory=Reported)
@@ -216,9 +210,9 @@ class Claim:
     """What the paper says of two rows."""
 
     text: str
-    """In words."""
+    """The claim in words."""
     metric: MetricName
-    """In which the one is better."""
+    """Metric that is better in one row."""
     better: str
     """Name of a row."""
     worse: str
@@ -230,9 +224,9 @@ class Study:
     """A grid of runs: every row with every seed, and what the paper says of them."""
 
     name: str
-    """Of its folder of results, and in tables: letters, digits, - and _."""
+    """Name of its folder of results, and in tables: letters, digits, - and _."""
     title: str
-    """Of its section in the report."""
+    """Title of its section in the report."""
     text: str = ""
     """A few sentences below the title: what the paper did, and what is different here."""
     setup: str
@@ -240,17 +234,16 @@ class Study:
     set: tuple[str, ...] = ()
     """Changes to all rows, before their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initial weights, data order, augmentation and noise of tokenizer and generator. Refiner and raw
-    targets are made once for all of them."""
+    """Seeds of initial weights, data order, augmentation and noise of tokenizer and generator. Refiner and
+    raw targets are made once for all of them."""
     rows: tuple[StudyRow, ...]
     """The settings that are compared."""
     claims: tuple[Claim, ...] = ()
     """Each gets a verdict."""
     faster: str | None = None
-    """Row whose samples are said to become as good as the others' final ones in fewer steps; needs
-    judge.curve."""
+    """Row that is said to reach the others' final quality in fewer steps; needs `judge.curve`."""
     x_label: str = ""
-    """Of the axis of a sweep."""
+    """Label of the axis of a sweep."""
     radar: tuple[MetricName, ...] = ()
     """Axes of a radar plot of the rows; none draws none."""
 
@@ -306,7 +299,7 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
             raise ValueError(f"{change!r} cannot be changed: a study sets {name} itself")
         try:
             wanted[stage][name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # depth, a wrong date or number
             raise ValueError(f"the value of {change!r} is not YAML: {' '.join(str(error).split())}") from None
     return Resolved(**{name: configs.changed(part, wanted[name], at=name) for name, part in parts.items()})
 

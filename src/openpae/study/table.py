@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from openpae.runtime.escape import spreadsheet
 from openpae.storage.files import whole_file
 from openpae.study.plan import Plan
 
@@ -53,10 +54,15 @@ def collect(plan: Plan, names: Sequence[str]) -> list[Result]:
 
 def write_table(results: Sequence[Result], path: Path) -> None:
     """Write results as CSV, whole or not at all; a standard error or step that is not there is empty."""
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with (
+        whole_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.DictWriter(file, [part.name for part in fields(Result)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+        writer.writerows(
+            {name: spreadsheet(value) for name, value in asdict(result).items()} for result in results
+        )
 
 
 def finals(results: Sequence[Result], study: str, row: str, metric: str) -> dict[int, float]:

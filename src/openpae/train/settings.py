@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from openpae.config import check_fields
 from openpae.data.settings import ImageData
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.eval.settings import ExtractorName
@@ -63,9 +64,7 @@ class RefinerRun:
                 f"image_width must be {patch} pixels for each of the {self.model.grid_shape[1]} columns of "
                 f"the model's grid, got {width}; set image_width and model.grid_width"
             )
-        for name in ("reconstruction", "gram"):
-            if (weight := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be >= 0 (0 switches it off), got {weight}")
+        check_fields(self, reconstruction="[0, inf)", gram="[0, inf)")
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -81,9 +80,10 @@ class TokenizerRun:
     """The tokenizer."""
     start: Literal["vit", "local", "patches"] = "vit"
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
-    itself, and images with the spectrum of photographs; a run of minutes is a decibel ahead
-    (docs/results.md), what it does to a long one is not known. patches: the principal components of patches
-    pass from the first step (`models.patch_start`); a small tokenizer starts 6 to 10 decibels ahead."""
+    itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
+    (docs/results.md). Its effect on a long run is not known.
+    patches: the principal components of patches pass from the first step (`models.patch_start`); a small
+    tokenizer starts 6 to 10 decibels ahead."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -95,7 +95,7 @@ class TokenizerRun:
     extractor_weights: Path | None = None
     """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
     geometry: bool = False
-    """Let evaluation also report GSQ, eRank and LPC of the held-out latents, LPC of a tenth of the images, as
+    """Evaluation also reports GSQ, eRank and LPC of the held-out latents. LPC takes a tenth of the images:
     each costs nine decodes."""
     optim: OptimConfig
     """How it is trained."""
@@ -149,7 +149,7 @@ class GeneratorRun:
     """What the samples are compared with: real images, an npz of the ADM layout, or a reference that
     `pae evaluate --save-reference` wrote; needed beside `tokenizer`."""
     evaluation_samples: int = 1000
-    """How many samples."""
+    """Number of samples."""
     extractor: ExtractorName = "vgg16"
     """Features of that distance."""
     extractor_weights: Path | None = None
@@ -169,18 +169,12 @@ class GeneratorRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.checkpoint_blocks <= self.model.num_blocks:
-            raise ValueError(
-                f"checkpoint_blocks must lie in [0, {self.model.num_blocks}], the number of blocks, got "
-                f"{self.checkpoint_blocks}"
-            )
-        if self.time_shift is not None and self.time_shift <= 0:
-            raise ValueError(
-                f"time_shift must be > 0 (1 changes nothing, null takes it from C h w), got {self.time_shift}"
-            )
+        check_fields(
+            self,
+            checkpoint_blocks=f"[0, {self.model.num_blocks}]",
+            time_shift="(0, inf)",
+            evaluation_samples="[2, inf)",
+            cosine="[0, inf)",
+        )
         if (self.tokenizer is None) != (self.evaluation_images is None):
             raise ValueError("tokenizer and evaluation_images are needed both, or neither")
-        if self.evaluation_samples < 2:
-            raise ValueError(f"evaluation_samples must be >= 2, got {self.evaluation_samples}")
-        if self.cosine < 0:
-            raise ValueError(f"cosine must be >= 0 (0 switches it off), got {self.cosine}")

@@ -162,8 +162,8 @@ class TokenizerTask:
         if "gan" in terms and self.run.loss.gan_weight == "adaptive":
             # Of the module that the losses called: of a sharded one, the weights are full just now.
             last = unwrap(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
-            weights["gan"], known = balance_gan(terms, weights, decoded, last, keep_graph=due)
-            joint, logs["gan_weight"] = [known], weights["gan"]
+            logs["gan_weight"], known = balance_gan(terms, weights, decoded, last, keep_graph=due)
+            joint, weights["gan"] = [known], logs["gan_weight"]
         if due:
             logs |= gradient_shares(terms, weights, z)
         single = [name for name in terms if not joint or name not in BALANCED]

@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the models themselves: python docs/make_performance.py
+"""Write the tables of docs/performance.md from the models themselves: python tools/make_performance.py
 
 Parameters, products and kept activations are counted on PyTorch's meta device, where a model has shapes and
 no numbers, so that the largest costs nothing. What depends on a machine is computed from the constants below.
@@ -20,7 +20,7 @@ from openpae.models.configs import SIZES, LightningDiTConfig, PAEConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import tokenizer_class
 
-PAGE = Path(__file__).parent / "performance.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 IMAGENET = 1_281_167
 # Dense bf16 of an H100 SXM (NVIDIA's data sheet) times the share that we aim at. The public code's 284
 # images/s of XL/1 on an H800 are a share of 0.20.

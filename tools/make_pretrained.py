@@ -2,7 +2,7 @@
 
 An interrupted call goes on. Two and a half hours on one core:
 
-    python docs/make_pretrained.py --work runs/openmoji --out pretrained/openmoji
+    python tools/make_pretrained.py --work runs/openmoji --out pretrained/openmoji
 """
 
 from __future__ import annotations
@@ -44,32 +44,49 @@ PICTURES = {"train": 3, "held-out": 2}
 SAMPLES = 540
 ABOUT = """## Data, attribution, licences
 
-Trained on pictures of [OpenMoji](https://openmoji.org) emoji, rendered at 64 pixels on soft backgrounds:
-{train:,} pictures of nine of ten emoji; {held_out:,} pictures of the others are held out and measured.
-All emojis designed by OpenMoji, the open-source emoji and icon project; licence [CC BY-SA
-4.0](https://creativecommons.org/licenses/by-sa/4.0/), which is why these weights carry it too. The
-frozen encoder, EfficientNet-Lite0 (ImageNet; Apache-2.0, package `efficientnet-lite-pytorch`), is not in
-the files: it is fetched when images are encoded. LPIPS, in training and measuring, has weights of
+The models were trained on pictures of [OpenMoji](https://openmoji.org) emoji, rendered at 64 pixels on soft
+backgrounds.
+
+| pictures | count | emoji |
+|---|---|---|
+| training | {train:,} | nine of ten |
+| held out and measured | {held_out:,} | the others |
+
+All emojis designed by OpenMoji, the open-source emoji and icon project. Their licence is
+[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/). That is why these weights carry it too.
+
+The frozen encoder, EfficientNet-Lite0 (ImageNet; Apache-2.0, package `efficientnet-lite-pytorch`), is not
+in the files. It is fetched when images are encoded. LPIPS, in training and measuring, has weights of
 torchvision's AlexNet and VGG16 (BSD).
 
-Classes: {classes}.
+The classes:
+
+{classes}
 
 ## How it was trained
 
-`python docs/make_pretrained.py` of the package openpae: the presets `refiner/openmoji`,
-`tokenizer/openmoji` (PSNR and the other metrics above are of held-out emoji) and `generator/openmoji`,
-one after the other on one core of a CPU, {steps}. The weights in the files are the moving averages, in
-bf16; metrics are of these files, computed in float32.
+`python tools/make_pretrained.py` of the package openpae trained the presets `refiner/openmoji`,
+`tokenizer/openmoji` and `generator/openmoji`, one after the other, on one core of a CPU.
+
+| stage | steps | batch |
+|---|---|---|
+{steps}
+
+The weights in the files are the moving averages, in bf16. The metrics are of these files, computed in
+float32. PSNR and the other metrics of the tokenizer are of held-out emoji.
 
 ## What it is for, and what not
 
-For looking at what PAE does within a minute, for tests and for teaching. It is small and was trained for
-hours of one core where a model of the paper takes weeks of GPUs: samples show faces with features, busts,
-hearts, boxes and flags as such, of animals and vehicles the colours and shapes; photographs are outside of
-what it has seen.
-Distances are in VGG16 features, not Inception's: they do not compare with a published FID.
-`class_agreement` is the share of samples whose nearest training picture in these features has the class
-that was asked for (chance 0.11), `class_agreement_of_held_out` the same of real held-out pictures.
+It shows what PAE does within a minute. It is meant for tests and for teaching. It is small and was trained
+for hours on one core, where a model of the paper takes weeks of GPUs.
+
+- Samples show faces with features, busts, hearts, boxes and flags as such. Of animals and vehicles they
+  show the colours and shapes.
+- It has never seen photographs.
+- Distances are in VGG16 features, not Inception's. They do not compare with a published FID.
+- `class_agreement` is the share of samples whose nearest training picture in these features has the class
+  that was asked for (chance 0.11).
+- `class_agreement_of_held_out` is the same of real held-out pictures.
 """
 
 
@@ -132,9 +149,9 @@ def release(work: Path, out: Path) -> None:
     about = ABOUT.format(
         train=len(PackedImages(work / "data" / "train")),
         held_out=len(PackedImages(work / "data" / "held-out")),
-        classes=", ".join(f"{number} {name}" for number, name in enumerate(CATEGORIES)),
-        steps=", ".join(
-            f"{loop.steps:,} steps of {loop.global_batch_size} ({name})" for name, loop in loops.items()
+        classes="\n".join(f"- {number}: {name}" for number, name in enumerate(CATEGORIES)),
+        steps="\n".join(
+            f"| {name} | {loop.steps:,} | {loop.global_batch_size} |" for name, loop in loops.items()
         ),
     )
     with (out / README).open("a", encoding="utf-8") as file:
@@ -144,7 +161,7 @@ def release(work: Path, out: Path) -> None:
 def measured(work: Path, pair: Path) -> dict[str, dict[str, Any]]:
     """Held-out reconstructions and samples, of the files that are given away."""
     tokenizer, generator = load_tokenizer(pair / "tokenizer"), load_generator(pair / "generator")
-    extractor = load_extractor("vgg16")  # not the encoder's own features: they would judge in their own cause
+    extractor = load_extractor("vgg16")  # not the encoder's own features: that would be circular
     train, held_out = (PackedImages(work / "data" / name) for name in PICTURES)
     streams = {
         "train": real_images(train, 64, name="emoji of the training set"),
