@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models.layers import SelfAttention, start_at_self
-from openpae.models.modulator import DetailModulator
+from openpae.models.layers import SelfAttention, TransformerBlock, start_at_self
+from openpae.models.modulator import DetailModulator, ModulatorLayer
 from openpae.models.tokenizer import PAE, Autoencoder
 
 _GAIN = 3.0
@@ -63,6 +63,7 @@ def start_from_patches(model: Autoencoder, images: Tensor, features: Tensor | No
     places = torch.arange(channels - 1)
     to_latent.weight[places, places, 1, 1] = 1
     seen = _output_of(to_latent, lambda: model.encode(images, features))[:, :-1]
+    assert to_latent.bias is not None  # for the type checker
     to_latent.bias[-1] = seen.square().sum(dim=1).mean().sqrt()
     nn.init.zeros_(from_latent.weight)
     isometry = nn.init.orthogonal_(torch.empty(width, channels))
@@ -90,12 +91,14 @@ def _embed_components(embed: nn.Conv2d, pixels: Tensor, count: int) -> None:
 
 def _silence_branches(model: PAE) -> None:
     """Let every residual branch of modulator and decoder add nothing at first."""
-    assert isinstance(model.modulator, DetailModulator)  # for the type checker: the fusion says so
-    for layer in model.modulator.layers:
-        for branch in (layer.self_attn.proj, layer.cross_attn.proj, layer.mlp.fc2):
-            nn.init.zeros_(branch.weight)
-    for block in model.decoder.blocks:
-        for branch in (block.attn.proj, block.mlp.fc2):
+    for part in (*model.modulator.modules(), *model.decoder.modules()):
+        if isinstance(part, ModulatorLayer):
+            branches = [part.self_attn.proj, part.cross_attn.proj, part.mlp.fc2]
+        elif isinstance(part, TransformerBlock):
+            branches = [part.attn.proj, part.mlp.fc2]
+        else:
+            continue
+        for branch in branches:
             nn.init.zeros_(branch.weight)
 
 

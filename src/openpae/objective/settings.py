@@ -84,16 +84,8 @@ class TokenizerLoss:
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise", "gradients_every")
-        weights += ("lpips_shift",)
-        shares = (
-            "gan_start",
-            "discriminator_start",
-            "mcr_start",
-            "mcr_angle_ramp",
-            "lpips_late_start",
-            "ramp",
-        )
+        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise")
+        shares = ("gan_start", "discriminator_start", "mcr_start", "mcr_angle_ramp", "lpips_late_start")
         check_fields(
             self,
             "loss.",
