@@ -15,6 +15,7 @@ from openpae.commands.bench import bench
 from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
+from openpae.commands.plan import plan
 from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
@@ -120,6 +121,7 @@ def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _command(quickstart, "quickstart"),
     "pack": _command(pack, "pack"),
+    "plan": plan,
     "train-refiner": train_refiner,
     "fit-targets": _command(fit_targets, "fit-targets"),
     "train-tokenizer": train_tokenizer,

@@ -268,7 +268,7 @@ import os, signal, sys, torch
 from pathlib import Path
 from openpae import config
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OPENPAE_TEST_THREADS", "1")))
 def hook(event, args):
     if event == "os.rename" and str(args[1]).endswith("step-00000004"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -136,20 +136,31 @@ def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps:
 
     It changes the task's weights: measure with a task that is thrown away.
     """
+    times = []
+    start = time.perf_counter()
+    for state in trial_steps(task, optim, loop, range(steps + 2)):
+        if state.health.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        times.append(now - start)
+        start = now
+    return sorted(times[2:])[steps // 2]
+
+
+def trial_steps(task: Task, optim: OptimConfig, loop: LoopConfig, steps: Sequence[int]) -> Iterator[RunState]:
+    """Take these steps as a run would, without its folder, log and checkpoints: to measure what they cost.
+
+    Yields the state after each step and the average's; the weights change.
+    """
     fitting = _Fitting.of(task, Path(), optim, loop)
     log = Journal(Path(), 0, loop)
-    times = []
     with _matmul_precision(loop.precision):
-        batches = fitting.batches(range(steps + 2))
-        for step in range(steps + 2):
-            start = time.perf_counter()
+        batches = fitting.batches(steps)
+        for step in steps:
             fitting.step(batches, step, step, log)
             if fitting.state.ema is not None:
                 fitting.state.ema.update()
-            if fitting.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return sorted(times[2:])[steps // 2]
+            yield fitting.state
 
 
 @dataclass

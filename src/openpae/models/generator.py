@@ -37,7 +37,7 @@ class LatentGenerator(nn.Module):
 
     Args:
         config: its sizes.
-        checkpoint_blocks: see `dit.run_blocks`; it changes what training costs, not what the model is.
+        checkpoint_blocks: see `layers.run_blocks`; it changes what training costs, not what the model is.
     """
 
     config_class: ClassVar[type[GeneratorConfig]]

@@ -89,6 +89,7 @@ class TokenizerTask:
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
         self.model = tokenizer_class(run.model)(run.model, encoder)
+        self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
             self.model.start_local()
         self.model.to(self.device)
