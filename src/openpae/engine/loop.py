@@ -29,7 +29,7 @@ from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
-from openpae.runtime.signals import Stopped
+from openpae.runtime.signals import Stopped, catch_signals
 from openpae.storage.outputs import alone
 
 
@@ -149,7 +149,7 @@ class _Fitting:
         log, metrics = Journal(self.run_dir, start, loop), {}
         data_steps = _skip(range(start, pace.most), self.state.skipped_data_steps)
         with (
-            catchcatch_signals() as caught,
+            catch_signals() as caught,
             log,
             self._bar(start, quiet) as bar,
             profiled(self.run_dir, loop) as count_step,
