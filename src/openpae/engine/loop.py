@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import sys
@@ -20,7 +19,6 @@ import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from openpae import config as configs
 from openpae.engine import checkpoints, diagnosis
 from openpae.engine.checkpoints import RunState
 from openpae.engine.ema import Ema
@@ -34,67 +32,7 @@ from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped
-from openpae.storage.outputs import alone, make_folder, spare
-
-HARDWARE_FIELDS = (
-    *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
-    "checkpoint_blocks",
-)
-"""Fields that say how a run is computed, and not what: it may go on with others."""
-
-
-_WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
-"""What a run writes beside its config.yaml, without which none of it is a run's."""
-
-
-def check_run(run_dir: Path, config: Any) -> bool:
-    """Whether a run folder already holds this config; False where it holds none, or one that computes the
-    same run on other hardware (`HARDWARE_FIELDS`).
-
-    Raises:
-        ValueError: the folder belongs to a run with another config; the message lists the differences.
-    """
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        return False
-    changed = configs.differences(configs.load(type(config), file), config)
-    if other := [
-        line for line in changed if not line.startswith(tuple(f"{name}:" for name in HARDWARE_FIELDS))
-    ]:
-        raise ValueError(
-            f"{run_dir} belongs to a run with another config ({'; '.join(other[:5])}); "
-            "name another run folder, or pass its own config.yaml to go on"
-        )
-    return not changed
-
-
-def open_run(run_dir: Path, config: Any) -> None:
-    """Make a run folder that holds this config, or accept one that already does.
-
-    Call it once the task stands: a path that is not there must not leave a run folder behind.
-
-    Raises:
-        ValueError: see `check_run`; or a new run's folder holds files of the user that it would replace, or
-            lies in what the run reads.
-    """
-
-    def make() -> None:
-        if not check_run(run_dir, config):
-            if not (run_dir / "config.yaml").is_file():
-                spare(*(run_dir / name for name in _WRITTEN), into=run_dir, inputs=[*_paths(config)])
-            make_folder(run_dir)
-            configs.save(config, run_dir / "config.yaml")
-
-    processes.on_rank0(make)
-
-
-def _paths(config: Any) -> Iterator[Path]:
-    """All that a config names, however nested."""
-    for value in vars(config).values():
-        if dataclasses.is_dataclass(value):
-            yield from _paths(value)
-        elif isinstance(value, Path):
-            yield value
+from openpae.storage.outputs import alone
 
 
 def fit(
@@ -123,6 +61,8 @@ def fit(
         Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
     """
     fitting = _Fitting.of(task, run_dir, optim, loop)
+    if (run_dir / "config.yaml").is_file():
+        fitting.state.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     with alone(run_dir, "training"), _matmul_precision(loop.precision):
         while True:
             try:
@@ -136,20 +76,31 @@ def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps:
 
     It changes the task's weights: measure with a task that is thrown away.
     """
+    times = []
+    start = time.perf_counter()
+    for state in trial_steps(task, optim, loop, range(steps + 2)):
+        if state.health.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        times.append(now - start)
+        start = now
+    return sorted(times[2:])[steps // 2]
+
+
+def trial_steps(task: Task, optim: OptimConfig, loop: LoopConfig, steps: Sequence[int]) -> Iterator[RunState]:
+    """Take these steps as a run would, without its folder, log and checkpoints: to measure what they cost.
+
+    Yields the state after each step and the average's; the weights change.
+    """
     fitting = _Fitting.of(task, Path(), optim, loop)
     log = Journal(Path(), 0, loop)
-    times = []
     with _matmul_precision(loop.precision):
-        batches = fitting.batches(range(steps + 2))
-        for step in range(steps + 2):
-            start = time.perf_counter()
+        batches = fitting.batches(steps)
+        for step in steps:
             fitting.step(batches, step, step, log)
             if fitting.state.ema is not None:
                 fitting.state.ema.update()
-            if fitting.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return sorted(times[2:])[steps // 2]
+            yield fitting.state
 
 
 @dataclass
@@ -379,7 +330,8 @@ def _signals() -> Iterator[list[int]]:
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if caught:  # the second time means now
+        # The second Ctrl-C means now. A second SIGTERM does not: a scheduler and torchrun may send one each.
+        if signum == signal.SIGINT in caught:
             raise KeyboardInterrupt
         caught.append(signum)
 

@@ -21,8 +21,9 @@ from openpae.data.pixels import framed, image_grid, label_pictures, pca_pictures
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import INCEPTION
 from openpae.eval.image_stream import source_batches
+from openpae.geometry.clusters import spectral_clusters
 from openpae.geometry.measure import Measured
-from openpae.geometry.metrics import RADII, majority_labels, moved_latents, spectral_clusters, unit_directions
+from openpae.geometry.metrics import RADII, majority_labels, moved_latents, unit_directions
 from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import Tokenizer
 from openpae.report import Page

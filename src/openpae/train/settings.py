@@ -82,6 +82,9 @@ class TokenizerRun:
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
     itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
     (docs/results.md). Its effect on a long run is not known."""
+    checkpoint_blocks: int = 0
+    """Blocks of the decoder, from the first on, whose activations are computed again in the backward pass
+    instead of kept: less memory for a third more work in them. The result is the same."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -101,6 +104,7 @@ class TokenizerRun:
     """How long it is trained."""
 
     def __post_init__(self) -> None:
+        check_fields(self, checkpoint_blocks=f"[0, {self.model.decoder.num_layers}]")
         if self.model.fusion == "none":
             idle = ("ssr", "scr", "kl", "diffusion", "gradients_every")
             if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:

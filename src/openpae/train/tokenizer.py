@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, Subset, open_images, spread
+from openpae.data.images import ImageSource, Subset, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches, open_training
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -80,11 +81,12 @@ class TokenizerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source = open_images(run.data.images)
+        source, self.judged = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
         self.model = tokenizer_class(run.model)(run.model, encoder)
+        self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
             self.model.start_local()
         self.model.to(self.device)
@@ -103,7 +105,6 @@ class TokenizerTask:
             self.extractor = load_extractor(run.extractor, run.extractor_weights, self.device)
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
-        self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
             for name in ("decoder", "modulator"):
