@@ -35,8 +35,8 @@ FILES_OF = {
     "data": "settings shards pixels classes listing colour backgrounds order readers images caches openmoji "
     "training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "decoder tokenizer generator dit ditdh denoiser discriminator saved",
-    "engine": "settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
+    "decoder tokenizer patch_start transform_start generator dit ditdh denoiser discriminator saved",
+    "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
@@ -47,7 +47,7 @@ FILES_OF = {
     "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
-    "quickstart": "page run",
+    "quickstart": "workers plans verdict page run",
     "commands": "console describe data train sample measure publish study bench plan",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -42,6 +42,7 @@ from openpae.engine.task import Task, Update
 from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig
 from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.saved import load_generator, load_tokenizer
+from openpae.objective.settings import TokenizerLoss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped
@@ -49,7 +50,7 @@ from openpae.storage.files import file_hash, write_json
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerTask, train_tokenizer
+from openpae.train.tokenizer import TokenizerTask, train_tokenizer
 from tests.conftest import kill_points
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
+from openpae.engine.pace import Pace
 from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
@@ -57,6 +58,8 @@ class RunState:
     """Text of the run's config, for its checkpoints."""
     skipped_data_steps: list[int] = field(default_factory=list)
     """Steps of the data order that the run has gone past, in order."""
+    pace: Pace = field(default_factory=lambda: Pace(1, None))
+    """Where the schedule stands."""
 
     @property
     def exported(self) -> nn.Module:
@@ -91,6 +94,7 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
             "images_seen": step * loop.global_batch_size,
             "inputs": dict(state.task.inputs),
             "passed_over": state.skipped_data_steps,
+            **({} if (pace := state.pace.facts()) is None else {"pace": pace}),
             "sha256": _hashes(folder),
         }
         processes.on_rank0(lambda: write_json(folder / "checkpoint.json", facts))
@@ -106,7 +110,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     found = processes.on_rank0(lambda: _newest(run_dir, state.task.inputs))
     if found is None:
         return None
-    step, skipped_data_steps = found
+    step, skipped_data_steps, pace = found
     folder = checkpoint_path(run_dir, step)
     if processes.any_rank(not folder.is_dir()):
         raise ValueError(
@@ -119,6 +123,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
     state.skipped_data_steps = sorted({*state.skipped_data_steps, *skipped_data_steps})
+    state.pace.restore(pace)
     return step
 
 
@@ -228,8 +233,8 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
             remove_folder(checkpoint_path(run_dir, step))
 
 
-def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:
-    """Step of the newest sound checkpoint, and the data that it went past."""
+def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], dict[str, Any] | None] | None:
+    """Step of the newest sound checkpoint, the data that it went past, and its pace."""
     for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written or removed
         shutil.rmtree(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
@@ -249,7 +254,7 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] |
                 f"{run_dir} was trained with other {', '.join(changed)}: what its config "
                 "names has changed since; bring it back or name another run folder"
             )
-        return step, facts["passed_over"]
+        return step, facts["passed_over"], facts.get("pace")
     return None
 
 
