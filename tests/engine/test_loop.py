@@ -34,13 +34,15 @@ from openpae.engine import loop as loop_module
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run, seconds_per_step
+from openpae.engine.loop import fit, seconds_per_step
 from openpae.engine.optim import adamw
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
 from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig
 from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.saved import load_generator, load_tokenizer
+from openpae.objective.settings import TokenizerLoss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped
@@ -48,7 +50,7 @@ from openpae.storage.files import file_hash, write_json
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerTask, train_tokenizer
+from openpae.train.tokenizer import TokenizerTask, train_tokenizer
 from tests.conftest import kill_points
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)
@@ -267,7 +269,7 @@ import os, signal, sys, torch
 from pathlib import Path
 from openpae import config
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OPENPAE_TEST_THREADS", "1")))
 def hook(event, args):
     if event == "os.rename" and str(args[1]).endswith("step-00000004"):
         os.kill(os.getpid(), signal.SIGKILL)

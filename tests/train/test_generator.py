@@ -16,7 +16,8 @@ from openpae.commands.console import run_of, take_option
 from openpae.commands.describe import describe
 from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
-from openpae.engine.loop import fit, open_run
+from openpae.engine.loop import fit
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import DiTDHConfig, GeneratorConfig, HeadConfig, LightningDiTConfig
 from openpae.models.dit import LightningDiT

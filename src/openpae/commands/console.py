@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -103,19 +103,25 @@ def run_of(
             )
     loaded = configs.load(kind, paths[0])
     loaded = loaded if change is None else change(loaded)
-    run: T = parsed(
-        kind,
-        default=loaded,
-        args=list(argv[len(paths) :]),
-        prog=f"pae {command} CONFIG RUN_DIR",
-        config=(tyro.conf.AvoidSubcommands,),  # which of several configs a field holds, the file says
-    )
+    run = overridden(loaded, argv[len(paths) :], f"pae {command} CONFIG RUN_DIR")
     if len(paths) < 2:
         raise ValueError(
             f"pae {command} needs a run folder after the config: pae {command} {paths[0]} RUN_DIR"
         )
+    return run, Path(paths[1])
+
+
+def overridden(loaded: T, argv: Sequence[str], prog: str) -> T:
+    """A config with the fields that flags set."""
+    run: T = parsed(
+        type(loaded),
+        default=loaded,
+        args=list(argv),
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands,),  # which of several configs a field holds, the file says
+    )
     # Flags are held to what a file is held to: no nan, no number beyond 2^63.
-    return configs.from_dict(kind, configs.to_dict(run)), Path(paths[1])
+    return configs.from_dict(type(loaded), configs.to_dict(run))
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
@@ -189,6 +195,16 @@ def tell_skipped(names: Sequence[str]) -> None:
 
 _LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2**14, "latent_dim": 2**16}
 """What an option may be at most: what lies beyond is a mistake, and would take hours or all memory."""
+
+
+def tell_classes(names: Sequence[str], labels: Iterable[int]) -> None:
+    """Say which label is which class, and which class has no image left."""
+    from openpae.data.classes import class_list, count_classes, empty_classes
+
+    counts = count_classes(names, labels)
+    tell(f"labels: {class_list(names, counts)}")
+    if empty := empty_classes(names, counts):
+        tell(f"no image is left of class {', '.join(empty)}; no generator learns or draws it")
 
 
 def at_least_one(**numbers: int | None) -> None:

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.storage.files import file_hash, read_json, whole_file, write_json
+from openpae.storage.files import file_hash, fingerprints_agree, read_json, whole_file, write_json
 from openpae.storage.outputs import LOCK, locked, make_folder
 
 TYPES = {
@@ -106,11 +106,12 @@ class ShardWriter:
         check_shard_folder(folder, layout.kind)
         if header.is_file():
             begun = read_json(header)
-            if begun != layout.as_header():
-                changed = sorted(_differing(begun, layout.as_header()))
+            if changed := sorted(_differing(begun, layout.as_header())):
                 raise ValueError(
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
+            # An older header may hold a shorter fingerprint of the same images.
+            self.layout = replace(layout, attributes=begun["attributes"])
         else:
             make_folder(folder)
             write_json(header, layout.as_header())
@@ -433,6 +434,8 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> set[
         old, new = a.get(key), b.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changed |= _differing(old, new, f"{at}{key}.")
+        elif key in ("images", "source") and fingerprints_agree(str(old), str(new)):
+            continue
         elif old != new:
             changed.add(f"{at}{key} ({old} there, {new} now)" if len(f"{old}{new}") < 120 else f"{at}{key}")
     return changed

@@ -243,6 +243,14 @@ def fingerprint(state: Mapping[str, Tensor], *facts: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprints_agree(kept: str, now: str) -> bool:
+    """Whether two fingerprints can name the same: they agree part by part, as far as both go.
+
+    Those of image folders have parts from coarse to fine, joined by dots; older ones have only the first.
+    """
+    return all(a == b for a, b in zip(kept.split("."), now.split("."), strict=False))
+
+
 def _sync(path: Path) -> None:
     """Have the operating system write a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

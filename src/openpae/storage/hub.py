@@ -21,6 +21,7 @@ from openpae import config as configs
 from openpae.storage.card import is_record, model_card
 from openpae.storage.files import read_json, write_json
 from openpae.storage.model_folder import (
+    CLASSES,
     CONFIG,
     ENCODER,
     PARTS,
@@ -60,7 +61,7 @@ class Saveable(Protocol):
 
 
 # What of a folder is the model: no optimizer state, no logs.
-_FILES = (WEIGHTS, CONFIG, ENCODER, RECORD)
+_FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, RECORD)
 
 
 def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:

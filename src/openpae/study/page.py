@@ -82,7 +82,7 @@ def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Compar
 
 
 def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result], *, alone: bool) -> None:
-    page.heading("Numbers" if alone else study.title)
+    page.heading(_heading("Numbers" if alone else study.title, study, results))
     if study.text:
         page.text(study.text)
     header, rows = numbers(study, results)
@@ -100,6 +100,15 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
     _show_speed(page, study, results)
     _show_plots(page, study, results)
     _show_samples(page, plan, study)
+
+
+def _heading(name: str, study: Study, results: Sequence[Result]) -> str:
+    """The name, and how many of the study's claims the numbers below show and contradict."""
+    verdicts = [found.verdict for _, found in decided(study, results)]
+    shown, against = verdicts.count("shown"), verdicts.count("contradicted")
+    if not verdicts:
+        return name
+    return f"{name}: {shown} of {len(verdicts)} claims shown, {against} contradicted"
 
 
 def numbers(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
