@@ -43,7 +43,7 @@ def main(samples: int = 10_000, rounds: int = 3, only: str = "") -> None:
     """
     torch.set_num_threads(1)
     pairs = {
-        "SSIM, 16 images of 256 px (scikit-image)": ssim_pair,
+        "SSIM, 16 images of 256 px, float64 (scikit-image)": ssim_pair,
         "random crop 384 to 256 with flip (torchvision)": crop_pair,
         "spectral clustering, 256 tokens (scikit-learn)": clusters_pair,
         f"Frechet distance, {samples:,} x 2,048 (torch-fidelity)": lambda: frechet_pair(samples),
@@ -131,8 +131,15 @@ def crop_pair() -> Pair:
     from torchvision.transforms import v2
 
     folder = Path(tempfile.mkdtemp()) / "images"
-    attributes = {"classes": ["all"], "source": "0" * 16}
-    writer = ShardWriter(folder, Layout("images", "uint8", (3, 384, 384), 256, 256, attributes))
+    layout = Layout(
+        kind="images",
+        dtype="uint8",
+        shape=(3, 384, 384),
+        sources=256,
+        per_shard=256,
+        attributes={"classes": ["all"], "source": "0" * 16},
+    )
+    writer = ShardWriter(folder, layout)
     writer.write(0, torch.randint(0, 256, (256, 3, 384, 384), dtype=torch.uint8), [0] * 256)
     writer.finish()
     source = PackedImages(folder)

@@ -314,6 +314,13 @@ def test_a_tokenizer_without_its_encoder_still_decodes(line: Path) -> None:
             "not enough memory: you; lower",
         ),
         (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "sizes of the model"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "pae: error: out of memory: a tensor of 4,000,000 bytes had no room; lower --batch-size",
+        ),
         (MemoryError(), "out of memory; lower --batch-size"),
     ],
 )

@@ -26,6 +26,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 5, 5
 
 
+def added(default: Any) -> Any:
+    """A field that older configs do not have. At its default it changes nothing, and what names a run by its
+    config (a stage of a study) leaves it out: old folders keep their names."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
     """Build a config from plain data, as YAML gives it.
 

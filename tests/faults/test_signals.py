@@ -70,9 +70,7 @@ def runs(
     alone = {"lpips": 0.0, "gan": 0.0, "ssr": 0.0, "mcr": 0.0, "scr": 0.0}
     return {
         "refiner": RefinerRun(
-            model=RefinerConfig(
-                feature_dim=32, latent_dim=8, hidden_dim=16, num_layers=1, num_heads=2, grid_size=4
-            ),
+            model=REFINER,
             encoder="random-tiny",
             image_size=32,
             data=data,

@@ -119,8 +119,10 @@ def _explained(
     if text.startswith("Caught "):  # raised by a process that reads, with its traceback
         said = re.findall(rf"^[\w.]*{type(error).__name__}: (.*)$", text, re.MULTILINE)
         return type(error)(said[-1]) if said else error
-    if readers.started:  # a process that has died may not have ended yet
-        wait([reader.sentinel for reader in readers.started], timeout=1.0)
+    ended = wait([reader.sentinel for reader in readers.started], timeout=5.0) if readers.started else []
+    for reader in readers.started:
+        if reader.sentinel in ended:  # its pipes close a moment before the system knows how it ended
+            reader.join(5.0)
     if not (dead := readers.dead()):
         return error
     causes = " and ".join(sorted({cause_of_death(reader) for reader in dead}))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from openpae.config import check_fields
+from openpae.config import added, check_fields
 
 PROFILED_FROM = 3
 """Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
@@ -51,11 +51,11 @@ class LoopConfig:
 
     steps: int
     """Optimizer steps."""
-    seconds: float | None = None
+    seconds: float | None = added(None)
     """Seconds that the training may take; null trains all `steps`. The run then passes through the schedule
     of `steps` (learning rate, starts of losses, average, log_every, save_every, evaluate_every) in as many
     steps as the time pays for. It measures its pace as it goes; the log holds each new plan (`pace/...`)."""
-    least_steps: int = 1
+    least_steps: int = added(1)
     """With `seconds`, the fewest steps: where the time does not pay for them the run takes longer."""
     global_batch_size: int
     """Images per optimizer step, over all processes."""

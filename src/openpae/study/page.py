@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -360,7 +361,7 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     parts = []
     for study in studies:
         header, rows = numbers(study, results)
-        parts += [f"## {markdown(study.title)}", without_html(study.text)]
+        parts += [f"## {markdown(study.title)}", _filled(without_html(study.text))]
         parts.append(_table(header, rows) if rows else "Nothing of it is done yet.")
         for header, rows in (verdicts(study, results), speed(study, results)):
             parts.append(_table(header, rows) if rows else "")
@@ -371,8 +372,12 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         parts += [_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
     how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
-    parts += ["## How", how]
+    parts += ["## How", _filled(how)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
