@@ -115,7 +115,7 @@ def test_missing_packages_are_named(
 def test_a_full_disk_is_one_error(tiny_dit: LightningDiT, tmp_path: Path) -> None:
     """torch's own writer ends the process."""
     ended = run_in_child(
-        lambda: export_model(tiny_dit, tmp_path / "out", "torch-export"), largest_file=20_000
+        lambda: export.export_model(tiny_dit, tmp_path / "out", "torch-export"), largest_file=20_000
     )
     assert ended.error.startswith(f"DiskFull: no room for {tmp_path / 'out'}: "), ended.trace
     assert not (tmp_path / "out").exists()
