@@ -24,7 +24,7 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript",
 @torch.no_grad()
 def test_a_generator_is_exported(tiny_dit: LightningDiT, tmp_path: Path) -> None:
     tiny_dit.set_statistics(torch.arange(8.0), torch.arange(1.0, 9.0))
-    found = export.export.export_model(tiny_dit, tmp_path / "out", "torch-export")
+    found = export.export_model(tiny_dit, tmp_path / "out", "torch-export")
     assert found.keys() == {"velocity"}
     assert found["velocity"] <= 1e-4
     graph = torch.export.load(tmp_path / "out" / "velocity.pt2").module()
