@@ -183,8 +183,8 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["quickstart", "--budget", "soon"], ("12min", "'soon'")),
         (["quickstart", "--budget", "3s"], ("at least 3min",)),
         (["sample", "no", "where", "out"], ("no model at no",)),
-        (["sample", "no", "where", "out", "--columns", "0"], ("--columns must be at least 1, got 0",)),
-        (["cache-latents", "a", "b", "c", "--batch-size", "0"], ("--batch-size must be at least 1",)),
+        (["sample", "no", "where", "out", "--columns", "0"], ("--columns must be >= 1, got 0",)),
+        (["cache-latents", "a", "b", "c", "--batch-size", "0"], ("--batch-size must be >= 1",)),
         (["train-tokenizer", "tokenizer/tiny", "out", "--data.images", "x"], ("no image folder",)),
     ],
 )  # fmt: skip

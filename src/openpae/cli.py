@@ -18,6 +18,7 @@ from openpae.commands.bench import bench
 from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
 from openpae.commands.measure import evaluate, profile
+from openpae.commands.plan import plan
 from openpae.commands.publish import export, import_official, push
 from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
 from openpae.commands.study import study
@@ -35,8 +36,8 @@ _NO_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exit 0 if it succeeded, 2 with one line if it could not, 130 or 143 if it was
-    stopped."""
+    """Run a subcommand; exit 0 if it succeeded, 2 with one line if it could not, 3 if what it made is of no
+    use, 130 or 143 if it was stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -83,6 +84,7 @@ def quickstart(
     budget: str | None = None,
     seed: int = 0,
     pretrained: bool = False,
+    strict_budget: bool = False,
 ) -> None:
     """Train a small tokenizer and generator on emoji, sample, measure, and write report.html: all in one
     command.
@@ -93,16 +95,24 @@ def quickstart(
         budget: time for all of it: 3min, 12min, 2h. By default 12min.
         seed: of weights, data order and noise.
         pretrained: train nothing; show in a minute what the pretrained pair of the package does.
+        strict_budget: refuse a budget that is too short for this machine; by default it is extended.
     """
-    from openpae.quickstart.run import parse_budget, run_quickstart, show_pretrained
+    from openpae.quickstart.plans import parse_budget
+    from openpae.quickstart.run import run_quickstart, show_pretrained
 
-    if pretrained and budget is not None:
+    if pretrained and (budget is not None or strict_budget):
         raise ValueError("--pretrained trains nothing, so it has no --budget; leave one of them out")
     if pretrained:
         report = show_pretrained(out or Path("runs/pretrained"), seed=seed)
-    else:
-        report = run_quickstart(out or Path("runs/quickstart"), parse_budget(budget or "12min"), seed=seed)
-    print(f"open {report} in a browser")
+        print(f"open {report} in a browser")
+        return
+    made = run_quickstart(
+        out or Path("runs/quickstart"), parse_budget(budget or "12min"), seed=seed, strict=strict_budget
+    )
+    if made.verdict:
+        print(f"{made.verdict}\nopen {made.report} in a browser to see it")
+        sys.exit(3)
+    print(f"open {made.report} in a browser")
 
 
 class _WarningLines:
@@ -150,6 +160,7 @@ def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _command(quickstart, "quickstart"),
     "pack": _command(pack, "pack"),
+    "plan": plan,
     "train-refiner": train_refiner,
     "fit-targets": _command(fit_targets, "fit-targets"),
     "train-tokenizer": train_tokenizer,

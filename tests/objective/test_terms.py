@@ -19,11 +19,12 @@ from openpae.engine.task import Update
 from openpae.models.configs import DiscriminatorConfig
 from openpae.models.layers import to_tokens
 from openpae.models.saved import load_prior, load_tokenizer
+from openpae.objective.settings import TokenizerLoss
 from openpae.objective.terms import gradient_shares, latent_noise
 from openpae.runtime.draws import Draws
 from openpae.train.refiner import train_refiner
 from openpae.train.settings import RefinerRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerTask, train_tokenizer
+from openpae.train.tokenizer import TokenizerTask, train_tokenizer
 
 FULL: dict[str, Any] = {
     "lpips_net": "random",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, LightningDiTConfig
 from openpae.models.ditdh import build_generator
 from openpae.models.generator import LatentGenerator
+from openpae.runtime.cards import card_of
 from openpae.runtime.device import autocast, device_name, pick_device
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.sampler import evaluations, sample_latents
@@ -28,23 +28,6 @@ from openpae.train.generator import GeneratorTask
 from openpae.train.settings import GeneratorRun
 
 Size = Literal["s", "b", "l", "xl", "1p0b", "1p6b"]
-
-PEAKS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H800 PCIe", 756e12),
-    ("H800", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165e12),
-)
-"""Dense bfloat16 operations per second, by a part of the device's name; the first match counts. From NVIDIA's
-data sheets, most of which give them with sparsity, that is doubled; RTX 4090: from the Ada whitepaper."""
 
 
 def bench_generator(
@@ -162,7 +145,8 @@ def utilisation(figures: Mapping[str, float | None], device: torch.device, preci
 
 def device_peak(name: str) -> float | None:
     """Dense bfloat16 operations per second of a device of this name; None where the table has none."""
-    return next((peak for part, peak in PEAKS if re.search(rf"\b{part}\b", name)), None)
+    card = card_of(name)
+    return None if card is None else card.half
 
 
 def _first_that_fits(

@@ -103,19 +103,25 @@ def run_of(
             )
     loaded = configs.load(kind, paths[0])
     loaded = loaded if change is None else change(loaded)
-    run: T = parsed(
-        kind,
-        default=loaded,
-        args=list(argv[len(paths) :]),
-        prog=f"pae {command} CONFIG RUN_DIR",
-        config=(tyro.conf.AvoidSubcommands,),  # which of several configs a field holds, the file says
-    )
+    run = overridden(loaded, argv[len(paths) :], f"pae {command} CONFIG RUN_DIR")
     if len(paths) < 2:
         raise ValueError(
             f"pae {command} needs a run folder after the config: pae {command} {paths[0]} RUN_DIR"
         )
+    return run, Path(paths[1])
+
+
+def overridden(loaded: T, argv: Sequence[str], prog: str) -> T:
+    """A config with the fields that flags set."""
+    run: T = parsed(
+        type(loaded),
+        default=loaded,
+        args=list(argv),
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands,),  # which of several configs a field holds, the file says
+    )
     # Flags are held to what a file is held to: no nan, no number beyond 2^63.
-    return configs.from_dict(kind, configs.to_dict(run)), Path(paths[1])
+    return configs.from_dict(type(loaded), configs.to_dict(run))
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
@@ -208,6 +214,4 @@ def at_least_one(**numbers: int | None) -> None:
         ValueError: names the flag.
     """
     for name, number in numbers.items():
-        most = _LARGEST.get(name, 10**8)
-        if number is not None and not 1 <= number <= most:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [1, {most}], got {number}")
+        configs.check_number(f"--{name.replace('_', '-')}", number, f"[1, {_LARGEST.get(name, 10**8)}]")

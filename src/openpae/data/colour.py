@@ -54,8 +54,8 @@ def shown(image: Image.Image) -> tuple[Image.Image, str]:
     Raises:
         ValueError: its pixels are 32-bit numbers, whose range nobody knows.
     """
-    tile = getattr(image, "tile", None)  # of an open file: how its pixels are stored
-    stored, kind = str(tile[0].args) if tile else "", image.format
+    tiles = getattr(image, "tile", ())
+    stored, kind = str(tiles[0].args) if tiles else "", image.format
     image.load()
     info = image.info
     image = _in_8_bits(upright(image), stored, kind)

@@ -263,6 +263,9 @@ class Shards:
         self.shape: tuple[int, ...] = tuple(self.index["shape"])
         self.dtype = TYPES[self.index["dtype"]]
         self.labels = self._open_labels()
+        if kind == "latents" and not _has_statistics(self.index):
+            reason = "latents need a tokenizer, and a finite mean and std for each channel"
+            raise _damaged(self.folder / "index.json", reason)
         self.ends = np.cumsum(self.index["rows"])
         self._maps = [self._open(number, rows) for number, rows in enumerate(self.index["rows"])]
 
@@ -379,8 +382,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = _with_keys(path, skipped=list, **kinds)
     whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
-    if index["kind"] == "latents" and not _has_statistics(index):
-        raise _damaged(path, "latents need a tokenizer, and a finite mean and std for each channel")
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index

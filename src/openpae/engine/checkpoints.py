@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
+from openpae.engine.pace import Pace
 from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
@@ -57,6 +58,8 @@ class RunState:
     """Text of the run's config, for its checkpoints."""
     skipped_data_steps: list[int] = field(default_factory=list)
     """Steps of the data order that the run has gone past, in order."""
+    pace: Pace = field(default_factory=lambda: Pace(1, None))
+    """Where the schedule stands."""
 
     @property
     def exported(self) -> nn.Module:
@@ -91,6 +94,7 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
             "images_seen": step * loop.global_batch_size,
             "inputs": dict(state.task.inputs),
             "passed_over": state.skipped_data_steps,
+            **({} if (pace := state.pace.facts()) is None else {"pace": pace}),
             "sha256": _hashes(folder),
         }
         processes.on_rank0(lambda: write_json(folder / "checkpoint.json", facts))
@@ -106,7 +110,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     found = processes.on_rank0(lambda: _newest(run_dir, state.task.inputs))
     if found is None:
         return None
-    step, skipped_data_steps = found
+    step, skipped_data_steps, pace = found
     folder = checkpoint_path(run_dir, step)
     if processes.any_rank(not folder.is_dir()):
         raise ValueError(
@@ -119,6 +123,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
     state.skipped_data_steps = sorted({*state.skipped_data_steps, *skipped_data_steps})
+    state.pace.restore(pace)
     return step
 
 
@@ -173,7 +178,7 @@ def verify_checkpoint(folder: Path) -> None:
                 raise ValueError(
                     f"state.pt holds an optimizer state of {player} ({number}) that fits no weight"
                 )
-            _require(_optimizer_fault(held, torch.empty(shape)), f"the optimizer of {player} ({number})")
+            _require(_optimizer_fault(held, torch.empty(shape)), f"optimizer of {player} ({number})")
 
 
 def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -228,8 +233,8 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
             remove_folder(checkpoint_path(run_dir, step))
 
 
-def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:
-    """Step of the newest sound checkpoint, and the data that it went past."""
+def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], dict[str, Any] | None] | None:
+    """Step of the newest sound checkpoint, the data that it went past, and its pace."""
     for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written or removed
         shutil.rmtree(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
@@ -249,7 +254,7 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] |
                 f"{run_dir} was trained with other {', '.join(changed)}: what its config "
                 "names has changed since; bring it back or name another run folder"
             )
-        return step, facts["passed_over"]
+        return step, facts["passed_over"], facts.get("pace")
     return None
 
 
@@ -287,7 +292,7 @@ def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[st
     """Tensors for the optimizer's state to be read into; a player that has not stepped yet has none."""
     return {
         number: {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight),
         }
@@ -347,7 +352,7 @@ def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
 
 def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
     """What of an AdamW state does not fit its weight."""
-    wanted = {"step": torch.empty(()), "exp_avg": weight, "exp_avg_sq": weight}
+    wanted = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
     if not isinstance(moments, Mapping) or moments.keys() != wanted.keys():
         return "its names"
     strange = [name for name, like in wanted.items() if not _fits(moments[name], like)]

@@ -46,7 +46,7 @@ def check_run(run_dir: Path, config: Any) -> bool:
             made_with = configs.load(type(config), kept)
         except (OSError, ValueError):  # older versions kept none; `resume` names a damaged one
             continue
-        if other := _changing(configs.differences(made_with, config)):
+        if other := _changing(configs.differences(_placeless(made_with), _placeless(config))):
             raise ValueError(
                 f"{file} was edited: the checkpoint of step {step} was made with another config ({other}); "
                 f"copy {kept} over it, or name another run folder"
@@ -59,6 +59,16 @@ def _changing(differences: Sequence[str]) -> str:
     """Those that change what is computed, as one text."""
     hardware = tuple(f"{name}:" for name in HARDWARE_FIELDS)
     return "; ".join([line for line in differences if not line.startswith(hardware)][:5])
+
+
+def _placeless(config: Any) -> Any:
+    """The config without its paths: a run may move, and `resume` compares the data by fingerprint."""
+    changes = {
+        part.name: _placeless(value) if dataclasses.is_dataclass(value) else Path("path")
+        for part in dataclasses.fields(config)
+        if dataclasses.is_dataclass(value := getattr(config, part.name)) or isinstance(value, Path)
+    }
+    return dataclasses.replace(config, **changes)
 
 
 def open_run(run_dir: Path, config: Any) -> None:

@@ -360,7 +360,7 @@ class DiTDHConfig:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that `dit.run_blocks` can checkpoint: those of the DiT and of the head."""
+        """Blocks that `layers.run_blocks` can checkpoint: those of the DiT and of the head."""
         return self.num_layers + self.head.num_layers
 
 

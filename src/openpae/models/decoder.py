@@ -11,6 +11,7 @@ from openpae.models.layers import (
     TransformerBlock,
     init_vit,
     resize_positions,
+    run_blocks,
     sincos_2d,
     to_grid,
     to_tokens,
@@ -63,6 +64,7 @@ class PixelDecoder(nn.Module):
         super().__init__()
         width = config.hidden_dim
         self.patch_size, self.grid = config.patch_size, grid
+        self.checkpoint_blocks = 0  # see `run_blocks`
         self.embed = nn.Linear(dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("positions", sincos_2d(*grid, width)[None], persistent=False)
@@ -79,6 +81,5 @@ class PixelDecoder(nn.Module):
         x = self.embed(tokens) + resize_positions(self.positions, self.grid, h, w)
         # The CLS token carries no position; it goes in front and is dropped behind the last block.
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, x, (), self.checkpoint_blocks)
         return unpatchify(self.to_pixels(self.norm(x)[:, 1:]), h, w, self.patch_size)

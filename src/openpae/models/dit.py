@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from openpae.models.configs import LightningDiTConfig
 from openpae.models.generator import LatentGenerator
@@ -13,6 +11,7 @@ from openpae.models.layers import (
     resize_positions,
     rope_2d,
     rotate,
+    run_blocks,
     sincos_2d,
     timestep_features,
     to_tokens,
@@ -83,27 +82,6 @@ class DiTBlock(nn.Module):
         x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, cos, sin)
         out: Tensor = x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
         return out
-
-
-def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor, checkpointed: int
-) -> Tensor:
-    """Tokens x (B, N, D) through `DiTBlock`s, one after the other.
-
-    Args:
-        blocks: the blocks.
-        x, c, cos, sin: what a block takes.
-        checkpointed: how many blocks, from the first on, keep only their input for the backward pass and
-            compute the rest again: the same gradients for a third more work in these blocks, and almost none
-            of their memory.
-    """
-    for number, block in enumerate(blocks):
-        if number < checkpointed and torch.is_grad_enabled():
-            # Nothing in a block is random, and to keep a generator's state would wait for the GPU.
-            x = checkpoint(block, x, c, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, c, cos, sin)
-    return x
 
 
 class LightningDiT(LatentGenerator):
@@ -177,7 +155,7 @@ class LightningDiT(LatentGenerator):
         positions, cos, sin = self._positions(h, w)
         tokens = to_tokens(embedded) + positions
         c = F.silu(self.time_mlp(timestep_features(t)) + self.class_embed(labels))[:, None]
-        tokens = run_blocks(self.blocks, tokens, c, cos, sin, self.checkpoint_blocks)
+        tokens = run_blocks(self.blocks, tokens, (c, cos, sin), self.checkpoint_blocks)
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)
         tokens = self.to_velocity(self.final_norm(tokens) * (1 + scale) + shift)
         return unpatchify(tokens, h, w, self.config.patch_size)

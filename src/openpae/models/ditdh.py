@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.models.configs import DiTDHConfig, GeneratorConfig, LightningDiTConfig
-from openpae.models.dit import DiTBlock, LightningDiT, run_blocks
+from openpae.models.dit import DiTBlock, LightningDiT
 from openpae.models.generator import LatentGenerator
-from openpae.models.layers import rope_2d, sincos_2d, to_tokens, unpatchify
+from openpae.models.layers import rope_2d, run_blocks, sincos_2d, to_tokens, unpatchify
 
 
 class DiTDH(LatentGenerator):
@@ -30,7 +30,7 @@ class DiTDH(LatentGenerator):
 
     Args:
         config: its sizes.
-        checkpoint_blocks: see `dit.run_blocks`; the blocks of the DiT come first, then those of the head.
+        checkpoint_blocks: see `layers.run_blocks`; the blocks of the DiT come first, then those of the head.
     """
 
     config_class = DiTDHConfig
@@ -104,12 +104,12 @@ class DiTDH(LatentGenerator):
         time = self.time_mlp(self._fourier(1 - t))[:, None]  # (B, 1, D)
         c = F.silu(F.silu(time + self.class_embed(labels)[:, None]))
         tokens = to_tokens(self.patch_embed(x)) + self.positions
-        tokens = run_blocks(self.blocks, tokens, c, self.rope_cos, self.rope_sin, self.checkpoint_blocks)
+        tokens = run_blocks(self.blocks, tokens, (c, self.rope_cos, self.rope_sin), self.checkpoint_blocks)
         s = F.silu(self.to_head(F.silu(time + tokens)))  # (B, N, W)
         left = self.checkpoint_blocks - len(self.blocks)
         # The path from block to block is kept in float32, as positions keep that of the DiT.
         wide = to_tokens(self.head_embed(x)).float()
-        wide = run_blocks(self.head_blocks, wide, s, self.head_cos, self.head_sin, left)
+        wide = run_blocks(self.head_blocks, wide, (s, self.head_cos, self.head_sin), left)
         shift, scale = self.final_modulation(s).chunk(2, dim=-1)
         wide = self.to_velocity(self.final_norm(wide) * (1 + scale) + shift)
         return unpatchify(wide, h, w, self.config.patch_size)
@@ -133,7 +133,7 @@ def build_generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> L
 
     Args:
         config: its sizes.
-        checkpoint_blocks: see `dit.run_blocks`.
+        checkpoint_blocks: see `layers.run_blocks`.
     """
     if isinstance(config, DiTDHConfig):
         return DiTDH(config, checkpoint_blocks=checkpoint_blocks)

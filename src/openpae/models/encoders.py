@@ -179,14 +179,15 @@ def empty_encoder(
 
     Args:
         name: a row of `ENCODERS`.
-        architecture: what `encoder_architecture` gives, read; rows of the transformers package need it.
+        architecture: what `encoder_architecture` gives, read; None takes the row's published sizes.
         trainable: let it be finetuned.
 
     Raises:
         ValueError: an unknown name.
     """
     spec = encoder_spec(name)
-    backbone = _backbone(spec, lambda: build_tower(spec.model_class, architecture or {}), pretrained=False)
+    sizes = architecture or {**spec.architecture, **spec.options}
+    backbone = _backbone(spec, lambda: build_tower(spec.model_class, sizes), pretrained=False)
     return FrozenEncoder(spec, backbone, trainable=trainable)
 
 

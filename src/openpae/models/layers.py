@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from openpae.models.configs import check_heads
 
@@ -195,6 +196,26 @@ class TransformerBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, given: tuple[Tensor, ...], checkpointed: int) -> Tensor:
+    """Tokens x (B, N, D) through blocks, one after the other.
+
+    Args:
+        blocks: the blocks.
+        x: tokens.
+        given: what every block takes beside them.
+        checkpointed: how many blocks, from the first on, keep only their input for the backward pass and
+            compute the rest again: the same gradients for a third more work in these blocks, and almost none
+            of their memory.
+    """
+    for number, block in enumerate(blocks):
+        if number < checkpointed and torch.is_grad_enabled():
+            # Nothing in a block is random, and to keep a generator's state would wait for the GPU.
+            x = checkpoint(block, x, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *given)
+    return x
 
 
 def init_vit(module: nn.Module) -> None:

@@ -45,6 +45,8 @@ class EncoderSpec:
     """How. The MLP's weights belong to a released tokenizer, and its output is taken as it is."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the class that replace those beside the weights."""
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    """The published sizes, as settings of the class: what `empty_encoder` builds."""
     asks_to_interpolate: bool = False
     """Whether the class fits its positions to another grid only where it is asked to."""
     shuffles: bool = False
@@ -55,7 +57,22 @@ class EncoderSpec:
     """Turns the names of the hub's file into those of the class; None where the package does it."""
 
 
-def _dinov2(size: str, dim: int, num_heads: int, *, registers: bool = True) -> EncoderSpec:
+def _vit(
+    dim: int, layers: int, num_heads: int, mlp: int, patch: int, image: int, **more: Any
+) -> dict[str, Any]:
+    """Sizes of a ViT by the names that most classes of the transformers package give them."""
+    return {
+        "hidden_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": num_heads,
+        "intermediate_size": mlp,
+        "patch_size": patch,
+        "image_size": image,
+        **more,
+    }
+
+
+def _dinov2(size: str, dim: int, layers: int, num_heads: int, *, registers: bool = True) -> EncoderSpec:
     return EncoderSpec(
         model_class="Dinov2WithRegistersModel" if registers else "Dinov2Model",
         repo=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
@@ -63,10 +80,11 @@ def _dinov2(size: str, dim: int, num_heads: int, *, registers: bool = True) -> E
         dim=dim,
         num_heads=num_heads,
         num_prefix_tokens=1 + 4 if registers else 1,
+        architecture=_vit(dim, layers, num_heads, 4 * dim, 14, 518, use_swiglu_ffn=size == "giant"),
     )
 
 
-def _dinov3(size: str, dim: int, num_heads: int) -> EncoderSpec:
+def _dinov3(size: str, dim: int, layers: int, num_heads: int) -> EncoderSpec:
     return EncoderSpec(
         model_class="DINOv3ViTModel",
         repo=f"facebook/dinov3-vit{size}-pretrain-lvd1689m",
@@ -75,10 +93,17 @@ def _dinov3(size: str, dim: int, num_heads: int) -> EncoderSpec:
         num_heads=num_heads,
         num_prefix_tokens=1 + 4,
         final_norm="norm",
+        architecture=_vit(
+            *(dim, layers, num_heads, 4 * dim, 16, 224),
+            num_register_tokens=4,
+            key_bias=False,
+            use_gated_mlp=size == "h16plus",
+            hidden_act="silu" if size == "h16plus" else "gelu",
+        ),
     )
 
 
-def _siglip2(size: str, dim: int, num_heads: int) -> EncoderSpec:
+def _siglip2(size: str, dim: int, layers: int, num_heads: int, mlp: int) -> EncoderSpec:
     return EncoderSpec(
         model_class="SiglipVisionModel",  # SigLIP 2 of a fixed size has SigLIP's architecture
         repo=f"google/siglip2-{size}-patch16-256",
@@ -91,10 +116,11 @@ def _siglip2(size: str, dim: int, num_heads: int) -> EncoderSpec:
         options={"vision_use_head": False},
         asks_to_interpolate=True,
         other_parts=("head.", "text_model.", "logit_scale", "logit_bias"),
+        architecture=_vit(dim, layers, num_heads, mlp, 16, 256),
     )
 
 
-def _mae(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
+def _mae(size: str, patch: int, dim: int, layers: int, num_heads: int) -> EncoderSpec:
     return EncoderSpec(
         model_class="ViTMAEModel",
         repo=f"facebook/vit-mae-{size}",
@@ -106,10 +132,11 @@ def _mae(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
         asks_to_interpolate=True,
         shuffles=True,
         other_parts=("decoder.",),
+        architecture=_vit(dim, layers, num_heads, 4 * dim, patch, 224),
     )
 
 
-def _clip(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
+def _clip(size: str, patch: int, dim: int, layers: int, num_heads: int) -> EncoderSpec:
     return EncoderSpec(
         model_class="CLIPVisionModel",
         repo=f"openai/clip-vit-{size}-patch{patch}",
@@ -125,7 +152,11 @@ def _clip(size: str, patch: int, dim: int, num_heads: int) -> EncoderSpec:
             *("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
             "embeddings.position_ids",  # 0, 1, 2, ...: older files hold it
         ),
+        architecture=_vit(dim, layers, num_heads, 4 * dim, patch, 224),
     )
+
+
+_INTERNVIT = _vit(1024, 24, 16, 4096, 14, 448, use_mask_token=False)
 
 
 def _convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,26 +166,26 @@ def _convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 ENCODERS = {
-    "dinov2-s": _dinov2("small", 384, 6),
-    "dinov2-b": _dinov2("base", 768, 12),
-    "dinov2-l": _dinov2("large", 1024, 16),
-    "dinov2-g": _dinov2("giant", 1536, 24),
-    "dinov2-s-noreg": _dinov2("small", 384, 6, registers=False),
-    "dinov2-b-noreg": _dinov2("base", 768, 12, registers=False),
-    "dinov2-l-noreg": _dinov2("large", 1024, 16, registers=False),
-    "dinov2-g-noreg": _dinov2("giant", 1536, 24, registers=False),
-    "dinov3-s": _dinov3("s16", 384, 6),
-    "dinov3-b": _dinov3("b16", 768, 12),
-    "dinov3-l": _dinov3("l16", 1024, 16),
-    "dinov3-h": _dinov3("h16plus", 1280, 20),
-    "siglip2-b": _siglip2("base", 768, 12),
-    "siglip2-l": _siglip2("large", 1024, 16),
-    "siglip2-so": _siglip2("so400m", 1152, 16),
-    "mae-b": _mae("base", 16, 768, 12),
-    "mae-l": _mae("large", 16, 1024, 16),
-    "mae-h": _mae("huge", 14, 1280, 16),
-    "clip-b": _clip("base", 16, 768, 12),
-    "clip-l": _clip("large", 14, 1024, 16),
+    "dinov2-s": _dinov2("small", 384, 12, 6),
+    "dinov2-b": _dinov2("base", 768, 12, 12),
+    "dinov2-l": _dinov2("large", 1024, 24, 16),
+    "dinov2-g": _dinov2("giant", 1536, 40, 24),
+    "dinov2-s-noreg": _dinov2("small", 384, 12, 6, registers=False),
+    "dinov2-b-noreg": _dinov2("base", 768, 12, 12, registers=False),
+    "dinov2-l-noreg": _dinov2("large", 1024, 24, 16, registers=False),
+    "dinov2-g-noreg": _dinov2("giant", 1536, 40, 24, registers=False),
+    "dinov3-s": _dinov3("s16", 384, 12, 6),
+    "dinov3-b": _dinov3("b16", 768, 12, 12),
+    "dinov3-l": _dinov3("l16", 1024, 24, 16),
+    "dinov3-h": _dinov3("h16plus", 1280, 32, 20),
+    "siglip2-b": _siglip2("base", 768, 12, 12, 3072),
+    "siglip2-l": _siglip2("large", 1024, 24, 16, 4096),
+    "siglip2-so": _siglip2("so400m", 1152, 27, 16, 4304),
+    "mae-b": _mae("base", 16, 768, 12, 12),
+    "mae-l": _mae("large", 16, 1024, 24, 16),
+    "mae-h": _mae("huge", 14, 1280, 32, 16),
+    "clip-b": _clip("base", 16, 768, 12, 12),
+    "clip-l": _clip("large", 14, 1024, 24, 16),
     # 448 pixels and 32 x 32 tokens for an image of 256, merged 2 x 2.
     "internvit-300m": EncoderSpec(
         model_class="InternVLVisionModel",
@@ -166,6 +197,7 @@ ENCODERS = {
         final_norm=None,
         merge=2,
         options={"attention_bias": True},  # the hub's config says it by another name
+        architecture=_INTERNVIT,
         convert=_convert_internvit,
     ),
     # As the authors' released tokenizer has it, which alone holds the weights of the MLP.
@@ -180,6 +212,7 @@ ENCODERS = {
         merge=2,
         merge_by="mlp",
         options={"attention_bias": True},
+        architecture=_INTERNVIT,
         convert=_convert_internvit,
     ),
     # A CNN: block 10 (112 channels) beside block 15 (320 channels, upsampled), each normalised per token.

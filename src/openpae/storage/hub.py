@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from openpae import config as configs
-from openpae.storage.card import model_card
+from openpae.storage.card import is_record, model_card
 from openpae.storage.files import read_json, write_json
 from openpae.storage.model_folder import (
     CLASSES,
@@ -252,7 +252,9 @@ def _copy(source: Path, target: Path) -> None:
                 if (place / name).is_symlink():  # it may lead to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
                 if name in (ENCODER, RECORD):
-                    read_json(place / name)
+                    content = read_json(place / name)
+                    if name == RECORD and not is_record(content):
+                        raise ValueError(f"{place / name} is no record of pae evaluate; remove it")
                 shutil.copyfile(place / name, target / name)
     config = configs.read_yaml(path / CONFIG)
     home = config.get("encoder_source")

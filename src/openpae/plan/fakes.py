@@ -1,0 +1,304 @@
+"""A run's own task under fake tensors: shapes without memory, N processes without a network, and frozen
+networks built from their configs without a download."""
+
+from __future__ import annotations
+
+import math
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.functional import interpolate
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import distributed as ddp_module
+
+from openpae import config as configs
+from openpae.data.training import ImageBatch, LatentBatch
+from openpae.engine import loop as loop_module
+from openpae.engine import parallel
+from openpae.engine.optim import device_batches
+from openpae.engine.settings import LoopConfig
+from openpae.models.configs import DiscriminatorConfig, GeneratorConfig, RefinerConfig
+from openpae.models.discriminator import FeatureDiscriminator, PatchDiscriminator
+from openpae.models.ditdh import build_generator
+from openpae.models.encoders import empty_encoder
+from openpae.models.generator import LatentGenerator
+from openpae.models.lpips import LPIPS
+from openpae.models.priors import FrozenPrior, Refiner
+from openpae.models.vfms import encoder_spec
+from openpae.runtime import processes
+from openpae.storage.model_folder import CONFIG, model_folder
+from openpae.train import generator, refiner, tokenizer
+from openpae.train.generator import GeneratorTask
+from openpae.train.refiner import RefinerTask
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
+from openpae.train.tokenizer import TokenizerTask
+
+Run = RefinerRun | TokenizerRun | GeneratorRun
+AnyTask = RefinerTask | TokenizerTask | GeneratorTask
+T = TypeVar("T", RefinerTask, TokenizerTask, GeneratorTask)
+
+_DINO = {"num_hidden_layers": 12, "image_size": 224, "hidden_size": 384, "num_attention_heads": 6}
+_DINO |= {"intermediate_size": 1536}
+_DINO_B = _DINO | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+VITS: dict[str, dict[str, Any]] = {
+    "facebook/dino-vits8": _DINO | {"patch_size": 8},
+    "facebook/dino-vits16": _DINO | {"patch_size": 16},
+    "facebook/dino-vitb8": _DINO_B | {"patch_size": 8},
+    "facebook/dino-vitb16": _DINO_B | {"patch_size": 16},
+}
+"""Published sizes of the ViTs that a discriminator may look through."""
+
+
+@contextmanager
+def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
+    """Inside, tensors have shapes and no memory, and this is the first of so many processes.
+
+    Raises:
+        ValueError: the process is one of several already, or the values of a tensor are read.
+    """
+    if distributed.is_initialized():
+        raise ValueError("pae plan runs in one process; start it without torchrun and give --gpus")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        if processes > 1:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+            stack.callback(distributed.destroy_process_group)
+        for module, name, stand_in in [*_stand_ins(), *_uncached()]:
+            stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(warnings.catch_warnings())
+        for harmless in ("Accessing the data pointer of FakeTensor", "Grad strides do not match bucket"):
+            warnings.filterwarnings("ignore", message=harmless)
+        stack.enter_context(_refusing_reads())
+        yield stack.enter_context(mode)
+
+
+def build_task(run: Run) -> AnyTask:
+    """The task of a run, as its training makes it, inside of `fake_world`."""
+    if isinstance(run, GeneratorRun):
+        return feeding(GeneratorTask(run), run)
+    name, trainable = (
+        (run.model.encoder, run.model.fusion == "finetune")
+        if isinstance(run, TokenizerRun)
+        else (run.encoder, False)
+    )
+    encoder = _without_values(lambda: empty_encoder(name, trainable=trainable))
+    if isinstance(run, TokenizerRun):
+        return feeding(TokenizerTask(run, encoder), run)
+    return feeding(RefinerTask(run, encoder), run)
+
+
+def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:
+    """A discriminator whose frozen network has its published sizes and no weights of its own.
+
+    Raises:
+        ValueError: the sizes of its source are not known, and it is no local folder.
+    """
+    if config.kind == "patch":
+        return PatchDiscriminator(config.width, config.num_layers)
+    from transformers import ViTConfig, ViTModel
+
+    if config.source in VITS:
+        sizes = ViTConfig(**VITS[config.source])
+    else:
+        try:
+            sizes = ViTConfig.from_pretrained(config.source, local_files_only=True)
+        except OSError:
+            raise ValueError(
+                f"the sizes of loss.discriminator.source {config.source!r} are not known here; give a local "
+                f"folder or one of {', '.join(VITS)}"
+            ) from None
+    backbone = _without_values(lambda: ViTModel(sizes, add_pooling_layer=False))
+    return FeatureDiscriminator(backbone, config.taps, config.head_dim)
+
+
+def _without_values(build: Callable[[], Any]) -> Any:
+    """A network of the transformers package without its initial values: it looks at some while it draws."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return build()
+
+
+def empty_prior(run: TokenizerRun) -> FrozenPrior:
+    """The refiner that a run names; where its folder is not there, one of the usual sizes."""
+    assert run.prior is not None  # or it is not asked for
+    spec, (h, w) = encoder_spec(run.model.encoder), run.model.grid_shape
+    sizes = RefinerConfig(
+        feature_dim=spec.dim,
+        latent_dim=run.model.latent_dim,
+        grid_size=h,
+        grid_width=None if w == h else w,
+        num_heads=spec.num_heads,
+    )
+    with suppress(FileNotFoundError):
+        sizes = configs.load(RefinerConfig, model_folder(run.prior) / CONFIG)
+    return FrozenPrior(Refiner(sizes))
+
+
+def feeding(task: T, run: Run) -> T:
+    """The task with batches of the run's shapes, the next of which is there while one is used."""
+    latents = isinstance(run, GeneratorRun)
+
+    def batches(steps: Sequence[int]) -> Iterator[Any]:
+        rows: list[int] = [len(part) for _ in steps for part in planned_batches(run.loop)]
+        make = _latent_batch if latents else _image_batch
+        coming = make(run, rows[0])
+        for count in [*rows[1:], 0]:
+            current, coming = coming, make(run, count)
+            yield current
+
+    task.batches = batches  # type: ignore[method-assign]
+    return task
+
+
+def _latent_batch(run: Any, count: int) -> LatentBatch:
+    latents = torch.empty(count, *run.model.latent_shape, dtype=torch.bfloat16)
+    return LatentBatch(latents, torch.empty(count, dtype=torch.long))
+
+
+def _image_batch(run: Any, count: int) -> ImageBatch:
+    tokenizer_run = isinstance(run, TokenizerRun)
+    shape = run.model.image_shape if tokenizer_run else run.image_shape
+    features = prior = None
+    if run.data.feature_cache is not None:
+        tokens = math.prod(run.model.grid_shape)
+        width = encoder_spec(run.model.encoder if tokenizer_run else run.encoder).dim
+        features = torch.empty(count, tokens, width, dtype=torch.float16)
+        if tokenizer_run and run.loss.needs_prior:
+            prior = torch.empty(count, tokens, run.model.latent_dim, dtype=torch.float16)
+    images = torch.empty(count, 3, *shape, dtype=torch.uint8)
+    return ImageBatch(images, torch.empty(count, dtype=torch.long), features, prior)
+
+
+def _stand_ins() -> list[tuple[Any, str, Any]]:
+    """What stands between a task and values, files or a network: module, name, stand-in."""
+    files = SimpleNamespace(fingerprint=lambda: "", attributes={"tokenizer": ""})
+    shared = [
+        (module, name, stand_in)
+        for module in (tokenizer, refiner)
+        for name, stand_in in (
+            ("open_images", lambda *_: files),
+            ("encoder_fingerprint", lambda *_: ""),
+            ("cache_features", lambda *_, **__: None),
+            ("TrainingImages", lambda *_, **__: None),
+        )
+    ]
+    return [
+        *shared,
+        (nn.Module, "to", lambda module, *_, **__: module),  # all are where and what they should be
+        (tokenizer, "cache_targets", lambda *_, **__: None),
+        (tokenizer, "load_perceptual", lambda net, *_: LPIPS("alex" if net == "random" else net)),
+        (tokenizer, "build_discriminator", empty_discriminator),
+        (tokenizer.TokenizerTask, "_load_prior", _load_prior),
+        (refiner, "load_anyup", _Upsampler),
+        (generator, "_open_latents", _latents),
+        (generator, "build_generator", _generator),
+        (parallel, "fingerprint", lambda *_: ""),
+        (processes, "gather", lambda value: [value]),
+        (parallel, "DistributedDataParallel", _Replicated),
+        (parallel, "init_device_mesh", _mesh),
+        (ddp_module, "_verify_param_shape_across_processes", lambda *_: None),
+        (loop_module, "device_batches", planned_batches),
+    ]
+
+
+def _uncached() -> list[tuple[Any, str, Any]]:
+    """Tables that a network keeps for its next call must not outlive the fake mode."""
+    from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+
+    name = "get_patches_center_coordinates"
+    return [(dinov3, name, getattr(dinov3, name).__wrapped__)]
+
+
+def planned_batches(loop: LoopConfig) -> list[range]:
+    """The first and the last device batch of a step: those between them are like the last."""
+    parts = device_batches(loop)
+    return [parts[0], parts[-1]] if len(parts) > 1 else parts
+
+
+def _load_prior(task: TokenizerTask) -> nn.Module | None:
+    task.inputs = {**task.inputs, "prior": ""}
+    return empty_prior(task.run) if task.run.loss.needs_prior else None
+
+
+def _latents(_: Any, model: GeneratorConfig) -> SimpleNamespace:
+    index = dict.fromkeys(("mean", "std"), [1.0] * model.latent_dim)
+    return SimpleNamespace(fingerprint=lambda: "", attributes={"tokenizer": ""}, index=index)
+
+
+def _generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> LatentGenerator:
+    model = build_generator(config, checkpoint_blocks=checkpoint_blocks)
+    model.set_statistics = lambda *_: None  # type: ignore[method-assign]  # it looks at their values
+    return model
+
+
+class _Upsampler(nn.Module):
+    """Gives maps of the size that AnyUp gives; its own network is torch hub's, and not built here."""
+
+    def forward(self, guide: Tensor, features: Tensor) -> Tensor:
+        return interpolate(features, guide.shape[-2:])
+
+
+class _Replicated(DistributedDataParallel):
+    """Averages nothing; its buckets are those of the real one before it orders them anew."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
+        self.reducer: Any = _Reducer(self.reducer)
+
+
+class _Reducer:
+    """DDP's own, which would copy values where it orders its buckets anew."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _done(value: Tensor) -> torch.futures.Future[Tensor]:
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(value)
+    return done
+
+
+@contextmanager
+def _refusing_reads() -> Iterator[None]:
+    """Say where the values of a fake tensor are read: on a GPU the host would wait there."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        frames = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename
+        ]
+        at = f"{frames[-1].filename}:{frames[-1].lineno}"
+        raise ValueError(
+            f"{at} reads the values of a tensor ({error.func}), and a GPU would wait for them; keep them on "
+            "the device (torch.where, a mask), or read them with the log"
+        ) from error
+
+
+def _mesh(device: str, shape: tuple[int, ...]) -> DeviceMesh:
+    with unset_fake_temporarily():  # the ranks are values
+        return init_device_mesh(device, shape)
