@@ -16,8 +16,8 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
 LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 300}
-"""Steps below which nothing of use is expected. The tokenizer's is measured (docs/results.md, "Beginning as a
-cosine transform"). Of the generator it is known that 140 steps give noise and 1,060 outlines."""
+"""Steps below which nothing of use is expected. The tokenizer's is measured (docs/results.md, "Beginning from
+patches"). Of the generator it is known that 140 steps give noise and 1,060 outlines."""
 
 _AROUND = 700
 """What is not training (rendering, features, latents, samples, metrics), in steps of the tokenizer.
