@@ -299,7 +299,7 @@ def test_latents_cached_by_two_processes_are_those_of_one(
 ) -> None:
     expected = cached(runs["tokenizer-ddp"], tmp_path / "alone")  # type: ignore[arg-type]
     assert two["caches"] == [expected, expected]
-    assert not list((home / "caches").glob(".*"))
+    assert {path.name for path in (home / "caches").glob(".*")} <= {".lock"}
 
 
 def test_a_process_that_can_not_cache_its_share_stops_all_when_they_are_done(

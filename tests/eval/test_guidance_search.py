@@ -187,8 +187,8 @@ def test_samples_of_another_size_than_the_reference_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 1}, "samples must be at least 2, got 1"),
-        ({"halving": 1}, "halving must be at least 2, got 1"),
+        ({"samples": 1}, "samples must be >= 2, got 1"),
+        ({"halving": 1}, "halving must be >= 2, got 1"),
         ({"scales": ()}, "scales must hold at least one value"),
     ],
 )

@@ -71,7 +71,7 @@ class SampleEvaluator:
         extractor: of the features.
         reference: what the samples are compared with, in these features.
         search: seed, first number of samples and their growth.
-        num_classes: K, of class-balanced labels.
+        num_classes: of class-balanced labels, as `balanced_labels` takes them.
         batch_size: samples at once; it changes no distance beyond rounding.
         precision: of the networks that draw: fp32 or bf16. What measures works in float32.
         weak: guides in place of the null class.
@@ -86,7 +86,7 @@ class SampleEvaluator:
         extractor: FeatureExtractor,
         reference: Reference,
         search: SearchConfig,
-        num_classes: int,
+        num_classes: int | Sequence[int],
         batch_size: int = 32,
         precision: str = "fp32",
         weak: VelocityModel | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from openpae.config import check_fields
+from openpae.config import added, check_fields
 from openpae.models.configs import DiscriminatorConfig, PerceptualNet
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class TokenizerLoss:
     lpips_share: float = 1.0
     """Share of each device batch that LPIPS sees, in (0, 1]. Less leaves the expected loss as it is and saves
     most of the cost on a CPU."""
-    lpips_shift: int = 0
+    lpips_shift: int = added(0)
     """Largest shift in pixels, to the right and down, of image and decodes before LPIPS: each step draws one
     for all images. Networks with strides look at a fixed lattice of pixels and leave it in the decodes; 3
     covers the stride of AlexNet's first layer."""
-    lpips_late_net: PerceptualNet | None = None
+    lpips_late_net: PerceptualNet | None = added(None)
     """Network of LPIPS from `lpips_late_start` on; null keeps `lpips_net`. A CPU pays for VGG only at the
     end. The evaluations of the whole run use this network."""
-    lpips_late_start: float = 0.9
+    lpips_late_start: float = added(0.9)
     """Share of the training after which `lpips_late_net` takes over."""
     gan: float = 0.5
     """Adversarial loss."""
@@ -58,7 +58,7 @@ class TokenizerLoss:
     mcr_start: float = 0.0
     """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes an early MCR
     leaves a decoder that shows one grey image (docs/log.md)."""
-    mcr_angle_ramp: float = 0.0
+    mcr_angle_ramp: float = added(0.0)
     """Share of the training, from `mcr_start` on, over which both angles rise linearly from 0; 0 as in the
     paper. A decoder is then never asked for what only one grey image satisfies."""
     mcr_share: float = 1.0
@@ -67,10 +67,10 @@ class TokenizerLoss:
     """Semantic consistency: pooled latent and tokens (Eq. 5). Needs a prior."""
     scr_tokens: Literal["pooled", "tokens", "both"] = "both"
     """What it compares (Table 3c)."""
-    ramp: tuple[float, float] = (0.0, 0.0)
+    ramp: tuple[float, float] = added((0.0, 0.0))
     """Shares of the training between which LPIPS, SSR, MCR and SCR rise together to their weights: (begin,
     end). Their ratio is the same at every step."""
-    ramp_from: float = 1.0
+    ramp_from: float = added(1.0)
     """Share of their weights that these four have before the ramp, in (0, 1]; they rise by a constant factor
     a step. 1 as in the paper. A small decoder learns to see by L1 first (docs/log.md)."""
     kl: float = 0.0

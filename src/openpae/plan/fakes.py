@@ -156,7 +156,7 @@ def feeding(task: T, run: Run) -> T:
     latents = isinstance(run, GeneratorRun)
 
     def batches(steps: Sequence[int]) -> Iterator[Any]:
-        rows = [len(part) for _ in steps for part in planned_batches(run.loop)]
+        rows: list[int] = [len(part) for _ in steps for part in planned_batches(run.loop)]
         make = _latent_batch if latents else _image_batch
         coming = make(run, rows[0])
         for count in [*rows[1:], 0]:

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, Subset, open_images, spread
+from openpae.data.images import ImageSource, Subset, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches, raise_on_broken
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.data.training import (
+    ImageBatch,
+    TrainingImages,
+    broken_count,
+    image_batches,
+    open_training,
+    raise_on_broken,
+)
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -40,7 +48,8 @@ from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.patch_start import start_from_patches
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.tokenizer import tokenizer_class
+from openpae.models.tokenizer import PAE, tokenizer_class
+from openpae.models.transform_start import fit_readout, start_as_transform
 from openpae.objective.losses import (
     compared_pairs,
     discriminator_hinge,
@@ -63,6 +72,8 @@ from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import identity_of
 from openpae.train.settings import TokenizerRun
 
+_FITTED = 128
+"""Images that start dct fits the last layer to."""
 _START_IMAGES = 256
 """Images that `start_from_patches` sees, the first of the training."""
 
@@ -84,7 +95,7 @@ class TokenizerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source = open_images(run.data.images)
+        source, self.judged = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
@@ -98,6 +109,8 @@ class TokenizerTask:
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
+        if run.start == "dct":
+            self._start_as_transform()
         if run.start == "patches":
             (first,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
             features = None if first.features is None else first.features.to(self.device)
@@ -115,7 +128,6 @@ class TokenizerTask:
             self.extractor = load_extractor(run.extractor, run.extractor_weights, self.device)
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
-        self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
             for name in ("decoder", "modulator"):
@@ -158,7 +170,7 @@ class TokenizerTask:
                 shown = self.discriminator.features(diff_augment(decoded["r"], augment))
                 terms["gan"] = generator_hinge(self.discriminator(shown))
         every = self.run.loss.gradients_every
-        due = every > 0 and step % every == 0
+        due = every > 0 and draws.step % every == 0
         joint: list[Tensor] = []
         if "gan" in terms and self.run.loss.gan_weight == "adaptive":
             # Of the module that the losses called: of a sharded one, the weights are full just now.
@@ -266,6 +278,19 @@ class TokenizerTask:
             players["discriminator"] = distribute(self.discriminator, run.loop, small=True)
             optimizers["discriminator"] = adamw(players["discriminator"], run.optim)
         return players, optimizers
+
+    def _start_as_transform(self) -> None:
+        """Initial weights, and the last layer fitted to the first images; in every process alike."""
+        if not isinstance(self.model, PAE):
+            raise ValueError("start dct needs a tokenizer with a modulator, got model.fusion none")
+        start_as_transform(self.model)
+        size = self.run.loop.global_batch_size
+        steps = StepBatches(range(-(-_FITTED // size)), size, [range(size)])
+        batches = [*image_batches(self.images, steps, 0, pin=False)]
+        images = torch.cat([batch.images for batch in batches]).to(self.device).float() / 255
+        cached = [batch.features for batch in batches if batch.features is not None]
+        features = torch.cat(cached).to(self.device) if cached else self.model.features(images)
+        fit_readout(self.model, images, features)
 
     def _load_prior(self) -> nn.Module | None:
         run = self.run
