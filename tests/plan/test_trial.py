@@ -1,4 +1,4 @@
-"""Steps under fake tensors: what they need by hand, on one process and on many, and that they read nothing."""
+"""The plan: bytes and operations by hand, processes, reads that are planted, presets."""
 
 from __future__ import annotations
 
