@@ -22,7 +22,8 @@ from openpae.data.caches import cache_latents
 from openpae.data.images import BrokenImage, PackedImages
 from openpae.data.shards import Shards
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
+from openpae.engine.loop import fit
+from openpae.engine.run_folder import open_run
 from openpae.engine.task import Update
 from openpae.runtime import processes
 from openpae.runtime.draws import Draws

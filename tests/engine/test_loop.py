@@ -51,6 +51,7 @@ from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, iden
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
 from openpae.train.tokenizer import TokenizerTask, train_tokenizer
+from tests.by_hand import double_precision
 from tests.conftest import kill_points
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)
@@ -460,21 +461,22 @@ def test_a_run_folder_of_another_stage_is_refused(runs: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulated_batches_equal_one_batch(runs: dict[str, Any], tmp_path: Path, stage: str) -> None:
-    """Noise, crops, dropped classes and losses are those of the global batch, however it is cut."""
-    for part in (1, 2, 4, None):
-        train(with_loop(runs[stage], device_batch_size=part, steps=3), tmp_path / str(part))
+    """Noise, crops, dropped classes and losses are those of the global batch, however it is cut.
+
+    In float64: three steps of Adam make the rounding of reordered sums some thousand times larger."""
+    with double_precision():
+        for part in (1, 2, 4, None):
+            train(with_loop(runs[stage], device_batch_size=part, steps=3), tmp_path / str(part))
     whole, lines = state_of(tmp_path / "None"), curve(tmp_path / "None")
     for part in ("1", "2", "4"):
         found = state_of(tmp_path / part)
         for name, value in whole["players"].items():
             for key, tensor in value.items():
-                # Adam turns the rounding of a gradient that is truly 0 (a key's bias) into steps of lr.
-                if not key.endswith(("qkv.bias", "k_proj.bias")):
-                    torch.testing.assert_close(
-                        found["players"][name][key], tensor, atol=2e-5, rtol=1e-3, msg=key
-                    )
+                torch.testing.assert_close(
+                    found["players"][name][key], tensor, atol=1e-10, rtol=1e-9, msg=key
+                )
         for line, expected in zip(curve(tmp_path / part), lines, strict=True):
-            assert line == pytest.approx(expected, rel=1e-3)
+            assert line == pytest.approx(expected, rel=1e-6)  # the log is float32
 
 
 @given(
@@ -978,14 +980,16 @@ def test_broken_images_are_named_while_training_goes_on(
 def test_training_on_cached_features_is_training_on_computed_ones(
     tokenizer_run: TokenizerRun, packed: PackedImages, tmp_path: Path
 ) -> None:
-    """Up to the rounding to float16; the cache is made on first use and used ever after."""
+    """The first losses are equal up to the rounding to float16, 5e-4 of a feature; the cache is made on
+    first use and used ever after."""
+    tokenizer_run = with_loop(tokenizer_run, steps=1, log_every=1)
     data = replace(tokenizer_run.data, images=packed.shards.folder, augment="flip")
     cached = replace(tokenizer_run, data=replace(data, feature_cache=tmp_path / "features"))
     train(replace(tokenizer_run, data=data), tmp_path / "computed")
     train(cached, tmp_path / "cached")
     assert Shards(tmp_path / "features", kind="features").shape == (2, 16, 48)
     for line, expected in zip(curve(tmp_path / "cached"), curve(tmp_path / "computed"), strict=True):
-        assert line == pytest.approx(expected, rel=2e-2)
+        assert line == pytest.approx(expected, rel=5e-3)
     before = (tmp_path / "features" / "index.json").stat().st_mtime_ns
     TokenizerTask(cached)
     assert (tmp_path / "features" / "index.json").stat().st_mtime_ns == before

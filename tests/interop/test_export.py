@@ -24,7 +24,7 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript",
 @torch.no_grad()
 def test_a_generator_is_exported(tiny_dit: LightningDiT, tmp_path: Path) -> None:
     tiny_dit.set_statistics(torch.arange(8.0), torch.arange(1.0, 9.0))
-    found = export.export.export_model(tiny_dit, tmp_path / "out", "torch-export")
+    found = export.export_model(tiny_dit, tmp_path / "out", "torch-export")
     assert found.keys() == {"velocity"}
     assert found["velocity"] <= 1e-4
     graph = torch.export.load(tmp_path / "out" / "velocity.pt2").module()
@@ -115,7 +115,7 @@ def test_missing_packages_are_named(
 def test_a_full_disk_is_one_error(tiny_dit: LightningDiT, tmp_path: Path) -> None:
     """torch's own writer ends the process."""
     ended = run_in_child(
-        lambda: export_model(tiny_dit, tmp_path / "out", "torch-export"), largest_file=20_000
+        lambda: export.export_model(tiny_dit, tmp_path / "out", "torch-export"), largest_file=20_000
     )
     assert ended.error.startswith(f"DiskFull: no room for {tmp_path / 'out'}: "), ended.trace
     assert not (tmp_path / "out").exists()

@@ -136,7 +136,7 @@ def test_the_late_network_takes_over_at_its_start(packed: PackedImages) -> None:
         ({"ramp_from": 0.0}, r"loss.ramp_from must lie in \(0, 1\]"),
         ({"ramp_from": 1.1}, r"loss.ramp_from must lie in \(0, 1\]"),
         ({"mcr_angle_ramp": -0.1}, r"loss.mcr_angle_ramp must lie in \[0, 1\]"),
-        ({"lpips_shift": -1}, r"loss.lpips_shift must lie in \[0, inf\)"),
+        ({"lpips_shift": -1}, "loss.lpips_shift must be >= 0, got -1"),
         ({"lpips_late_start": 2.0}, r"loss.lpips_late_start must lie in \[0, 1\]"),
     ],
 )

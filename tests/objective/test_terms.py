@@ -227,7 +227,7 @@ def test_compiling_refuses_a_second_backward(packed: PackedImages, refiner: Path
         ({"ssr": -0.1}, r"loss\.ssr must be >= 0"),
         ({"gan_start": 0.1, "discriminator_start": 0.2}, "must not come before discriminator_start = 0.2"),
         ({"gan_start": 1.5}, r"gan_start must lie in \[0, 1\]"),
-        ({"mcr_angles": (85.0, 42.5)}, "0 < medium < large < 90"),
+        ({"mcr_angles": (85.0, 42.5)}, "loss.mcr_angles must be medium < large"),
         ({"lpips_share": 0.0}, r"lpips_share must lie in \(0, 1\]"),
     ],
 )

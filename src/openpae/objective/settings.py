@@ -100,7 +100,7 @@ class TokenizerLoss:
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
         if self.mcr_angles[0] >= self.mcr_angles[1]:
-            raise ValueError(f"loss.mcr_angles must be (medium, large), got {self.mcr_angles}")
+            raise ValueError(f"loss.mcr_angles must be medium < large, got {self.mcr_angles}")
         if self.ramp[0] > self.ramp[1]:
             raise ValueError(f"loss.ramp must be (begin, end), begin <= end, got {self.ramp}")
 

@@ -34,7 +34,7 @@ from openpae.engine.settings import LoopConfig
 from openpae.models.configs import DiscriminatorConfig, GeneratorConfig, RefinerConfig
 from openpae.models.discriminator import FeatureDiscriminator, PatchDiscriminator
 from openpae.models.ditdh import build_generator
-from openpae.models.encoders import empty_encoder
+from openpae.models.encoders import FrozenEncoder, empty_encoder
 from openpae.models.generator import LatentGenerator
 from openpae.models.lpips import LPIPS
 from openpae.models.priors import FrozenPrior, Refiner
@@ -97,10 +97,16 @@ def build_task(run: Run) -> AnyTask:
         if isinstance(run, TokenizerRun)
         else (run.encoder, False)
     )
-    encoder = _without_values(lambda: empty_encoder(name, trainable=trainable))
+    encoder = build_encoder(name, trainable=trainable)
     if isinstance(run, TokenizerRun):
         return feeding(TokenizerTask(run, encoder), run)
     return feeding(RefinerTask(run, encoder), run)
+
+
+def build_encoder(name: str, *, trainable: bool = False) -> FrozenEncoder:
+    """A VFM of the table from its published sizes, inside of `fake_world`."""
+    encoder: FrozenEncoder = _without_values(lambda: empty_encoder(name, trainable=trainable))
+    return encoder
 
 
 def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:

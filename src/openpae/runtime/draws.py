@@ -48,9 +48,8 @@ class Draws:
 
     def integers(self, name: str, below: int, count: int) -> list[int]:
         """`count` whole numbers in [0, below), the same for all rows of the step."""
-        # On the CPU wherever the rest is drawn: to read them from a GPU would make the step wait.
-        generator = torch.Generator().manual_seed(self._seed(name))
-        return torch.randint(below, (count,), generator=generator).tolist()
+        # From the hash itself: to read numbers from a GPU would make the step wait.
+        return [self._seed(f"{name}/{i}") % below for i in range(count)]
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self._seed(name))
