@@ -30,7 +30,7 @@ from openpae.storage.model_folder import identity_of
 M = TypeVar("M", bound=torch.nn.Module)
 
 # One thread: tiny tensors gain nothing from more, and a forked child must not wait for its parent's pool.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OPENPAE_TEST_THREADS", "1")))
 settings.register_profile("openpae", derandomize=True, database=None, deadline=None, max_examples=50)
 settings.load_profile("openpae")
 

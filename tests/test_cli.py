@@ -183,8 +183,8 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["quickstart", "--budget", "soon"], ("12min", "'soon'")),
         (["quickstart", "--budget", "3s"], ("at least 3min",)),
         (["sample", "no", "where", "out"], ("no model at no",)),
-        (["sample", "no", "where", "out", "--columns", "0"], ("--columns must be at least 1, got 0",)),
-        (["cache-latents", "a", "b", "c", "--batch-size", "0"], ("--batch-size must be at least 1",)),
+        (["sample", "no", "where", "out", "--columns", "0"], ("--columns must be >= 1, got 0",)),
+        (["cache-latents", "a", "b", "c", "--batch-size", "0"], ("--batch-size must be >= 1",)),
         (["train-tokenizer", "tokenizer/tiny", "out", "--data.images", "x"], ("no image folder",)),
     ],
 )  # fmt: skip
@@ -314,6 +314,13 @@ def test_a_tokenizer_without_its_encoder_still_decodes(line: Path) -> None:
             "not enough memory: you; lower",
         ),
         (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "sizes of the model"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "pae: error: out of memory: a tensor of 4,000,000 bytes had no room; lower --batch-size",
+        ),
         (MemoryError(), "out of memory; lower --batch-size"),
     ],
 )

@@ -30,23 +30,24 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape signals processes device draws provenance cards",
+    "runtime": "escape signals processes children device draws provenance cards",
     "storage": "files outputs weights assets model_folder card hub",
-    "data": "settings shards pixels listing backgrounds order images caches openmoji training label_maps",
+    "data": "settings shards pixels classes listing colour backgrounds order readers images caches openmoji "
+    "training label_maps",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "decoder tokenizer generator dit ditdh denoiser discriminator saved",
-    "engine": "settings optim task ema health journal parallel checkpoints diagnosis loop",
+    "decoder tokenizer patch_start generator dit ditdh denoiser discriminator saved",
+    "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
-    "geometry": "settings metrics interpolation spaces measure profile_page profile",
+    "geometry": "settings clusters metrics interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
-    "quickstart": "page run",
+    "quickstart": "workers plans verdict page run",
     "commands": "console describe data train sample measure publish study bench plan",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

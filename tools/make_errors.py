@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "faults"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cases import CASES
-from running import SMALL, Case, Outcome, run_case, workspace
+from tests.faults.cases import CASES
+from tests.faults.hostile_cases import HOSTILE
+from tests.faults.more_cases import MORE
+from tests.faults.running import SMALL, Case, Outcome, run_case, workspace
 
 HEAD = """# Errors
 
@@ -77,5 +79,5 @@ if __name__ == "__main__":
         root = Path(scratch) / "workspace"
         root.mkdir()
         workspace(root)
-        text = page({case: run_case(case, root, Path(scratch) / "copy") for case in CASES})
+        text = page({case: run_case(case, root, Path(scratch) / "copy") for case in CASES + MORE + HOSTILE})
     (Path(__file__).parent.parent / "docs" / "errors.md").write_text(text, encoding="utf-8")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,18 @@ from openpae.commands.train import cache_latents, fit_targets, train_generator, 
 from openpae.runtime.escape import one_line
 from openpae.runtime.signals import Stopped
 
-_NO_MEMORY = ("out of memory", "not enough memory", "Storage size calculation overflowed")
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "t allocate memory",
+    "Storage size calculation overflowed",
+)
 """What torch says in a RuntimeError: on a GPU, on a CPU, and of sizes that no machine has."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exit 0 if it succeeded, 2 with one line if it could not, 130 or 143 if it was
-    stopped."""
+    """Run a subcommand; exit 0 if it succeeded, 2 with one line if it could not, 3 if what it made is of no
+    use, 130 or 143 if it was stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -45,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text, nor a terminal speak UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    plain, warnings.formatwarning = warnings.formatwarning, _as_line
+    lines = _WarningLines()
+    plain, warnings.formatwarning = warnings.formatwarning, lines.line
     try:
         COMMANDS[name](arguments[1:])
     except Stopped as stop:
@@ -63,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if debug or not (isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)):
             raise
-        message = str(error).splitlines()[0] if str(error) else "out of memory"
-        sys.exit(_fail(f"{message}; lower --batch-size or loop.device_batch_size, or the sizes of the model"))
+        hint = "lower --batch-size or loop.device_batch_size, or the sizes of the model"
+        sys.exit(_fail(f"{_memory(str(error))}; {hint}"))
     finally:
         warnings.formatwarning = plain
+        lines.count_the_rest()
 
 
 def quickstart(
@@ -74,6 +84,7 @@ def quickstart(
     budget: str | None = None,
     seed: int = 0,
     pretrained: bool = False,
+    strict_budget: bool = False,
 ) -> None:
     """Train a small tokenizer and generator on emoji, sample, measure, and write report.html: all in one
     command.
@@ -84,20 +95,48 @@ def quickstart(
         budget: time for all of it: 3min, 12min, 2h. By default 12min.
         seed: of weights, data order and noise.
         pretrained: train nothing; show in a minute what the pretrained pair of the package does.
+        strict_budget: refuse a budget that is too short for this machine; by default it is extended.
     """
-    from openpae.quickstart.run import parse_budget, run_quickstart, show_pretrained
+    from openpae.quickstart.plans import parse_budget
+    from openpae.quickstart.run import run_quickstart, show_pretrained
 
-    if pretrained and budget is not None:
+    if pretrained and (budget is not None or strict_budget):
         raise ValueError("--pretrained trains nothing, so it has no --budget; leave one of them out")
     if pretrained:
         report = show_pretrained(out or Path("runs/pretrained"), seed=seed)
-    else:
-        report = run_quickstart(out or Path("runs/quickstart"), parse_budget(budget or "12min"), seed=seed)
-    print(f"open {report} in a browser")
+        print(f"open {report} in a browser")
+        return
+    made = run_quickstart(
+        out or Path("runs/quickstart"), parse_budget(budget or "12min"), seed=seed, strict=strict_budget
+    )
+    if made.verdict:
+        print(f"{made.verdict}\nopen {made.report} in a browser to see it")
+        sys.exit(3)
+    print(f"open {made.report} in a browser")
 
 
-def _as_line(message: Warning | str, *_: object, **__: object) -> str:
-    return f"pae: warning: {one_line(message)}\n"
+class _WarningLines:
+    """One line a warning; of a class of warnings that says how many to print, the others are counted."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[type[Warning]] = Counter()
+
+    def line(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+        self.counts[category] += 1
+        hidden = self.counts[category] > getattr(category, "most_lines", math.inf)
+        return "" if hidden else f"pae: warning: {one_line(message)}\n"
+
+    def count_the_rest(self) -> None:
+        for category, count in self.counts.items():
+            if (more := count - getattr(category, "most_lines", math.inf)) > 0:
+                print(f"pae: warning: {more} more warnings of this kind, {count} in all", file=sys.stderr)
+
+
+def _memory(message: str) -> str:
+    """What a library says of memory that ran out, in one line without the place in its C++ code."""
+    if asked := re.search(r"you tried to allocate (\d+) bytes", message):
+        return f"out of memory: a tensor of {int(asked[1]):,} bytes had no room"
+    return message.splitlines()[0] if message else "out of memory"
 
 
 def _fail(message: str) -> int:

@@ -26,6 +26,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 5, 5
 
 
+def added(default: Any) -> Any:
+    """A field that older configs do not have. At its default it changes nothing, and what names a run by its
+    config (a stage of a study) leaves it out: old folders keep their names."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
     """Build a config from plain data, as YAML gives it.
 
@@ -200,15 +206,36 @@ def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
         ValueError: a number that does not lie in its interval, or NaN.
     """
     for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
-        interval = allowed.get(name, "(-inf, inf)")
-        low, high = map(float, interval[1:-1].split(","))
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not (
-                low < number < high
-                or (number == low and interval[0] == "[")
-                or (number == high and interval[-1] == "]")
-            ):
-                raise ValueError(f"{at}{name} must lie in {interval}, got {_shown(value)}")
+            check_number(f"{at}{name}", number, allowed.get(name, "(-inf, inf)"), value)
+
+
+def check_number(name: str, number: Any, interval: str, shown: Any = None) -> None:
+    """Refuse a number outside of its interval; what is no number passes.
+
+    Args:
+        name: for the message.
+        number: to be checked.
+        interval: such as "[1, inf)"; NaN and infinity lie in none.
+        shown: what the message shows in place of the number.
+
+    Raises:
+        ValueError: see above.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    if not isinstance(number, int | float) or low < number < high:
+        return
+    if (number == low and interval[0] == "[") or (number == high and interval[-1] == "]"):
+        return
+    if not math.isfinite(number):
+        wanted = "be a finite number"
+    elif high < 1000:  # a larger bound is there to catch mistakes, and says nothing of the usual values
+        wanted = f"lie in {interval}"
+    elif number <= low:
+        wanted = f"be {'>=' if interval[0] == '[' else '>'} {low:g}"
+    else:
+        wanted = f"be <= {high:g}"
+    raise ValueError(f"{name} must {wanted}, got {_shown(number if shown is None else shown)}")
 
 
 def differences(old: Any, new: Any) -> list[str]:

@@ -58,8 +58,35 @@ pre { background: var(--tint); padding: 14px 16px; border-radius: 8px; overflow-
   overflow-wrap: break-word; }
 .rows img { width: 100%; border-radius: 4px; }
 .radar { max-width: 560px; } .radar svg { width: 100%; height: auto; }
+.rows img, figure > img { image-rendering: pixelated; cursor: zoom-in; }
+figure img.large { position: fixed; inset: 0; z-index: 1; width: 100vw; height: 100vh; max-width: none;
+  object-fit: contain; background: var(--paper); border-radius: 0; cursor: zoom-out; }
+@media (max-width: 560px) {
+  body { padding: 20px 14px 60px; }
+  .rows { grid-template-columns: minmax(0, 1fr); }
+  .rows span { text-align: left; max-width: none; margin-top: 6px; }
+  thead { display: none; }
+  tbody, tr, td { display: block; }
+  tr { border-bottom: 1px solid var(--line); padding: 8px 0; }
+  td { border: 0; padding: 1px 0; overflow-wrap: anywhere; }
+  td:empty { display: none; }
+  td::before { content: attr(data-name) " "; color: var(--soft); font-size: 13px; }
+  .charts { grid-template-columns: minmax(0, 1fr); }
+}
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--mark); }
 """
+
+_SCRIPT = """
+document.addEventListener("click", event => {
+  const image = event.target.closest("figure img");
+  if (image) image.classList.toggle("large");
+});
+document.addEventListener("keydown", event => {
+  if (event.key !== "Escape") return;
+  document.querySelectorAll("img.large").forEach(image => image.classList.remove("large"));
+});
+"""
+"""A click enlarges a picture to the window; another one, or Escape, puts it back."""
 
 
 class Page:
@@ -91,9 +118,9 @@ class Page:
         self.parts.append(f'<div class="cards">{"".join(cards)}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of text."""
+        """A table of text; on a narrow screen each row becomes a block of lines."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
+        body = "".join(f"<tr>{''.join(map(_cell, header, row))}</tr>" for row in rows)
         self.parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def picture(self, image: Image.Image, caption: str, scale: int = 1) -> None:
@@ -148,10 +175,14 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body>\n"
             + "\n".join(self.parts)
-            + "\n</body></html>\n"
+            + f"\n<script>{_SCRIPT}</script></body></html>\n"
         )
         with whole_file(path) as partial:
             partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _cell(name: str, text: str) -> str:
+    return f'<td data-name="{html.escape(name, quote=True)}">{html.escape(text)}</td>'
 
 
 def _data_url(image: Image.Image) -> str:

@@ -116,11 +116,11 @@ def test_choices_that_can_not_be_are_named() -> None:
         SamplerChoice(preset="fast").config()
     with pytest.raises(ValueError, match="rk45 finds its own steps: leave --steps out"):
         SamplerChoice(solver="rk45", steps=10).config()
-    with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--batch-size must be >= 1, got 0"):
         SamplerChoice(batch_size=0).config()
     with pytest.raises(ValueError, match="leave --count out"):
         SampleRun(grid=True, count=8).check()
-    with pytest.raises(ValueError, match="--columns must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--columns must be >= 1, got 0"):
         SampleRun(columns=0).check()
 
 

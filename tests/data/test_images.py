@@ -103,7 +103,7 @@ def test_names_that_are_not_utf8_are_taken(image_folder: Path, tmp_path: Path) -
     """Linux allows any bytes; old archives have them."""
     shutil.copy(image_folder / "boxes" / "0.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
     source = ImageFolder(tmp_path)
-    assert len(source.fingerprint()) == 16
+    assert [len(part) for part in source.fingerprint().split(".")] == [16, 16]
     assert len(pack_images(source, tmp_path / "packed", size=16)) == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 
 import numpy as np
 import pytest
@@ -11,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from openpae.data.order import StepBatches, loader, random_bits, shuffled
+from openpae.data.order import StepBatches, random_bits, shuffled
+from openpae.data.readers import read_batches
+from openpae.runtime.children import STOP_SIGNALS
 
 seeds = st.integers(0, 2**63)
 
@@ -81,9 +82,10 @@ class Squares(Dataset[list[int]]):
 def test_worker_processes_keep_the_order_and_ignore_interrupts() -> None:
     """Ctrl-C reaches workers too; the loop finishes its step, so they must go on."""
     sampler = StepBatches(range(2, 8), 2, [range(1), range(1, 2)])
-    alone = [batch[1:] for batch in loader(Squares(), sampler, 0, pin=False)]
-    batches = iter(loader(Squares(), sampler, 1, pin=False))
+    alone = [batch[1:] for batch in read_batches(Squares(), sampler, 0, pin=False, what="numbers")]
+    batches = read_batches(Squares(), sampler, 1, pin=False, what="numbers")
     first = next(batches)
     assert first[0] != os.getpid()
-    os.kill(first[0], signal.SIGINT)
+    for stop in STOP_SIGNALS:
+        os.kill(first[0], stop)
     assert [first[1:], *(batch[1:] for batch in batches)] == alone == [[p * p] for p in range(4, 16)]

@@ -374,7 +374,7 @@ def test_a_spike_is_left_out_counted_and_remembered_by_a_checkpoint(tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (OPTIM, {"spike_factor": 1.0}, "optim.spike_factor must be > 1 and finite, or null, got 1.0"),
+        (OPTIM, {"spike_factor": 1.0}, "optim.spike_factor must be > 1, got 1.0"),
         (LOOP, {"nonfinite_limit": 0}, "loop.nonfinite_limit must be >= 1, got 0"),
         (LOOP, {"keep_every": 3}, "loop.keep_every must be a multiple of save_every = 2, got 3"),
         (LOOP, {"profile_steps": -1}, "loop.profile_steps must be >= 0, got -1"),

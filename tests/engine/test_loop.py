@@ -34,13 +34,15 @@ from openpae.engine import loop as loop_module
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run, seconds_per_step
+from openpae.engine.loop import fit, seconds_per_step
 from openpae.engine.optim import adamw
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
 from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEConfig
 from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.saved import load_generator, load_tokenizer
+from openpae.objective.settings import TokenizerLoss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped
@@ -48,7 +50,8 @@ from openpae.storage.files import file_hash, write_json
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerTask, train_tokenizer
+from openpae.train.tokenizer import TokenizerTask, train_tokenizer
+from tests.by_hand import double_precision
 from tests.conftest import kill_points
 
 OPTIM = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip=1.0)
@@ -267,7 +270,7 @@ import os, signal, sys, torch
 from pathlib import Path
 from openpae import config
 from openpae.train.tokenizer import TokenizerRun, train_tokenizer
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OPENPAE_TEST_THREADS", "1")))
 def hook(event, args):
     if event == "os.rename" and str(args[1]).endswith("step-00000004"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -458,21 +461,22 @@ def test_a_run_folder_of_another_stage_is_refused(runs: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulated_batches_equal_one_batch(runs: dict[str, Any], tmp_path: Path, stage: str) -> None:
-    """Noise, crops, dropped classes and losses are those of the global batch, however it is cut."""
-    for part in (1, 2, 4, None):
-        train(with_loop(runs[stage], device_batch_size=part, steps=3), tmp_path / str(part))
+    """Noise, crops, dropped classes and losses are those of the global batch, however it is cut.
+
+    In float64: three steps of Adam make the rounding of reordered sums some thousand times larger."""
+    with double_precision():
+        for part in (1, 2, 4, None):
+            train(with_loop(runs[stage], device_batch_size=part, steps=3), tmp_path / str(part))
     whole, lines = state_of(tmp_path / "None"), curve(tmp_path / "None")
     for part in ("1", "2", "4"):
         found = state_of(tmp_path / part)
         for name, value in whole["players"].items():
             for key, tensor in value.items():
-                # Adam turns the rounding of a gradient that is truly 0 (a key's bias) into steps of lr.
-                if not key.endswith(("qkv.bias", "k_proj.bias")):
-                    torch.testing.assert_close(
-                        found["players"][name][key], tensor, atol=2e-5, rtol=1e-3, msg=key
-                    )
+                torch.testing.assert_close(
+                    found["players"][name][key], tensor, atol=1e-10, rtol=1e-9, msg=key
+                )
         for line, expected in zip(curve(tmp_path / part), lines, strict=True):
-            assert line == pytest.approx(expected, rel=1e-3)
+            assert line == pytest.approx(expected, rel=1e-6)  # the log is float32
 
 
 @given(
@@ -976,14 +980,16 @@ def test_broken_images_are_named_while_training_goes_on(
 def test_training_on_cached_features_is_training_on_computed_ones(
     tokenizer_run: TokenizerRun, packed: PackedImages, tmp_path: Path
 ) -> None:
-    """Up to the rounding to float16; the cache is made on first use and used ever after."""
+    """The first losses are equal up to the rounding to float16, 5e-4 of a feature; the cache is made on
+    first use and used ever after."""
+    tokenizer_run = with_loop(tokenizer_run, steps=1, log_every=1)
     data = replace(tokenizer_run.data, images=packed.shards.folder, augment="flip")
     cached = replace(tokenizer_run, data=replace(data, feature_cache=tmp_path / "features"))
     train(replace(tokenizer_run, data=data), tmp_path / "computed")
     train(cached, tmp_path / "cached")
     assert Shards(tmp_path / "features", kind="features").shape == (2, 16, 48)
     for line, expected in zip(curve(tmp_path / "cached"), curve(tmp_path / "computed"), strict=True):
-        assert line == pytest.approx(expected, rel=2e-2)
+        assert line == pytest.approx(expected, rel=5e-3)
     before = (tmp_path / "features" / "index.json").stat().st_mtime_ns
     TokenizerTask(cached)
     assert (tmp_path / "features" / "index.json").stat().st_mtime_ns == before
@@ -1004,7 +1010,7 @@ def test_a_loss_switched_off_is_not_computed(tokenizer_run: TokenizerRun, tmp_pa
     assert train(run, tmp_path).keys() == {"psnr", "ssim"}
     assert "autoencoder/lpips" not in read_log(tmp_path)[0]
     assert read_log(tmp_path)[0]["autoencoder/loss"] == read_log(tmp_path)[0]["autoencoder/l1"]
-    with pytest.raises(ValueError, match=r"loss.lpips must be >= 0 \(0 switches it off\), got -1.0"):
+    with pytest.raises(ValueError, match=r"loss.lpips must be >= 0, got -1.0"):
         TokenizerLoss(lpips=-1.0)
 
 
@@ -1070,14 +1076,14 @@ def test_data_travel_to_worker_processes(tokenizer_run: TokenizerRun, latents: S
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.0}, "optim.lr must be > 0 and finite, got 0.0"),
-        ({"lr": math.nan}, "optim.lr must be > 0 and finite, got nan"),
-        ({"lr": math.inf}, "optim.lr must be > 0 and finite, got inf"),
-        ({"final_lr": 2.0}, r"optim.final_lr must lie in \[0, lr = 1.0\], got 2.0"),
+        ({"lr": 0.0}, "optim.lr must be > 0, got 0.0"),
+        ({"lr": math.nan}, "optim.lr must be a finite number, got nan"),
+        ({"lr": math.inf}, "optim.lr must be a finite number, got inf"),
+        ({"final_lr": 2.0}, r"optim.final_lr must lie in \[0, 1.0\], got 2.0"),
         ({"warmup_steps": -1}, "optim.warmup_steps must be >= 0, got -1"),
         ({"betas": (0.9, 1.0)}, r"optim.betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"clip": 0.0}, "optim.clip must be > 0 or null, got 0.0"),
-        ({"clip": math.nan}, "optim.clip must be > 0 or null, got nan"),
+        ({"clip": 0.0}, "optim.clip must be > 0, got 0.0"),
+        ({"clip": math.nan}, "optim.clip must be a finite number, got nan"),
     ],
 )
 def test_optimizer_settings_that_can_not_be_are_named(changes: dict[str, Any], message: str) -> None:
@@ -1093,7 +1099,7 @@ def test_optimizer_settings_that_can_not_be_are_named(changes: dict[str, Any], m
         ({"keep_last": 0}, "loop.keep_last must be >= 1, got 0"),
         ({"seed": -1}, "loop.seed must be >= 0, got -1"),
         ({"device_batch_size": 3}, "device_batch_size must divide global_batch_size = 4, got 3"),
-        ({"ema_decay": 1.0}, r"loop.ema_decay must lie in \[0, 1\) or be null, got 1.0"),
+        ({"ema_decay": 1.0}, r"loop.ema_decay must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_loop_settings_that_can_not_be_are_named(changes: dict[str, Any], message: str) -> None:

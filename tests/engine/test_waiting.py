@@ -20,12 +20,13 @@ from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import DiscriminatorConfig, DiTDHConfig, HeadConfig, LightningDiTConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.ditdh import build_generator
+from openpae.objective.settings import TokenizerLoss
 from openpae.runtime.draws import Draws, initial_noise
 from openpae.sampling.sampler import sample_latents
 from openpae.sampling.settings import SamplerConfig
 from openpae.train.generator import GeneratorTask
 from openpae.train.settings import GeneratorRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerTask
+from openpae.train.tokenizer import TokenizerTask
 
 _READS = {
     torch.ops.aten._local_scalar_dense.default,  # item, bool, int, float

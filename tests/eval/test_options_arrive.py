@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from openpae.data.images import ImageFolder, center_crop
 from openpae.eval.extractors import load_extractor
@@ -68,11 +69,16 @@ def test_as_many_images_are_reconstructed_as_asked_for(
     assert record["metrics"]["psnr"]["value"] == pytest.approx(psnr, abs=0.05)
 
 
-def test_size_crops_the_reference(tokenizer_folder: Path, image_folder: Path) -> None:
+def test_size_crops_the_reference(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """To another size than the tokenizer was trained at."""
+    draws = np.random.default_rng(0)
+    for number in range(3):
+        pixels = draws.integers(0, 256, (48, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     run = EvaluationRun(
         tokenizer=tokenizer_folder, size=40, extractor="random", lpips="random", min_samples=2
     )
-    record = run_evaluation(image_folder, run, CPU)
+    record = run_evaluation(tmp_path, run, CPU)
     assert record is not None
     assert record["image_size"] == [40, 40]
 

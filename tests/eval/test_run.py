@@ -337,7 +337,7 @@ def test_not_square_samples_need_a_reference_of_their_size(levels: np.ndarray, t
         ({"tokenizer": Path("t"), "sample_count": 5}, "generator is missing"),
         ({"samples": Path("s"), "count": 5}, "a reference of samples is taken whole"),
         ({"tokenizer": Path("t"), "save_reference": Path("r")}, "compared with their own originals"),
-        ({"samples": Path("s"), "min_samples": 1}, "min_samples must be at least 2, got 1"),
+        ({"samples": Path("s"), "min_samples": 1}, "min_samples must be >= 2, got 1"),
         ({"samples": Path("s"), "lpips_weights": "w"}, "which compares reconstructions alone"),
     ],
 )
@@ -354,6 +354,6 @@ def test_what_is_not_there_is_named(
     assert "no reference at" in fails(capsys, "evaluate", missing, "--samples", npz, *FAST)
     bare = ["evaluate", packed.shards.folder, "--samples", npz, *FAST]
     assert "the sampler's options say how --generator draws" in fails(capsys, *bare, "--steps", "9")
-    assert "--batch-size must be at least 1, got 0" in fails(capsys, *bare, "--batch-size", "0")
+    assert "--batch-size must be >= 1, got 0" in fails(capsys, *bare, "--batch-size", "0")
     saved = ["--save-reference", tmp_path / "r.npz", *FAST]
     assert "the side to crop them to is needed: --size" in fails(capsys, "evaluate", image_folder, *saved)

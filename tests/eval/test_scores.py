@@ -112,7 +112,7 @@ def test_bad_settings_are_refused() -> None:
         precision_recall(x, features(20), k=10)
     with pytest.raises(ValueError, match=r"of one width, got \(10, 12\) and \(10, 4\)"):
         kid(x, features(10, 4), subset_size=5)
-    with pytest.raises(ValueError, match="kid_subset_size must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="kid_subset_size must be >= 2, got 1"):
         EvaluationConfig(kid_subset_size=1)
 
 

@@ -12,21 +12,21 @@ from types import ModuleType
 import pytest
 
 from tests.faults.cases import CASES
-from tests.faults.running import Case, Outcome, run_case, workspace
+from tests.faults.hostile_cases import HOSTILE
+from tests.faults.more_cases import MORE
+from tests.faults.running import Case, Outcome, run_case
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def outcome_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Outcome]:
+def outcome_of(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Outcome]:
     """What comes of a row; each is run once."""
-    folder = tmp_path_factory.mktemp("cases")
-    (folder / "workspace").mkdir()
-    workspace(folder / "workspace")
-    return functools.cache(lambda case: run_case(case, folder / "workspace", folder / "copy"))
+    copy = tmp_path_factory.mktemp("cases") / "copy"
+    return functools.cache(lambda case: run_case(case, ready, copy))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}: {case.given}")
+@pytest.mark.parametrize("case", CASES + MORE + HOSTILE, ids=lambda case: f"{case.group}: {case.given}")
 def test_what_can_not_work_is_one_line(case: Case, outcome_of: Callable[[Case], Outcome]) -> None:
     outcome = outcome_of(case)
     assert "Traceback" not in outcome.everything, outcome.everything
@@ -36,7 +36,7 @@ def test_what_can_not_work_is_one_line(case: Case, outcome_of: Callable[[Case], 
 
 def test_the_page_says_what_happens(outcome_of: Callable[[Case], Outcome]) -> None:
     """Otherwise run: python tools/make_errors.py"""
-    page = make_errors().page({case: outcome_of(case) for case in CASES})
+    page = make_errors().page({case: outcome_of(case) for case in CASES + MORE + HOSTILE})
     assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page
 
 

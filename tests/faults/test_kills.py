@@ -26,13 +26,14 @@ from openpae.models.configs import DiscriminatorConfig, LightningDiTConfig, PAEC
 from openpae.models.dit import LightningDiT
 from openpae.models.saved import load_tokenizer
 from openpae.models.tokenizer import PAE
+from openpae.objective.settings import TokenizerLoss
 from openpae.sampling.sample_set import SampleSet, draw_samples
 from openpae.sampling.sampler import balanced_labels
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, train_tokenizer
+from openpae.train.tokenizer import train_tokenizer
 from tests.engine.test_loop import curve, same, state_of
 from tests.faults.children import run_in_child
 

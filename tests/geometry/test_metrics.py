@@ -8,6 +8,7 @@ import torch
 from sklearn.cluster import SpectralClustering
 from torch import Tensor
 
+from openpae.geometry.clusters import spectral_clusters
 from openpae.geometry.metrics import (
     effective_rank,
     global_semantic_quality,
@@ -17,7 +18,6 @@ from openpae.geometry.metrics import (
     nearest_neighbours,
     singular_values,
     spatial_structure_consistency,
-    spectral_clusters,
     unit_directions,
 )
 

@@ -16,6 +16,7 @@ from openpae.models.dit import LightningDiT
 from openpae.models.ditdh import DiTDH
 from openpae.models.tokenizer import PAE
 from tests.conftest import shaken
+from tests.faults.children import run_in_child
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
@@ -109,3 +110,12 @@ def test_missing_packages_are_named(
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs onnx and onnxscript and onnxruntime, .*openpae\[onnx\]"):
         export.export_model(PAE(tiny_config), tmp_path / "out", "onnx")
+
+
+def test_a_full_disk_is_one_error(tiny_dit: LightningDiT, tmp_path: Path) -> None:
+    """torch's own writer ends the process."""
+    ended = run_in_child(
+        lambda: export.export_model(tiny_dit, tmp_path / "out", "torch-export"), largest_file=20_000
+    )
+    assert ended.error.startswith(f"DiskFull: no room for {tmp_path / 'out'}: "), ended.trace
+    assert not (tmp_path / "out").exists()

@@ -96,6 +96,9 @@ def test_normalising_and_its_inverse(tiny_dit: LightningDiT) -> None:
     torch.testing.assert_close(x[:, 3], (z[:, 3] - mean[3]) / std[3])
     torch.testing.assert_close(tiny_dit.denormalise(x), z)
     assert tiny_dit.normalise(z.bfloat16()).dtype == torch.float32
+    before = z.clone()
+    assert torch.equal(tiny_dit.normalise(z), (z - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
+    assert torch.equal(z, before)  # in place, but not in that of its input
     other = LightningDiT(tiny_dit.config)
     other.load_state_dict(tiny_dit.state_dict())
     assert torch.equal(other.normalise(z), x)  # they travel with the weights

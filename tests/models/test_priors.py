@@ -296,7 +296,7 @@ def test_errors_name_what_was_given() -> None:
         reference_features(features, images, 4, 4, "anyup")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"low_pass.strength must lie in \[0, 1\].*got 1.5"):
         LowPassConfig(strength=1.5)
-    with pytest.raises(ValueError, match=r"low_pass\.sigma must be > 0 cells, got 0"):
+    with pytest.raises(ValueError, match=r"low_pass\.sigma must be > 0, got 0"):
         LowPassConfig(sigma=0)
     with pytest.raises(ValueError, match=r"width D = 24, got \(2, 16, 20\)"):
         Refiner(TINY).project(features[..., :20])
@@ -308,7 +308,7 @@ def test_errors_name_what_was_given() -> None:
         RefinerConfig(decoder_dim=6, decoder_heads=2)
     with pytest.raises(ValueError, match="decoder_layers must be >= 1, got 0"):
         RefinerConfig(decoder_layers=0)
-    with pytest.raises(ValueError, match=r"latent_dim must lie in \[1, feature_dim = 4\], got 8"):
+    with pytest.raises(ValueError, match=r"latent_dim must lie in \[1, 4\], got 8"):
         LinearTargetsConfig(feature_dim=4, latent_dim=8)
     with pytest.raises(ValueError, match="8 principal components need more than 8 tokens, got 0"):
         fit_pca([], 8)

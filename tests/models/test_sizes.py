@@ -89,7 +89,7 @@ def test_pack_takes_a_width(image_folder: Path, tmp_path: Path, capsys: pytest.C
     assert PackedImages(tmp_path / "packed").image_shape == WIDE
     with pytest.raises(SystemExit):
         main(["pack", str(image_folder), str(tmp_path / "none"), "--size", "32", "--width", "0"])
-    assert "width must be at least 1, got 0" in capsys.readouterr().err
+    assert "width must be >= 1, got 0" in capsys.readouterr().err
 
 
 def test_random_crops_have_the_shape_and_reach_every_edge(tmp_path: Path) -> None:
@@ -332,10 +332,10 @@ def test_a_wide_latent_space_is_measured_and_drawn(
     ("make", "message"),
     [
         (lambda: PAEConfig(image_width=250), "image_width must be a multiple of decoder.patch_size, got 250"),
-        (lambda: PAEConfig(image_width=0), "image_width must be a multiple of decoder.patch_size, got 0"),
-        (lambda: LightningDiTConfig(grid_width=0), "grid_width must be >= 1 or null, got 0"),
+        (lambda: PAEConfig(image_width=0), "image_width must be >= 1, got 0"),
+        (lambda: LightningDiTConfig(grid_width=0), "grid_width must be >= 1, got 0"),
         (lambda: LightningDiTConfig(grid_width=15, patch_size=2), "must divide grid_width, got 2 and 15"),
-        (lambda: RefinerConfig(grid_width=0), "grid_width must be >= 1 or null, got 0"),
+        (lambda: RefinerConfig(grid_width=0), "grid_width must be >= 1, got 0"),
     ],
 )
 def test_sizes_that_can_not_be_are_named(make: object, message: str) -> None:

@@ -311,7 +311,7 @@ def test_any_module_with_a_spec_can_be_the_encoder(tiny_config: PAEConfig) -> No
     ("changes", "message"),
     [
         ({"image_size": 36}, "image_size must be a multiple of decoder.patch_size, got 36 and 8"),
-        ({"image_size": 0}, "image_size must be a multiple of decoder.patch_size, got 0 and 8"),
+        ({"image_size": 0}, "image_size must be >= 1, got 0"),
         ({"latent_dim": 0}, "latent_dim must be >= 1, got 0"),
         ({"width": 0}, "width must be >= 1, got 0"),
         ({"modulator_layers": -1}, "modulator_layers must be >= 0, got -1"),

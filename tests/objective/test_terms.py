@@ -19,11 +19,12 @@ from openpae.engine.task import Update
 from openpae.models.configs import DiscriminatorConfig
 from openpae.models.layers import to_tokens
 from openpae.models.saved import load_prior, load_tokenizer
+from openpae.objective.settings import TokenizerLoss
 from openpae.objective.terms import gradient_shares, latent_noise
 from openpae.runtime.draws import Draws
 from openpae.train.refiner import train_refiner
 from openpae.train.settings import RefinerRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerLoss, TokenizerTask, train_tokenizer
+from openpae.train.tokenizer import TokenizerTask, train_tokenizer
 
 FULL: dict[str, Any] = {
     "lpips_net": "random",
@@ -226,7 +227,7 @@ def test_compiling_refuses_a_second_backward(packed: PackedImages, refiner: Path
         ({"ssr": -0.1}, r"loss\.ssr must be >= 0"),
         ({"gan_start": 0.1, "discriminator_start": 0.2}, "must not come before discriminator_start = 0.2"),
         ({"gan_start": 1.5}, r"gan_start must lie in \[0, 1\]"),
-        ({"mcr_angles": (85.0, 42.5)}, "0 < medium < large < 90"),
+        ({"mcr_angles": (85.0, 42.5)}, "loss.mcr_angles must be medium < large"),
         ({"lpips_share": 0.0}, r"lpips_share must lie in \(0, 1\]"),
     ],
 )

@@ -56,9 +56,9 @@ def test_the_quickstart_shows_what_the_card_says(tmp_path: Path, capsys: pytest.
     """Forty of the held-out pictures reconstruct as well as all of them do."""
     page = show_pretrained(tmp_path / "out", limit=20).read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 3
-    for text in ("PSNR", "OpenMoji", "class_agreement", "CC BY-SA 4.0"):
+    for text in ("PSNR", "OpenMoji", "class agreement", "CC BY-SA 4.0", "% are recognised"):
         assert text in page
-    here = read_json(tmp_path / "out" / "evaluation.json")["metrics"]["psnr"]
+    here = read_json(tmp_path / "out" / "evaluation.json")["reconstruction"]["metrics"]["psnr"]
     card = read_json(PRETRAINED / "tokenizer" / RECORD)["metrics"]["psnr"]
     assert here["value"] == pytest.approx(card["value"], abs=4 * (here["stderr"] + card["stderr"]))
     with pytest.raises(ValueError, match="holds a quickstart with"):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from openpae.data.shards import Layout, Shards, ShardWriter
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
+from openpae.engine.loop import fit
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import LightningDiTConfig
 from openpae.storage.model_folder import checkpoint_path

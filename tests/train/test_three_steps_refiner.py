@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from openpae.data.images import PackedImages
 from openpae.data.settings import ImageData
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
+from openpae.engine.loop import fit
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import LowPassConfig, RefinerConfig
 from openpae.storage.model_folder import checkpoint_path

@@ -17,7 +17,8 @@ from torch import Tensor
 from openpae.data.images import PackedImages
 from openpae.data.settings import ImageData
 from openpae.engine.journal import read_log
-from openpae.engine.loop import fit, open_run
+from openpae.engine.loop import fit
+from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import DiscriminatorConfig, PAEConfig, RefinerConfig
 from openpae.models.encoders import encoder_fingerprint, load_encoder

@@ -31,9 +31,10 @@ def test_lpc_takes_a_tenth_of_the_held_out_images_rounded_up(
     """Each costs nine decodes."""
     draws = np.random.default_rng(0)
     for number in range(17):
-        (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
+        folder = tmp_path / packed.classes[number % 2]  # the classes of the training images
+        folder.mkdir(exist_ok=True)
         pixels = draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number % 2}" / f"{number}.png")
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     data = ImageData(
         images=packed.shards.folder, evaluation=tmp_path, evaluation_images=wanted, augment="none"
     )

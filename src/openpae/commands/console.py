@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -197,6 +197,16 @@ _LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2*
 """What an option may be at most: what lies beyond is a mistake, and would take hours or all memory."""
 
 
+def tell_classes(names: Sequence[str], labels: Iterable[int]) -> None:
+    """Say which label is which class, and which class has no image left."""
+    from openpae.data.classes import class_list, count_classes, empty_classes
+
+    counts = count_classes(names, labels)
+    tell(f"labels: {class_list(names, counts)}")
+    if empty := empty_classes(names, counts):
+        tell(f"no image is left of class {', '.join(empty)}; no generator learns or draws it")
+
+
 def at_least_one(**numbers: int | None) -> None:
     """Refuse counts below 1, and those that no machine could serve.
 
@@ -204,6 +214,4 @@ def at_least_one(**numbers: int | None) -> None:
         ValueError: names the flag.
     """
     for name, number in numbers.items():
-        most = _LARGEST.get(name, 10**8)
-        if number is not None and not 1 <= number <= most:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [1, {most}], got {number}")
+        configs.check_number(f"--{name.replace('_', '-')}", number, f"[1, {_LARGEST.get(name, 10**8)}]")

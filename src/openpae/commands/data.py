@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from openpae.commands.console import Folder, Images, Out, Progress, at_least_one, say, tell_skipped
+from openpae.commands.console import (
+    Folder,
+    Images,
+    Out,
+    Progress,
+    at_least_one,
+    say,
+    tell_classes,
+    tell_skipped,
+)
 
 
 def pack(
@@ -12,6 +21,7 @@ def pack(
     size: int = 256,
     width: int | None = None,
     skip_broken: bool = False,
+    whole_content: bool = False,
 ) -> None:
     """Decode and centre-crop a folder of images once, so that training reads them from a memory map.
 
@@ -21,6 +31,8 @@ def pack(
         size: side in pixels, or height where a width is given.
         width: width in pixels of images that are not square.
         skip_broken: leave out files that cannot be decoded, and name them.
+        whole_content: let the fingerprint of the folder cover all of every file, and not only its size and a
+            few kilobytes; it reads everything once more.
     """
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
@@ -29,8 +41,10 @@ def pack(
 
     spare(into=out, inputs=[images])
     with Progress("packing", "img") as progress:
-        packed = pack_images(ImageFolder(images), out, size=shape, skip_broken=skip_broken, progress=progress)
+        source = ImageFolder(images, whole=whole_content)
+        packed = pack_images(source, out, size=shape, skip_broken=skip_broken, progress=progress)
     say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
+    tell_classes(packed.classes, packed.labels)
     tell_skipped(packed.shards.index["skipped"])
 
 

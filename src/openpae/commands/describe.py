@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from openpae import config as configs
+from openpae.data.classes import class_list, count_classes
 from openpae.data.images import ImageFolder
 from openpae.data.shards import Shards
 from openpae.engine.checkpoints import verify_checkpoint
@@ -16,7 +16,7 @@ from openpae.engine.journal import read_log
 from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
 from openpae.storage.files import read_json
-from openpae.storage.model_folder import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of
+from openpae.storage.model_folder import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of, read_classes
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
@@ -47,12 +47,13 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
         return _model(folder, verify)
     if (folder / "config.yaml").is_file():
         return _run(folder, verify)
-    source = ImageFolder(folder)
-    counts = Counter(source.labels.tolist())
+    source = ImageFolder(folder, whole=verify)
+    counts = count_classes(source.classes, source.labels)
     facts = {
         "what": "a folder of images",
         "images": f"{len(source):,}",
-        "classes": f"{len(source.classes)} ({min(counts.values())} to {max(counts.values())} images each)",
+        "classes": f"{len(source.classes)} ({min(counts)} to {max(counts)} images each)",
+        "labels": class_list(source.classes, counts),
         "fingerprint": source.fingerprint(),
     }
     if verify:
@@ -72,10 +73,12 @@ def _shards(folder: Path, verify: bool) -> dict[str, str]:
             "what to do": "run the command that makes it again; it goes on",
         }
     shards = Shards(folder)
+    classes = shards.attributes.get("classes", [])
     facts = {
         "what": f"cached {shards.index['kind']}" if shards.index["kind"] != "images" else "packed images",
         "rows": f"{len(shards):,} of shape {shards.shape}, {shards.index['dtype']}",
-        "classes": str(len(shards.attributes.get("classes", []))),
+        "classes": str(len(classes)),
+        "labels": class_list(classes, count_classes(classes, shards.labels)),
         "skipped files": str(len(shards.index["skipped"])),
     }
     facts |= {
@@ -109,6 +112,8 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
         relation: identity.made_with,
         **{key: _short(value) for key, value in data.items() if key != "kind"},
     }
+    if (classes := read_classes(folder)) is not None:
+        facts["labels"] = class_list(*classes)
     if (folder / "checkpoint.json").is_file():
         facts["step"] = f"{read_json(folder / 'checkpoint.json').get('step')}"
     if verify:
@@ -144,7 +149,8 @@ def _run(folder: Path, verify: bool) -> dict[str, str]:
         facts |= {name: f"{value:.5g}" for name, value in last.items() if name not in ("step", "lr")}
     for step in steps if verify else steps[-1:]:
         inside = _model(checkpoint_path(folder, step), verify)
-        facts |= {name: inside[name] for name in ("parameters", "fingerprint", "verified") if name in inside}
+        shown = ("parameters", "fingerprint", "labels", "verified")
+        facts |= {name: inside[name] for name in shown if name in inside}
     return facts
 
 

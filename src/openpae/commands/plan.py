@@ -31,10 +31,10 @@ def plan(argv: Sequence[str]) -> None:
         if not {"-h", "--help"} & set(argv):
             raise ValueError("pae plan needs CONFIG: pae plan CONFIG [--gpus N] [--card CARD]")
         print(_USAGE)
-        return
+        sys.exit(0)
     if {"-h", "--help"} & set(argv):
         print(_USAGE)
-        return
+        sys.exit(0)
     arguments = [argument for argument in argv[1:] if argument != "--json"]
     parse: Any = parsed  # with this option it gives a pair
     settings, rest = parse(PlanSettings, args=arguments, return_unknown_args=True)

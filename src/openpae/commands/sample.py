@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,15 +113,17 @@ class SampleRun:
         if self.grid and self.count is not None:
             raise ValueError("--grid draws --columns images of each class: leave --count out")
 
-    def labels(self, num_classes: int) -> tuple[Tensor, str]:
-        """The class of every sample, and what a record says of them."""
+    def labels(self, num_classes: int | Sequence[int]) -> tuple[Tensor, str]:
+        """The class of every sample, and what a record says of them; the classes as `balanced_labels` takes
+        them."""
         import torch
 
         from openpae.sampling.sampler import balanced_labels
 
+        known = range(num_classes) if isinstance(num_classes, int) else num_classes
         if self.grid:
-            spread = torch.linspace(0, num_classes - 1, min(8, num_classes)).round().long().tolist()
-            chosen = list(self.classes or spread)
+            spread = torch.linspace(0, len(known) - 1, min(8, len(known))).round().long().tolist()
+            chosen = list(self.classes or [known[i] for i in spread])
             return torch.tensor(chosen).repeat_interleave(self.columns), f"{self.columns} each of {chosen}"
         count = 64 if self.count is None else self.count
         if self.classes is None:
@@ -217,12 +221,14 @@ def sample(
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
     from openpae.sampling.sample_set import SampleSet, draw_samples
+    from openpae.storage.model_folder import seen_classes
 
     run.check()
     config = sampler.config()
     with processes.process_group(device):
         models = _load(tokenizer, generator, sampler, device)
-        labels, scheme = run.labels(models.generator.config.num_classes)
+        classes = seen_classes(generator, models.generator.config.num_classes, run.classes)
+        labels, scheme = run.labels(classes)
         samples = SampleSet(
             labels=labels,
             scheme=scheme,
@@ -339,10 +345,13 @@ def search_guidance(
     from openpae.eval.guidance_search import SampleEvaluator
     from openpae.eval.guidance_search import search_guidance as run_search
     from openpae.eval.reference import open_reference
+    from openpae.eval.run import check_reference
     from openpae.runtime import processes
+    from openpae.storage.model_folder import trained_classes
 
     with processes.process_group(device):
         models = _load(tokenizer, generator, sampler, device)
+        check_reference(reference, generator)
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
@@ -353,7 +362,7 @@ def search_guidance(
             extractor=features,
             reference=open_reference(reference, features, size=models.tokenizer.config.image_shape),
             search=search,
-            num_classes=models.generator.config.num_classes,
+            num_classes=trained_classes(generator, models.generator.config.num_classes),
             batch_size=sampler.batch_size,
             precision=sampler.precision,
             weak=models.weak,
@@ -363,10 +372,14 @@ def search_guidance(
         record = run_search(out, judge, facts=models.facts, tell=tell, inputs=inputs)
         if tell is not None:
             best = record["best"]
+            if record["verdict"]:
+                print(record["verdict"])
             print(
                 f"best: guidance {best['guidance']:g} from {best['guidance_start']:g} to "
                 f"{best['guidance_end']:g}, kept in {out / 'best.yaml'}; {record['note']}"
             )
+        if record["verdict"]:
+            sys.exit(3)
 
 
 def _load(tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> SamplingModels:

@@ -18,6 +18,7 @@ from openpae.commands.console import (
     run_of,
     take_option,
     tell,
+    tell_classes,
     tell_skipped,
 )
 from openpae.models.configs import size_fields
@@ -74,6 +75,7 @@ def cache_latents(
     precision: Precision = "bf16",
     device: Device = "auto",
     skip_broken: bool = False,
+    whole_content: bool = False,
 ) -> None:
     """Encode images and their mirror images once; the generator trains on the result.
 
@@ -85,6 +87,7 @@ def cache_latents(
         precision: bf16 is quicker on most machines.
         device: auto takes a GPU if there is one.
         skip_broken: leave out files that cannot be decoded, and name them.
+        whole_content: of a folder of images: let its fingerprint cover all of every file, as pae pack does.
     """
     at_least_one(batch_size=batch_size)
     from openpae.data import caches
@@ -107,7 +110,7 @@ def cache_latents(
         with Progress("encoding", "img") as progress:
             shards = caches.cache_latents(
                 encode,
-                open_images(images),
+                open_images(images, whole=whole_content),
                 out,
                 image_size=model.config.image_shape,
                 latent_shape=model.config.latent_shape,
@@ -119,6 +122,7 @@ def cache_latents(
                 progress=progress,
             )
         tell(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
+        tell_classes(shards.attributes["classes"], shards.labels)
         tell_skipped(shards.index["skipped"])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +17,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from openpae.data.colour import UnreadProfile, shown
 from openpae.data.listing import image_names
 from openpae.data.shards import Layout, Part, Shards, shard_folder
 
@@ -28,6 +31,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, told by content and not by name. Pillow knows more, but its EPS starts Ghostscript."""
 MAX_ASPECT = 100
 """Largest ratio of an image's sides: 1 x 60,000 pixels would fill gigabytes once the short side is 256."""
+
+SEEN = 2048
+"""Bytes at the beginning, in the middle and at the end of each file that a folder's fingerprint covers."""
 
 Size = int | tuple[int, int]
 """Height and width in pixels, or the side of a square."""
@@ -54,7 +60,7 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when the data do."""
+        """Hexadecimal digits that change when the data do; compare them with `fingerprints_agree`."""
         ...
 
 
@@ -63,13 +69,14 @@ class ImageFolder:
 
     Args:
         root: the folder. Files are taken in the order of their names.
+        whole: let the fingerprint cover all of every file, and not only a few kilobytes.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: as `listing.image_names`.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Path, *, whole: bool = False) -> None:
+        self.root, self.whole = Path(root), whole
         groups = image_names(self.root)
         self.classes = list(groups)
         self.names = [name for names in groups.values() for name in names]
@@ -88,12 +95,31 @@ class ImageFolder:
         return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
-        """Over names and sizes of the files: quick, and changes with any replaced file of another size."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            size = os.stat(os.path.join(self.root, name)).st_size
-            digest.update(os.fsencode(f"{name} {size}\n"))
-        return digest.hexdigest()[:16]
+        """Parts of 16 digits: over names and sizes, over a few kilobytes of each file, and with `whole` over
+        all of it. The times of the files do not count: a copy keeps its caches."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        digests = [hashlib.sha256() for _ in range(3 if self.whole else 2)]
+        with ThreadPoolExecutor(max_workers=16) as pool:  # a network disk answers many at once
+            for name, (size, *hashes) in zip(self.names, in_order(pool, self._file, self.names), strict=True):
+                digests[0].update(os.fsencode(f"{name} {size}\n"))
+                for digest, content in zip(digests[1:], hashes, strict=True):
+                    digest.update(content)
+        return ".".join(digest.hexdigest()[:16] for digest in digests)
+
+    def _file(self, name: str) -> tuple[int, *tuple[bytes, ...]]:
+        """Size, hash of the first, middle and last `SEEN` bytes, and where it is asked for of all."""
+        with open(os.path.join(self.root, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            parts = hashlib.sha256()
+            for start in sorted({0, max(0, (size - SEEN) // 2), max(0, size - SEEN)}):
+                file.seek(start)
+                parts.update(file.read(SEEN))
+            file.seek(0)
+            content = (hashlib.file_digest(file, "sha256").digest(),) if self.whole else ()
+        return size, parts.digest(), *content
 
 
 class PackedImages:
@@ -167,30 +193,41 @@ class Subset:
         return self.source.read(self.rows[index])
 
     def fingerprint(self) -> str:
-        """Over the source's and the rows."""
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.rows}".encode()).hexdigest()[:16]
+        """Over the source's, part by part, and the rows."""
+        parts = [f"{part} {self.rows}".encode() for part in self.source.fingerprint().split(".")]
+        return ".".join(hashlib.sha256(part).hexdigest()[:16] for part in parts)
 
 
-def open_images(path: str | Path) -> ImageFolder | PackedImages:
+def open_images(path: str | Path, *, whole: bool = False) -> ImageFolder | PackedImages:
     """The images at a path, whichever of the two forms it is.
+
+    Args:
+        path: where.
+        whole: of a folder of files, see `ImageFolder`; packed images have the checksum of every shard.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or unusable.
     """
-    return PackedImages(path) if (Path(path) / "header.json").is_file() else ImageFolder(path)
+    packed = (Path(path) / "header.json").is_file()
+    return PackedImages(path) if packed else ImageFolder(path, whole=whole)
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode a still image to RGB as viewers show it: upright, transparent parts on white.
+    """Decode a still image to RGB as viewers show it: upright, in sRGB, transparent parts on white.
 
-    16 bits become 8 by their upper half. The format is told by the content, whatever the name says.
+    16 bits become 8 by their upper half. The content says which format it is, whatever the name says. A
+    colour profile that cannot be used is an `UnreadProfile` warning.
 
     Raises:
         BrokenImage: it cannot be decoded, or not without a guess: animated, 32-bit pixels of unknown range,
             sides of more than 100 to 1, or more pixels than Pillow takes for honest (178,956,970). The
             message names the file and the reason.
     """
-    return decoded(path, _to_rgb)
+    image, fault = decoded(path, _checked)
+    if fault:
+        text = f"the colour profile of {path} cannot be used: {fault}; its numbers are taken as sRGB"
+        warnings.warn(text, UnreadProfile, stacklevel=2)
+    return image
 
 
 def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
@@ -217,29 +254,14 @@ def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
     raise BrokenImage(f"{path} cannot be decoded: {reason}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _checked(image: Image.Image) -> tuple[Image.Image, str]:
     # A phone's MPO holds further views or a gain map behind the picture that every viewer shows.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ValueError(f"it has {image.n_frames} frames or pages, save one as a still image")  # type: ignore[attr-defined]
     if max(image.size) > MAX_ASPECT * min(image.size):
         sides = f"{image.width} x {image.height}"
         raise ValueError(f"its sides are {sides} pixels, more than {MAX_ASPECT} to 1; crop it")
-    image.load()
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
-        # Pillow would clip all above 255 to white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers (mode {image.mode}) of unknown range, save 8 or 16 bits"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    try:
-        turned = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be read says nothing of the orientation; the pixels are sound
-        turned = image
-    return turned.convert("RGB")
+    return shown(image)
 
 
 def height_width(size: Size) -> tuple[int, int]:

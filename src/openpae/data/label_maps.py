@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from openpae.data.colour import upright
 from openpae.data.images import Size, center_crop, decoded, height_width, read_image, resize_to_cover
 from openpae.data.listing import EXTENSIONS
 from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
@@ -151,7 +152,7 @@ def _index_map(file: Path) -> NDArray[np.int32]:
 
 
 def _indices(image: Image.Image) -> NDArray[np.int32]:
-    array = np.asarray(image)
+    array = np.asarray(upright(image))
     if array.ndim != 2 or array.dtype.kind == "f":
         raise ValueError(
             "a label map must hold one whole number per pixel (a grey or palette PNG), got mode "
@@ -162,9 +163,14 @@ def _indices(image: Image.Image) -> NDArray[np.int32]:
 
 def _panoptic_map(file: Path) -> NDArray[np.int32]:
     """Segment ids, R + 256 G + 256^2 B."""
-    rgb = np.asarray(read_image(file)).astype(np.int32)
+    rgb = decoded(file, _levels).astype(np.int32)
     ids: NDArray[np.int32] = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
     return ids
+
+
+def _levels(image: Image.Image) -> NDArray[np.uint8]:
+    """RGB as stored: numbers of segments are no colours, so a colour profile does not move them."""
+    return np.asarray(upright(image).convert("RGB"))
 
 
 def _crop_labels(label: NDArray[np.int32], image: Image.Image, size: Size) -> NDArray[np.int32]:

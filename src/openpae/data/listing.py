@@ -12,6 +12,8 @@ EXTENSIONS = {
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 }
 """Endings of what is taken as an image; the format is told by the content."""
+_TRAINING = {"train", "training"}
+_HELD_OUT = {"val", "valid", "validation", "test", "testing", "held-out", "heldout"}
 _UNDECODED = {".avif", ".heic", ".heif", ".jp2"}  # images too: named as broken rather than passed over
 
 
@@ -23,8 +25,9 @@ def image_names(root: Path) -> dict[str, list[str]]:
 
     Raises:
         FileNotFoundError: no such folder, no images in it, or a link in it that leads nowhere.
-        ValueError: images both in the folder and in subfolders, a class without images, or two classes of
-            the same folder or of names that only differ in case.
+        ValueError: images both in the folder and in subfolders, a class without images, the splits of a data
+            set (train and val) in place of classes, or two classes of the same folder or of names that only
+            differ in case.
         PermissionError: a folder that may not be read.
     """
     if not root.is_dir():
@@ -42,6 +45,7 @@ def image_names(root: Path) -> dict[str, list[str]]:
         return {"all": flat}
     if not any(found.values()):
         raise FileNotFoundError(f"no images in {root}; known endings: {' '.join(sorted(EXTENSIONS))}")
+    _check_splits(root, found)
     if empty := [name for name, files in found.items() if not files]:
         raise ValueError(f"{root} has {len(empty)} class folders without images: {', '.join(empty[:5])}")
     _check_alike(root, found)
@@ -86,6 +90,17 @@ def _images_below(root: Path, top: str, seen: dict[str, str]) -> list[str]:
                 "remove the link"
             )
     return images
+
+
+def _check_splits(root: Path, classes: Iterable[str]) -> None:
+    """Refuse a root whose subfolders are the splits of a data set; their subfolders are the classes."""
+    training = [name for name in classes if name.casefold() in _TRAINING]
+    held_out = [name for name in classes if name.casefold() in _HELD_OUT]
+    if training and held_out:
+        raise ValueError(
+            f"{root} holds the splits {training[0]} and {held_out[0]}, not classes; give one of them, "
+            f"such as {root / training[0]}"
+        )
 
 
 def _check_alike(root: Path, classes: Iterable[str]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 
 class StepBatches(Sampler[list[int]]):
@@ -34,20 +32,6 @@ class StepBatches(Sampler[list[int]]):
         return len(self.steps) * len(self.rows)
 
 
-def loader(dataset: Dataset[Any], sampler: StepBatches, num_workers: int, *, pin: bool) -> DataLoader[Any]:
-    """A DataLoader whose dataset makes whole batches (`__getitems__`), in the sampler's order."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=pin,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=_leave_interrupts if num_workers else None,
-    )
-
-
 def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
     """Rows at these positions of an endless series of epochs, each a fresh permutation of `count` rows."""
     epochs, offsets = np.divmod(positions, count)
@@ -68,15 +52,6 @@ def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
     return x
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _leave_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the loop alone decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 _LAST_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}

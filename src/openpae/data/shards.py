@@ -17,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.storage.files import file_hash, read_json, whole_file, write_json
+from openpae.storage.files import file_hash, fingerprints_agree, read_json, whole_file, write_json
 from openpae.storage.outputs import LOCK, locked, make_folder
 
 TYPES = {
@@ -106,11 +106,12 @@ class ShardWriter:
         check_shard_folder(folder, layout.kind)
         if header.is_file():
             begun = read_json(header)
-            if begun != layout.as_header():
-                changed = sorted(_differing(begun, layout.as_header()))
+            if changed := sorted(_differing(begun, layout.as_header())):
                 raise ValueError(
                     f"{folder} was begun with another {', '.join(changed)}; delete the folder or name another"
                 )
+            # An older header may hold a shorter fingerprint of the same images.
+            self.layout = replace(layout, attributes=begun["attributes"])
         else:
             make_folder(folder)
             write_json(header, layout.as_header())
@@ -262,6 +263,9 @@ class Shards:
         self.shape: tuple[int, ...] = tuple(self.index["shape"])
         self.dtype = TYPES[self.index["dtype"]]
         self.labels = self._open_labels()
+        if kind == "latents" and not _has_statistics(self.index):
+            reason = "latents need a tokenizer, and a finite mean and std for each channel"
+            raise _damaged(self.folder / "index.json", reason)
         self.ends = np.cumsum(self.index["rows"])
         self._maps = [self._open(number, rows) for number, rows in enumerate(self.index["rows"])]
 
@@ -378,8 +382,6 @@ def _read_index(path: Path) -> dict[str, Any]:
     index = _with_keys(path, skipped=list, **kinds)
     whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
-    if index["kind"] == "latents" and not _has_statistics(index):
-        raise _damaged(path, "latents need a tokenizer, and a finite mean and std for each channel")
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index
@@ -432,6 +434,8 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any], at: str = "") -> set[
         old, new = a.get(key), b.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changed |= _differing(old, new, f"{at}{key}.")
+        elif key in ("images", "source") and fingerprints_agree(str(old), str(new)):
+            continue
         elif old != new:
             changed.add(f"{at}{key} ({old} there, {new} now)" if len(f"{old}{new}") < 120 else f"{at}{key}")
     return changed

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
@@ -17,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from openpae.data.classes import check_images_agree
 from openpae.data.images import (
     BrokenImage,
     ImageSource,
@@ -25,11 +23,27 @@ from openpae.data.images import (
     covers,
     crop,
     height_width,
+    open_images,
     resize_to_cover,
 )
-from openpae.data.order import StepBatches, loader, random_bits, shuffled
+from openpae.data.order import StepBatches, random_bits, shuffled
+from openpae.data.readers import read_batches, share
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
+
+
+def open_training(data: ImageData) -> tuple[ImageSource, ImageSource | None]:
+    """The training images and the held-out ones that a config names.
+
+    Raises:
+        FileNotFoundError, ValueError: not there, unusable, or both have classes and not the same.
+    """
+    images = open_images(data.images)
+    if data.evaluation is None:
+        return images, None
+    held_out = open_images(data.evaluation)
+    check_images_agree(data.images, images.classes, data.evaluation, held_out.classes)
+    return images, held_out
 
 
 class ImageBatch(NamedTuple):
@@ -47,6 +61,8 @@ class ImageBatch(NamedTuple):
     """Broken files whose places others took."""
     broken: str = ""
     """What is wrong with a file that may not be skipped; then the batch is empty."""
+    warned: tuple[Warning, ...] = ()
+    """What another process warned of while it read them."""
 
 
 class TrainingImages(Dataset[ImageBatch]):
@@ -95,6 +111,14 @@ class TrainingImages(Dataset[ImageBatch]):
 
     def __getitems__(self, positions: list[int]) -> ImageBatch:
         """The batch of these positions (images seen before each)."""
+        if get_worker_info() is None:
+            return self._batch(positions)
+        with warnings.catch_warnings(record=True) as caught:  # for the process that trains, which prints them
+            warnings.simplefilter("always")
+            batch = self._batch(positions)
+        return batch._replace(warned=tuple(w.message for w in caught if isinstance(w.message, Warning)))
+
+    def _batch(self, positions: list[int]) -> ImageBatch:
         where = np.asarray(positions, dtype=np.int64)
         rows = shuffled(where, len(self.source), self.seed)
         bits = random_bits(where, self.seed)
@@ -157,24 +181,17 @@ def image_batches(
         BrokenImage: a file cannot be decoded and may not be skipped.
         ChildProcessError: a process that reads died; the message names the file it was at.
     """
-    images.reading = torch.full((max(1, num_workers), 2), -1).share_memory_()  # type: ignore[no-untyped-call]
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader(images, sampler, num_workers, pin=pin))
-    if num_workers and threading.current_thread() is threading.main_thread():
-        # PyTorch's handler would raise wherever the loop is when a process dies, in the middle of saving too.
-        # Without it the next batch tells, within five seconds.
-        signal.signal(signal.SIGCHLD, before)
-    try:
-        yield from raise_on_broken(batches)
-    except RuntimeError as error:
-        if not (found := re.match(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))):
-            raise
-        dead = [int(pid) for pid in found[1].split(", ")]
-        names = sorted({images.source.name(row) for pid, row in images.reading.tolist() if pid in dead})
-        raise ChildProcessError(
-            f"a process that reads images died at {', '.join(names) or 'its start'}; remove the file if it "
-            "dies there again, lower loop.num_workers if memory ran out, or set it to 0 to see what happens"
-        ) from error
+    reading = images.reading = torch.full((max(1, num_workers), 2), -1)
+    if num_workers:
+        share([reading])
+
+    def place(dead: set[int | None]) -> str:
+        names = {images.source.name(row) for pid, row in reading.tolist() if pid in dead}
+        return ", ".join(sorted(names)) or "its start"
+
+    yield from raise_on_broken(
+        read_batches(images, sampler, num_workers, pin=pin, what="images", place=place)
+    )
 
 
 def raise_on_broken(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
@@ -186,6 +203,8 @@ def raise_on_broken(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
     for batch in batches:
         if batch.broken:
             raise BrokenImage(batch.broken)
+        for warning in batch.warned:
+            warnings.warn(warning, stacklevel=2)
         for name in batch.skipped:
             warnings.warn(f"{name}; another image takes its place", stacklevel=2)
         yield batch

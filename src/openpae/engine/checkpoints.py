@@ -4,6 +4,7 @@ processes.
 checkpoints/step-N/   a model folder that anyone can load, and beside it
     state.pt          all that is needed to go on; or, where it was cut into shards (loop.parallel fsdp),
     state/            the same as every process had it (torch.distributed.checkpoint)
+    run.yaml          the config of the run, as it was when the run was started
     checkpoint.json   step, fingerprints of the data, checksums; without it the checkpoint does not count
 """
 
@@ -26,12 +27,20 @@ from torch.optim import Optimizer
 
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard
+from openpae.engine.pace import Pace
 from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
 from openpae.runtime import processes
-from openpae.storage.files import file_hash, read_json, remove_folder, whole_folder, write_json
-from openpae.storage.model_folder import README, RECORD, checkpoint_path, checkpoint_steps
+from openpae.storage.files import (
+    file_hash,
+    fingerprints_agree,
+    read_json,
+    remove_folder,
+    whole_folder,
+    write_json,
+)
+from openpae.storage.model_folder import README, RECORD, RUN_CONFIG, checkpoint_path, checkpoint_steps
 from openpae.storage.weights import read_tensors, some
 
 
@@ -45,8 +54,12 @@ class RunState:
     """Average of the first player's weights."""
     health: NonFiniteGuard
     """Its mean gradient norms."""
+    config: str | None = None
+    """Text of the run's config, for its checkpoints."""
     skipped_data_steps: list[int] = field(default_factory=list)
     """Steps of the data order that the run has gone past, in order."""
+    pace: Pace = field(default_factory=lambda: Pace(1, None))
+    """Where the schedule stands."""
 
     @property
     def exported(self) -> nn.Module:
@@ -74,11 +87,14 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
         else:
             processes.on_rank0(lambda: torch.save({"step": step, **content}, folder / "state.pt"))
         processes.on_rank0(lambda: state.task.write(folder, weights))
+        if (text := state.config) is not None:
+            processes.on_rank0(lambda: (folder / RUN_CONFIG).write_text(text, encoding="utf-8"))
         facts = {
             "step": step,
             "images_seen": step * loop.global_batch_size,
             "inputs": dict(state.task.inputs),
             "passed_over": state.skipped_data_steps,
+            **({} if (pace := state.pace.facts()) is None else {"pace": pace}),
             "sha256": _hashes(folder),
         }
         processes.on_rank0(lambda: write_json(folder / "checkpoint.json", facts))
@@ -94,7 +110,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
     found = processes.on_rank0(lambda: _newest(run_dir, state.task.inputs))
     if found is None:
         return None
-    step, skipped_data_steps = found
+    step, skipped_data_steps, pace = found
     folder = checkpoint_path(run_dir, step)
     if processes.any_rank(not folder.is_dir()):
         raise ValueError(
@@ -107,6 +123,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
     state.skipped_data_steps = sorted({*state.skipped_data_steps, *skipped_data_steps})
+    state.pace.restore(pace)
     return step
 
 
@@ -161,7 +178,7 @@ def verify_checkpoint(folder: Path) -> None:
                 raise ValueError(
                     f"state.pt holds an optimizer state of {player} ({number}) that fits no weight"
                 )
-            _require(_optimizer_fault(held, torch.empty(shape)), f"the optimizer of {player} ({number})")
+            _require(_optimizer_fault(held, torch.empty(shape)), f"optimizer of {player} ({number})")
 
 
 def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -216,8 +233,8 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
             remove_folder(checkpoint_path(run_dir, step))
 
 
-def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] | None:
-    """Step of the newest sound checkpoint, and the data that it went past."""
+def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], dict[str, Any] | None] | None:
+    """Step of the newest sound checkpoint, the data that it went past, and its pace."""
     for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written or removed
         shutil.rmtree(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
@@ -228,13 +245,16 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int]] |
             warnings.warn(f"checkpoint {folder} is damaged and was passed over: {error}", stacklevel=3)
             continue
         trained_on = facts["inputs"]
-        if trained_on != inputs:
-            changed = sorted(name for name, _ in trained_on.items() ^ inputs.items())
+        if changed := sorted(
+            name
+            for name in trained_on.keys() | inputs.keys()
+            if not fingerprints_agree(str(trained_on.get(name, "-")), inputs.get(name, "-"))
+        ):
             raise ValueError(
-                f"{run_dir} was trained with other {', '.join(dict.fromkeys(changed))}: what its config "
+                f"{run_dir} was trained with other {', '.join(changed)}: what its config "
                 "names has changed since; bring it back or name another run folder"
             )
-        return step, facts["passed_over"]
+        return step, facts["passed_over"], facts.get("pace")
     return None
 
 
@@ -272,7 +292,7 @@ def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[st
     """Tensors for the optimizer's state to be read into; a player that has not stepped yet has none."""
     return {
         number: {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight),
         }
@@ -332,7 +352,7 @@ def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
 
 def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
     """What of an AdamW state does not fit its weight."""
-    wanted = {"step": torch.empty(()), "exp_avg": weight, "exp_avg_sq": weight}
+    wanted = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
     if not isinstance(moments, Mapping) or moments.keys() != wanted.keys():
         return "its names"
     strange = [name for name, like in wanted.items() if not _fits(moments[name], like)]

@@ -14,7 +14,7 @@ class Ema:
 
     Args:
         module: whose weights; of a sharded module the average is sharded alike.
-        decay: per step, in [0, 1).
+        decay: per position of the schedule, in [0, 1): in an ordinary run per step.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -23,9 +23,10 @@ class Ema:
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are now."""
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - self.decay)
+    def update(self, passed: float = 1.0) -> None:
+        """Take in the weights as they are now, once `passed` positions of the schedule have gone by."""
+        decay = self.decay if passed == 1 else self.decay**passed
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -2,105 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from openpae import config as configs
 from openpae.engine import checkpoints, diagnosis
 from openpae.engine.checkpoints import RunState
 from openpae.engine.ema import Ema
 from openpae.engine.health import NonFiniteGuard, NotFinite
 from openpae.engine.journal import Journal, profiled
 from openpae.engine.optim import device_batches
+from openpae.engine.pace import Pace
 from openpae.engine.parallel import gather_full, is_sharded, lend_weights, sync_gradients
 from openpae.engine.settings import LoopConfig, OptimConfig, lr_at
 from openpae.engine.task import Task, Update
 from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
-from openpae.runtime.signals import Stopped
-from openpae.storage.outputs import alone, make_folder, spare
-
-HARDWARE_FIELDS = (
-    *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
-    "checkpoint_blocks",
-)
-"""Fields that say how a run is computed, and not what: it may go on with others."""
-
-
-_WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
-"""What a run writes beside its config.yaml, without which none of it is a run's."""
-
-
-def check_run(run_dir: Path, config: Any) -> bool:
-    """Whether a run folder already holds this config; False where it holds none, or one that computes the
-    same run on other hardware (`HARDWARE_FIELDS`).
-
-    Raises:
-        ValueError: the folder belongs to a run with another config; the message lists the differences.
-    """
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        return False
-    changed = configs.differences(configs.load(type(config), file), config)
-    if other := [
-        line for line in changed if not line.startswith(tuple(f"{name}:" for name in HARDWARE_FIELDS))
-    ]:
-        raise ValueError(
-            f"{run_dir} belongs to a run with another config ({'; '.join(other[:5])}); "
-            "name another run folder, or pass its own config.yaml to go on"
-        )
-    return not changed
-
-
-def open_run(run_dir: Path, config: Any) -> None:
-    """Make a run folder that holds this config, or accept one that already does.
-
-    Call it once the task stands: a path that is not there must not leave a run folder behind.
-
-    Raises:
-        ValueError: see `check_run`; or a new run's folder holds files of the user that it would replace, or
-            lies in what the run reads.
-    """
-
-    def make() -> None:
-        if not check_run(run_dir, config):
-            if not (run_dir / "config.yaml").is_file():
-                spare(*(run_dir / name for name in _WRITTEN), into=run_dir, inputs=[*_paths(config)])
-            make_folder(run_dir)
-            configs.save(config, run_dir / "config.yaml")
-
-    processes.on_rank0(make)
-
-
-def _paths(config: Any) -> Iterator[Path]:
-    """All that a config names, however nested."""
-    for value in vars(config).values():
-        if dataclasses.is_dataclass(value):
-            yield from _paths(value)
-        elif isinstance(value, Path):
-            yield value
+from openpae.runtime.signals import Stopped, catch_signals
+from openpae.storage.outputs import alone
 
 
 def fit(
-    task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig, *, quiet: bool = False
+    task: Task,
+    run_dir: Path,
+    optim: OptimConfig,
+    loop: LoopConfig,
+    *,
+    quiet: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Train until loop.steps, from the newest checkpoint of run_dir or from the start.
+
+    With loop.seconds the run ends when that time is over: it passes through the same schedule in fewer steps.
 
     Every process of a run calls it; the first writes.
 
@@ -110,6 +54,7 @@ def fit(
         optim: learning rate and clipping; the schedule is set here at every step.
         loop: everything else.
         quiet: no progress bar.
+        clock: the time in seconds; read once a step, and only with loop.seconds.
 
     Returns:
         The last evaluation.
@@ -122,7 +67,9 @@ def fit(
             trains in this folder.
         Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
     """
-    fitting = _Fitting.of(task, run_dir, optim, loop)
+    fitting = _Fitting.of(task, run_dir, optim, loop, clock)
+    if (run_dir / "config.yaml").is_file():
+        fitting.state.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     with alone(run_dir, "training"), _matmul_precision(loop.precision):
         while True:
             try:
@@ -174,16 +121,25 @@ class _Fitting:
     device: torch.device
 
     @classmethod
-    def of(cls, task: Task, run_dir: Path, optim: OptimConfig, loop: LoopConfig) -> _Fitting:
+    def of(
+        cls,
+        task: Task,
+        run_dir: Path,
+        optim: OptimConfig,
+        loop: LoopConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> _Fitting:
         device = next(next(iter(task.players.values())).parameters()).device
         state = RunState(task, None, NonFiniteGuard(loop, optim, device))
         if loop.ema_decay is not None:
             state.ema = Ema(state.exported, loop.ema_decay)
+        state.pace = Pace(loop.steps, loop.seconds, loop.least_steps, clock)
         return cls(state, run_dir, optim, loop, device)
 
     def run(self, quiet: bool) -> dict[str, float]:
         """From the newest checkpoint to the last step; returns the last evaluation."""
-        loop, ballot = self.loop, processes.Ballot()
+        loop, pace = self.loop, self.state.pace
+        ballot, watch = processes.Ballot(), processes.Ballot()
         start = found = checkpoints.resume(self.state, self.run_dir)
         if found is not None:
             processes.on_rank0(lambda: checkpoints.remove_old(self.run_dir, loop, found))
@@ -191,33 +147,38 @@ class _Fitting:
             checkpoints.save(self.state, self.run_dir, 0, loop)
         start = start or 0
         log, metrics = Journal(self.run_dir, start, loop), {}
-        data_steps = _skip(range(start, loop.steps), self.state.skipped_data_steps)
+        data_steps = _skip(range(start, pace.most), self.state.skipped_data_steps)
         with (
-            _signals() as caught,
+            catch_signals() as caught,
             log,
             self._bar(start, quiet) as bar,
             profiled(self.run_dir, loop) as count_step,
         ):
             if start and self._evaluates_at(start):
                 told = processes.broadcast(log.judged)  # not where a kill came between save and evaluation
-                if start >= loop.steps or not told:
+                if start >= pace.plan.last or not told:
                     metrics = self._evaluate(start, None if told else log)
             batches = self.batches(data_steps)
-            for step, data_step in zip(range(start, loop.steps), data_steps, strict=True):
-                done, last = step + 1, step + 1 == loop.steps
+            for step, data_step in zip(range(start, pace.most), data_steps, strict=True):
+                if loop.seconds is not None and pace.revise(step, watch(round(1e3 * pace.seconds())) / 1e3):
+                    log.write(step, pace.log())
+                    bar.total = pace.plan.last * loop.global_batch_size
+                if step >= pace.plan.last:
+                    break
+                done, last = step + 1, step + 1 == pace.plan.last
                 with self._explained(step, data_steps, start):
                     self.step(batches, step, data_step, log)
                     stop = ballot(caught[0] if caught else 0)
                     judge = self._evaluates_at(done)
-                    save = last or stop > 0 or done % loop.save_every == 0
-                    if done % loop.log_every == 0 or save or judge:
+                    save = last or stop > 0 or pace.crosses(loop.save_every, done)
+                    if (line := save or pace.crosses(loop.log_every, done)) or judge:
                         self.state.health.require_finite(step, log.means())
                 if self.state.ema is not None:
-                    self.state.ema.update()
+                    self.state.ema.update(pace.position(done) - pace.position(step))
                 bar.update(loop.global_batch_size)
                 count_step()
-                if done % loop.log_every == 0 or save:
-                    shown = log.flush(done, lr_at(step, self.optim, loop.steps))
+                if line:
+                    shown = log.flush(done, lr_at(pace.position(step), self.optim, loop.steps))
                     bar.set_postfix_str(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
                 with log.paused():
                     if save:  # before it is judged: an evaluation that fails must not cost the step
@@ -227,6 +188,7 @@ class _Fitting:
                 if stop and not last:
                     raise Stopped(stop, done)
             ballot.close()
+            watch.close()
         return metrics
 
     def step(self, batches: Iterator[Any], step: int, data_step: int, log: Journal) -> None:
@@ -236,7 +198,7 @@ class _Fitting:
             module.train()
         for optimizer in task.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, self.optim, self.loop.steps)
+                group["lr"] = lr_at(self.state.pace.position(step), self.optim, self.loop.steps)
         for update, due in self._updates(batches, step, data_step):
             terms = {"loss": update.loss.detach(), **update.logs}
             terms = {f"{update.player}/{name}": value for name, value in terms.items()}
@@ -256,7 +218,7 @@ class _Fitting:
         for own in rows:
             batch, due = next(batches), own is rows[-1]
             draws = Draws(loop.seed, data_step, own, loop.global_batch_size, self.device)
-            updates = task.updates(batch, draws, step)
+            updates = task.updates(batch, draws, int(self.state.pace.position(step)))
             with sync_gradients(task.players.values(), due):
                 while True:
                     with autocast(self.device, loop.precision):
@@ -331,8 +293,8 @@ class _Fitting:
         return findings.first()
 
     def _evaluates_at(self, done: int) -> bool:
-        every = self.loop.evaluate_every
-        return done >= self.loop.steps or (every > 0 and done % every == 0)
+        pace = self.state.pace
+        return done >= pace.plan.last or pace.crosses(self.loop.evaluate_every, done)
 
     def _evaluate(self, done: int, log: Journal | None) -> dict[str, float]:
         task, ema = self.state.task, self.state.ema if self.loop.export == "ema" else None
@@ -349,7 +311,7 @@ class _Fitting:
 
     def _bar(self, start: int, quiet: bool) -> tqdm[Any]:
         return tqdm(
-            total=self.loop.steps * self.loop.global_batch_size,
+            total=self.state.pace.plan.last * self.loop.global_batch_size,
             initial=start * self.loop.global_batch_size,
             unit="img",
             unit_scale=True,
@@ -379,24 +341,3 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Catch SIGINT and SIGTERM: the list gets the signal, the loop saves and leaves after its step."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if caught:  # the second time means now
-            raise KeyboardInterrupt
-        caught.append(signum)
-
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

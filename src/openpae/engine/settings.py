@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from openpae.config import check_fields
+from openpae.config import added, check_fields
 
 PROFILED_FROM = 3
 """Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
@@ -51,6 +51,12 @@ class LoopConfig:
 
     steps: int
     """Optimizer steps."""
+    seconds: float | None = added(None)
+    """Seconds that the training may take; null trains all `steps`. The run then passes through the schedule
+    of `steps` (learning rate, starts of losses, average, log_every, save_every, evaluate_every) in as many
+    steps as the time pays for. It measures its pace as it goes; the log holds each new plan (`pace/...`)."""
+    least_steps: int = added(1)
+    """With `seconds`, the fewest steps: where the time does not pay for them the run takes longer."""
     global_batch_size: int
     """Images per optimizer step, over all processes."""
     device_batch_size: int | None = None
@@ -110,15 +116,26 @@ class LoopConfig:
                 f"loop.profile_steps must leave the first {PROFILED_FROM} of {self.steps} steps out, got "
                 f"{self.profile_steps}"
             )
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"loop.seconds must be > 0 and finite, or null, got {self.seconds}")
+        if not 1 <= self.least_steps <= self.steps:
+            raise ValueError(
+                f"loop.least_steps must lie in [1, steps = {self.steps}], got {self.least_steps}"
+            )
+        if self.seconds is not None and self.keep_every:
+            raise ValueError(
+                f"loop.keep_every must be 0 with loop.seconds, got {self.keep_every}: the steps at which "
+                "such a run saves are not known before"
+            )
         if self.keep_every % self.save_every:
             raise ValueError(
                 f"loop.keep_every must be a multiple of save_every = {self.save_every}, got {self.keep_every}"
             )
 
 
-def lr_at(step: int, optim: OptimConfig, steps: int) -> float:
-    """Learning rate of a step: linear warm-up from lr / warmup_steps, then constant or half a cosine to
-    final_lr."""
+def lr_at(step: float, optim: OptimConfig, steps: int) -> float:
+    """Learning rate at a position of a schedule of `steps`: linear warm-up from lr / warmup_steps, then
+    constant or half a cosine to final_lr."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.final_lr is None:

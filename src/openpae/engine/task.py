@@ -57,7 +57,13 @@ class Task(Protocol):
         ...
 
     def updates(self, batch: Any, draws: Draws, step: int) -> Iterator[Update]:
-        """Yield the losses of one batch in order; what follows a yield sees the stepped weights."""
+        """Yield the losses of one batch in order; what follows a yield sees the stepped weights.
+
+        Args:
+            batch: one of `batches`.
+            draws: random numbers of the batch.
+            step: position in the schedule of loop.steps: the step, unless the run follows the clock.
+        """
         ...
 
     def evaluate(self, step: int) -> dict[str, float]:

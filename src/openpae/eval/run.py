@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from openpae.data.classes import check_images_agree
 from openpae.data.images import height_width, open_images
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -18,7 +19,7 @@ from openpae.models.saved import load_tokenizer
 from openpae.runtime.processes import is_rank0
 from openpae.sampling.pipeline import SamplingModels
 from openpae.sampling.sampler import balanced_labels
-from openpae.storage.model_folder import identity_of
+from openpae.storage.model_folder import identity_of, read_classes, trained_classes
 
 
 def run_evaluation(
@@ -53,6 +54,8 @@ def run_evaluation(
     extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
         return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size)
+    if run.generator is not None:
+        check_reference(reference, run.generator)
     samples = _samples(run, drawing or SamplingOptions(), device)
     size = run.size if run.size is not None or samples is None else samples.size
     known = open_reference(reference, extractor, size=size, batch_size=batch_size)
@@ -63,6 +66,17 @@ def run_evaluation(
     return evaluate_samples(
         samples, known, extractor=extractor, batch_size=batch_size, min_samples=run.min_samples
     )
+
+
+def check_reference(reference: Path, generator: Path) -> None:
+    """Refuse labelled reference images whose classes are not the generator's, where it names them.
+
+    Raises:
+        ValueError: the message names the first difference.
+    """
+    known = read_classes(generator)
+    if known is not None and reference.is_dir():
+        check_images_agree(generator, known[0], reference, open_images(reference).classes)
 
 
 def _samples(run: EvaluationRun, drawing: SamplingOptions, device: torch.device) -> ImageStream | None:
@@ -81,7 +95,9 @@ def _samples(run: EvaluationRun, drawing: SamplingOptions, device: torch.device)
     return drawn_images(
         models.tokenizer,
         models.generator,
-        balanced_labels(run.sample_count, models.generator.config.num_classes),
+        balanced_labels(
+            run.sample_count, trained_classes(run.generator, models.generator.config.num_classes)
+        ),
         drawing.sampler,
         size=models.tokenizer.config.image_shape,
         seed=run.seed,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from openpae.eval.estimate import Estimate, Settings, jackknife_error, mean_of
 from openpae.eval.reconstruction import ImageDistance
-from openpae.models.layers import to_tokens
+from openpae.geometry.clusters import spectral_clusters
 
 Decode = Callable[[Tensor], Tensor]
 """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
@@ -81,46 +81,6 @@ def spatial_structure_consistency(
         "seed": seed,
     }
     return mean_of("ssc", torch.tensor(values, dtype=torch.float64), settings)
-
-
-def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int = 0) -> Tensor:
-    """Group the tokens of one latent by normalised spectral clustering (Shi and Malik, 2000; Eq. 7).
-
-        A_ij = exp(cos(z_i, z_j) / sigma), A_ii = 0;   L = I - D^(-1/2) A D^(-1/2),   D = diag(sum_j A_ij)
-
-    k-means on the rows of D^(-1/2) U, U the eigenvectors of the k smallest eigenvalues of L. Our choice where
-    the paper says no more: it is what scikit-learn's `SpectralClustering` computes from A.
-
-    Args:
-        latent: (C, h, w).
-        k: number of clusters, at most h w.
-        sigma: temperature; smaller lets only the nearest tokens count.
-        seed: of k-means (10 starts).
-
-    Returns:
-        Cluster of each token, (h, w) int64 in [0, k).
-
-    Raises:
-        ValueError: sigma or k is out of range.
-    """
-    import scipy.linalg
-    from sklearn.cluster import KMeans
-
-    tokens = latent.shape[-2] * latent.shape[-1]
-    if sigma < 0.01:  # exp(-2 / sigma) of opposite tokens would leave the range of float64
-        raise ValueError(f"sigma must be at least 0.01, got {sigma}")
-    if not 1 <= k <= tokens:
-        raise ValueError(f"k must be between 1 and the {tokens} tokens of a latent, got {k}")
-    z = F.normalize(to_tokens(latent[None].double().cpu())[0], dim=-1)
-    # Minus 1: a common factor of A cancels in L, and without it a small sigma overflows.
-    affinity = torch.exp((z @ z.mT - 1) / sigma).fill_diagonal_(0)
-    inverse_root = affinity.sum(dim=1).rsqrt()
-    similarity = (inverse_root[:, None] * affinity * inverse_root).numpy()
-    # The k largest eigenvalues of D^(-1/2) A D^(-1/2) are the k smallest of L.
-    _, vectors = scipy.linalg.eigh(similarity, subset_by_index=(tokens - k, tokens - 1))
-    embedding = vectors * inverse_root.numpy()[:, None]
-    clusters = KMeans(n_clusters=k, n_init=10, random_state=seed).fit_predict(embedding)
-    return torch.from_numpy(clusters.astype(np.int64)).view(latent.shape[-2:])
 
 
 def majority_labels(labels: Tensor, h: int, w: int, *, ignore: int | None = None) -> Tensor:

@@ -21,8 +21,9 @@ from openpae.data.pixels import framed, image_grid, label_pictures, pca_pictures
 from openpae.eval.estimate import Estimate
 from openpae.eval.extractors import INCEPTION
 from openpae.eval.image_stream import source_batches
+from openpae.geometry.clusters import spectral_clusters
 from openpae.geometry.measure import Measured
-from openpae.geometry.metrics import RADII, majority_labels, moved_latents, spectral_clusters, unit_directions
+from openpae.geometry.metrics import RADII, majority_labels, moved_latents, unit_directions
 from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import Tokenizer
 from openpae.report import Page
@@ -132,15 +133,13 @@ def profile_page(
 
 def _show_numbers(page: Page, found: Sequence[Measured], facts: Mapping[str, Any]) -> None:
     page.heading("Numbers")
-    rows, meanings = [], []
+    rows = []
     for name, metric in METRICS.items():
         estimates = [one.metrics.get(name) for one in found]
         if over := next((f"{e.n:,} {e.over}" for e in estimates if e is not None), None):
-            title = f"{metric.title} ({metric.better} is better)"
-            rows.append((title, *map(_number, estimates), over))
-            meanings.append((metric.title, metric.meaning))
-    page.table(["± standard error", *(one.name for one in found), "over"], rows)
-    page.table(["metric", "what it tells"], meanings)
+            title = f"{metric.title} {'↑' if metric.better == 'higher' else '↓'}"
+            rows.append((title, *map(_number, estimates), over, metric.meaning))
+    page.table(["± standard error", *(one.name for one in found), "over", "what it says"], rows)
     if floor := facts.get("frechet_floor"):
         half = f"{floor['settings']['samples']:,}"
         extractor = facts["extractor"]["name"]

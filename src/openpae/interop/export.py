@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ def _write(part: _Part, file: Path, format: Format) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the exporters themselves call by old names
         if format == "torch-export":
-            torch.export.save(torch.export.export(part.module, examples, dynamic_shapes=shapes), file)
+            archive = io.BytesIO()  # on a full disk torch's own writer ends the process
+            torch.export.save(torch.export.export(part.module, examples, dynamic_shapes=shapes), archive)
+            file.write_bytes(archive.getbuffer())
             return
         program = torch.onnx.export(
             part.module,

@@ -118,10 +118,10 @@ def released_tokenizer_config(
     """
     state = _plain_names(released, ("model",))
     to_latent, embed = (
-        _shape(state, "latent_compressor.1.weight"),
-        _shape(state, "decoder.decoder_embed.weight"),
+        _shape(state, "latent_compressor.1.weight", 2, 4),
+        _shape(state, "decoder.decoder_embed.weight", 2),
     )
-    patch = math.isqrt(_shape(state, "decoder.decoder_pred.weight")[0] // 3)
+    patch = math.isqrt(_shape(state, "decoder.decoder_pred.weight", 2)[0] // 3)
     if decoder_heads is None:
         if embed[0] not in _DECODER_HEADS:
             known = ", ".join(map(str, _DECODER_HEADS))
@@ -134,7 +134,7 @@ def released_tokenizer_config(
         hidden_dim=embed[0],
         num_layers=_count(state, r"decoder\.decoder_layers\.(\d+)\."),
         num_heads=decoder_heads,
-        mlp_dim=_shape(state, "decoder.decoder_layers.0.intermediate.dense.weight")[0],
+        mlp_dim=_shape(state, "decoder.decoder_layers.0.intermediate.dense.weight", 2)[0],
         patch_size=patch,
     )
     return PAEConfig(
@@ -163,7 +163,7 @@ def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: En
     """
     state = _plain_names(released, ("model",))
     grid, width = config.grid_shape, config.decoder.hidden_dim
-    dim = config.width or _shape(state, "latent_compressor.1.weight")[1]
+    dim = config.width or _shape(state, "latent_compressor.1.weight", 2, 4)[1]
     _take_constant(state, "delta_encoder.pos_embed", sincos_2d(*grid, dim)[None])
     with_cls = torch.cat([torch.zeros(1, width), sincos_2d(*grid, width)])[None]
     _take_constant(state, "decoder.decoder_pos_embed", with_cls)
@@ -204,8 +204,8 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
         "grid_size": patch * math.isqrt(_shape(state, "pos_embed", 3)[1]),
         "patch_size": patch,
         "hidden_dim": dim,
-        "num_heads": dim // _shape(state, f"{rope}.freqs_cos")[1],
-        "num_classes": _shape(state, "y_embedder.embedding_table.weight")[0] - 1,
+        "num_heads": dim // _shape(state, f"{rope}.freqs_cos", 2)[1],
+        "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
     blocks = _count(state, r"blocks\.(\d+)\.")
@@ -216,7 +216,7 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
     # Where the head is no wider than the DiT, no tensor tells its blocks from those of the DiT.
     layers = sum(w == width for w in widths) if width != dim else HeadConfig().num_layers
     head = HeadConfig(
-        hidden_dim=width, num_layers=layers, num_heads=width // _shape(state, "dec_feat_rope.freqs_cos")[1]
+        hidden_dim=width, num_layers=layers, num_heads=width // _shape(state, "dec_feat_rope.freqs_cos", 2)[1]
     )
     return DiTDHConfig(num_layers=blocks - layers, head=head, **shared)
 
@@ -332,12 +332,15 @@ def _take_constant(state: dict[str, Tensor], name: str, ours: Tensor) -> None:
         )
 
 
-def _shape(state: Mapping[str, Tensor], name: str, axes: int = 2) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Tensor], name: str, *axes: int) -> tuple[int, ...]:
     if name not in state:
         raise ValueError(f"released weights lack {name}")
     shape = tuple(state[name].shape)
-    if len(shape) != axes or 0 in shape:
-        raise ValueError(f"{name} of the released weights must have {axes} axes of at least 1, got {shape}")
+    if len(shape) not in axes or 0 in shape:
+        allowed = " or ".join(map(str, axes))
+        raise ValueError(
+            f"{name} of the released weights must have {allowed} axes, none of them empty, got {shape}"
+        )
     return shape
 
 

@@ -86,7 +86,7 @@ class LatentGenerator(nn.Module):
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latents as the tokenizer gives them to latents of zero mean and unit variance."""
-        return (z.float() - self.latent_mean) / self.latent_std
+        return (z.float() - self.latent_mean).div_(self.latent_std)
 
     def denormalise(self, x: Tensor) -> Tensor:
         """Inverse of `normalise`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from openpae.models.generator import LatentGenerator
 from openpae.models.priors import FrozenPrior, LinearTargets, Refiner
 from openpae.models.tokenizer import Autoencoder
 from openpae.storage.files import write_json
-from openpae.storage.model_folder import CONFIG, ENCODER, identity_of, model_folder, read_model, write_model
+from openpae.storage.model_folder import (
+    CONFIG,
+    ENCODER,
+    identity_of,
+    model_folder,
+    read_model,
+    write_classes,
+    write_model,
+)
 from openpae.storage.weights import check_size, load_strict
 
 
@@ -46,11 +54,24 @@ def write_tokenizer(
 
 
 def write_generator(
-    folder: Path, state: Mapping[str, Tensor], config: GeneratorConfig, tokenizer_fingerprint: str
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: GeneratorConfig,
+    tokenizer_fingerprint: str,
+    classes: tuple[Sequence[str], Sequence[int]] | None = None,
 ) -> None:
-    """Write a generator's files into an existing folder; tokenizer_fingerprint names the tokenizer of its
-    latents."""
+    """Write a generator's files into an existing folder.
+
+    Args:
+        folder: where.
+        state: its state dict.
+        config: of the generator.
+        tokenizer_fingerprint: fingerprint of the tokenizer of its latents.
+        classes: names of its classes and how many training images each had, where they are known.
+    """
     write_model(folder, state, config, tokenizer_fingerprint, "openpae.load_generator")
+    if classes is not None:
+        write_classes(folder, *classes)
 
 
 def load_tokenizer(

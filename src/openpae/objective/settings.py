@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from openpae.config import check_fields
+from openpae.config import added, check_fields
 from openpae.models.configs import DiscriminatorConfig, PerceptualNet
 
 if TYPE_CHECKING:
@@ -28,6 +28,15 @@ class TokenizerLoss:
     lpips_share: float = 1.0
     """Share of each device batch that LPIPS sees, in (0, 1]. Less leaves the expected loss as it is and saves
     most of the cost on a CPU."""
+    lpips_shift: int = added(0)
+    """Largest shift in pixels, to the right and down, of image and decodes before LPIPS: each step draws one
+    for all images. Networks with strides look at a fixed lattice of pixels and leave it in the decodes; 3
+    covers the stride of AlexNet's first layer."""
+    lpips_late_net: PerceptualNet | None = added(None)
+    """Network of LPIPS from `lpips_late_start` on; null keeps `lpips_net`. A CPU pays for VGG only at the
+    end. The evaluations of the whole run use this network."""
+    lpips_late_start: float = added(0.9)
+    """Share of the training after which `lpips_late_net` takes over."""
     gan: float = 0.5
     """Adversarial loss."""
     gan_weight: Literal["fixed", "adaptive"] = "fixed"
@@ -49,12 +58,21 @@ class TokenizerLoss:
     mcr_start: float = 0.0
     """Share of the training after which MCR counts; 0 as in the paper. In a run of minutes an early MCR
     leaves a decoder that shows one grey image (docs/log.md)."""
+    mcr_angle_ramp: float = added(0.0)
+    """Share of the training, from `mcr_start` on, over which both angles rise linearly from 0; 0 as in the
+    paper. A decoder is then never asked for what only one grey image satisfies."""
     mcr_share: float = 1.0
     """Share of each device batch that is perturbed, in (0, 1]; as `lpips_share`, for a CPU."""
     scr: float = 1.0
     """Semantic consistency: pooled latent and tokens (Eq. 5). Needs a prior."""
     scr_tokens: Literal["pooled", "tokens", "both"] = "both"
     """What it compares (Table 3c)."""
+    ramp: tuple[float, float] = added((0.0, 0.0))
+    """Shares of the training between which LPIPS, SSR, MCR and SCR rise together to their weights: (begin,
+    end). Their ratio is the same at every step."""
+    ramp_from: float = added(1.0)
+    """Share of their weights that these four have before the ramp, in (0, 1]; they rise by a constant factor
+    a step. 1 as in the paper. A small decoder learns to see by L1 first (docs/log.md)."""
     kl: float = 0.0
     """Generic regulariser of Table 3(a); there 1e-6."""
     diffusion: float = 0.0
@@ -66,14 +84,15 @@ class TokenizerLoss:
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise", "gradients_every")
+        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise")
+        shares = ("gan_start", "discriminator_start", "mcr_start", "mcr_angle_ramp", "lpips_late_start")
         check_fields(
             self,
             "loss.",
             mcr_angles="(0, 90)",
-            **dict.fromkeys(weights, "[0, inf)"),
-            **dict.fromkeys(("gan_start", "discriminator_start", "mcr_start"), "[0, 1]"),
-            **dict.fromkeys(("lpips_share", "mcr_share"), "(0, 1]"),
+            **dict.fromkeys((*weights, "lpips_shift", "gradients_every"), "[0, inf)"),
+            **dict.fromkeys((*shares, "ramp"), "[0, 1]"),
+            **dict.fromkeys(("lpips_share", "mcr_share", "ramp_from"), "(0, 1]"),
         )
         if self.gan_start < self.discriminator_start:
             raise ValueError(
@@ -81,7 +100,9 @@ class TokenizerLoss:
                 f"got {self.gan_start}: the autoencoder would be judged by random weights"
             )
         if self.mcr_angles[0] >= self.mcr_angles[1]:
-            raise ValueError(f"loss.mcr_angles must be (medium, large), got {self.mcr_angles}")
+            raise ValueError(f"loss.mcr_angles must be medium < large, got {self.mcr_angles}")
+        if self.ramp[0] > self.ramp[1]:
+            raise ValueError(f"loss.ramp must be (begin, end), begin <= end, got {self.ramp}")
 
     @property
     def needs_prior(self) -> bool:
@@ -93,3 +114,23 @@ class TokenizerLoss:
         """The weight of each term by its symbol."""
         names = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion")
         return {"l1": 1.0} | {name: getattr(self, name) for name in names}
+
+    def weights_at(self, progress: float) -> dict[str, float | Tensor]:
+        """`weights` after a share of the training, in [0, 1], as `ramp` has it."""
+        factor = self.ramp_from ** (1 - _risen(progress, *self.ramp))
+        ramped = {name: getattr(self, name) * factor for name in ("lpips", "ssr", "mcr", "scr")}
+        return self.weights | ramped
+
+    def angles_at(self, progress: float) -> tuple[float, float]:
+        """`mcr_angles` after a share of the training, in [0, 1], as `mcr_angle_ramp` has it."""
+        if not self.mcr_angle_ramp:
+            return self.mcr_angles
+        factor = _risen(progress, self.mcr_start, self.mcr_start + self.mcr_angle_ramp)
+        medium, large = self.mcr_angles
+        return medium * factor, large * factor
+
+
+def _risen(progress: float, begin: float, end: float) -> float:
+    """A line from 0 at `begin` to 1 at `end`, and level outside; where both are one place, 1 from there
+    on."""
+    return min(1.0, max(0.0, progress - begin) / (end - begin)) if begin < end else float(progress >= begin)

@@ -46,7 +46,11 @@ def latent_noise(draws: Draws, strength: float, shape: Sequence[int]) -> Tensor 
 
 
 def image_terms(
-    x: Tensor, decoded: Mapping[str, Tensor], lpips: LPIPS | None, loss: TokenizerLoss
+    x: Tensor,
+    decoded: Mapping[str, Tensor],
+    lpips: LPIPS | None,
+    loss: TokenizerLoss,
+    shift: Sequence[int] = (0, 0),
 ) -> dict[str, Tensor]:
     """L1, LPIPS and MCR; each image passes the perceptual network once, the decodes as one batch.
 
@@ -55,6 +59,7 @@ def image_terms(
         decoded: decodes r of x, and m and l as far as MCR's design compares them, (B or fewer, 3, H, W).
         lpips: the perceptual network, or None where no term needs it.
         loss: which terms.
+        shift: pixels to the right and down by which LPIPS sees all images moved, their borders repeated.
 
     Returns:
         Scalars by symbol.
@@ -65,11 +70,14 @@ def image_terms(
     seen = math.ceil(loss.lpips_share * len(x))
     shown = {name: images[:seen] for name, images in decoded.items()}
     sizes = [len(images) for images in shown.values()]
-    maps = [torch.split(stage, sizes) for stage in lpips.features(torch.cat(list(shown.values())))]
+    maps = [
+        torch.split(stage, sizes)
+        for stage in lpips.features(_shifted(torch.cat(list(shown.values())), shift))
+    ]
     perceived = {name: [stage[i] for stage in maps] for i, name in enumerate(shown)}
     if loss.lpips:
         with torch.no_grad():
-            target = lpips.features(x[:seen])
+            target = lpips.features(_shifted(x[:seen], shift))
         terms["lpips"] = lpips.distance(perceived["r"], target).mean()
     if len(decoded) > 1:
         brackets = []
@@ -79,6 +87,12 @@ def image_terms(
             brackets.append(consistency(decoded[a], pixels, perceived[a], nearer, lpips.distance))
         terms["mcr"] = torch.stack(brackets).sum()
     return terms
+
+
+def _shifted(images: Tensor, shift: Sequence[int]) -> Tensor:
+    """Images (B, 3, H, W) with their first column and row repeated `shift` times: (B, 3, H + y, W + x)."""
+    x, y = shift
+    return F.pad(images, (x, 0, y, 0), mode="replicate") if x or y else images
 
 
 def prior_terms(z: Tensor, target: Tensor, loss: TokenizerLoss) -> dict[str, Tensor]:

@@ -195,12 +195,12 @@ def _image_batch(run: Any, count: int) -> ImageBatch:
 
 def _stand_ins() -> list[tuple[Any, str, Any]]:
     """What stands between a task and values, files or a network: module, name, stand-in."""
-    files = SimpleNamespace(fingerprint=lambda: "", attributes={"tokenizer": ""})
+    files = SimpleNamespace(fingerprint=lambda: "")
     shared = [
         (module, name, stand_in)
         for module in (tokenizer, refiner)
         for name, stand_in in (
-            ("open_images", lambda *_: files),
+            ("open_training", lambda *_: (files, None)),
             ("encoder_fingerprint", lambda *_: ""),
             ("cache_features", lambda *_, **__: None),
             ("TrainingImages", lambda *_, **__: None),
@@ -215,6 +215,7 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
         (tokenizer.TokenizerTask, "_load_prior", _load_prior),
         (refiner, "load_anyup", _Upsampler),
         (generator, "_open_latents", _latents),
+        (generator, "_classes_of", lambda *_: None),
         (generator, "build_generator", _generator),
         (parallel, "fingerprint", lambda *_: ""),
         (processes, "gather", lambda value: [value]),

@@ -60,7 +60,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, mode: FakeTensorMode, round_to: int = 512) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode, self.round_to = mode, round_to
         self.now: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.total = 0
@@ -115,11 +115,11 @@ class Tracker(TorchDispatchMode):
         plain = torch.UntypedStorage.resize_
         torch.UntypedStorage.resize_ = partial_method(self._resized, plain)  # type: ignore[method-assign]
         self._hooks.callback(setattr, torch.UntypedStorage, "resize_", plain)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

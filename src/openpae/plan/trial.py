@@ -131,6 +131,7 @@ def _phases(run: Run) -> tuple[list[float], list[int]]:
         shares = [loss.mcr_start] * (loss.mcr > 0) + [loss.discriminator_start, loss.gan_start] * (
             loss.gan > 0
         )
+        shares += [loss.lpips_late_start] * (loss.lpips_late_net is not None)
         starts |= {math.ceil(share * run.loop.steps) for share in shares}
     known = sorted(start for start in starts if start == 0 or start < run.loop.steps)
     ends = [*known[1:], run.loop.steps]

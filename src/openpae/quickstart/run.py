@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,36 +12,38 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.data.pixels import quantize
-from openpae.engine.loop import seconds_per_step
-from openpae.engine.settings import LoopConfig
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import load_extractor
-from openpae.eval.features import features_of
+from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.image_stream import real_images, tensor_images
 from openpae.eval.reference import reference_of
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import Autoencoder
-from openpae.quickstart.page import pretrained_report, quickstart_report
+from openpae.objective.settings import TokenizerLoss
+from openpae.quickstart import plans
+from openpae.quickstart.page import Result, pretrained_report, quickstart_report
+from openpae.quickstart.verdict import advice, free_frechet, free_psnr, problems, recognised
+from openpae.quickstart.workers import Workers, run_in, time_workers
+from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, whole_file, write_json
 from openpae.storage.model_folder import PARTS, identity_of
 from openpae.storage.outputs import spare
-from openpae.train.generator import GeneratorTask, train_generator
-from openpae.train.refiner import RefinerTask, train_refiner
+from openpae.train.generator import train_generator
+from openpae.train.refiner import train_refiner
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
-from openpae.train.tokenizer import TokenizerTask, train_tokenizer
+from openpae.train.tokenizer import train_tokenizer
 
-T = TypeVar("T")
+Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
 SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
 """How the quickstart samples: few steps, because its generator is as small as its latents."""
@@ -52,65 +53,70 @@ PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
 """The pretrained release: a pair for 64-pixel emoji, trained by tools/make_pretrained.py."""
 
 
-def parse_budget(text: str) -> float:
-    """Seconds of a duration such as "200s", "12min" or "2h".
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a quickstart came to."""
 
-    Raises:
-        ValueError: not such a text, or less than three minutes.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
-    if not match:
-        raise ValueError(f"budget must be a number and s, min or h (12min, 2h), got {text!r}")
-    seconds = float(match[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600}[match[2]]
-    if seconds < 180:
-        raise ValueError(
-            f"budget must be at least 3min, got {text!r}; preparing and measuring alone take half of that"
-        )
-    return seconds
+    report: Path
+    """An HTML file."""
+    verdict: str = ""
+    """One line, where the result is of no use: why, and what to do."""
 
 
-def run_quickstart(out: Path, budget: float, *, seed: int = 0, limit: int | None = None) -> Path:
+def run_quickstart(
+    out: Path, budget: float, *, seed: int = 0, limit: int | None = None, strict: bool = False
+) -> Outcome:
     """Render emoji, train tokenizer and generator, sample, measure, report.
 
     Every stage leaves its result in `out` and is skipped when that is complete, so the same command goes on
-    after any interruption. The number of training steps is fitted to the budget once, by timing a few, and
-    then stands in the runs' config.yaml.
+    after any interruption. Training follows the clock: see `LoopConfig.seconds`.
 
     Args:
         out: folder for everything.
         budget: seconds for all of it. What is left after the preparation goes to training.
         seed: of weights, data order, noise and rendering.
-        limit: emoji to use on either side of the split, for a trial; None uses all.
+        limit: emoji to use on either side of the split, for a trial, which may be of no use; None uses all.
+        strict: refuse a budget that does not pay for the fewest steps; by default it is extended.
 
-    Returns:
-        The report, an HTML file.
+    Raises:
+        ValueError: the folder holds another quickstart, or the budget is too short and `strict` is set.
     """
     clock = _Clock(out, budget)
     _same_plan(out, {"budget": budget, "seed": seed, "limit": limit})
     train, held_out = (side[:limit] for side in split_catalog(emoji_catalog()))
     pictures = max(1, min(8, round(budget / 240)))
     with clock.stage("render emoji"):
-        images = pack_pictures(out / "data" / "train", train, size=64, pictures=pictures, seed=seed)
-        judged = pack_pictures(out / "data" / "held-out", held_out, size=64, pictures=2, seed=seed + 1)
-
+        pack_pictures(out / "data" / "train", train, size=64, pictures=pictures, seed=seed)
+        shown = pack_pictures(out / "data" / "held-out", held_out, size=64, pictures=2, seed=seed + 1)
+    with clock.stage("time the machine"):
+        workers = _timed(out, clock, seed, strict=strict, trial=limit is not None)
     with clock.stage("train refiner"):
-        run_dir = out / "refiner"
-        train_refiner(_planned(RefinerRun, run_dir, lambda: _plan_refiner(out, clock, seed)), run_dir)
-
+        refiner = _planned(out, "refiner", clock, plans.refiner_run(out, seed), trial=limit is not None)
+        run_in(workers, _train_refiner, refiner, out / "refiner")
     with clock.stage("train tokenizer"):
-        run_dir = out / "tokenizer"
-        run = _planned(TokenizerRun, run_dir, lambda: _plan_tokenizer(out, clock, seed))
-        train_tokenizer(run, run_dir)
+        tokenizer = _planned(out, "tokenizer", clock, plans.tokenizer_run(out, seed), trial=limit is not None)
+        run_in(workers, train_tokenizer, tokenizer, out / "tokenizer")
     with clock.stage("cache latents"):
-        tokenizer = cache_pictures(out, {"train": images, "held-out": judged})
-
+        run_in(workers, _cache_all, out)
     with clock.stage("train generator"):
-        run_dir = out / "generator"
-        train_generator(_planned(GeneratorRun, run_dir, lambda: _plan_generator(out, clock, seed)), run_dir)
-
+        generator = _planned(out, "generator", clock, plans.generator_run(out, seed), trial=limit is not None)
+        run_in(workers, train_generator, generator, out / "generator")
     with clock.stage("sample and measure"):
-        record, samples, labels = _measure(out, tokenizer, judged, budget, seed)
-    return quickstart_report(out, clock.seconds, tokenizer, judged, record, samples, labels, SAMPLER)
+        trained = load_tokenizer(out / "tokenizer")
+        record, samples, labels = _measure(out, trained, shown, budget, seed)
+    found = problems(record)
+    verdict = advice(found, clock.budget) if found else ""
+    result = Result(
+        out=out,
+        seconds=clock.seconds,
+        tokenizer=trained,
+        held_out=shown,
+        record=record,
+        samples=samples,
+        labels=labels,
+        sampler=SAMPLER,
+    )
+    return Outcome(report=quickstart_report(result, verdict), verdict=verdict)
 
 
 def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencoder:
@@ -153,27 +159,32 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
     _same_plan(out, {"pretrained": facts["generator"], "seed": seed, "limit": limit})
     emojis = split_catalog(emoji_catalog())[1][:limit]
     with clock.stage("render emoji"):
-        judged = pack_pictures(out / "data" / "held-out", emojis, size=64, pictures=2, seed=seed + 1)
+        shown = pack_pictures(out / "data" / "held-out", emojis, size=64, pictures=2, seed=seed + 1)
+    tokenizer = pipeline.tokenizer
     with clock.stage("reconstruct"):
-        record = evaluate_reconstruction(
-            pipeline.tokenizer,
-            real_images(judged, 64, name="held-out emoji"),
-            extractor=None,
-            lpips=None,
-            batch_size=64,
-        )
+        stream = real_images(shown, 64, name="held-out emoji")
+        record = {
+            "reconstruction": evaluate_reconstruction(
+                tokenizer, stream, extractor=None, lpips=None, batch_size=64
+            ),
+            "free": {"psnr": free_psnr(shown, tokenizer.config.decoder.patch_size)},
+            "recognised": recognised(tokenizer, shown, TokenizerLoss().mcr_angles),
+        }
         write_json(out / "evaluation.json", record)
     with clock.stage("sample"):
         labels = balanced_labels(12 * len(CATEGORIES), len(CATEGORIES))
-        samples, show = [], _line("sampling")
-        for images in sample_images(
-            pipeline.tokenizer, pipeline.generator, labels, SAMPLER, seed=seed, batch_size=36
-        ):
-            samples.append(images)
-            show(sum(map(len, samples)), len(labels))
-    return pretrained_report(
-        out, folder, clock.seconds, pipeline.tokenizer, judged, record, torch.cat(samples), labels, SAMPLER
+        samples = _sampled(tokenizer, pipeline.generator, labels, seed, batch_size=36)
+    result = Result(
+        out=out,
+        seconds=clock.seconds,
+        tokenizer=tokenizer,
+        held_out=shown,
+        record=record,
+        samples=samples,
+        labels=labels,
+        sampler=SAMPLER,
     )
+    return pretrained_report(result, folder)
 
 
 def _same_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -236,97 +247,64 @@ def _line(what: str) -> Callable[[int, int], None]:
     return show
 
 
-def _planned(kind: type[T], run_dir: Path, plan: Callable[[], T]) -> T:
-    """The config that the run folder holds, or a new plan: an interrupted run keeps its number of steps."""
-    file = run_dir / "config.yaml"
-    return configs.load(kind, file) if file.is_file() else plan()
+def _timed(out: Path, clock: _Clock, seed: int, *, strict: bool, trial: bool) -> Workers:
+    """Choose the workers and the time of the whole line, or keep what was chosen before."""
+    file = out / "timing.json"
+    timing = plans.read_timing(file)
+    if timing is None and trial:
+        return Workers(threads=torch.get_num_threads())
+    if timing is None:
+        speeds = time_workers(plans.tokenizer_run(out, seed), plans.generator_run(out, seed))
+        spent = clock.budget - clock.left()
+        timing, lines = plans.settle(speeds, clock.budget, spent=spent, strict=strict)
+        for line in lines:
+            print(f"  {line}", file=sys.stderr)
+        plans.write_timing(file, timing, speeds)
+    clock.budget = timing.seconds
+    return timing.workers
 
 
-def _plan_refiner(out: Path, clock: _Clock, seed: int) -> RefinerRun:
-    run = configs.load(RefinerRun, "refiner/quickstart")
-    data = dataclasses.replace(run.data, images=out / "data" / "train", feature_cache=out / "features")
-    run = dataclasses.replace(run, data=data, loop=dataclasses.replace(run.loop, seed=seed))
-    task = RefinerTask(run, progress=_line("VFM features"))
-    each = seconds_per_step(task, run.optim, run.loop)
-    return dataclasses.replace(run, loop=_fitted(run.loop, 0.05 * _for_training(clock) / each))
+def _planned(out: Path, name: str, clock: _Clock, run: Run, *, trial: bool) -> Run:
+    """The config that the stage's folder holds, or this one with the time that is left for it now."""
+    file = out / name / "config.yaml"
+    if file.is_file():
+        return configs.load(type(run), file)
+    left = max(
+        10.0, clock.left() - 20 - 0.15 * clock.budget
+    )  # sampling, measuring and the report have theirs
+    return plans.timed(run, name, left, trial=trial)
 
 
-def _plan_tokenizer(out: Path, clock: _Clock, seed: int) -> TokenizerRun:
-    run = configs.load(TokenizerRun, "tokenizer/quickstart")
-    data = dataclasses.replace(
-        run.data,
-        images=out / "data" / "train",
-        evaluation=out / "data" / "held-out",
-        feature_cache=out / "features",
-    )
-    loop = dataclasses.replace(run.loop, seed=seed)
-    run = dataclasses.replace(run, prior=out / "refiner", data=data, loop=loop)
-    # The perturbed decodes and the discriminator join late: each part is timed and counts for its share.
-    seconds = []
-    for mcr, gan in ((False, False), (True, False), (True, True)):
-        loss = dataclasses.replace(
-            run.loss,
-            mcr=run.loss.mcr if mcr else 0.0,
-            gan=run.loss.gan if gan else 0.0,
-            mcr_start=0.0,
-            gan_start=0.0,
-            discriminator_start=0.0,
-        )
-        task = TokenizerTask(dataclasses.replace(run, loss=loss))
-        seconds.append(seconds_per_step(task, run.optim, loop, steps=5))
-    first, moved, judged = seconds
-    late, later = 1 - run.loss.mcr_start, 1 - run.loss.discriminator_start
-    each = first + late * max(0.0, moved - first) + later * max(0.0, judged - moved)
-    return dataclasses.replace(run, loop=_fitted(loop, 0.50 * _for_training(clock) / each))
+def _train_refiner(run: RefinerRun, run_dir: Path) -> None:
+    train_refiner(run, run_dir, progress=_line("VFM features"))
 
 
-def _plan_generator(out: Path, clock: _Clock, seed: int) -> GeneratorRun:
-    run = configs.load(GeneratorRun, "generator/quickstart")
-    run = dataclasses.replace(
-        run,
-        latents=out / "latents" / "train",
-        held_out_latents=out / "latents" / "held-out",
-        loop=dataclasses.replace(run.loop, seed=seed),
-    )
-    each = seconds_per_step(GeneratorTask(run), run.optim, run.loop)
-    return dataclasses.replace(run, loop=_fitted(run.loop, 0.95 * _for_training(clock) / each))
-
-
-def _for_training(clock: _Clock) -> float:
-    """Seconds left when sampling, measuring and the report have had theirs."""
-    return max(10.0, clock.left() - 20 - 0.15 * clock.budget)
-
-
-def _fitted(loop: LoopConfig, steps: float) -> LoopConfig:
-    """A loop of so many steps, evaluated five times."""
-    steps = max(10, int(steps) // 10 * 10)
-    return dataclasses.replace(loop, steps=steps, evaluate_every=max(10, steps // 5))
+def _cache_all(out: Path) -> None:
+    cache_pictures(out, {name: PackedImages(out / "data" / name) for name in ("train", "held-out")})
 
 
 def _measure(
-    out: Path, tokenizer: Autoencoder, judged: PackedImages, budget: float, seed: int
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Reconstruction and generation metrics, and the samples; kept in evaluation.json and samples.npz."""
-    generator = load_generator(out / "generator")
-    facts = check_pair(out / "tokenizer", out / "generator")
+    out: Path, tokenizer: Autoencoder, held_out: PackedImages, budget: float, seed: int
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """Metrics of reconstructions and samples, beside what costs nothing; and the samples. They are kept in
+    evaluation.json and samples.npz."""
     count = max(108, min(1800, int(budget / 2) // 9 * 9))
     labels = balanced_labels(count, len(CATEGORIES))
-    show = _line("sampling")
-    batches: list[Tensor] = []
-    for images in sample_images(tokenizer, generator, labels, SAMPLER, seed=seed, batch_size=60):
-        batches.append(images)
-        show(sum(map(len, batches)), count)
-    samples = torch.cat(batches)
+    samples = _sampled(tokenizer, load_generator(out / "generator"), labels, seed, batch_size=60)
     with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
         np.savez(file, quantize(samples).permute(0, 2, 3, 1).numpy(), labels.numpy())
-    extractor = load_extractor("vgg16")  # not the encoder's own features: they would judge in their own cause
+    extractor = load_extractor("vgg16")  # not the encoder's own features: that would be circular
     train = PackedImages(out / "data" / "train")
-    chosen = np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(int).tolist()
-    real = real_images(train, 64, name="emoji of the training set", rows=chosen)
+    chosen = np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(int)
+    real = real_images(train, 64, name="emoji of the training set", rows=chosen.tolist())
+    reference = reference_of(features_of(real, extractor, 64), real.name, real.preprocessing)
+    facts = check_pair(out / "tokenizer", out / "generator")
+    pixels = train.shards.gather(chosen).float() / 255
+    angles = configs.load(TokenizerRun, out / "tokenizer" / "config.yaml").loss.mcr_angles
     record = {
         "reconstruction": evaluate_reconstruction(
             tokenizer,
-            real_images(judged, 64, name="held-out emoji"),
+            real_images(held_out, 64, name="held-out emoji"),
             extractor=extractor,
             lpips=load_perceptual("vgg"),
             batch_size=64,
@@ -334,11 +312,27 @@ def _measure(
         ),
         "samples": evaluate_samples(
             tensor_images(samples, facts={"seed": seed, **configs.to_dict(SAMPLER), **facts}),
-            reference_of(features_of(real, extractor, 64), real.name, real.preprocessing),
+            reference,
             extractor=extractor,
             batch_size=64,
             min_samples=2,  # the page shows the floor of so few beside the distance
         ),
+        "free": {
+            "psnr": free_psnr(held_out, tokenizer.config.decoder.patch_size),
+            "frechet": free_frechet(pixels, FeatureSet(extractor), reference),
+        },
+        "recognised": recognised(tokenizer, held_out, angles),
     }
     write_json(out / "evaluation.json", record)
     return record, samples, labels
+
+
+def _sampled(
+    tokenizer: Autoencoder, generator: VelocityModel, labels: torch.Tensor, seed: int, *, batch_size: int
+) -> torch.Tensor:
+    """A picture for each label, (n, 3, 64, 64) in [0, 1]."""
+    batches, show = [], _line("sampling")
+    for images in sample_images(tokenizer, generator, labels, SAMPLER, seed=seed, batch_size=batch_size):
+        batches.append(images)
+        show(sum(map(len, batches)), len(labels))
+    return torch.cat(batches)

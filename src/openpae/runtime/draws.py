@@ -46,9 +46,17 @@ class Draws:
             torch.rand(self.global_batch_size, *shape, generator=self._generator(name), device=self.device)
         )
 
+    def integers(self, name: str, below: int, count: int) -> list[int]:
+        """`count` whole numbers in [0, below), the same for all rows of the step."""
+        # From the hash itself: to read numbers from a GPU would make the step wait.
+        return [self._seed(f"{name}/{i}") % below for i in range(count)]
+
     def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self._seed(name))
+
+    def _seed(self, name: str) -> int:
         digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=7).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest, "big"))
+        return int.from_bytes(digest, "big")
 
     def _cut(self, numbers: Tensor) -> Tensor:
         return numbers[self.rows.start : self.rows.stop : self.rows.step]

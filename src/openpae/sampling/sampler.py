@@ -24,9 +24,16 @@ class Decoder(Protocol):
         ...
 
 
-def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """Labels 0, 1, ..., K - 1, 0, ... so that every class has count / K samples (up to one): (count,)."""
-    return torch.arange(count) % num_classes
+def balanced_labels(count: int, num_classes: int | Sequence[int]) -> Tensor:
+    """Labels 0, 1, ..., K - 1, 0, ... so that every class has count / K samples (up to one): (count,).
+
+    Args:
+        count: of labels.
+        num_classes: K; or the labels to take in turn, where some classes have no training image.
+    """
+    if isinstance(num_classes, int):
+        return torch.arange(count) % num_classes
+    return torch.tensor(num_classes)[torch.arange(count) % len(num_classes)]
 
 
 def evaluations(config: SamplerConfig) -> int | None:

@@ -92,14 +92,11 @@ def _facts(folder: Path) -> _Facts:
     with safe_open(folder / WEIGHTS, "pt") as file:
         weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    if record is not None and not _is_record(record):
-        raise ValueError(
-            f"{folder / RECORD} is no record of pae evaluate: it has no fitting metrics; remove it"
-        )
     return _Facts(kind, config, identity, weights, record)
 
 
-def _is_record(record: Mapping[str, Any]) -> bool:
+def is_record(record: Mapping[str, Any]) -> bool:
+    """Whether it holds metrics as pae evaluate writes them."""
     metrics = record.get("metrics")
     return isinstance(metrics, Mapping) and all(
         isinstance(metric, Mapping)

@@ -44,13 +44,13 @@ def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
         DiskFull: there is no room for it.
         IsADirectoryError: a folder has this name.
     """
-    path = resolved(path)
+    given, path = path, resolved(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, but a file is to be written; name another")
+        raise IsADirectoryError(f"{given} is a folder, but a file is to be written; name another")
     partial = path.with_name(f".{path.name}.partial")
     discard(partial)
     try:
-        with told_if_full(path, partial, wanted):
+        with told_if_full(given, partial, wanted):
             os.close(os.open(partial, _NEW, 0o666))
             yield partial
             _sync(partial)
@@ -75,18 +75,20 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
         DiskFull: there is no room for it.
         NotADirectoryError: a file has this name.
     """
-    path = resolved(path)
+    given, path = path, resolved(path)
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, but a folder is to be written; name another")
+        raise NotADirectoryError(f"{given} is a file, but a folder is to be written; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    if old.exists() and not path.exists():  # killed in that instant: until the block ends, the old one counts
+    if (
+        old.is_dir() and not old.is_symlink() and not path.exists()
+    ):  # killed in that instant: until the block ends, the old one counts
         os.rename(old, path)
     for leftover in (partial, old):
         discard(leftover)
     partial.mkdir()
     try:
-        with told_if_full(path, partial, wanted):
+        with told_if_full(given, partial, wanted):
             yield partial
             for file in partial.rglob("*"):
                 _sync(file)
@@ -239,6 +241,14 @@ def fingerprint(state: Mapping[str, Tensor], *facts: str) -> str:
         digest.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def fingerprints_agree(kept: str, now: str) -> bool:
+    """Whether two fingerprints can name the same: they agree part by part, as far as both go.
+
+    Those of image folders have parts from coarse to fine, joined by dots; older ones have only the first.
+    """
+    return all(a == b for a, b in zip(kept.split("."), now.split("."), strict=False))
 
 
 def _sync(path: Path) -> None:

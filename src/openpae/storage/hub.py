@@ -18,9 +18,10 @@ import yaml
 from torch import Tensor, nn
 
 from openpae import config as configs
-from openpae.storage.card import model_card
+from openpae.storage.card import is_record, model_card
 from openpae.storage.files import read_json, write_json
 from openpae.storage.model_folder import (
+    CLASSES,
     CONFIG,
     ENCODER,
     PARTS,
@@ -60,7 +61,7 @@ class Saveable(Protocol):
 
 
 # What of a folder is the model: no optimizer state, no logs.
-_FILES = (WEIGHTS, CONFIG, ENCODER, RECORD)
+_FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, RECORD)
 
 
 def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
@@ -251,7 +252,9 @@ def _copy(source: Path, target: Path) -> None:
                 if (place / name).is_symlink():  # it may lead to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
                 if name in (ENCODER, RECORD):
-                    read_json(place / name)
+                    content = read_json(place / name)
+                    if name == RECORD and not is_record(content):
+                        raise ValueError(f"{place / name} is no record of pae evaluate; remove it")
                 shutil.copyfile(place / name, target / name)
     config = configs.read_yaml(path / CONFIG)
     home = config.get("encoder_source")

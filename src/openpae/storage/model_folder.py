@@ -6,8 +6,9 @@ A folder says who it is (a fingerprint of weights and config) and with what it w
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.storage.files import fingerprint, whole_folder
+from openpae.storage.files import fingerprint, read_json, whole_folder, write_json
 from openpae.storage.weights import some
 
 WEIGHTS = "model.safetensors"
@@ -25,6 +26,10 @@ CONFIG = "config.yaml"
 README = "README.md"
 ENCODER = "encoder.json"
 """Architecture of an encoder whose weights are saved with the tokenizer's."""
+CLASSES = "classes.json"
+"""Number, name and training images of each class of a generator."""
+RUN_CONFIG = "run.yaml"
+"""The config of the run, in each of its checkpoints."""
 RECORD = "evaluation.json"
 """What pae evaluate found."""
 PARTS = ("tokenizer", "generator")
@@ -55,6 +60,7 @@ def write_model(folder: Path, state: Mapping[str, Tensor], config: Any, made_wit
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     identity = {"fingerprint": _print_of(weights, configs.to_dict(config), made_with), "made_with": made_with}
     save_file(weights, folder / WEIGHTS, metadata=identity)
+    _sort_metadata(folder / WEIGHTS)
     configs.save(config, folder / CONFIG)
     (folder / README).write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
 
@@ -99,6 +105,64 @@ def identity_of(folder: str | Path) -> Identity:
     return Identity(fingerprint=metadata["fingerprint"], made_with=metadata["made_with"])
 
 
+def write_classes(folder: Path, names: Sequence[str], counts: Sequence[int]) -> None:
+    """Write beside a generator which label is which class, and how many training images each had."""
+    rows = [
+        {"label": label, "name": name, "images": count}
+        for label, (name, count) in enumerate(zip(names, counts, strict=True))
+    ]
+    write_json(folder / CLASSES, {"classes": rows})
+
+
+def read_classes(folder: str | Path) -> tuple[list[str], list[int]] | None:
+    """Names of a generator's classes and how many training images each had; None where nobody wrote them.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the file is damaged.
+    """
+    file = model_folder(folder) / CLASSES
+    if not file.is_file():
+        return None
+    rows = read_json(file).get("classes")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict)
+        and (row.get("label"), type(row.get("name")), type(row.get("images"))) == (label, str, int)
+        for label, row in enumerate(rows)
+    ):
+        raise ValueError(f"{file} is damaged: its classes must each have label, name and images, in order")
+    return [row["name"] for row in rows], [row["images"] for row in rows]
+
+
+def trained_classes(folder: str | Path, num_classes: int) -> list[int]:
+    """The labels of a generator that saw a training image: all of them where nobody wrote which.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_classes`.
+    """
+    known = read_classes(folder)
+    if known is None:
+        return list(range(num_classes))
+    return [label for label, count in enumerate(known[1][:num_classes]) if count]
+
+
+def seen_classes(folder: str | Path, num_classes: int, wanted: Sequence[int] | None) -> list[int]:
+    """`trained_classes`, once it is sure that none of the `wanted` ones is missing.
+
+    Raises:
+        ValueError: a wanted class had no training image.
+    """
+    trained = trained_classes(folder, num_classes)
+    if unseen := sorted(label for label in {*(wanted or ())} - {*trained} if 0 <= label < num_classes):
+        names, _ = read_classes(folder) or ([], [])
+        called = [f"{label} ({names[label]})" if label < len(names) else str(label) for label in unseen]
+        raise ValueError(
+            f"{folder} saw no training image of class {some(called)}; it knows the classes "
+            f"{some([str(label) for label in trained])}"
+        )
+    return trained
+
+
 def model_folder(folder: str | Path) -> Path:
     """The folder that holds weights: the given one, or the newest checkpoint of a run folder.
 
@@ -123,7 +187,7 @@ def new_model_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: the folder holds something else.
     """
-    known = {WEIGHTS, CONFIG, README, ENCODER, RECORD}
+    known = {WEIGHTS, CONFIG, README, ENCODER, CLASSES, RECORD}
     strange = [
         str(file.relative_to(path))
         for file in sorted(path.rglob("*"))
@@ -152,6 +216,19 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     """The steps of the complete checkpoints of a run, in order: by number, never by size or date."""
     found = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
     return sorted(int(match[1]) for match in found if match)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Equal models give equal files: safetensors writes the metadata in an order that changes from run to
+    run."""
+    with file.open("r+b") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # as long as before: what follows stays in place
+            content.seek(8)
+            content.write(text)
 
 
 def _print_of(state: Mapping[str, Tensor], config: Mapping[str, Any], made_with: str) -> str:

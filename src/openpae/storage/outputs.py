@@ -51,7 +51,7 @@ def spare(
                 )
         for parent in place.parents:
             if parent.exists() and not parent.is_dir():
-                raise NotADirectoryError(f"{target} cannot be written: {parent} is a file, not a folder")
+                raise NotADirectoryError(f"{target} cannot be written: {parent.name} is a file, not a folder")
         if place.exists() and place not in made and target is not into and not overwrite:
             replace = "" if overwrite is None else ", or add --overwrite"
             raise ValueError(
@@ -116,7 +116,7 @@ def make_folder(folder: Path) -> None:
     place = resolved(folder)
     for path in (place, *place.parents):
         if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{folder} cannot be a folder: {path} is a file; name another folder")
+            raise NotADirectoryError(f"{folder} cannot be a folder: {path.name} is a file; name another")
     place.mkdir(parents=True, exist_ok=True)
 
 
@@ -134,7 +134,7 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     make_folder(folder)
     file = resolved(folder) / LOCK
     if file.is_symlink():
-        raise ValueError(f"{file} must be a lock file, got a link; remove it")
+        raise ValueError(f"{folder / LOCK} must be a lock file, got a link; remove it")
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)

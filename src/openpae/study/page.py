@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -82,7 +83,7 @@ def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Compar
 
 
 def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result], *, alone: bool) -> None:
-    page.heading("Numbers" if alone else study.title)
+    page.heading(_heading("Numbers" if alone else study.title, study, results))
     if study.text:
         page.text(study.text)
     header, rows = numbers(study, results)
@@ -100,6 +101,15 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
     _show_speed(page, study, results)
     _show_plots(page, study, results)
     _show_samples(page, plan, study)
+
+
+def _heading(name: str, study: Study, results: Sequence[Result]) -> str:
+    """The name, and how many of the study's claims the numbers below show and contradict."""
+    verdicts = [found.verdict for _, found in decided(study, results)]
+    shown, against = verdicts.count("shown"), verdicts.count("contradicted")
+    if not verdicts:
+        return name
+    return f"{name}: {shown} of {len(verdicts)} claims shown, {against} contradicted"
 
 
 def numbers(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -351,7 +361,7 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     parts = []
     for study in studies:
         header, rows = numbers(study, results)
-        parts += [f"## {markdown(study.title)}", without_html(study.text)]
+        parts += [f"## {markdown(study.title)}", _filled(without_html(study.text))]
         parts.append(_table(header, rows) if rows else "Nothing of it is done yet.")
         for header, rows in (verdicts(study, results), speed(study, results)):
             parts.append(_table(header, rows) if rows else "")
@@ -362,8 +372,12 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         parts += [_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
     how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
-    parts += ["## How", how]
+    parts += ["## How", _filled(how)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openpae import config as configs
+from openpae.data.classes import check_images_agree
 from openpae.data.images import open_images
 from openpae.storage.files import file_hash, read_json
 from openpae.study.settings import JudgeSettings, Resolved, Study, StudyData, StudyRow, StudySetup, resolve
@@ -147,10 +148,11 @@ class _Draft:
         self.stages: dict[str, Stage] = {}
         self.cells: list[Run] = []
         self.roots: dict[str, str] = {}
-        self.classes = len(open_images(data.images).classes)
+        names, others = (open_images(path).classes for path in (data.images, data.held_out))
+        check_images_agree(data.images, names, data.held_out, others)
+        self.classes = len(names)
         self.images, self.held_out = (
-            self._root("images", open_images(path).fingerprint(), path)
-            for path in (data.images, data.held_out)
+            self._root("images", _content(path), path) for path in (data.images, data.held_out)
         )
         self.label_maps = self._label_maps()
         self.reference = self._reference()
@@ -294,7 +296,7 @@ class _Draft:
             return {}
         content = _file_facts(maps if maps.is_dir() else maps.with_suffix(""))
         return {
-            "label-images": self._root("label-images", open_images(images).fingerprint(), images),
+            "label-images": self._root("label-images", _content(images), images),
             "label-maps": self._root("label-maps", content, maps),
         }
 
@@ -304,7 +306,7 @@ class _Draft:
             return None
         if not path.exists():
             raise FileNotFoundError(f"no reference at {path}: neither an npz file nor a folder of images")
-        content = file_hash(path) if path.is_file() else open_images(path).fingerprint()
+        content = file_hash(path) if path.is_file() else _content(path)
         return self._root("reference", content, path)
 
     def _check_classes(self, run: GeneratorRun, what: str) -> None:
@@ -374,6 +376,11 @@ def _check_fit(at: str, row: StudyRow, parts: Resolved) -> None:
             raise ValueError(
                 f"{at}: the {whose}'s {what} is {other}, the tokenizer's {own}; change both in the row's set"
             )
+
+
+def _content(path: Path) -> str:
+    """The part of a fingerprint that all versions know: the results of older studies stay valid."""
+    return open_images(path).fingerprint().partition(".")[0]
 
 
 def _file_facts(folder: Path) -> str:

@@ -158,7 +158,14 @@ class _Rehearsal:
         settings = stage.settings
         if isinstance(settings, TRAINING):
             loop = dataclasses.replace(
-                settings.loop, steps=units, save_every=units, keep_every=0, evaluate_every=0, seed=0
+                settings.loop,
+                steps=units,
+                seconds=None,
+                least_steps=1,
+                save_every=units,
+                keep_every=0,
+                evaluate_every=0,
+                seed=0,
             )
             return dataclasses.replace(settings, loop=loop)
         if isinstance(settings, PackSettings):

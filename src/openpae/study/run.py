@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from openpae.runtime import processes
+from openpae.runtime.children import Children
 from openpae.runtime.provenance import version
 from openpae.runtime.signals import Stopped
 from openpae.storage.files import whole_file
@@ -163,7 +164,7 @@ def _one_by_one(plan: Plan, board: _Board) -> None:
 
 
 def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = Children()
     threads = max(1, torch.get_num_threads() // workers)
     running: dict[Future[dict[str, Any]], Stage] = {}
     with (
@@ -179,10 +180,8 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
             free = workers - len(running)
             if not caught:
                 waiting = list(board.ready([stage.id for stage in running.values()]))[:free]
-                _hear_stop(False)  # processes are begun in here, and inherit it
                 for stage in waiting:
                     running[pool.submit(_work, stage, plan.places, board.commit)] = stage
-                _hear_stop(True)
             if not running:
                 break
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:

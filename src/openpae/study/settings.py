@@ -273,6 +273,10 @@ class Resolved:
     judge: JudgeSettings
 
 
+def _short(change: str) -> str:
+    return repr(change if len(change) <= 80 else f"{change[:80]}...")
+
+
 def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
     """The presets of a setup with changes applied, the later ones over the earlier.
 
@@ -293,14 +297,17 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
         stage, dot, name = where.strip().partition(".")
         if not (equals and dot and stage in parts):
             raise ValueError(
-                f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got {change!r}"
+                f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got "
+                f"{_short(change)}"
             )
         if name in _OWN:
-            raise ValueError(f"{change!r} cannot be changed: a study sets {name} itself")
+            raise ValueError(f"{_short(change)} cannot be changed: a study sets {name} itself")
         try:
             wanted[stage][name] = yaml.safe_load(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:  # depth, a wrong date or number
-            raise ValueError(f"the value of {change!r} is not YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"the value of {_short(change)} is not YAML: {' '.join(str(error).split())}"
+            ) from None
     return Resolved(**{name: configs.changed(part, wanted[name], at=name) for name, part in parts.items()})
 
 

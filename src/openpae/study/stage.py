@@ -168,6 +168,7 @@ def settings_of(settings: Any) -> Any:
             part.name: settings_of(getattr(settings, part.name))
             for part in dataclasses.fields(settings)
             if part.name not in ("device", "num_workers")
+            and not ("added" in part.metadata and getattr(settings, part.name) == part.default)
         }
     if isinstance(settings, tuple):
         return [settings_of(value) for value in settings]

@@ -171,7 +171,7 @@ def speed_up(
     if 0.0 in factors.values():
         verdict = _undecided(math.nan, "not every seed reaches it")
     elif at_least:
-        verdict = _undecided(math.nan, "lower bounds have no interval; judge earlier steps")
+        verdict = _undecided(math.nan, "lower bounds have no interval; evaluate earlier steps")
     else:
         verdict = _decided([math.log(factor) for factor in factors.values()])
     return SpeedUp(factors=factors, at_least=frozenset(at_least), comparison=verdict)

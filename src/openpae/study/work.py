@@ -29,7 +29,7 @@ from openpae.runtime import processes
 from openpae.runtime.device import pick_device
 from openpae.sampling.sampler import balanced_labels
 from openpae.storage.files import write_json
-from openpae.storage.model_folder import checkpoint_path, identity_of
+from openpae.storage.model_folder import checkpoint_path, identity_of, trained_classes
 from openpae.study import shared
 from openpae.study.stage import (
     FeatureSettings,
@@ -290,11 +290,12 @@ def _keep_reference(stream: ImageStream, judge: FeatureExtractor, folder: Path) 
 def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     at, part = StageFolders(stage, places), _settings(stage, JudgeStage)
     settings, device = part.settings, pick_device("auto")
-    generator = load_generator(checkpoint_path(at.inputs["generator"], part.step)).to(device)
+    folder = checkpoint_path(at.inputs["generator"], part.step)
+    generator = load_generator(folder).to(device)
     stream = drawn_images(
         _decoder(at, device),
         generator,
-        balanced_labels(settings.samples, generator.config.num_classes),
+        balanced_labels(settings.samples, trained_classes(folder, generator.config.num_classes)),
         settings.sampler,
         size=part.image_size,
         seed=settings.seed,

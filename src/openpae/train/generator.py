@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openpae.data.order import StepBatches, loader
+from openpae.data.classes import check_images_agree, check_same_classes, count_classes, empty_classes
+from openpae.data.images import open_images
+from openpae.data.order import StepBatches
+from openpae.data.readers import read_batches
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
@@ -49,10 +54,19 @@ class GeneratorTask:
         self.held_out = (
             None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
         )
-        if self.held_out and self.held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
-            raise ValueError(f"{run.held_out_latents} and {run.latents} come from different tokenizers")
+        self.classes = _classes_of(self.latents)
+        """Names and training images of the classes; None where the latents do not name them."""
+        if self.held_out:
+            self._check_held_out(self.held_out)
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
+        if self.classes is not None:
+            if (images := run.evaluation_images) is not None and images.is_dir():
+                check_images_agree(run.latents, self.classes[0], images, open_images(images).classes)
+            if empty := empty_classes(*self.classes):
+                warnings.warn(
+                    f"{run.latents} has no image of class {', '.join(empty)}; it is not sampled", stacklevel=2
+                )
         self.judge = (
             None if run.tokenizer is None else _SampleEvaluator(run, self.device, self._tokenizer_print())
         )
@@ -74,7 +88,8 @@ class GeneratorTask:
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         latents = TrainingLatents(self.latents, seed=loop.seed)
-        return loader(latents, sampler, loop.num_workers, pin=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        return read_batches(latents, sampler, loop.num_workers, pin=pin, what="latents")
 
     def updates(self, batch: LatentBatch, draws: Draws, step: int) -> Iterator[Update]:
         """L = MSE(v, x_1 - x_0) + w (1 - cos(v, x_1 - x_0))."""
@@ -89,6 +104,12 @@ class GeneratorTask:
         of samples by the function that `pae evaluate` calls."""
         return self._held_out_losses() | self._sample_metrics(step)
 
+    def _check_held_out(self, held_out: Shards) -> None:
+        if held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
+            raise ValueError(f"{held_out.folder} and {self.latents.folder} come from different tokenizers")
+        if self.classes is not None and (others := _classes_of(held_out)) is not None:
+            check_same_classes(self.latents.folder, self.classes[0], held_out.folder, others[0])
+
     def _sample_metrics(self, step: int) -> dict[str, float]:
         run = self.run
         if self.judge is None:
@@ -96,7 +117,7 @@ class GeneratorTask:
         samples = drawn_images(
             self.judge.tokenizer,
             self.model,
-            balanced_labels(run.evaluation_samples, run.model.num_classes),
+            balanced_labels(run.evaluation_samples, self._trained_classes()),
             run.sampler,
             size=self.judge.tokenizer.config.image_shape,
             facts={"labels": "class-balanced", "tokenizer": self._tokenizer_print()},
@@ -129,7 +150,12 @@ class GeneratorTask:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a generator folder."""
-        write_generator(folder, weights, self.run.model, self._tokenizer_print())
+        write_generator(folder, weights, self.run.model, self._tokenizer_print(), self.classes)
+
+    def _trained_classes(self) -> int | list[int]:
+        if self.classes is None:
+            return self.run.model.num_classes
+        return [label for label, count in enumerate(self.classes[1]) if count]
 
     def _tokenizer_print(self) -> str:
         return str(self.latents.attributes["tokenizer"])
@@ -185,6 +211,14 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     task.run_dir = run_dir
     open_run(run_dir, run)
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
+
+
+def _classes_of(latents: Shards) -> tuple[list[str], list[int]] | None:
+    """Names and rows of the classes; None for imported latents, whose classes have numbers only."""
+    names = latents.attributes.get("classes")
+    if names is None or latents.attributes.get("source") == "imported":
+        return None
+    return list(names), count_classes(names, latents.labels)
 
 
 def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features
-from openpae.data.images import open_images
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches, open_training
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
 from openpae.models.priors import Refiner
@@ -46,7 +46,7 @@ class RefinerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source = open_images(run.data.images)
+        source, _ = open_training(run.data)
         encoder = encoder or load_encoder(run.encoder, run.encoder_source)
         if encoder.spec.dim != run.model.feature_dim:
             raise ValueError(

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features, cache_targets
-from openpae.data.images import ImageSource, Subset, open_images, spread
+from openpae.data.images import ImageSource, Subset, spread
 from openpae.data.order import StepBatches
 from openpae.data.pixels import to_unit
-from openpae.data.training import ImageBatch, TrainingImages, broken_count, image_batches
-from openpae.engine.loop import check_run, fit, open_run
+from openpae.data.training import (
+    ImageBatch,
+    TrainingImages,
+    broken_count,
+    image_batches,
+    open_training,
+    raise_on_broken,
+)
+from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
+from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -26,6 +34,7 @@ from openpae.eval.image_stream import real_images
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import pae_space
+from openpae.models.configs import PerceptualNet
 from openpae.models.denoiser import LatentDenoiser
 from openpae.models.discriminator import (
     AUGMENT_DRAWS,
@@ -37,6 +46,7 @@ from openpae.models.discriminator import (
 from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
+from openpae.models.patch_start import start_from_patches
 from openpae.models.saved import load_prior, write_tokenizer
 from openpae.models.tokenizer import tokenizer_class
 from openpae.objective.losses import (
@@ -46,7 +56,6 @@ from openpae.objective.losses import (
     perturb,
     reached_angle,
 )
-from openpae.objective.settings import TokenizerLoss
 from openpae.objective.terms import (
     BALANCED,
     balance_gan,
@@ -61,6 +70,9 @@ from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import identity_of
 from openpae.train.settings import TokenizerRun
+
+_START_IMAGES = 256
+"""Images that `start_from_patches` sees, the first of the training."""
 
 
 class TokenizerTask:
@@ -80,7 +92,7 @@ class TokenizerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source = open_images(run.data.images)
+        source, self.judged = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
@@ -94,8 +106,15 @@ class TokenizerTask:
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
+        if run.start == "patches":
+            (first,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
+            features = None if first.features is None else first.features.to(self.device)
+            start_from_patches(self.model, to_unit(first.images.to(self.device)), features)
         loss, steps = run.loss, run.loop.steps
-        self.lpips = self._perceptual(loss) if loss.lpips or loss.mcr else None
+        looks = loss.lpips > 0 or loss.mcr > 0
+        self.lpips = self._perceptual(loss.lpips_net) if looks else None
+        self.late_lpips = self._perceptual(loss.lpips_late_net) if looks and loss.lpips_late_net else None
+        self.late_from = math.ceil(loss.lpips_late_start * steps)
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
         self.mcr_from = math.ceil(loss.mcr_start * steps)
         self.gan_from = math.ceil(loss.gan_start * steps)
@@ -104,7 +123,6 @@ class TokenizerTask:
             self.extractor = load_extractor(run.extractor, run.extractor_weights, self.device)
         self.run_dir: Path | None = None
         """Where the records of evaluations go; None keeps none."""
-        self.judged = None if run.data.evaluation is None else open_images(run.data.evaluation)
         self.players, self.optimizers = self._players()
         if run.loop.compile:
             for name in ("decoder", "modulator"):
@@ -131,20 +149,23 @@ class TokenizerTask:
         if features is None and self.prior is not None:
             features = self.model.features(x)  # once, for the encoder's path and for the prior
         z, decoded, logs = self._decode(x, features, draws, step)
-        terms = image_terms(x, decoded, self.lpips, self.run.loss)
+        progress = step / self.run.loop.steps
+        shift = draws.integers("lpips shift", self.run.loss.lpips_shift + 1, 2)
+        late = self.late_lpips is not None and step >= self.late_from
+        terms = image_terms(x, decoded, self.late_lpips if late else self.lpips, self.run.loss, shift)
         if self.prior is not None:
             assert features is not None  # made above, or cached
             target = self.prior(features) if batch.prior is None else batch.prior
             terms |= prior_terms(z, target, self.run.loss)
         terms |= generic_terms(z, self.players.get("denoiser"), draws, self.run.loss)
-        weights, shown = self.run.loss.weights, None
+        weights, shown = self.run.loss.weights_at(progress), None
         augment = draws.uniform("augment", AUGMENT_DRAWS) if self.discriminator is not None else x
         if self.discriminator is not None and step >= self.gan_from:
             with frozen(self.discriminator):  # or its own update would start from these gradients
                 shown = self.discriminator.features(diff_augment(decoded["r"], augment))
                 terms["gan"] = generator_hinge(self.discriminator(shown))
         every = self.run.loss.gradients_every
-        due = every > 0 and step % every == 0
+        due = every > 0 and draws.step % every == 0
         joint: list[Tensor] = []
         if "gan" in terms and self.run.loss.gan_weight == "adaptive":
             # Of the module that the losses called: of a sharded one, the weights are full just now.
@@ -173,16 +194,16 @@ class TokenizerTask:
         the function that `pae evaluate` calls."""
         if self.judged is None:
             return {}
-        part = len(device_batches(self.run.loop)[0])
+        part, loss = len(device_batches(self.run.loop)[0]), self.run.loss
         rows = spread(len(self.judged), self.run.data.evaluation_images)
         record = evaluate_reconstruction(
             self.model,
             real_images(self.judged, self.run.model.image_shape, rows=rows),
             extractor=self.extractor,
-            lpips=self.lpips,
+            lpips=self.late_lpips or self.lpips,
             batch_size=part,
             min_samples=2,  # a curve over steps: what counts is that every point has the same count
-            facts={"lpips": f"lpips-{self.run.loss.lpips_net}"} if self.lpips is not None else None,
+            facts={"lpips": f"lpips-{loss.lpips_late_net or loss.lpips_net}"} if self.lpips else None,
         )
         if self.run.geometry:
             judged = Subset(self.judged, rows.tolist())
@@ -196,7 +217,9 @@ class TokenizerTask:
         config = MeasureConfig(count=len(judged), lpc_count=-(-len(judged) // 10), batch_size=batch_size)
         space = pae_space(self.model, "this tokenizer", "")
         size = self.run.model.image_shape
-        found = measure_tokenizer(space, judged, size=size, lpips=self.lpips, config=config).metrics
+        found = measure_tokenizer(
+            space, judged, size=size, lpips=self.late_lpips or self.lpips, config=config
+        ).metrics
         return metric_facts({name: found[name] for name in ("lpc", "gsq", "erank") if name in found})
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -204,8 +227,8 @@ class TokenizerTask:
         architecture = encoder_architecture(self.model.encoder)
         write_tokenizer(folder, weights, self.run.model, self.encoder_fingerprint, architecture)
 
-    def _perceptual(self, loss: TokenizerLoss) -> LPIPS:
-        return load_perceptual(loss.lpips_net, loss.lpips_weights).to(self.device)
+    def _perceptual(self, net: PerceptualNet) -> LPIPS:
+        return load_perceptual(net, self.run.loss.lpips_weights).to(self.device)
 
     def _decode(
         self, x: Tensor, features: Tensor | None, draws: Draws, step: int
@@ -215,7 +238,7 @@ class TokenizerTask:
         loss = self.run.loss
         due = loss.mcr > 0 and step >= self.mcr_from
         wanted = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
-        angles = dict(zip("ml", loss.mcr_angles, strict=True))
+        angles = dict(zip("ml", loss.angles_at(step / self.run.loop.steps), strict=True))
         logs: dict[str, Tensor] = {}
 
         def extra_latents(z: Tensor) -> list[Tensor]:

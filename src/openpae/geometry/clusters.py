@@ -1,0 +1,88 @@
+"""Spectral clustering of the tokens of one latent (Eq. 7 of arXiv:2605.07915)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from openpae.models.layers import to_tokens
+
+
+def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int = 0) -> Tensor:
+    """Group the tokens of one latent by normalised spectral clustering (Shi and Malik, 2000; Eq. 7).
+
+        A_ij = exp(cos(z_i, z_j) / sigma), A_ii = 0;   L = I - D^(-1/2) A D^(-1/2),   D = diag(sum_j A_ij)
+
+    k-means on the rows of D^(-1/2) U, U the eigenvectors of the k smallest eigenvalues of L. Our choice where
+    the paper says no more: it is what scikit-learn's `SpectralClustering` computes from A.
+
+    Args:
+        latent: (C, h, w).
+        k: number of clusters, at most h w.
+        sigma: temperature; smaller lets only the nearest tokens count.
+        seed: of k-means (10 starts).
+
+    Returns:
+        Cluster of each token, (h, w) int64 in [0, k).
+
+    Raises:
+        ValueError: sigma or k is out of range.
+    """
+    import scipy.linalg
+    from sklearn.cluster import KMeans
+
+    tokens = latent.shape[-2] * latent.shape[-1]
+    if sigma < 0.01:  # exp(-2 / sigma) of opposite tokens would leave the range of float64
+        raise ValueError(f"sigma must be at least 0.01, got {sigma}")
+    if not 1 <= k <= tokens:
+        raise ValueError(f"k must be between 1 and the {tokens} tokens of a latent, got {k}")
+    z = F.normalize(to_tokens(latent[None].double().cpu())[0], dim=-1)
+    # Minus 1: a common factor of A cancels in L, and without it a small sigma overflows.
+    affinity = torch.exp((z @ z.mT - 1) / sigma).fill_diagonal_(0)
+    inverse_root = affinity.sum(dim=1).rsqrt()
+    similarity = (inverse_root[:, None] * affinity * inverse_root).numpy()
+    # The k largest eigenvalues of D^(-1/2) A D^(-1/2) are the k smallest of L.
+    _, vectors = scipy.linalg.eigh(similarity, subset_by_index=(tokens - k, tokens - 1))
+    embedding = vectors * inverse_root.numpy()[:, None]
+    centred = embedding - embedding.mean(axis=0)  # as KMeans sees it
+    norms = np.square(centred).sum(axis=1)
+    squared = np.maximum(norms[:, None] + norms - 2 * centred @ centred.T, 0)
+
+    def start(
+        points: NDArray[np.float64], k: int, random_state: np.random.RandomState
+    ) -> NDArray[np.float64]:
+        return points[plus_plus(squared, k, random_state)]
+
+    clusters = KMeans(n_clusters=k, init=start, n_init=10, random_state=seed).fit_predict(embedding)
+    return torch.from_numpy(clusters.astype(np.int64)).view(latent.shape[-2:])
+
+
+def plus_plus(squared: NDArray[np.float64], k: int, draws: np.random.RandomState) -> list[int]:
+    """First centres of k-means by greedy k-means++ (Arthur and Vassilvitskii, 2007): k of N points.
+
+    Each centre is drawn with the square of its distance to the nearest centre as its weight, 2 + log k times,
+    and the draw that leaves the smallest sum of squares is taken. Draws and choices are those of
+    scikit-learn's "k-means++", which computes the distances again for every start: most of its time.
+
+    Args:
+        squared: squared distances of all pairs, (N, N).
+        k: how many.
+        draws: where the random numbers come from.
+    """
+    count = len(squared)
+    centres = [int(draws.choice(count, p=np.full(count, 1 / count)))]
+    nearest = squared[centres[0]]
+    for _ in range(1, k):
+        sums = np.cumsum(nearest)
+        candidates = np.searchsorted(sums, draws.uniform(size=2 + int(math.log(k))) * nearest.sum())
+        candidates = candidates.clip(max=count - 1)
+        left = np.minimum(squared[candidates], nearest)
+        best = int(left.sum(axis=1).argmin())
+        centres.append(int(candidates[best]))
+        nearest = left[best]
+    return centres

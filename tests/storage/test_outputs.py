@@ -1,0 +1,182 @@
+"""What may be written where: ownership, inputs, links, and one process a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from openpae.storage.files import read_json, remove_folder, resolved, whole_file, whole_folder
+from openpae.storage.outputs import INDEX, check_claim, claim, locked, make_folder, spare
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_is_new_or_ours_may_be_written(here: Path) -> None:
+    Path("old.json").write_text("{}")
+    spare(Path("new.json"), Path("old.json"), ours=[here / "old.json"])
+    spare(Path("old.json"), overwrite=True)
+    spare(into=here, inputs=[Path("absent")])
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to a folder"])
+def test_what_exists_and_is_not_ours_is_spared(here: Path, kind: str) -> None:
+    Path("photos").mkdir()
+    Path("notes").write_text("mine")
+    match kind:
+        case "file":
+            Path("target").write_text("mine")
+        case "folder":
+            Path("target").mkdir()
+        case "link to a file":
+            Path("target").symlink_to("notes")
+        case _:
+            Path("target").symlink_to("photos")
+    with pytest.raises(ValueError, match=r"^target exists and was not made by this"):
+        spare(Path("target"))
+    with pytest.raises(ValueError, match=r", or add --overwrite$"):
+        spare(Path("target"), overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "relation"),
+    [
+        ("data", "is"),
+        ("data/a/b", "lies in"),
+        ("link", "is"),
+        ("link/a", "lies in"),
+        ("a/../data/c", "lies in"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [None, False, True])
+def test_nothing_is_written_into_an_input(
+    here: Path, target: str, relation: str, overwrite: bool | None
+) -> None:
+    Path("data/a").mkdir(parents=True)
+    Path("a").mkdir()
+    Path("link").symlink_to("data")
+    for targets, into in (((Path(target),), None), ((), Path(target))):
+        with pytest.raises(ValueError, match=f"{relation} data, which is read; name another place"):
+            spare(*targets, into=into, inputs=[Path("data")], overwrite=overwrite)
+
+
+def test_a_target_that_holds_an_input_is_refused_but_a_folder_may_hold_both(here: Path) -> None:
+    Path("all/images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="all holds all/images, which is read"):
+        spare(Path("all"), inputs=[Path("all/images")], overwrite=True)
+    spare(Path("all/samples"), into=Path("all"), inputs=[Path("all/images")])
+
+
+def test_a_file_is_no_folder(here: Path) -> None:
+    Path("notes").write_text("mine")
+    for attempt in (
+        lambda: spare(Path("notes/out")),
+        lambda: spare(into=Path("notes")),
+        lambda: make_folder(Path("notes/out")),
+    ):
+        with pytest.raises(NotADirectoryError, match="notes"):
+            attempt()
+    with (
+        pytest.raises(NotADirectoryError, match="is a file, but a folder is to be written"),
+        whole_folder(Path("notes")),
+    ):
+        pass
+    Path("folder").mkdir()
+    with (
+        pytest.raises(IsADirectoryError, match="is a folder, but a file is to be written"),
+        whole_file(Path("folder")),
+    ):
+        pass
+    assert Path("notes").read_text() == "mine"
+
+
+def test_a_claim_is_kept_and_does_not_reach_further(here: Path) -> None:
+    out = Path("out")
+    claim(out, ["a.png"], inputs=[])
+    Path("out/a.png").write_text("ours")
+    Path("out/b.png").write_text("mine")
+    claim(out, ["a.png"], inputs=[])
+    with pytest.raises(ValueError, match=r"^out/b.png exists"):
+        claim(out, ["a.png", "b.png"], inputs=[])
+    assert read_json(out / INDEX) == {"files": ["a.png"]}
+    assert check_claim(out, ["b.png"], inputs=[], overwrite=True) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', '{"files": [3, null]}', '{"files": ["../x"]}'])
+def test_a_damaged_index_claims_nothing(here: Path, content: str) -> None:
+    Path("out").mkdir()
+    Path("out", INDEX).write_text(content)
+    Path("out/a.png").write_text("mine")
+    with pytest.raises(ValueError, match=r"^out/a.png exists"):
+        claim(Path("out"), ["a.png"], inputs=[])
+
+
+def test_a_folder_is_held_by_one(here: Path) -> None:
+    Path("link").symlink_to("out")
+    second = locked(Path("link"), "sampling")
+    message = "^another process is sampling in link; wait for it, stop it, or name another folder$"
+    with locked(Path("out"), "sampling"), pytest.raises(ValueError, match=message):
+        second.__enter__()
+    with locked(Path("out"), "sampling"):
+        pass
+
+
+def test_a_lock_is_no_link(here: Path) -> None:
+    Path("out").mkdir()
+    Path("notes").write_text("mine")
+    Path("out/.lock").symlink_to(here / "notes")
+    with (
+        pytest.raises(ValueError, match=r"out/.lock must be a lock file, got a link"),
+        locked(Path("out"), "sampling"),
+    ):
+        pass
+    assert Path("notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".target.partial", ".target.old"])
+def test_planted_links_are_not_followed(here: Path, name: str) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes").write_text("mine")
+    for source in ("mine", "mine/notes"):
+        Path(name).symlink_to(here / source)
+        with whole_file(Path("target")) as partial:
+            assert not partial.is_symlink()
+            partial.write_text("ours")
+        Path("target").unlink()
+        Path(name).unlink(missing_ok=True)
+        Path(name).symlink_to(here / source)
+        with whole_folder(Path("target")) as partial:
+            assert not partial.is_symlink()
+            (partial / "a").write_text("ours")
+        remove_folder(Path("target"))
+        assert Path("mine/notes").read_text() == "mine"
+        assert not os.path.lexists(name)
+
+
+def test_a_target_that_is_a_link_is_replaced_where_it_leads(here: Path) -> None:
+    Path("far").mkdir()
+    for name in ("folder", "dangling"):
+        Path(name).symlink_to(f"far/{name}")
+    Path("far/folder").mkdir()
+    for name in ("folder", "dangling"):
+        with whole_folder(Path(name)) as partial:
+            (partial / "a").write_text("ours")
+        assert Path(name).is_symlink()
+        assert (here / "far" / name / "a").read_text() == "ours"
+    Path("file").symlink_to("far/file")
+    with whole_file(Path("file")) as partial:
+        partial.write_text("ours")
+    assert Path("file").is_symlink()
+    assert Path("far/file").read_text() == "ours"
+
+
+def test_links_in_a_circle_are_refused(here: Path) -> None:
+    Path("a").symlink_to("b")
+    Path("b").symlink_to("a")
+    with pytest.raises(OSError, match="a is a link in a circle of links"):
+        resolved(Path("a"))
