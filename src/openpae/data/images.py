@@ -122,7 +122,7 @@ class ImageFolder:
                     file.seek(start)
                     parts.update(file.read(SEEN))
                 file.seek(0)
-                content = (hashlib.file_digest(file, "sha256").digest(),) if self.whole else ()
+                content = (hashlib.file_digest(file, "sha256").digest(),) * self.whole
         except OSError:
             parts, content = hashlib.sha256(), (b"",) * self.whole
         return size, parts.digest(), *content
