@@ -103,13 +103,13 @@ class ImageFolder:
     def _fingerprint(self) -> str:
         digests = [hashlib.sha256() for _ in range(3 if self.whole else 2)]
         with ThreadPoolExecutor(max_workers=16) as pool:  # a network disk answers many at once
-            for name, (size, *hashes) in zip(self.names, in_order(pool, self._file, self.names), strict=True):
+            for name, (size, hashes) in zip(self.names, in_order(pool, self._file, self.names), strict=True):
                 digests[0].update(os.fsencode(f"{name} {size}\n"))
                 for digest, content in zip(digests[1:], hashes, strict=True):
                     digest.update(content)
         return ".".join(digest.hexdigest()[:16] for digest in digests)
 
-    def _file(self, name: str) -> tuple[int, *tuple[bytes, ...]]:
+    def _file(self, name: str) -> tuple[int, list[bytes]]:
         """Size, hash of the first, middle and last `SEEN` bytes, and where it is asked for of all.
 
         A file that cannot be read counts by its size: decoding names it, or leaves it out.
@@ -122,10 +122,10 @@ class ImageFolder:
                     file.seek(start)
                     parts.update(file.read(SEEN))
                 file.seek(0)
-                content = (hashlib.file_digest(file, "sha256").digest(),) * self.whole
+                content = [hashlib.file_digest(file, "sha256").digest()] * self.whole
         except OSError:
-            parts, content = hashlib.sha256(), (b"",) * self.whole
-        return size, parts.digest(), *content
+            parts, content = hashlib.sha256(), [b""] * self.whole
+        return size, [parts.digest(), *content]
 
 
 class PackedImages:
