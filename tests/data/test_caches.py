@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features
-from openpae.data.images import BrokenImage, ImageFolder, PackedImages, pack_images
+from openpae.data.decode import BrokenImage
+from openpae.data.images import ImageFolder, PackedImages
+from openpae.data.packing import pack_images
 from openpae.data.shards import Shards
 from openpae.data.training import TrainingImages, TrainingLatents
 from openpae.models.saved import load_tokenizer

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from openpae.data.images import SEEN, ImageFolder, Subset, pack_images
+from openpae.data.images import SEEN, ImageFolder, Subset
+from openpae.data.packing import pack_images
 from openpae.storage.files import fingerprints_agree
 
 SIZE = 5 * SEEN

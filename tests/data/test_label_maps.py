@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.data.label_maps import read_segmented, render_segmented
+from openpae.data.label_maps import read_segmented
+from openpae.data.scenes import render_segmented
 
 
 @pytest.fixture

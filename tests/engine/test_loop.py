@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from openpae import config as configs
 from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.settings import ImageData
-from openpae.data.shards import Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Shards
 from openpae.data.training import TrainingLatents
 from openpae.engine import checkpoints
 from openpae.engine import loop as loop_module

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from openpae.commands.describe import describe
-from openpae.data.images import ImageFolder, pack_images
+from openpae.data.images import ImageFolder
+from openpae.data.packing import pack_images
 from openpae.data.shards import Shards
 from openpae.engine import loop as loop_module
 from openpae.engine.settings import LoopConfig, OptimConfig

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from openpae import config as configs
 from openpae.cli import main
 from openpae.data.caches import cache_latents
-from openpae.data.images import ImageFolder, PackedImages, center_crop, pack_images, resize_to_cover
+from openpae.data.crops import center_crop, resize_to_cover
+from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.label_maps import read_segmented
+from openpae.data.packing import pack_images
 from openpae.data.pixels import pca_pictures, thumbnails
 from openpae.data.training import TrainingImages
 from openpae.eval.image_stream import source_batches

@@ -36,7 +36,8 @@ def pack(
     """
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
-    from openpae.data.images import ImageFolder, pack_images
+    from openpae.data.images import ImageFolder
+    from openpae.data.packing import pack_images
     from openpae.storage.outputs import spare
 
     spare(into=out, inputs=[images])

@@ -396,7 +396,8 @@ def _walk_of_images(
 ) -> Tensor:
     import torch
 
-    from openpae.data.images import center_crop, read_image
+    from openpae.data.crops import center_crop
+    from openpae.data.decode import read_image
     from openpae.data.pixels import to_unit
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, in_order, plain_size
+from openpae.data.crops import Size, plain_size
+from openpae.data.images import ImageSource, PackedImages, in_order
+from openpae.data.packing import decode_batch
 from openpae.data.pixels import to_unit
-from openpae.data.shards import TYPES, Layout, Part, Shards, shard_folder
+from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shards import TYPES, Layout, Shards
 from openpae.runtime import processes
 
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""Images with a label for every pixel: index PNGs, COCO panoptic, or rendered scenes."""
+"""Images with a label for every pixel, from index PNGs or COCO panoptic files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from openpae.data.colour import upright
-from openpae.data.images import Size, center_crop, decoded, height_width, read_image, resize_to_cover
+from openpae.data.crops import Size, center_crop, height_width, resize_to_cover
+from openpae.data.decode import decoded, read_image
 from openpae.data.listing import EXTENSIONS
-from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
 from openpae.storage.files import fingerprint, read_json
 
 PANOPTIC_VOID = 0
@@ -88,30 +88,6 @@ def read_segmented(
         images=torch.from_numpy(np.stack(pixels)),
         labels=torch.from_numpy(np.stack(labels)).long(),
         ignore=PANOPTIC_VOID if panoptic else ignore,
-    )
-
-
-def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
-    """Scenes of held-out OpenMoji emoji with their exact panoptic labels (0 is the background, and counts).
-
-    Args:
-        count: scenes.
-        size: side S in pixels, >= 16.
-        seed: of the scenes.
-
-    Raises:
-        ValueError: count below 1, or size below 16.
-        FileNotFoundError: the emoji cannot be had.
-    """
-    if count < 1:
-        raise ValueError(f"scenes must be at least 1, got {count}")
-    _, held_out = split_catalog(emoji_catalog())
-    scenes = [render_scene(held_out, seed=seed, index=index, size=size) for index in range(count)]
-    return Segmented(
-        name=f"OpenMoji scenes, seed {seed}",
-        images=torch.stack([scene.image for scene in scenes]),
-        labels=torch.stack([scene.segments.long() for scene in scenes]),
-        ignore=None,
     )
 
 

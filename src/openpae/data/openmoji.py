@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from openpae.data.backgrounds import soft_background
 from openpae.data.images import PackedImages
-from openpae.data.shards import Layout, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout
 from openpae.storage.assets import fetch
 
 CATEGORIES = (
@@ -38,19 +39,10 @@ CATEGORIES = (
     "Symbols",
     "Flags",
 )
-BACKGROUND = len(CATEGORIES)
-"""Class of the pixels of a scene that belong to no emoji."""
-
-# A mirrored letter or flag is another picture, not another view of the same one.
 _MIRRORED = frozenset(CATEGORIES) - {"Symbols", "Flags"}
 _PICTURE_SCALE = (0.72, 0.94)  # longer side of the emoji / side of the picture
 _PICTURE_SHIFT = 0.1  # largest distance from the middle / side of the picture
 _MARGIN = 0.03  # space left free at each border / side of the picture
-_SCENE_SCALE = (0.36, 0.60)
-_SCENE_SHIFT = 0.5  # anywhere
-_SCENE_COUNT = (2, 5)  # emoji in a scene, both ends included
-_SCENE_TRIES = 20  # places tried for one emoji before the scene goes on without it
-_SCENE_VISIBLE = 0.6  # share of each emoji that later ones may not cover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +59,8 @@ class Emoji:
     svg: Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """A picture of several emoji with its panoptic labels."""
-
-    image: Tensor
-    """uint8 RGB, (3, S, S)."""
-    segments: Tensor
-    """int32, (S, S): 0 background, k the k-th visible emoji; every id up to the largest occurs."""
-    classes: Tensor
-    """int64, (largest id + 1,): the class of each segment; classes[0] is `BACKGROUND`."""
-
-    @property
-    def semantic(self) -> Tensor:
-        """Class of each pixel, int64, (S, S)."""
-        return self.classes[self.segments.long()]
-
-
 @dataclass(frozen=True)
-class _Placement:
+class Placement:
     """Where a tile goes: upper left corner and size in pixels."""
 
     left: int
@@ -119,7 +94,7 @@ def emoji_catalog(*, skin_tones: bool = False) -> list[Emoji]:
             svg = files.get(unified) or files.get(unified.replace("-FE0F", ""))
             if svg is None:
                 raise FileNotFoundError(
-                    f"{svgs} has no picture of emoji {unified}; delete {svgs.parent} to fetch anew"
+                    f"{svgs} has no picture of emoji {unified}; delete {svgs.parent} to fetch it again"
                 )
             catalog.append(
                 Emoji(
@@ -154,13 +129,13 @@ def split_catalog(
     train: list[Emoji] = []
     test: list[Emoji] = []
     for emoji in catalog:
-        side = test if _draw(seed, "split", emoji.base).random() < held_out else train
+        side = test if random_stream(seed, "split", emoji.base).random() < held_out else train
         side.append(emoji)
     return train, test
 
 
 def render_picture(emoji: Emoji, *, seed: int, index: int, size: int) -> Tensor:
-    """One picture of one emoji: random background, scale, place and flip, always whole.
+    """One picture of one emoji: with random background, scale, place and flip. Nothing is cut off.
 
     Args:
         emoji: what to draw.
@@ -174,8 +149,8 @@ def render_picture(emoji: Emoji, *, seed: int, index: int, size: int) -> Tensor:
     Raises:
         ValueError: size is below 16.
     """
-    _check_size(size)
-    return _as_tensor(_picture(_tile(emoji.svg, _tile_side(size)), emoji, seed, index, size))
+    check_size(size)
+    return as_tensor(_picture(tile_of(emoji.svg, size), emoji, seed, index, size))
 
 
 def render_dataset(
@@ -198,7 +173,7 @@ def render_dataset(
     Raises:
         ValueError: no emoji, size below 16, or renders_per_emoji below 1.
     """
-    _check_size(size)
+    check_size(size)
     if not emojis:
         raise ValueError("emojis is empty; there is nothing to render")
     if renders_per_emoji < 1:
@@ -209,7 +184,7 @@ def render_dataset(
         emoji = emojis[number]
         tile = _rasterise(emoji.svg, _tile_side(size))  # once for all its pictures
         for index in range(renders_per_emoji):
-            images[number, index] = _as_tensor(_picture(tile, emoji, seed, index, size))
+            images[number, index] = as_tensor(_picture(tile, emoji, seed, index, size))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # rasterising and resizing release Python's lock
         done = pool.map(render, range(len(emojis)))
@@ -250,75 +225,15 @@ def pack_pictures(
     return PackedImages(folder)
 
 
-def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -> Scene:
-    """One scene of two to five emoji that may overlap, with exact panoptic labels.
-
-    An emoji that would hide too much of the others wherever it is tried is left out.
-
-    Args:
-        emojis: what to choose from.
-        seed: of the data set.
-        index: which scene.
-        size: side in pixels, >= 16.
-
-    Raises:
-        ValueError: no emoji, or size below 16.
-    """
-    _check_size(size)
-    if not emojis:
-        raise ValueError("emojis is empty; there is nothing to render")
-    rng = _draw(seed, "scene", str(index))
-    low, high = _SCENE_COUNT
-    chosen = [emojis[int(i)] for i in rng.integers(len(emojis), size=int(rng.integers(low, high + 1)))]
-    background = soft_background(rng, size)
-    placed: list[tuple[Image.Image, _Placement]] = []
-    classes: list[int] = []
-    for emoji in chosen:
-        tile = _tile(emoji.svg, _tile_side(size))
-        for _ in range(_SCENE_TRIES):
-            placement = _place(rng, tile.size, size, _SCENE_SCALE, _SCENE_SHIFT, _may_mirror(emoji))
-            if _all_visible([*placed, (tile, placement)], size):
-                placed.append((tile, placement))
-                classes.append(emoji.category)
-                break
-    return compose_scene(background, placed, classes)
-
-
-def compose_scene(
-    background: Image.Image, placed: Sequence[tuple[Image.Image, _Placement]], classes: Sequence[int]
-) -> Scene:
-    """Draw tiles one over the other and label each pixel by the topmost tile that covers at least half of it.
-
-    Args:
-        background: RGB, (S, S).
-        placed: RGBA tiles and their places, from the back to the front.
-        classes: the class of each tile.
-    """
-    image = background.copy()
-    owner = np.zeros((background.height, background.width), np.int32)
-    for number, (tile, placement) in enumerate(placed, start=1):
-        layer = _layer(tile, placement, background.width)
-        image.paste(layer, (0, 0), layer)
-        owner[np.asarray(layer.getchannel("A")) >= 128] = number
-    visible, segments = np.unique(
-        np.append(owner, 0), return_inverse=True
-    )  # the 0: background is always id 0
-    names = [BACKGROUND, *classes]
-    return Scene(
-        image=_as_tensor(image),
-        segments=torch.from_numpy(segments.reshape(-1)[:-1].reshape(owner.shape).astype(np.int32)),
-        classes=torch.tensor([names[int(number)] for number in visible]),
-    )
-
-
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Raise ValueError for pictures too small to recognise an emoji."""
     if size < 16:
         raise ValueError(f"size must be >= 16 pixels for an emoji to be recognisable, got {size}")
 
 
-def _draw(seed: int, *what: str) -> np.random.Generator:
+def random_stream(seed: int, *name: str) -> np.random.Generator:
     """A random stream that depends on its name alone, the same on every machine."""
-    digest = hashlib.sha256("/".join([str(seed), *what]).encode()).digest()
+    digest = hashlib.sha256("/".join([str(seed), *name]).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
@@ -337,31 +252,33 @@ def _rasterise(svg: Path, side: int) -> Image.Image:
 
 
 @lru_cache(maxsize=256)
-def _tile(svg: Path, side: int) -> Image.Image:
-    return _rasterise(svg, side)
+def tile_of(svg: Path, size: int) -> Image.Image:
+    """The visible part of an SVG file, RGBA, large enough for a picture of side `size`; kept for reuse."""
+    return _rasterise(svg, _tile_side(size))
 
 
 def _picture(tile: Image.Image, emoji: Emoji, seed: int, index: int, size: int) -> Image.Image:
-    rng = _draw(seed, "picture", emoji.codepoints, str(index))
+    rng = random_stream(seed, "picture", emoji.codepoints, str(index))
     image = soft_background(rng, size)
-    placement = _place(rng, tile.size, size, _PICTURE_SCALE, _PICTURE_SHIFT, _may_mirror(emoji))
-    layer = _layer(tile, placement, size)
+    placement = place(rng, tile.size, size, _PICTURE_SCALE, _PICTURE_SHIFT, may_mirror(emoji))
+    layer = draw_tile(tile, placement, size)
     image.paste(layer, (0, 0), layer)
     return image
 
 
-def _may_mirror(emoji: Emoji) -> bool:
+def may_mirror(emoji: Emoji) -> bool:
+    """Whether a mirrored view still shows the same emoji: not for letters and flags."""
     return CATEGORIES[emoji.category] in _MIRRORED
 
 
-def _place(
+def place(
     rng: np.random.Generator,
     tile: tuple[int, int],
     size: int,
     scale: tuple[float, float],
     shift: float,
     may_mirror: bool,
-) -> _Placement:
+) -> Placement:
     """A random place for a tile of this width and height, wholly inside the margins of the picture."""
     longer = rng.uniform(*scale) * size
     moves = rng.uniform(-shift, shift, size=2) * size
@@ -374,10 +291,10 @@ def _place(
             ((size - height) / 2 + moves[1], height),
         )
     )
-    return _Placement(left, top, width, height, mirrored)
+    return Placement(left, top, width, height, mirrored)
 
 
-def _layer(tile: Image.Image, placement: _Placement, size: int) -> Image.Image:
+def draw_tile(tile: Image.Image, placement: Placement, size: int) -> Image.Image:
     """A transparent picture (S, S) with the tile in its place."""
     scaled = tile.resize((placement.width, placement.height), Image.Resampling.LANCZOS)
     if placement.mirrored:
@@ -387,16 +304,6 @@ def _layer(tile: Image.Image, placement: _Placement, size: int) -> Image.Image:
     return layer
 
 
-def _all_visible(placed: Sequence[tuple[Image.Image, _Placement]], size: int) -> bool:
-    """Whether each tile keeps the wanted share of its pixels once all are drawn."""
-    covered = np.zeros((size, size), bool)
-    for tile, placement in reversed(placed):
-        own = np.asarray(_layer(tile, placement, size).getchannel("A")) >= 128
-        if (own & ~covered).sum() < max(1, _SCENE_VISIBLE * own.sum()):
-            return False
-        covered |= own
-    return True
-
-
-def _as_tensor(image: Image.Image) -> Tensor:
+def as_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8, (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -15,17 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from openpae.data.classes import check_images_agree
-from openpae.data.images import (
-    BrokenImage,
-    ImageSource,
-    PackedImages,
-    Size,
-    covers,
-    crop,
-    height_width,
-    open_images,
-    resize_to_cover,
-)
+from openpae.data.crops import Size, covers, crop, height_width, resize_to_cover
+from openpae.data.decode import BrokenImage
+from openpae.data.images import ImageSource, PackedImages, open_images
 from openpae.data.order import StepBatches, random_bits, shuffled
 from openpae.data.readers import read_batches, share
 from openpae.data.settings import ImageData

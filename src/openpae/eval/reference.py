@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import PackedImages, Size, open_images
+from openpae.data.crops import Size
+from openpae.data.images import PackedImages, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of

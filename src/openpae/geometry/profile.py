@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from openpae.data.images import ImageSource, Size, chosen_rows, height_width, open_images, plain_size
-from openpae.data.label_maps import Segmented, read_segmented, render_segmented
+from openpae.data.crops import Size, height_width, plain_size
+from openpae.data.images import ImageSource, chosen_rows, open_images
+from openpae.data.label_maps import Segmented, read_segmented
+from openpae.data.scenes import render_segmented
 from openpae.eval.evaluate import metric_facts
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet, features_of

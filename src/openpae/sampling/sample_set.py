@@ -25,7 +25,8 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.pixels import hash_of_all, hashes_of, image_grid, quantize, to_unit
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout, Shards
 from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel

@@ -1,0 +1,108 @@
+"""Decode images in batches, and pack them into shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from openpae.data.crops import Size, center_crop, height_width
+from openpae.data.decode import BrokenImage
+from openpae.data.images import ImageSource, PackedImages, in_order
+from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shards import Layout
+
+
+def pack_images(
+    source: ImageSource,
+    folder: Path,
+    *,
+    size: Size,
+    skip_broken: bool = False,
+    per_shard: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackedImages:
+    """Decode, centre-crop and pack images once, so that training reads them from a memory map.
+
+    Args:
+        source: the images.
+        folder: where; an interrupted packing goes on.
+        size: of the packed images.
+        skip_broken: leave out files that cannot be decoded (their names are kept in index.json).
+        per_shard: images per shard.
+        progress: called with (done, all) images.
+
+    Raises:
+        BrokenImage: a file cannot be decoded and skip_broken is off.
+        ValueError: the folder holds something else.
+    """
+    layout = Layout(
+        kind="images",
+        dtype="uint8",
+        shape=(3, *height_width(size)),
+        sources=len(source),
+        per_shard=per_shard,
+        attributes={"classes": source.classes, "source": source.fingerprint()},
+    )
+
+    def read(index: int) -> NDArray[np.uint8] | str:
+        try:
+            return center_crop(source.read(index), size)
+        except BrokenImage as error:
+            if not skip_broken:
+                raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
+            return str(error)
+
+    def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
+        for index, result in zip(span, in_order(pool, read, span), strict=True):
+            if isinstance(result, str):
+                yield Part(rows=torch.empty(0, *layout.shape), labels=[], skipped=[result])
+            else:
+                yield Part(rows=torch.from_numpy(result)[None], labels=[int(source.labels[index])])
+            if progress:
+                progress(index + 1, len(source))
+
+    with shard_folder(folder, layout) as writer, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for shard in writer.missing():
+            writer.write_parts(shard, parts(layout.span(shard), pool))
+        writer.finish()
+    return PackedImages(folder)
+
+
+def decode_batch(
+    source: ImageSource, indices: Sequence[int], size: Size, skip_broken: bool = False
+) -> tuple[Tensor, list[int], list[str]]:
+    """Centre-cropped images by number.
+
+    Args:
+        source: where they come from; packed images of this size are copied as they are.
+        indices: which.
+        size: (H, W), or the side of a square.
+        skip_broken: leave out files that cannot be decoded.
+
+    Returns:
+        uint8 images (B, 3, H, W), the indices that they are of, and what was wrong with the others.
+
+    Raises:
+        BrokenImage: a file cannot be decoded and skip_broken is off.
+    """
+    if isinstance(source, PackedImages) and source.image_shape == height_width(size):
+        return source.shards.gather(np.asarray(indices, dtype=np.int64)), list(indices), []
+    images = torch.empty(len(indices), 3, *height_width(size), dtype=torch.uint8)
+    kept: list[int] = []
+    broken: list[str] = []
+    for index in indices:
+        try:
+            images[len(kept)] = torch.from_numpy(center_crop(source.read(index), size))
+            kept.append(index)
+        except BrokenImage as error:
+            if not skip_broken:
+                raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
+            broken.append(str(error))
+    return images[: len(kept)], kept, broken
