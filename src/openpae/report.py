@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from openpae.runtime.escape import chart
-from openpae.storage.files import whole_file
+from openpae.storage.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,7 +177,7 @@ class Page:
             + "\n".join(self.parts)
             + f"\n<script>{_SCRIPT}</script></body></html>\n"
         )
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 

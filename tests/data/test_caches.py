@@ -254,7 +254,7 @@ def test_cached_features_must_fit_images_encoder_and_augmentation(
     features = features_of(model, packed, tmp_path / "one", flips=False)
     with pytest.raises(ValueError, match="lack the mirrored images; cache them with flips"):
         TrainingImages(packed, size=32, seed=0, augment="flip", features=features)
-    with pytest.raises(ValueError, match="know no random crops"):
+    with pytest.raises(ValueError, match="do not fit random crops"):
         TrainingImages(packed, size=32, seed=0, augment="crop", resize=40, features=features)
     with pytest.raises(ValueError, match="need packed images"):
         TrainingImages(ImageFolder(image_folder), size=32, seed=0, features=features)

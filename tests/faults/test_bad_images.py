@@ -227,7 +227,7 @@ def test_links_that_lead_nowhere_are_named(folder: Path) -> None:
     for name in ("eel", "dog/2.png"):
         os.symlink(folder / "gone", folder / name)
         with pytest.raises(
-            FileNotFoundError, match=f"{name} is a link that leads nowhere; mend or remove it"
+            FileNotFoundError, match=f"{name} is a link that leads nowhere; repair or remove it"
         ):
             ImageFolder(folder)
         (folder / name).unlink()

@@ -16,15 +16,15 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 def plain_size(size: Size) -> int | list[int]:
-    """As a header or a record says it: one number for a square, else height and width."""
+    """A size as JSON stores it: one number for a square, else [height, width]."""
     height, width = height_width(size)
     return height if height == width else [height, width]
 
 
 def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
-    """Scale in proportion to the smallest size that covers H x W; of a square, the shorter side fits.
+    """Scale proportionally to the smallest size that covers H x W.
 
-    Halved by boxes while twice too large, then bicubic (as ADM).
+    As in ADM: box filter by 2 while both sides are at least twice too large, then bicubic.
     """
     height, width = height_width(size)
     while image.height >= 2 * height and image.width >= 2 * width:
@@ -35,20 +35,20 @@ def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
 
 
 def covers(shape: tuple[int, int], size: Size) -> bool:
-    """Whether `resize_to_cover` leaves an image of this (H, W) as it is."""
+    """Whether `resize_to_cover` leaves an image of this (H, W) unchanged."""
     height, width = height_width(size)
     return max(height / shape[0], width / shape[1]) == 1
 
 
 def crop(image: Image.Image, size: Size, left: int, top: int) -> NDArray[np.uint8]:
-    """A part of an RGB image as (3, H, W) uint8."""
+    """The H x W part of an RGB image at this corner, (3, H, W) uint8."""
     height, width = height_width(size)
     array = np.asarray(image)[top : top + height, left : left + width]
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def center_crop(image: Image.Image, size: Size) -> NDArray[np.uint8]:
-    """The centre after `resize_to_cover`, (3, H, W) uint8: how images are cached and judged."""
+    """The centre after `resize_to_cover`, (3, H, W) uint8: used for caches and evaluation."""
     height, width = height_width(size)
     image = resize_to_cover(image, size)
     return crop(image, size, (image.width - width) // 2, (image.height - height) // 2)

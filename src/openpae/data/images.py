@@ -1,4 +1,4 @@
-"""Images on disk: a folder of files, or packed into shards."""
+"""Sources of labelled images: a folder of files, packed shards, or a subset of either."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from openpae.data.shards import Shards
 R = TypeVar("R")
 T = TypeVar("T")
 
-SEEN = 2048
-"""Bytes at the beginning, in the middle and at the end of each file that a folder's fingerprint covers."""
+SAMPLED_BYTES = 2048
+"""Bytes hashed at the start, middle and end of each file for a folder's fingerprint."""
 
 
 class ImageSource(Protocol):
-    """Labelled images by number."""
+    """Labelled images, by index."""
 
     classes: list[str]
     labels: NDArray[np.int64]
@@ -39,7 +39,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a message calls this image."""
+        """Name of this image in messages."""
         ...
 
     def read(self, index: int) -> Image.Image:
@@ -47,23 +47,23 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Hexadecimal digits that change when the data do; compare them with `fingerprints_agree`."""
+        """Hexadecimal digits that change with the data; compare them with `fingerprints_agree`."""
         ...
 
 
 class ImageFolder:
-    """Image files below a folder: one subfolder per class, or all in one (then one class "all").
+    """Image files in a folder: one subfolder per class, or no subfolders and one class "all".
 
     Args:
-        root: the folder. Files are taken in the order of their names.
-        whole: let the fingerprint cover all of every file, and not only a few kilobytes.
+        root: the folder. Files are sorted by name.
+        full_hash: hash every byte of every file for the fingerprint, not only a few kilobytes.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: as `listing.image_names`.
     """
 
-    def __init__(self, root: str | Path, *, whole: bool = False) -> None:
-        self.root, self.whole = Path(root), whole
+    def __init__(self, root: str | Path, *, full_hash: bool = False) -> None:
+        self.root, self.full_hash = Path(root), full_hash
         groups = image_names(self.root)
         self.classes = list(groups)
         self.names = [name for names in groups.values() for name in names]
@@ -74,7 +74,7 @@ class ImageFolder:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """Path below the root."""
+        """Path relative to the root."""
         return self.names[index]
 
     def read(self, index: int) -> Image.Image:
@@ -82,14 +82,16 @@ class ImageFolder:
         return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
-        """Parts of 16 digits: over names and sizes, over a few kilobytes of each file, and with `whole` over
-        all of it. The times of the files do not count: a copy keeps its caches."""
+        """Parts of 16 digits over names and sizes, sampled bytes and, with `full_hash`, all bytes.
+
+        File times do not count, so a copy of the folder keeps its caches.
+        """
         return self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        digests = [hashlib.sha256() for _ in range(3 if self.whole else 2)]
-        with ThreadPoolExecutor(max_workers=16) as pool:  # a network disk answers many at once
+        digests = [hashlib.sha256() for _ in range(3 if self.full_hash else 2)]
+        with ThreadPoolExecutor(max_workers=16) as pool:  # hides the latency of network disks
             for name, (size, *hashes) in zip(self.names, in_order(pool, self._file, self.names), strict=True):
                 digests[0].update(os.fsencode(f"{name} {size}\n"))
                 for digest, content in zip(digests[1:], hashes, strict=True):
@@ -97,20 +99,20 @@ class ImageFolder:
         return ".".join(digest.hexdigest()[:16] for digest in digests)
 
     def _file(self, name: str) -> tuple[int, *tuple[bytes, ...]]:
-        """Size, hash of the first, middle and last `SEEN` bytes, and where it is asked for of all."""
+        """Size, hash of the sampled bytes and, with `full_hash`, hash of all bytes."""
         with open(os.path.join(self.root, name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             parts = hashlib.sha256()
-            for start in sorted({0, max(0, (size - SEEN) // 2), max(0, size - SEEN)}):
+            for start in sorted({0, max(0, (size - SAMPLED_BYTES) // 2), max(0, size - SAMPLED_BYTES)}):
                 file.seek(start)
-                parts.update(file.read(SEEN))
+                parts.update(file.read(SAMPLED_BYTES))
             file.seek(0)
-            content = (hashlib.file_digest(file, "sha256").digest(),) if self.whole else ()
+            content = (hashlib.file_digest(file, "sha256").digest(),) if self.full_hash else ()
         return size, parts.digest(), *content
 
 
 class PackedImages:
-    """uint8 images of one size in shards, as `pack_images` writes them.
+    """uint8 images of one size in shards, as written by `pack_images`.
 
     Args:
         folder: a complete folder of packed images.
@@ -140,9 +142,9 @@ class PackedImages:
     def cut(
         self, rows: NDArray[np.int64], size: Size, lefts: NDArray[np.int64], tops: NDArray[np.int64]
     ) -> Tensor:
-        """Parts of images (B,), copied straight from the memory map: uint8, (B, 3, H, W).
+        """Crop the images at `rows` (B,) straight from the memory map: uint8, (B, 3, H, W).
 
-        Column and row at which each part begins are (B,).
+        `lefts` and `tops` are the first column and row of each crop, (B,).
         """
         height, width = height_width(size)
         out = np.empty((len(rows), 3, height, width), dtype=np.uint8)
@@ -152,16 +154,16 @@ class PackedImages:
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """Over the checksums of the shards."""
+        """Hash of the shards' checksums and of the labels."""
         return self.shards.fingerprint()
 
 
 class Subset:
-    """Some images of a source, by number.
+    """The images of a source at some indices.
 
     Args:
-        source: where they come from.
-        rows: which, in order.
+        source: any image source.
+        rows: indices into it, in order.
     """
 
     def __init__(self, source: ImageSource, rows: Sequence[int]) -> None:
@@ -172,49 +174,49 @@ class Subset:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """As in the source."""
+        """See the source."""
         return self.source.name(self.rows[index])
 
     def read(self, index: int) -> Image.Image:
-        """As in the source."""
+        """See the source."""
         return self.source.read(self.rows[index])
 
     def fingerprint(self) -> str:
-        """Over the source's, part by part, and the rows."""
+        """Hash of each part of the source's fingerprint, with the rows."""
         parts = [f"{part} {self.rows}".encode() for part in self.source.fingerprint().split(".")]
         return ".".join(hashlib.sha256(part).hexdigest()[:16] for part in parts)
 
 
-def open_images(path: str | Path, *, whole: bool = False) -> ImageFolder | PackedImages:
-    """The images at a path, whichever of the two forms it is.
+def open_images(path: str | Path, *, full_hash: bool = False) -> ImageFolder | PackedImages:
+    """Open packed images if the path holds a header.json, else a folder of image files.
 
     Args:
-        path: where.
-        whole: of a folder of files, see `ImageFolder`; packed images have the checksum of every shard.
+        path: the folder.
+        full_hash: see `ImageFolder`. Packed images always use the checksum of every shard.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or unusable.
+        FileNotFoundError, ValueError, PermissionError: see `ImageFolder` and `PackedImages`.
     """
     packed = (Path(path) / "header.json").is_file()
-    return PackedImages(path) if packed else ImageFolder(path, whole=whole)
+    return PackedImages(path) if packed else ImageFolder(path, full_hash=full_hash)
 
 
 def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:
-    """Which images are measured: `count` of the source, evenly spread, or all of them; in order."""
+    """Sorted indices of the images that metrics use: `count` evenly spread ones, or all."""
     return spread(len(source), count)
 
 
 def spread(total: int, count: int) -> NDArray[np.int64]:
-    """`count` of the numbers below `total`, evenly spread, so that every class has its share; or all."""
+    """`count` evenly spread indices below `total`, or all: sorted images then cover every class evenly."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int = 64
 ) -> Iterator[R]:
-    """As pool.map, but never more than `ahead` results wait: a shard of decoded images may not fit memory."""
-    todo = iter(items)
-    pending: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(todo, ahead))
+    """Like `pool.map`, with at most `ahead` results waiting: decoded images may not fit in memory."""
+    remaining = iter(items)
+    pending: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(remaining, ahead))
     while pending:
         yield pending.popleft().result()
-        pending.extend(pool.submit(function, item) for item in islice(todo, 1))
+        pending.extend(pool.submit(function, item) for item in islice(remaining, 1))

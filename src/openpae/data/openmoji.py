@@ -1,6 +1,6 @@
-"""The quickstart's pictures: OpenMoji emoji (CC BY-SA 4.0) on soft backgrounds, and scenes with label maps.
+"""Pictures of OpenMoji emoji (CC BY-SA 4.0) on soft backgrounds, for quickstart.
 
-Everything drawn is a pure function of its arguments: the same emoji, seed and index give the same pixels.
+A picture is a pure function of its arguments: the same emoji, seed and index give the same pixels.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Emoji:
     """One emoji, or one of its skin tones."""
 
     codepoints: str
-    """As in the name of its SVG file: "1F385-1F3FB"."""
+    """Stem of its SVG file: "1F385-1F3FB"."""
     base: str
-    """Codepoints without skin tones: the same for all variants of an emoji."""
+    """Codepoints without skin tones, equal for all variants of an emoji."""
     name: str
     category: int
     """Index into `CATEGORIES`."""
@@ -61,7 +61,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a tile goes: upper left corner and size in pixels."""
+    """Upper left corner and size of a tile, in pixels."""
 
     left: int
     top: int
@@ -71,10 +71,10 @@ class Placement:
 
 
 def emoji_catalog(*, skin_tones: bool = False) -> list[Emoji]:
-    """All emoji of the nine categories, in Unicode's order. Downloads the assets on first use.
+    """All emoji of the nine categories, in Unicode's order. The first call downloads the assets.
 
     Args:
-        skin_tones: also the variants with skin tones, each right after its emoji (all are People & Body).
+        skin_tones: add the variants with skin tones, each after its emoji.
 
     Raises:
         FileNotFoundError: the assets are not in the cache and cannot be downloaded.
@@ -84,13 +84,13 @@ def emoji_catalog(*, skin_tones: bool = False) -> list[Emoji]:
     files = {file.stem: file for file in svgs.glob("*.svg")}
     catalog = []
     for row in sorted(rows, key=lambda row: (row["sort_order"], row["unified"])):
-        if row["category"] not in CATEGORIES:  # "Component": skin tones by themselves
+        if row["category"] not in CATEGORIES:  # "Component": bare skin tones
             continue
         variants = [row["unified"]]
         if skin_tones:
             variants += [variant["unified"] for variant in row.get("skin_variations", {}).values()]
         for unified in variants:
-            # OpenMoji leaves the selector "show as a picture" out of the names of single characters.
+            # OpenMoji omits the variation selector FE0F in names of single characters.
             svg = files.get(unified) or files.get(unified.replace("-FE0F", ""))
             if svg is None:
                 raise FileNotFoundError(
@@ -111,15 +111,15 @@ def emoji_catalog(*, skin_tones: bool = False) -> list[Emoji]:
 def split_catalog(
     catalog: Sequence[Emoji], *, held_out: float = 0.1, seed: int = 0
 ) -> tuple[list[Emoji], list[Emoji]]:
-    """Emoji to train on and emoji held out, each in the order of the catalog.
+    """Split emoji into training and held-out ones, each in the order of the catalog.
 
-    An emoji's side depends on its own base codepoints alone: its skin tones stay with it, and no other
-    emoji's presence moves it. Man, woman and person of one activity are different emoji and may part.
+    The side of an emoji depends only on the seed and its base codepoints, so its skin tones stay with it.
+    Man, woman and person of one activity are different emoji and can be on different sides.
 
     Args:
         catalog: from `emoji_catalog`.
-        held_out: expected share of the emoji held out, in (0, 1).
-        seed: another seed, another split.
+        held_out: expected share of held-out emoji, in (0, 1).
+        seed: seed of the split.
 
     Raises:
         ValueError: held_out is not between 0 and 1.
@@ -135,12 +135,12 @@ def split_catalog(
 
 
 def render_picture(emoji: Emoji, *, seed: int, index: int, size: int) -> Tensor:
-    """One picture of one emoji: with random background, scale, place and flip. Nothing is cut off.
+    """One picture of one emoji with random background, scale, place and flip. Nothing is cut off.
 
     Args:
-        emoji: what to draw.
-        seed: of the data set.
-        index: which of the emoji's pictures.
+        emoji: the emoji to draw.
+        seed: seed of the data set.
+        index: number of the picture.
         size: side in pixels, >= 16.
 
     Returns:
@@ -159,12 +159,12 @@ def render_dataset(
     """Pictures of every emoji with the category as label, on all cores.
 
     Args:
-        emojis: what to draw, from `emoji_catalog` or `split_catalog`.
+        emojis: the emoji to draw, from `emoji_catalog` or `split_catalog`.
         size: side in pixels, >= 16.
         renders_per_emoji: pictures of each emoji; picture r of emoji e is number e * renders_per_emoji + r,
             and equals `render_picture(emojis[e], seed=seed, index=r, size=size)`.
-        seed: another seed, other pictures.
-        progress: show a bar on stderr.
+        seed: seed of the data set.
+        progress: show a progress bar on stderr.
 
     Returns:
         images: uint8 RGB, (len(emojis) * renders_per_emoji, 3, size, size).
@@ -182,11 +182,11 @@ def render_dataset(
 
     def render(number: int) -> None:
         emoji = emojis[number]
-        tile = _rasterise(emoji.svg, _tile_side(size))  # once for all its pictures
+        tile = _rasterise(emoji.svg, _tile_side(size))  # once per emoji
         for index in range(renders_per_emoji):
             images[number, index] = as_tensor(_picture(tile, emoji, seed, index, size))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # rasterising and resizing release Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # rasterising and resizing release the GIL
         done = pool.map(render, range(len(emojis)))
         for _ in tqdm(done, total=len(emojis), desc="rendering", unit="emoji", disable=not progress):
             pass
@@ -197,14 +197,14 @@ def render_dataset(
 def pack_pictures(
     folder: Path, emojis: Sequence[Emoji], *, size: int, pictures: int, seed: int
 ) -> PackedImages:
-    """Pictures of every emoji (`render_dataset`) as packed images; what is complete is not done again.
+    """`render_dataset` as packed images. A complete folder is kept.
 
     Args:
-        folder: for the packed images.
-        emojis: what to draw.
+        folder: output folder.
+        emojis: the emoji to draw.
         size: side in pixels, >= 16.
-        pictures: of each emoji.
-        seed: another seed, other pictures.
+        pictures: pictures of each emoji.
+        seed: seed of the data set.
 
     Raises:
         ValueError: as `render_dataset`, or the folder holds other images.
@@ -232,17 +232,17 @@ def check_size(size: int) -> None:
 
 
 def random_stream(seed: int, *name: str) -> np.random.Generator:
-    """A random stream that depends on its name alone, the same on every machine."""
+    """A random generator that depends only on the seed and the name, on every machine."""
     digest = hashlib.sha256("/".join([str(seed), *name]).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 def _tile_side(size: int) -> int:
-    return max(128, 2 * size)  # twice the picture, so that scaling down smooths every edge alike
+    return max(128, 2 * size)  # at least twice the picture: downscaling then smooths all edges
 
 
 def _rasterise(svg: Path, side: int) -> Image.Image:
-    """The visible part of an SVG file, RGBA, its empty margins cut off."""
+    """The visible part of an SVG file, RGBA, without empty margins."""
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=side, height=side, skip_system_fonts=True)
     tile = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     box = tile.getchannel("A").getbbox()
@@ -253,7 +253,7 @@ def _rasterise(svg: Path, side: int) -> Image.Image:
 
 @lru_cache(maxsize=256)
 def tile_of(svg: Path, size: int) -> Image.Image:
-    """The visible part of an SVG file, RGBA, large enough for a picture of side `size`; kept for reuse."""
+    """The visible part of an SVG file, RGBA, for pictures of side `size`; cached."""
     return _rasterise(svg, _tile_side(size))
 
 
@@ -279,7 +279,7 @@ def place(
     shift: float,
     may_mirror: bool,
 ) -> Placement:
-    """A random place for a tile of this width and height, wholly inside the margins of the picture."""
+    """A random place inside the margins for a tile of this width and height."""
     longer = rng.uniform(*scale) * size
     moves = rng.uniform(-shift, shift, size=2) * size
     mirrored = bool(rng.random() < 0.5) and may_mirror
@@ -295,7 +295,7 @@ def place(
 
 
 def draw_tile(tile: Image.Image, placement: Placement, size: int) -> Image.Image:
-    """A transparent picture (S, S) with the tile in its place."""
+    """A transparent picture (S, S) with the tile in its place, RGBA."""
     scaled = tile.resize((placement.width, placement.height), Image.Resampling.LANCZOS)
     if placement.mirrored:
         scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

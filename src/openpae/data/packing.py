@@ -1,4 +1,4 @@
-"""Decode images in batches, and pack them into shards."""
+"""Decode image files in batches, or pack them into shards."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def pack_images(
     per_shard: int = 4096,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackedImages:
-    """Decode, centre-crop and pack images once, so that training reads them from a memory map.
+    """Decode and centre-crop images once, so that training reads them from a memory map.
 
     Args:
         source: the images.
-        folder: where; an interrupted packing goes on.
-        size: of the packed images.
-        skip_broken: leave out files that cannot be decoded (their names are kept in index.json).
+        folder: output folder. An interrupted call resumes.
+        size: (H, W) of the packed images, or the side of a square.
+        skip_broken: leave out files that cannot be decoded, and list them in index.json.
         per_shard: images per shard.
-        progress: called with (done, all) images.
+        progress: called with (done, total) images.
 
     Raises:
         BrokenImage: a file cannot be decoded and skip_broken is off.
@@ -78,16 +78,16 @@ def pack_images(
 def decode_batch(
     source: ImageSource, indices: Sequence[int], size: Size, skip_broken: bool = False
 ) -> tuple[Tensor, list[int], list[str]]:
-    """Centre-cropped images by number.
+    """Centre-cropped images at some indices.
 
     Args:
-        source: where they come from; packed images of this size are copied as they are.
-        indices: which.
+        source: the images. Packed images of this size are copied without decoding.
+        indices: indices into the source.
         size: (H, W), or the side of a square.
         skip_broken: leave out files that cannot be decoded.
 
     Returns:
-        uint8 images (B, 3, H, W), the indices that they are of, and what was wrong with the others.
+        uint8 images (B, 3, H, W), their indices, and an error message for each image left out.
 
     Raises:
         BrokenImage: a file cannot be decoded and skip_broken is off.

@@ -1,7 +1,4 @@
-"""Scenes of several emoji with exact panoptic labels.
-
-A scene is a pure function of its arguments: the same emoji, seed and index give the same pixels.
-"""
+"""Scenes of several OpenMoji emoji with exact panoptic labels: pure functions of emoji, seed and index."""
 
 from __future__ import annotations
 
@@ -31,13 +28,13 @@ from openpae.data.openmoji import (
 )
 
 BACKGROUND = len(CATEGORIES)
-"""Class of the pixels of a scene that belong to no emoji."""
+"""Class of the background of a scene."""
 
 _SCENE_SCALE = (0.36, 0.60)
 _SCENE_SHIFT = 0.5  # anywhere
 _SCENE_COUNT = (2, 5)  # emoji in a scene, both ends included
-_SCENE_TRIES = 20  # places tried for one emoji before the scene goes on without it
-_SCENE_VISIBLE = 0.6  # share of each emoji that later ones may not cover
+_SCENE_TRIES = 20  # places tried for one emoji before it is left out
+_SCENE_VISIBLE = 0.6  # share of each emoji that must stay visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +55,16 @@ class Scene:
 
 
 def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
-    """Scenes of held-out OpenMoji emoji with their exact panoptic labels (0 is the background, and counts).
+    """Scenes of held-out emoji as images with label maps. The background, label 0, counts as a segment.
 
     Args:
-        count: scenes.
+        count: number of scenes.
         size: side S in pixels, >= 16.
-        seed: of the scenes.
+        seed: seed of the scenes.
 
     Raises:
         ValueError: count below 1, or size below 16.
-        FileNotFoundError: the emoji cannot be had.
+        FileNotFoundError: the assets are not in the cache and cannot be downloaded.
     """
     if count < 1:
         raise ValueError(f"scenes must be at least 1, got {count}")
@@ -82,14 +79,14 @@ def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
 
 
 def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -> Scene:
-    """One scene of two to five emoji that may overlap, with exact panoptic labels.
+    """One scene of up to five emoji that may overlap, with exact panoptic labels.
 
-    An emoji that would hide too much of the others wherever it is tried is left out.
+    An emoji that hides too much of the others at every place tried is left out.
 
     Args:
-        emojis: what to choose from.
-        seed: of the data set.
-        index: which scene.
+        emojis: the emoji to choose from.
+        seed: seed of the data set.
+        index: number of the scene.
         size: side in pixels, >= 16.
 
     Raises:
@@ -118,12 +115,12 @@ def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -
 def compose_scene(
     background: Image.Image, placed: Sequence[tuple[Image.Image, Placement]], classes: Sequence[int]
 ) -> Scene:
-    """Draw tiles one over the other and label each pixel by the topmost tile that covers at least half of it.
+    """Draw tiles over each other. Each pixel belongs to the topmost tile that covers at least half of it.
 
     Args:
         background: RGB, (S, S).
-        placed: RGBA tiles and their places, from the back to the front.
-        classes: the class of each tile.
+        placed: RGBA tiles and their places, from back to front.
+        classes: class of each tile.
     """
     image = background.copy()
     owner = np.zeros((background.height, background.width), np.int32)
@@ -131,9 +128,8 @@ def compose_scene(
         layer = draw_tile(tile, placement, background.width)
         image.paste(layer, (0, 0), layer)
         owner[np.asarray(layer.getchannel("A")) >= 128] = number
-    visible, segments = np.unique(
-        np.append(owner, 0), return_inverse=True
-    )  # the 0: background is always id 0
+    # The appended 0 makes the background id 0 even if it is hidden.
+    visible, segments = np.unique(np.append(owner, 0), return_inverse=True)
     names = [BACKGROUND, *classes]
     return Scene(
         image=as_tensor(image),
@@ -143,7 +139,7 @@ def compose_scene(
 
 
 def _all_visible(placed: Sequence[tuple[Image.Image, Placement]], size: int) -> bool:
-    """Whether each tile keeps the wanted share of its pixels once all are drawn."""
+    """Whether each tile keeps the required share of its pixels when all are drawn."""
     covered = np.zeros((size, size), bool)
     for tile, placement in reversed(placed):
         own = np.asarray(draw_tile(tile, placement, size).getchannel("A")) >= 128

@@ -1,4 +1,4 @@
-"""Fill a folder of shards; an interrupted writer goes on where it stopped."""
+"""Write folders of shards. An interrupted writer resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.data.shards import STORED, TYPES, Layout, Shards, index_of, read_infos
-from openpae.storage.files import file_hash, fingerprints_agree, read_json, whole_file, write_json
+from openpae.storage.files import atomic_file, file_hash, fingerprints_agree, read_json, write_json
 from openpae.storage.outputs import LOCK, locked, make_folder
 
 
@@ -28,18 +28,18 @@ class Part:
     labels: Sequence[int]
     """(R,) class indices."""
     skipped: Sequence[str] = ()
-    """Source items among these that could not be read."""
+    """Messages for the source items that could not be read."""
 
 
 class ShardWriter:
-    """Fill a folder shard by shard; what is there already is kept, so an interrupted writer goes on.
+    """Write a folder shard by shard. Complete shards are kept, so an interrupted writer resumes.
 
     Args:
-        folder: where; made if absent.
-        layout: what the rows are.
+        folder: output folder; made if absent.
+        layout: layout of the rows.
 
     Raises:
-        ValueError: the folder was begun with another layout, or is not one of ours.
+        ValueError: the folder was begun with another layout, or holds other files.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
@@ -59,29 +59,29 @@ class ShardWriter:
             write_json(header, layout.as_header())
 
     def missing(self) -> list[int]:
-        """Shards still to be written."""
+        """Numbers of the shards not yet written."""
         return [shard for shard in range(self.layout.num_shards) if not self._file(shard).is_file()]
 
     def write(self, shard: int, rows: Tensor, labels: Sequence[int], skipped: Sequence[str] = ()) -> None:
-        """Write one shard from rows that are all in memory; otherwise as `write_parts`."""
+        """`write_parts` for a shard that is in memory."""
         self.write_parts(shard, [Part(rows=rows, labels=labels, skipped=skipped)])
 
     def write_parts(self, shard: int, parts: Iterable[Part]) -> None:
-        """Write one shard, whole or not at all; of its parts, only one at a time need be in memory.
+        """Write one shard atomically, with one part at a time in memory.
 
         Args:
             shard: its number.
-            parts: together R rows and as many labels; R and the skipped items make up the layout's span.
+            parts: the rows, labels and skipped items of the shard's span, in order.
 
         Raises:
-            ValueError: the counts or shapes do not agree with the layout, or a value is not finite.
-            DiskFull: there is no room for it.
+            ValueError: counts or shapes do not fit the layout, or a value is not finite.
+            DiskFull: no space left.
         """
         labels: list[int] = []
         skipped: list[str] = []
         sums: list[NDArray[np.float64]] = []
         each = math.prod(self.layout.shape) * np.dtype(STORED[self.layout.dtype]).itemsize
-        with whole_file(self._file(shard), len(self.layout.span(shard)) * each) as partial:
+        with atomic_file(self._file(shard), len(self.layout.span(shard)) * each) as partial:
             with partial.open("wb") as file:
                 self._write_header(file, 0)
                 for part in parts:
@@ -95,10 +95,10 @@ class ShardWriter:
                 if len(labels) + len(skipped) != len(self.layout.span(shard)):
                     raise self._unfit(shard, (len(labels), *self.layout.shape), len(labels), len(skipped))
                 file.seek(0)
-                self._write_header(file, len(labels))  # as long as the first: NumPy leaves room in it
+                self._write_header(file, len(labels))  # same length as before: NumPy pads headers
             info: dict[str, Any] = {"rows": len(labels), "labels": labels, "skipped": skipped}
             if self.layout.kind == "latents":
-                # Summed row by row, so that it does not matter how the shard was cut into parts.
+                # Sums per row, so that the result does not depend on the parts.
                 total = np.concatenate(sums).sum(axis=0) if sums else np.zeros((2, self.layout.shape[1]))
                 positions = len(labels) * self.layout.shape[0] * math.prod(self.layout.shape[2:])
                 info |= {"sum": total[0].tolist(), "square": total[1].tolist(), "count": [float(positions)]}
@@ -106,7 +106,7 @@ class ShardWriter:
             write_json(self._file(shard).with_suffix(".json"), info)
 
     def finish(self) -> Shards:
-        """Write labels and index. Calling it again changes nothing.
+        """Write labels and index. A second call changes nothing.
 
         Raises:
             ValueError: shards are missing, or every source item was skipped.
@@ -120,7 +120,7 @@ class ShardWriter:
                     f"{self.folder} would hold no rows: all {self.layout.sources} items were skipped"
                 )
             labels = np.array([label for info in infos for label in info["labels"]], dtype=np.int64)
-            with whole_file(self.folder / "labels.npy") as partial, partial.open("wb") as file:
+            with atomic_file(self.folder / "labels.npy") as partial, partial.open("wb") as file:
                 np.save(file, labels)
             write_json(self.folder / "index.json", index_of(self.layout.as_header(), infos))
         return Shards(self.folder)
@@ -152,12 +152,12 @@ class ShardWriter:
 
 
 def check_shard_folder(folder: Path, kind: str) -> None:
-    """Refuse to fill a folder that is neither new nor ours.
+    """Refuse a folder with files other than shards.
 
     Raises:
-        ValueError: it holds files, but no header.json; the message names the `kind` that it lacks.
+        ValueError: the folder holds files but no header.json; the message names the wanted `kind`.
     """
-    # A kill inside write_json leaves its partial file, and nothing else.
+    # A process killed in write_json leaves only the partial file.
     known = {LOCK, "header.json", ".header.json.partial"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= known and "header.json" not in names:
@@ -166,10 +166,10 @@ def check_shard_folder(folder: Path, kind: str) -> None:
 
 @contextmanager
 def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
-    """`ShardWriter`, with the folder held against other processes.
+    """A `ShardWriter` that holds a lock on the folder.
 
     Raises:
-        ValueError: see `ShardWriter`; or another process fills the folder.
+        ValueError: see `ShardWriter`, or another process writes the folder.
     """
     check_shard_folder(folder, layout.kind)
     with locked(folder, "writing"):
@@ -177,7 +177,7 @@ def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
 
 
 def _channel_sums(rows: Tensor) -> NDArray[np.float64]:
-    """Sum and sum of squares of each row of (R, flips, C, h, w) per channel, in float64: (R, 2, C)."""
+    """Per-channel sum and sum of squares of rows (R, flips, C, h, w), float64, (R, 2, C)."""
     x = rows.double()
     return torch.stack([x.sum(dim=(1, 3, 4)), x.square().sum(dim=(1, 3, 4))], dim=1).numpy()
 

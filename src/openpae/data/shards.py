@@ -1,13 +1,13 @@
 """Rows of one shape in memory-mapped shards: packed images, cached VFM features and cached latents.
 
-header.json   what the rows are, written first: an interrupted writer goes on only where it agrees
-00000.npy     rows of shard 0, renamed into place when whole
+header.json   layout of the rows, written first; a writer resumes only if it agrees
+00000.npy     rows of shard 0, renamed into place when complete
 00000.json    its labels, checksum, sums and skipped files, written before the .npy
 labels.npy    all labels
-index.json    shards, statistics and attributes, written last: with it the folder is complete
+index.json    shards, statistics and attributes, written last; a folder with it is complete
 
-Opening a folder checks what costs nothing: that every shard has its size and type, and every label its class.
-`Shards.verify` (pae info --verify) reads everything and finds any other damage by checksum.
+Opening a folder checks the size and type of every shard and the range of the labels. `Shards.verify`
+(pae info --verify) reads all files and finds any other damage by checksum.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ TYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-# NumPy has no bfloat16: its bits are kept as uint16.
 STORED = {"uint8": np.uint8, "float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+"""NumPy type of each dtype on disk. NumPy has no bfloat16, so its bits are stored as uint16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the rows of a folder are."""
+    """Type, shape and number of the rows of a folder."""
 
     kind: str
     """images, features, targets or latents."""
     dtype: str
     """uint8, float16, bfloat16 or float32."""
     shape: tuple[int, ...]
-    """Of one row. Where rows come in several versions (flips), the first axis counts them."""
+    """Shape of one row. If rows have several versions (flips), the first axis counts them."""
     sources: int
-    """Source items; one that is skipped leaves no row."""
+    """Number of source items; a skipped item has no row."""
     per_shard: int
     """Source items per shard."""
     attributes: Mapping[str, Any]
-    """What else must agree for the rows to be the same: fingerprints, sizes, class names."""
+    """Everything else that determines the rows: fingerprints, sizes, class names."""
 
     @property
     def num_shards(self) -> int:
-        """Shards of the complete folder."""
+        """Number of shards of the complete folder."""
         return -(-self.sources // self.per_shard)
 
     def span(self, shard: int) -> range:
-        """The source items of a shard."""
+        """Indices of a shard's source items."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.sources))
 
     def as_header(self) -> dict[str, Any]:
-        """As header.json holds it."""
+        """The content of header.json."""
         return {
             "kind": self.kind,
             "dtype": self.dtype,
@@ -79,12 +79,12 @@ class Shards:
     """A complete folder of shards, read through memory maps.
 
     Args:
-        folder: as `ShardWriter` left it.
-        kind: what it must hold; None takes any.
+        folder: a folder written by `ShardWriter`.
+        kind: required kind of the rows; None accepts any.
 
     Raises:
-        FileNotFoundError: nothing there, or an interrupted writer's folder.
-        ValueError: it holds something else, a shard is cut short or of another type, or a label has no class.
+        FileNotFoundError: no such folder, or an incomplete one.
+        ValueError: the rows are of another kind, a shard has the wrong size or type, or a label has no class.
     """
 
     def __init__(self, folder: str | Path, kind: str | None = None) -> None:
@@ -114,11 +114,11 @@ class Shards:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def gather(self, rows: NDArray[np.int64], versions: NDArray[np.int64] | None = None) -> Tensor:
-        """Copy rows out.
+        """Copy rows into a tensor.
 
         Args:
             rows: (B,) row numbers.
-            versions: (B,) index into the first axis of each row, where rows come in versions.
+            versions: (B,) index into the first axis of each row, if rows have versions.
 
         Returns:
             (B, *shape), or (B, *shape[1:]) with versions.
@@ -132,26 +132,26 @@ class Shards:
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
     def views(self, rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-        """The memory maps of rows (B,), one `shape` each; read-only, nothing is copied."""
+        """Read-only views of the memory maps of rows (B,), each of shape `shape`."""
         shards = np.searchsorted(self.ends, rows, side="right")
         locals_ = rows - np.concatenate([[0], self.ends])[shards]
         for shard, row in zip(shards.tolist(), locals_.tolist(), strict=True):
             yield self._maps[shard][row]
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name the content: a hash of the shards' checksums and of the labels."""
+        """16 hexadecimal digits of a hash over the shards' checksums and the labels."""
         content = "".join(self.index["sha256"]).encode() + self.labels.astype("<i8").tobytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[type[Shards], tuple[Path]]:
-        # A process that reads data opens the maps anew: pickled, they would carry the whole content.
+        # Pickled memory maps would carry their content, so another process opens the folder again.
         return Shards, (self.folder,)
 
     def verify(self) -> None:
-        """Read everything and compare it with the checksums, and what is written twice with itself.
+        """Compare all files with their checksums, and values stored twice with each other.
 
         Raises:
-            ValueError: a file was changed or damaged; the message names it.
+            ValueError: a file is damaged; the message names it.
         """
         for number, expected in enumerate(self.index["sha256"]):
             if file_hash(self.folder / f"{number:05d}.npy") != expected:
@@ -174,7 +174,7 @@ class Shards:
         if array.dtype != STORED[self.index["dtype"]] or not array.flags.c_contiguous:
             raise _damaged(path, f"it holds {array.dtype}, not {self.index['dtype']} row by row")
         plain: NDArray[Any] = array.view(np.ndarray)
-        return plain  # a plain array: the memmap class costs a microsecond an access
+        return plain  # np.memmap costs a microsecond more per access
 
     def _open_labels(self) -> NDArray[np.int64]:
         path = self.folder / "labels.npy"
@@ -193,7 +193,7 @@ class Shards:
 def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except Exception as error:  # the bytes of a damaged header can lead NumPy's reader to any of them
+    except Exception as error:  # a damaged header can raise any error
         raise ValueError(f"{path} is damaged or missing: {error}; {_HOW_TO_REPAIR}") from None
     return array
 
@@ -206,7 +206,7 @@ _HOW_TO_REPAIR = "delete it together with index.json and run the command that ma
 
 
 def read_infos(folder: Path, kind: str, shape: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """What the .json of each shard says of it."""
+    """Content of the .json file of each shard."""
     sums = {"sum": shape[1], "square": shape[1], "count": 1} if kind == "latents" else {}
     infos = []
     for number in range(count):
@@ -221,9 +221,9 @@ def read_infos(folder: Path, kind: str, shape: Sequence[int], count: int) -> lis
 def _read_index(path: Path) -> dict[str, Any]:
     kinds = {"kind": str, "dtype": str, "shape": list, "attributes": dict, "rows": list, "sha256": list}
     index = _with_keys(path, skipped=list, **kinds)
-    whole = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
+    counted = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
-    if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not whole or not named:
+    if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not counted or not named:
         raise _damaged(path, "its types, rows and checksums do not make up shards")
     return index
 
@@ -247,6 +247,7 @@ def _with_keys(path: Path, **kinds: type) -> dict[str, Any]:
 
 
 def index_of(header: Mapping[str, Any], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Content of index.json, from the header and the .json of each shard."""
     index: dict[str, Any] = {
         **header,
         "rows": [info["rows"] for info in infos],

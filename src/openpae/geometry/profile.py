@@ -28,7 +28,7 @@ from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
-from openpae.storage.outputs import made_by, make_folder, spare
+from openpae.storage.outputs import check_outputs, made_by, make_folder
 
 
 def run_profile(
@@ -56,7 +56,7 @@ def run_profile(
     names = [run.out / "profile.json", run.out / "profile.html"]
     ours = names if made_by(names[0], kind="profile") else ()
     read = (run.images, run.label_images, run.label_maps, *map(Path, tokenizers))
-    spare(*names, into=run.out, inputs=read, ours=ours)
+    check_outputs(*names, into=run.out, inputs=read, own=ours)
     config = run.measure
     spaces = _opened(tokenizers, device)
     size: Size = run.size or spaces[0].image_size

@@ -33,7 +33,7 @@ class DiskFull(OSError):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
+def atomic_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A path to write to; when the block ends well it becomes `path`, otherwise `path` stays as it was.
 
     Args:
@@ -50,7 +50,7 @@ def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     discard(partial)
     try:
-        with told_if_full(given, partial, wanted):
+        with explain_disk_full(given, partial, wanted):
             os.close(os.open(partial, _NEW, 0o666))
             yield partial
             _sync(partial)
@@ -61,7 +61,7 @@ def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
     """A new folder to fill; when the block ends well it becomes `path` and replaces what stood there.
 
     Between the removal of an old folder and the renaming of the new one lies an instant in which `path` is
@@ -69,7 +69,7 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
 
     Args:
         path: of the folder; where it is a link, the folder that it leads to is replaced.
-        wanted: as in `whole_file`.
+        wanted: as in `atomic_file`.
 
     Raises:
         DiskFull: there is no room for it.
@@ -88,7 +88,7 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
         discard(leftover)
     partial.mkdir()
     try:
-        with told_if_full(given, partial, wanted):
+        with explain_disk_full(given, partial, wanted):
             yield partial
             for file in partial.rglob("*"):
                 _sync(file)
@@ -137,7 +137,7 @@ def discard(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_if_full(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
+def explain_disk_full(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
     """Turn what libraries raise on a full disk into one error that says what to free; leave others alone.
 
     Args:
@@ -201,7 +201,7 @@ def _size(path: Path) -> int:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.storage.files import fingerprint, read_json, whole_folder, write_json
+from openpae.storage.files import atomic_folder, fingerprint, read_json, write_json
 from openpae.storage.weights import some
 
 WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ class Identity:
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: str, loader: str) -> None:
-    """Write a model's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
+    """Write a model's files into an existing folder; `storage.atomic_folder` makes it whole or nothing.
 
     Args:
         folder: where.
@@ -182,7 +182,7 @@ def model_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_model_folder(path: Path) -> Iterator[Path]:
-    """`storage.whole_folder` for a saved model or pair; it replaces nothing but such.
+    """`storage.atomic_folder` for a saved model or pair; it replaces nothing but such.
 
     Raises:
         ValueError: the folder holds something else.
@@ -203,7 +203,7 @@ def new_model_folder(path: Path) -> Iterator[Path]:
             f"{path} holds something else than a saved model ({some(strange) or 'a file'}), so it is not "
             "replaced; name a new folder"
         )
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         yield partial
 
 

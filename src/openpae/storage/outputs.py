@@ -18,11 +18,11 @@ LOCK = ".lock"
 """Held by the process that writes into a folder."""
 
 
-def spare(
+def check_outputs(
     *targets: Path,
     into: Path | None = None,
     inputs: Sequence[Path | None] = (),
-    ours: Collection[Path] = (),
+    own: Collection[Path] = (),
     overwrite: bool | None = None,
 ) -> None:
     """Refuse to write where something of the user would be lost.
@@ -31,7 +31,7 @@ def spare(
         targets: files and folders that will be made or replaced. Links are resolved first.
         into: folder that gets them; it may hold other files.
         inputs: what the command reads; paths that do not exist count for nothing.
-        ours: those of the targets that this program made.
+        own: those of the targets that this program made.
         overwrite: whether the user wants them replaced, whoever made them; None where the command has no such
             option. Inputs are spared all the same.
 
@@ -39,7 +39,7 @@ def spare(
         ValueError: a target exists and is not ours, or it is an input, lies in one or holds one.
         NotADirectoryError: a target lies below a file.
     """
-    made = {resolved(path) for path in ours}
+    made = {resolved(path) for path in own}
     for target in (*targets, *([] if into is None else [into])):
         place = resolved(target)
         for given in (path for path in inputs if path is not None and path.exists()):
@@ -79,24 +79,24 @@ def made_by(file: Path, **facts: Any) -> bool:
 def check_claim(
     out: Path, names: Sequence[str], *, inputs: Sequence[Path | None], overwrite: bool = False
 ) -> list[str]:
-    """`spare` the names in a folder but for those that its index lists.
+    """`check_outputs` the names in a folder but for those that its index lists.
 
     Args:
         out: the folder.
         names: files and folders that will be written, relative to it.
-        inputs: see `spare`.
-        overwrite: see `spare`.
+        inputs: see `check_outputs`.
+        overwrite: see `check_outputs`.
 
     Returns:
         All names that the index must list before these are written.
 
     Raises:
-        ValueError, NotADirectoryError: see `spare`.
+        ValueError, NotADirectoryError: see `check_outputs`.
     """
     files = read_record(out / INDEX).get("files")
     listed = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-    ours = [out / name for name in {*listed} & {*names}]
-    spare(*(out / name for name in names), into=out, inputs=inputs, ours=ours, overwrite=overwrite)
+    own = [out / name for name in {*listed} & {*names}]
+    check_outputs(*(out / name for name in names), into=out, inputs=inputs, own=own, overwrite=overwrite)
     return sorted({*listed, *names})
 
 
@@ -149,7 +149,7 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
+def run_lock(folder: Path, doing: str) -> Iterator[None]:
     """`locked` for all processes of torchrun: the first holds the folder. Each must come here."""
     with ExitStack() as stack:
         processes.on_rank0(lambda: stack.enter_context(locked(folder, doing)))
