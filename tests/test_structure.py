@@ -32,8 +32,8 @@ FLOORS = [
 FILES_OF = {
     "runtime": "escape signals processes children device draws provenance cards",
     "storage": "files outputs weights assets model_folder card hub",
-    "data": "settings crops shards shard_writer pixels classes listing colour decode backgrounds order "
-    "readers images packing caches openmoji training label_maps scenes",
+    "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
+    "backgrounds order readers images packing caches openmoji training label_maps scenes",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
     "decoder tokenizer patch_start generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",

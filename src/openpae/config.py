@@ -212,16 +212,9 @@ def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
 
 
 def check_number(name: str, number: Any, interval: str, shown: Any = None) -> None:
-    """Check that a number is in an interval. Other types pass.
+    """Raise ValueError for a number outside of an interval such as "[1, inf)". Other types pass.
 
-    Args:
-        name: name in the message.
-        number: the value.
-        interval: such as "[1, inf)"; NaN and infinity are in none.
-        shown: value for the message; None shows the number.
-
-    Raises:
-        ValueError: the number is not in the interval.
+    NaN and infinity are in no interval. The message shows `name`, and `shown` in place of the number.
     """
     low, high = map(float, interval[1:-1].split(","))
     if not isinstance(number, int | float) or low < number < high:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from openpae.data.images import SAMPLED_BYTES, ImageFolder, Subset
+from openpae.data.fingerprints import SAMPLED_BYTES
+from openpae.data.images import ImageFolder, Subset
 from openpae.data.packing import pack_images
 from openpae.storage.files import fingerprints_agree
 
@@ -57,9 +58,15 @@ def test_what_lies_between_is_seen_where_it_is_asked_for(folder: Path) -> None:
 def test_a_copy_has_the_same_fingerprint_whatever_its_times(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     os.utime(copy / "0.bmp", (1, 1))
-    assert (
-        ImageFolder(copy, full_hash=True).fingerprint() == ImageFolder(folder, full_hash=True).fingerprint()
-    )
+    first, second = (ImageFolder(path, full_hash=True) for path in (folder, copy))
+    assert first.fingerprint() == second.fingerprint()
+
+
+@pytest.mark.parametrize("full_hash", [False, True])
+def test_a_file_that_cannot_be_read_is_left_to_whoever_decodes_it(folder: Path, full_hash: bool) -> None:
+    os.symlink("/proc/self/mem", folder / "9.bmp")
+    parts = ImageFolder(folder, full_hash=full_hash).fingerprint().split(".")
+    assert [len(part) for part in parts] == [16] * (3 if full_hash else 2)
 
 
 def test_rows_of_a_folder_agree_as_the_folder_does(folder: Path) -> None:

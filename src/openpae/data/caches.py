@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from openpae.data.crops import Size, plain_size
-from openpae.data.images import ImageSource, PackedImages, in_order
-from openpae.data.packing import decode_batch
+from openpae.data.images import ImageSource, PackedImages
+from openpae.data.packing import decode_batch, in_order
 from openpae.data.pixels import to_unit
 from openpae.data.shard_writer import Part, shard_folder
 from openpae.data.shards import TYPES, Layout, Shards
@@ -92,15 +92,10 @@ def cache_features(
     Args:
         features: maps images in [0, 1], (B, 3, H, W), to features (B, N, D).
         source: packed images; row i of the cache belongs to image i.
-        folder: output folder. An interrupted call resumes.
-        image_size: (H, W), or the side of a square.
         shape: (N, D).
         encoder_fingerprint: fingerprint of the encoder's weights.
         flips: cache the mirror images too, for the augmentation "flip".
-        batch_size: images per forward pass.
-        per_shard: images per shard.
-        device: device of the images that `features` gets.
-        progress: called with (done, total) images.
+        folder, image_size, batch_size, per_shard, device, progress: see `cache_latents`.
 
     Raises:
         ValueError: the images are not packed, or the folder was begun with another encoder or other images.
@@ -189,12 +184,9 @@ def cache_targets(
     Args:
         prior: maps features (B, N, D) to targets (B, N, C).
         features: cache of `cache_features`; row i of the result belongs to its row i.
-        folder: output folder. An interrupted call resumes.
         prior_fingerprint: fingerprint of the prior.
         latent_dim: C.
-        batch_size: images per forward pass.
-        per_shard: images per shard.
-        device: device of the features that `prior` gets.
+        folder, batch_size, per_shard, device: see `cache_latents`.
 
     Raises:
         ValueError: the folder was begun with another prior or other features.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from openpae.data.colour import UnreadProfile, to_srgb
+from openpae.data.fingerprints import MACHINE_ERRORS
 
 R = TypeVar("R")
 
@@ -56,7 +56,7 @@ def decode_file(path: Path, convert: Callable[[Image.Image], R]) -> R:
     except UnidentifiedImageError:
         reason = f"no known image format ({' '.join(FORMATS)})"
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not caused by the file
+        if error.errno in MACHINE_ERRORS:  # not caused by the file
             raise
         reason = error.strerror or str(error)
     except MemoryError:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,14 +16,9 @@ from torch import Tensor
 
 from openpae.data.crops import Size, height_width
 from openpae.data.decode import read_image
+from openpae.data.fingerprints import folder_fingerprint
 from openpae.data.listing import image_names
 from openpae.data.shards import Shards
-
-R = TypeVar("R")
-T = TypeVar("T")
-
-SAMPLED_BYTES = 2048
-"""Bytes hashed at the start, middle and end of each file for a folder's fingerprint."""
 
 
 class ImageSource(Protocol):
@@ -82,44 +73,16 @@ class ImageFolder:
         return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
-        """Parts of 16 digits over names and sizes, sampled bytes and, with `full_hash`, all bytes.
-
-        File times do not count, so a copy of the folder keeps its caches.
-        """
+        """See `fingerprints.folder_fingerprint`."""
         return self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        digests = [hashlib.sha256() for _ in range(3 if self.full_hash else 2)]
-        with ThreadPoolExecutor(max_workers=16) as pool:  # hides the latency of network disks
-            for name, (size, *hashes) in zip(self.names, in_order(pool, self._file, self.names), strict=True):
-                digests[0].update(os.fsencode(f"{name} {size}\n"))
-                for digest, content in zip(digests[1:], hashes, strict=True):
-                    digest.update(content)
-        return ".".join(digest.hexdigest()[:16] for digest in digests)
-
-    def _file(self, name: str) -> tuple[int, *tuple[bytes, ...]]:
-        """Size, hash of the sampled bytes and, with `full_hash`, hash of all bytes."""
-        with open(os.path.join(self.root, name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            parts = hashlib.sha256()
-            for start in sorted({0, max(0, (size - SAMPLED_BYTES) // 2), max(0, size - SAMPLED_BYTES)}):
-                file.seek(start)
-                parts.update(file.read(SAMPLED_BYTES))
-            file.seek(0)
-            content = (hashlib.file_digest(file, "sha256").digest(),) if self.full_hash else ()
-        return size, parts.digest(), *content
+        return folder_fingerprint(self.root, self.names, full_hash=self.full_hash)
 
 
 class PackedImages:
-    """uint8 images of one size in shards, as written by `pack_images`.
-
-    Args:
-        folder: a complete folder of packed images.
-
-    Raises:
-        FileNotFoundError, ValueError: as `Shards`.
-    """
+    """uint8 images of one size in shards, as written by `pack_images`. Raises the errors of `Shards`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.shards = Shards(folder, kind="images")
@@ -159,12 +122,7 @@ class PackedImages:
 
 
 class Subset:
-    """The images of a source at some indices.
-
-    Args:
-        source: any image source.
-        rows: indices into it, in order.
-    """
+    """The images of a source at the indices `rows`, in order."""
 
     def __init__(self, source: ImageSource, rows: Sequence[int]) -> None:
         self.source, self.rows = source, list(rows)
@@ -190,12 +148,7 @@ class Subset:
 def open_images(path: str | Path, *, full_hash: bool = False) -> ImageFolder | PackedImages:
     """Open packed images if the path holds a header.json, else a folder of image files.
 
-    Args:
-        path: the folder.
-        full_hash: see `ImageFolder`. Packed images always use the checksum of every shard.
-
-    Raises:
-        FileNotFoundError, ValueError, PermissionError: see `ImageFolder` and `PackedImages`.
+    `full_hash` and the errors are those of `ImageFolder`. Packed images always use all checksums.
     """
     packed = (Path(path) / "header.json").is_file()
     return PackedImages(path) if packed else ImageFolder(path, full_hash=full_hash)
@@ -209,14 +162,3 @@ def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:
 def spread(total: int, count: int) -> NDArray[np.int64]:
     """`count` evenly spread indices below `total`, or all: sorted images then cover every class evenly."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
-
-
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int = 64
-) -> Iterator[R]:
-    """Like `pool.map`, with at most `ahead` results waiting: decoded images may not fit in memory."""
-    remaining = iter(items)
-    pending: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(remaining, ahead))
-    while pending:
-        yield pending.popleft().result()
-        pending.extend(pool.submit(function, item) for item in islice(remaining, 1))

@@ -63,14 +63,10 @@ def read_segmented(
         raise FileNotFoundError(f"no image folder at {images}")
     panoptic = maps.is_file()
     if panoptic and ignore is not None:
-        raise ValueError(
-            f"ignore must be left out for the panoptic maps of {maps}, whose void is {PANOPTIC_VOID}"
-        )
+        raise ValueError(f"ignore must be left out for panoptic maps ({maps}); their void is {PANOPTIC_VOID}")
     pairs = list(_panoptic_pairs(images, maps) if panoptic else _index_pairs(images, maps))
     if not pairs:
-        raise FileNotFoundError(
-            f"no label maps in {maps}; it must be a folder of PNGs or a COCO panoptic JSON"
-        )
+        raise FileNotFoundError(f"no label maps in {maps}; give a folder of PNGs or a COCO panoptic JSON")
     if count is not None and count < len(pairs):
         pairs = [pairs[i] for i in spread(len(pairs), count)]
     pixels, labels = [], []
@@ -98,15 +94,11 @@ def _index_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
         if file.suffix.lower() in EXTENSIONS and not (images == maps and file.suffix.lower() == ".png"):
             other = image_of.setdefault(file.relative_to(images).with_suffix(""), file)
             if other != file:
-                raise ValueError(
-                    f"{other} and {file.name} would share one label map; rename one, and its map"
-                )
+                raise ValueError(f"{other} and {file.name} would share a label map; rename one, and its map")
     for file in sorted(maps.rglob("*.png")):
         stem = file.relative_to(maps).with_suffix("")
         if stem not in image_of:
-            raise FileNotFoundError(
-                f"no image for the label map {file}: {images / stem} with any image ending"
-            )
+            raise FileNotFoundError(f"no image for the label map {file}: {images / stem} with any ending")
         yield image_of[stem], file
 
 

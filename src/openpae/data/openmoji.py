@@ -199,13 +199,6 @@ def pack_pictures(
 ) -> PackedImages:
     """`render_dataset` as packed images. A complete folder is kept.
 
-    Args:
-        folder: output folder.
-        emojis: the emoji to draw.
-        size: side in pixels, >= 16.
-        pictures: pictures of each emoji.
-        seed: seed of the data set.
-
     Raises:
         ValueError: as `render_dataset`, or the folder holds other images.
     """

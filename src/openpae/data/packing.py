@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +17,12 @@ from torch import Tensor
 
 from openpae.data.crops import Size, center_crop, height_width
 from openpae.data.decode import BrokenImage
-from openpae.data.images import ImageSource, PackedImages, in_order
+from openpae.data.images import ImageSource, PackedImages
 from openpae.data.shard_writer import Part, shard_folder
 from openpae.data.shards import Layout
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 def pack_images(
@@ -73,6 +79,17 @@ def pack_images(
             writer.write_parts(shard, parts(layout.span(shard), pool))
         writer.finish()
     return PackedImages(folder)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int = 64
+) -> Iterator[R]:
+    """Like `pool.map`, with at most `ahead` results waiting: decoded images may not fit in memory."""
+    remaining = iter(items)
+    pending: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(remaining, ahead))
+    while pending:
+        yield pending.popleft().result()
+        pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
 
 
 def decode_batch(

@@ -16,11 +16,7 @@ def to_unit(levels: Tensor) -> Tensor:
 
 
 def check_images(images: Tensor, name: str = "images") -> None:
-    """Refuse anything but a batch of RGB images in [0, 1].
-
-    Raises:
-        ValueError: wrong shape, type or value range.
-    """
+    """Raise ValueError for anything but a batch of RGB images (B, 3, H, W) in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
         raise ValueError(f"{name} must be RGB (B, 3, H, W) with B > 0, got {tuple(images.shape)}")
     if not images.is_floating_point():
@@ -86,9 +82,8 @@ def pca_pictures(z: Tensor, size: int) -> Tensor:
     colours = ((scores - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     pictures = colours.view(len(z), *z.shape[-2:], -1).permute(0, 3, 1, 2)
     if pictures.shape[1] < 3:  # fewer than three latent channels
-        pictures = torch.cat(
-            [pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1
-        )
+        empty = pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])
+        pictures = torch.cat([pictures, empty], dim=1)
     return torch.nn.functional.interpolate(pictures, size=_fitting(z, size), mode="nearest")
 
 

@@ -53,11 +53,7 @@ def read_batches(
 
 
 def share(tensors: Iterable[Tensor]) -> None:
-    """Move tensors to shared memory.
-
-    Raises:
-        OSError: no shared memory is left.
-    """
+    """Move tensors to shared memory. Raises OSError if none is left."""
     tensors = [tensor for tensor in tensors if tensor.numel()]
     try:
         for tensor in tensors:

@@ -83,11 +83,7 @@ def render_scene(emojis: Sequence[Emoji], *, seed: int, index: int, size: int) -
 
     An emoji that hides too much of the others at every place tried is left out.
 
-    Args:
-        emojis: the emoji to choose from.
-        seed: seed of the data set.
-        index: number of the scene.
-        size: side in pixels, >= 16.
+    `seed` names the data set and `index` the scene; `size` is the side in pixels.
 
     Raises:
         ValueError: no emoji, or size below 16.

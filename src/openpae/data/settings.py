@@ -32,6 +32,6 @@ class ImageData:
     def __post_init__(self) -> None:
         if self.feature_cache is not None and self.augment == "crop":
             raise ValueError(
-                "data.feature_cache needs data.augment none or flip: random crops cannot be cached"
+                "data.feature_cache needs data.augment none or flip: no cache holds random crops"
             )
         check_fields(self, "data.", evaluation_images="[1, inf)")

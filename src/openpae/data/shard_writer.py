@@ -152,11 +152,7 @@ class ShardWriter:
 
 
 def check_shard_folder(folder: Path, kind: str) -> None:
-    """Refuse a folder with files other than shards.
-
-    Raises:
-        ValueError: the folder holds files but no header.json; the message names the wanted `kind`.
-    """
+    """Raise ValueError if a folder holds files but no header.json; the message names the wanted `kind`."""
     # A process killed in write_json leaves only the partial file.
     known = {LOCK, "header.json", ".header.json.partial"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -166,11 +162,7 @@ def check_shard_folder(folder: Path, kind: str) -> None:
 
 @contextmanager
 def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
-    """A `ShardWriter` that holds a lock on the folder.
-
-    Raises:
-        ValueError: see `ShardWriter`, or another process writes the folder.
-    """
+    """A `ShardWriter` that holds a lock on the folder. Raises ValueError if another process holds it."""
     check_shard_folder(folder, layout.kind)
     with locked(folder, "writing"):
         yield ShardWriter(folder, layout)

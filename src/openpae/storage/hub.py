@@ -81,13 +81,7 @@ def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
 
 
 def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str | None = None) -> Path:
-    """`find_model` for files of any name.
-
-    Args:
-        name_or_folder: see `find_model`.
-        wanted: name patterns of the files to download.
-        revision: see `find_model`.
-    """
+    """`find_model` for other files: `wanted` are name patterns of the files to download."""
     folder = Path(name_or_folder)
     if folder.is_dir():
         if revision is not None:

@@ -134,7 +134,7 @@ def read_classes(folder: str | Path) -> tuple[list[str], list[int]] | None:
 
 
 def trained_classes(folder: str | Path, num_classes: int) -> list[int]:
-    """The labels of a generator that saw a training image: all of them where nobody wrote which.
+    """Labels of a generator with a training image, or all labels if the folder does not list them.
 
     Raises:
         FileNotFoundError, ValueError: see `read_classes`.
@@ -146,11 +146,7 @@ def trained_classes(folder: str | Path, num_classes: int) -> list[int]:
 
 
 def seen_classes(folder: str | Path, num_classes: int, wanted: Sequence[int] | None) -> list[int]:
-    """`trained_classes`, once it is sure that none of the `wanted` ones is missing.
-
-    Raises:
-        ValueError: a wanted class had no training image.
-    """
+    """`trained_classes`. Raises ValueError if one of the `wanted` classes had no training image."""
     trained = trained_classes(folder, num_classes)
     if unseen := sorted(label for label in {*(wanted or ())} - {*trained} if 0 <= label < num_classes):
         names, _ = read_classes(folder) or ([], [])
@@ -163,10 +159,10 @@ def seen_classes(folder: str | Path, num_classes: int, wanted: Sequence[int] | N
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder that holds weights: the given one, or the newest checkpoint of a run folder.
+    """The folder of the weights: the given one, or the newest checkpoint of a run folder.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: neither holds weights.
     """
     path = Path(folder)
     if (path / WEIGHTS).is_file():

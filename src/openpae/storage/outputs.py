@@ -81,8 +81,7 @@ def check_claim(
     Args:
         out: the folder.
         names: files and folders to be written, relative to it.
-        inputs: see `check_outputs`.
-        overwrite: see `check_outputs`.
+        inputs, overwrite: see `check_outputs`.
 
     Returns:
         All names for the index, to be written before the files.
