@@ -13,7 +13,8 @@ from openpae.data.images import PackedImages, Size, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of
-from openpae.eval.image_stream import npz_array, npz_keys, npz_stream, real_images
+from openpae.eval.image_stream import npz_stream, real_images
+from openpae.eval.npz import npz_array, npz_keys
 from openpae.storage.files import file_hash, whole_file
 
 
