@@ -58,8 +58,8 @@ def test_resize_equals_tensorflow_1_written_out(height: int, width: int, size: i
             a = x[top, left] + (x[top, right] - x[top, left]) * (c - left)
             b = x[bottom, left] + (x[bottom, right] - x[bottom, left]) * (c - left)
             expected[i, j] = a + (b - a) * (r - top)
-    found = resize_bilinear_tf1(image, size)[0, 0]
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-6)
+    resized = resize_bilinear_tf1(image, size)[0, 0]
+    torch.testing.assert_close(resized, torch.from_numpy(expected), rtol=0, atol=1e-6)
 
 
 def test_inception_has_the_size_and_names_of_the_published_weights(inception: InceptionFeatures) -> None:
@@ -78,15 +78,17 @@ def test_inception_features_are_pool_3_mixed_6_conv_and_unbiased_logits(inceptio
         network.Mixed_6d.branch1x1.register_forward_hook(lambda *a: seen.update(conv=a[2])),
         network.Mixed_7c.register_forward_hook(lambda *a: seen.update(last=a[2])),
     ]
-    found = inception.features(pictures())
+    features = inception.features(pictures())
     for hook in hooks:
         hook.remove()
-    assert found.spatial is not None
-    assert found.logits is not None
-    torch.testing.assert_close(found.pooled, seen["last"].flatten(2).mean(2))
-    assert found.spatial.shape == (2, 2023)
-    assert torch.equal(found.spatial.view(2, 17, 17, 7)[:, 3, 5], seen["conv"][:, :7, 3, 5])  # channels last
-    torch.testing.assert_close(found.logits, found.pooled @ network.fc.weight.T)
+    assert features.spatial is not None
+    assert features.logits is not None
+    torch.testing.assert_close(features.pooled, seen["last"].flatten(2).mean(2))
+    assert features.spatial.shape == (2, 2023)
+    assert torch.equal(
+        features.spatial.view(2, 17, 17, 7)[:, 3, 5], seen["conv"][:, :7, 3, 5]
+    )  # channels last
+    torch.testing.assert_close(features.logits, features.pooled @ network.fc.weight.T)
     assert inception.name == INCEPTION
     assert not inception.train().network.training
 

@@ -1,4 +1,4 @@
-"""All metrics of generated (or reconstructed) images against a reference, from one pass over the images."""
+"""All metrics of generated or reconstructed images against a reference, in one pass over the images."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from openpae.eval.settings import EvaluationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationMetrics:
-    """The result of one evaluation, with what disputes about FID are about."""
+    """The result of one evaluation, with everything that a Frechet distance depends on."""
 
     metrics: Mapping[str, Estimate]
-    """frechet, and where they are defined spatial_frechet, inception_score, kid, precision, recall."""
+    """frechet, and if defined spatial_frechet, inception_score, kid, precision, recall."""
     undefined: Mapping[str, str]
-    """Each metric that is missing, and why."""
+    """Missing metric -> reason."""
     n: int
-    """Samples."""
+    """Number of samples."""
     duplicates: int
     """Samples that equal an earlier one pixel by pixel."""
     image_size: tuple[int, int]
@@ -37,15 +37,15 @@ class GenerationMetrics:
     reference: str
     reference_sha256: str
     reference_n: int | None
-    """Images behind the reference's statistics; None where its file does not say."""
+    """Images of the reference; None if its file does not hold the number."""
 
 
 class Evaluation:
-    """Feed images, get every metric.
+    """Collects images, then computes every metric.
 
     Args:
-        extractor: the one that made the reference.
-        reference: what to compare with.
+        extractor: the extractor of the reference.
+        reference: real images or their statistics.
         config: settings of the metrics.
 
     Raises:
@@ -73,20 +73,20 @@ class Evaluation:
         self.samples.update(images, index)
 
     def merge(self, samples: FeatureSet) -> None:
-        """Add samples whose features are at hand, such as those of another process.
+        """Add samples with their features.
 
         Raises:
-            ValueError: not of the reference's size, or see `FeatureSet.merge`.
+            ValueError: another size than the reference, or see `FeatureSet.merge`.
         """
         self.check_size(samples.image_size)
         self.samples.merge(samples)
 
     def gather(self) -> None:
-        """Give every process the samples of all; see `FeatureSet.gather`."""
+        """Give every process the samples of all. All processes must call it."""
         self.samples.gather()
 
     def check_size(self, size: tuple[int, int] | None) -> None:
-        """Refuse samples of another size (H, W) than the reference's; None, of no samples, passes.
+        """Refuse samples of another size (H, W) than the reference. None means no samples, and passes.
 
         Raises:
             ValueError: the sizes differ.
@@ -94,12 +94,12 @@ class Evaluation:
         wanted = self.reference.image_size
         if None not in (size, wanted) and size != wanted:
             raise ValueError(
-                f"samples must have the size of the reference, {wanted}, got {size}; give samples of that "
-                f"size, or a reference of theirs: resizing either would change the distance silently"
+                f"samples must have the size of the reference, {wanted}, got {size}; give samples or a "
+                "reference of the other's size: resizing would change the distance"
             )
 
     def compute(self) -> GenerationMetrics:
-        """All metrics of the images so far.
+        """Every metric of the images so far.
 
         Raises:
             ValueError: fewer than two samples.
@@ -135,8 +135,8 @@ class Evaluation:
         n, config = self.samples.n, self.config
         if n < config.min_samples:
             warnings.warn(
-                f"only {n} samples (min_samples = {config.min_samples}): the Frechet distance falls as their "
-                f"number grows; compare it with the floor of real images at the same number, or use KID",
+                f"only {n} samples (min_samples = {config.min_samples}): the Frechet distance falls with the "
+                "number of samples; compare it with the floor of real images at the same number, or use KID",
                 stacklevel=3,
             )
         if duplicates := self.samples.duplicates():
@@ -186,19 +186,19 @@ class Evaluation:
 
 
 def frechet_floor(features: Tensor, n: int, *, repeats: int = 3, seed: int = 0) -> Estimate:
-    """Frechet distance of real images to real images at a sample count: what a perfect generator would score.
+    """Frechet distance of real images to real images, the score of a perfect generator.
 
     Args:
-        features: pooled features of real images, (M, F); each repeat draws two disjoint sets of n from them.
-        n: samples per set; that of the evaluation whose distance is judged.
-        repeats: how often to draw.
-        seed: of the draws.
+        features: pooled features of real images, (M, F); each repeat draws two disjoint sets of n images.
+        n: images per set; the number of samples of the evaluation.
+        repeats: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        The mean; repeats share images, so their spread understates the error where 2 n is close to M.
+        The mean. Repeats share images, so that the standard error is too small if 2 n is close to M.
 
     Raises:
-        ValueError: n is below 2, or above half of the images.
+        ValueError: n is below 2, or above M / 2.
     """
     if not 2 <= n <= len(features) // 2:
         raise ValueError(

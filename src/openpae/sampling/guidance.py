@@ -13,7 +13,7 @@ from openpae.sampling.solvers import Field
 
 
 class LatentConfig(Protocol):
-    """What sampling asks of a generator's config."""
+    """What sampling needs of a generator's config."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

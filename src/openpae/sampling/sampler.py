@@ -17,7 +17,7 @@ from openpae.sampling.solvers import euler, euler_maruyama, heun, multistep, run
 
 
 class Decoder(Protocol):
-    """What sampling asks of a tokenizer."""
+    """What sampling needs of a tokenizer."""
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) around [0, 1] of latents (B, C, h, w)."""
