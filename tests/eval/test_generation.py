@@ -1,4 +1,4 @@
-"""Evaluation of generated images in one pass, and its references: properties, files, edges, errors."""
+"""Evaluation of generated images in one pass, and references: properties, files, edge cases, errors."""
 
 import warnings
 from pathlib import Path
@@ -52,7 +52,7 @@ def feature_set(images: Tensor, extractor: PixelFeatures | None = None, batch: i
     return features
 
 
-def test_same_samples_same_metrics_whatever_the_batches_and_processes() -> None:
+def test_metrics_do_not_depend_on_batches_and_processes() -> None:
     real, fake = pictures(64), pictures(50, seed=1)
     reference = reference_of(feature_set(real), "real")
     together = Evaluation(PixelFeatures(), reference, CONFIG)
@@ -62,18 +62,19 @@ def test_same_samples_same_metrics_whatever_the_batches_and_processes() -> None:
         first.update(fake[start : start + 5], torch.arange(start, start + 5))
         second.update(fake[start + 5 : start + 10], torch.arange(start + 5, start + 10))
     first.merge(second.samples)
-    one, two = together.compute(), first.compute()
-    assert one.metrics.keys() == {
+    (one, _), (two, _) = together.compute(), first.compute()
+    assert one.keys() == {
         "frechet", "spatial_frechet", "inception_score", "kid", "precision", "recall",
     }  # fmt: skip
-    for name, estimate in one.metrics.items():
-        assert two.metrics[name].value == pytest.approx(estimate.value, rel=1e-5), name
-    assert one.samples_sha256 == two.samples_sha256
-    assert (one.n, one.duplicates, one.image_size, one.reference_n) == (50, 0, (16, 16), 64)
+    for name, estimate in one.items():
+        assert two[name].value == pytest.approx(estimate.value, rel=1e-5), name
+    samples = together.samples
+    assert samples.sha256() == first.samples.sha256()
+    assert (samples.n, samples.duplicates(), samples.image_size, reference.pooled.n) == (50, 0, (16, 16), 64)
 
 
 def measure_a_share(rank: int, store: str, out: str) -> None:
-    """What one of two processes does: measure every second image, let the first report."""
+    """One of two processes: measure every second image. Rank 0 saves the result."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     shared = FeatureSet(PixelFeatures())
@@ -85,7 +86,7 @@ def measure_a_share(rank: int, store: str, out: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_give_the_features_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(measure_a_share, (str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=2)
     shared, alone = torch.load(tmp_path / "out.pt"), feature_set(pictures(50))
     torch.testing.assert_close(shared["features"], alone.features())
@@ -96,7 +97,7 @@ def test_evaluation_is_the_sum_of_its_functions() -> None:
     real = feature_set(pictures(64))
     evaluation = Evaluation(PixelFeatures(), reference_of(real, "real"), CONFIG)
     evaluation.update(pictures(50, seed=1))
-    metrics = evaluation.compute().metrics
+    metrics, _ = evaluation.compute()
     x, y = evaluation.samples.features(), real.features()
     assert metrics["frechet"].value == pytest.approx(
         frechet_distance(gaussian_of(x), gaussian_of(y)), rel=1e-6
@@ -111,7 +112,7 @@ def test_evaluation_is_the_sum_of_its_functions() -> None:
     assert metrics["spatial_frechet"].value == pytest.approx(literal, rel=1e-5)
 
 
-def test_samples_are_measured_as_they_would_be_saved() -> None:
+def test_samples_are_rounded_as_in_saved_files() -> None:
     fake = (pictures(20) * 255).round() / 255
     plain, noisy = feature_set(fake), feature_set((fake + 0.3 / 255).clamp(0, 1))
     assert torch.equal(plain.features(), noisy.features())
@@ -143,11 +144,11 @@ def test_a_saved_reference_gives_the_same_numbers(count: int, tmp_path: Path) ->
             PixelFeatures(), reference, EvaluationConfig(min_samples=2, kid_subset_size=5)
         )
         evaluation.merge(features_of(tensor_images(pictures(20, seed=1)), PixelFeatures(), 7))
-        results.append(evaluation.compute())
-    assert results[0].metrics.keys() >= {"frechet", "spatial_frechet", "kid", "precision", "recall"}
-    for name, estimate in results[0].metrics.items():
-        assert results[1].metrics[name].value == pytest.approx(estimate.value, rel=1e-9), name
-    assert results[0].reference_sha256 == results[1].reference_sha256
+        results.append(evaluation.compute()[0])
+    assert results[0].keys() >= {"frechet", "spatial_frechet", "kid", "precision", "recall"}
+    for name, estimate in results[0].items():
+        assert results[1][name].value == pytest.approx(estimate.value, rel=1e-9), name
+    assert fresh.sha256 == kept.sha256
 
 
 @pytest.fixture
@@ -187,11 +188,11 @@ def test_adm_statistics_alone_leave_three_metrics_undefined(
     extractor = PixelFeatures(INCEPTION)
     evaluation = Evaluation(extractor, read_reference(tmp_path / "adm.npz", extractor), CONFIG)
     evaluation.update(pictures(40))
-    result = evaluation.compute()
-    assert result.metrics.keys() == {"frechet", "spatial_frechet", "inception_score"}
-    assert result.undefined.keys() == {"kid", "precision", "recall"}
-    assert "statistics only" in result.undefined["kid"]
-    assert result.reference_n is None
+    metrics, undefined = evaluation.compute()
+    assert metrics.keys() == {"frechet", "spatial_frechet", "inception_score"}
+    assert undefined.keys() == {"kid", "precision", "recall"}
+    assert "statistics only" in undefined["kid"]
+    assert evaluation.reference.pooled.n is None
 
 
 def test_npz_of_images_alone_is_a_reference_for_any_extractor(
@@ -204,17 +205,17 @@ def test_npz_of_images_alone_is_a_reference_for_any_extractor(
     assert reference.sha256 == same.sha256
 
 
-def test_too_small_sets_are_told_not_filled_in() -> None:
+def test_sets_that_are_too_small_leave_metrics_undefined() -> None:
     reference = reference_of(feature_set(pictures(64)), "real")
     evaluation = Evaluation(PixelFeatures(), reference, EvaluationConfig(min_samples=2))
     evaluation.update(pictures(3))
-    result = evaluation.compute()
-    assert result.undefined["kid"] == "3 images are fewer than kid_subset_size = 1000"
-    assert result.undefined["precision"] == "3 images have no neighbour 3"
-    assert "splits = 10" in result.undefined["inception_score"]
+    _, undefined = evaluation.compute()
+    assert undefined["kid"] == "3 images are fewer than kid_subset_size = 1000"
+    assert undefined["precision"] == "3 images have no neighbour 3"
+    assert "splits = 10" in undefined["inception_score"]
 
 
-def test_few_and_duplicated_samples_are_warned_of() -> None:
+def test_few_samples_and_duplicates_give_a_warning() -> None:
     reference = reference_of(feature_set(pictures(64)), "real")
     evaluation = Evaluation(PixelFeatures(), reference, EvaluationConfig(kid_subset_size=20))
     images = pictures(30)
@@ -224,11 +225,12 @@ def test_few_and_duplicated_samples_are_warned_of() -> None:
     evaluation.update(images[:10])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert evaluation.compute().duplicates == 10
+        evaluation.compute()
+    assert evaluation.samples.duplicates() == 10
     assert any("10 of 40 samples equal an earlier one" in str(w.message) for w in caught)
 
 
-def test_black_images_are_warned_of() -> None:
+def test_black_images_give_a_warning() -> None:
     with pytest.warns(UserWarning, match="divided by 255 twice"):
         FeatureSet(PixelFeatures()).update(pictures(4) / 255)
 
@@ -273,7 +275,7 @@ def test_images_out_of_shape_or_range_are_refused() -> None:
         features.update(pictures(2), [3])
 
 
-def test_evaluation_refuses_what_does_not_belong_together() -> None:
+def test_samples_and_references_that_do_not_fit_are_refused() -> None:
     reference = reference_of(feature_set(pictures(20)), "real")
     with pytest.raises(ValueError, match=r"pixels with weights seed-0, but .* by pixels with seed-1"):
         Evaluation(PixelFeatures(seed=1), reference, CONFIG)

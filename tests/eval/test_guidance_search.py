@@ -33,7 +33,7 @@ def test_candidates_are_all_pairs_and_no_guidance_once() -> None:
 
 
 @pytest.mark.parametrize("halving", [2, 3])
-def test_the_best_is_found_and_the_rounds_cost_alike(halving: int) -> None:
+def test_the_search_returns_the_best_and_rounds_cost_the_same(halving: int) -> None:
     """On a known curve with noise that shrinks with the number of samples, as for a Frechet distance."""
     candidates: list[Candidate] = [(w, s, 1.0) for w in (1.5, 2.0, 2.5, 3.0, 4.0) for s in (0.0, 0.2, 0.4)]
     draws = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""PSNR, SSIM, LPIPS of pairs of images: properties, references, edges, errors."""
+"""PSNR, SSIM, LPIPS of pairs of images: properties, references, edge cases, errors."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_ssim_is_one_for_a_copy_and_symmetric() -> None:
     torch.testing.assert_close(ssim(images, images), torch.ones(4).double())
     torch.testing.assert_close(ssim(images, noisy), ssim(noisy, images))
     assert (ssim(images, noisy) < 0.999).all()
-    assert (ssim(images, 1 - images) < 0).all()  # the negative has the structure upside down
+    assert (ssim(images, 1 - images) < 0).all()  # a negative inverts the structure
 
 
 def test_ssim_equals_the_formula_of_scikit_image() -> None:
@@ -55,7 +55,7 @@ def test_metrics_do_not_depend_on_batches_and_their_order() -> None:
     images, noisy = pair(n=9)
     together, parts = ReconstructionMetrics(distance), ReconstructionMetrics(distance)
     together.update(images, noisy)
-    for rows in ([1, 3, 5, 7], [0, 2], [4, 6, 8]):  # as two processes would take them
+    for rows in ([1, 3, 5, 7], [0, 2], [4, 6, 8]):  # the shares of two processes
         parts.update(images[rows], noisy[rows], rows)
     for name, values in together.per_image().items():
         torch.testing.assert_close(parts.per_image()[name], values)
@@ -67,7 +67,7 @@ def test_metrics_do_not_depend_on_batches_and_their_order() -> None:
     assert "lpips" not in ReconstructionMetrics().values
 
 
-def test_metrics_are_those_of_saved_files() -> None:
+def test_metrics_equal_those_of_saved_files() -> None:
     images, noisy = pair()
     metrics = ReconstructionMetrics(distance)
     metrics.update(images, noisy)

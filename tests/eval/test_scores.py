@@ -55,7 +55,7 @@ def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
     assert estimate.std == pytest.approx(np.std(values), rel=1e-9)
 
 
-def test_kid_of_float32_features_errs_by_no_more_than_the_rounding_of_its_products() -> None:
+def test_the_error_of_kid_in_float32_is_bounded_by_the_rounding_of_its_products() -> None:
     """Each of the F products and sums of x . y / F rounds once; the cube triples the relative error."""
     width = 64
     x, y = features(300, width).relu(), features(300, width, seed=1).relu()  # x . y has no cancellation
@@ -91,7 +91,7 @@ def test_precision_and_recall_equal_their_definition() -> None:
     assert shares == precision_recall(x, y, k=3, block=1000)
 
 
-def test_precision_and_recall_tell_the_two_ways_to_fail_apart() -> None:
+def test_precision_and_recall_separate_two_failures() -> None:
     y = features(200, 4)
     y[100:] += 1000
     same = precision_recall(y, y)

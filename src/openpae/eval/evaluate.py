@@ -6,7 +6,7 @@ Under torchrun every process must call these functions: each works on its share,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,7 @@ def evaluate_reconstruction(
     """
     pairs = ReconstructionMetrics(lpips)
     sets = [] if extractor is None else [FeatureSet(extractor), FeatureSet(extractor)]
-    with torch.no_grad():
-        for batch in images.batches(batch_size):
-            x = batch.images.to(tokenizer.device)
-            y = tokenizer.reconstruct(x).float()
-            pairs.update(x, y, batch.numbers)
-            for features, shown in zip(sets, (x, y), strict=False):
-                features.update(shown, batch.numbers)
-    for part in (pairs, *sets):
-        part.gather()
+    _reconstruct(tokenizer, images, batch_size, pairs, sets)
 
     def compute() -> dict[str, Any]:
         metrics = pairs.compute()
@@ -80,11 +72,9 @@ def evaluate_reconstruction(
             evaluation.merge(decoded)
             distances, distance_facts = _results_of(evaluation)
             metrics |= distances
-        network = (
-            {}
-            if lpips is None
-            else {"lpips": f"lpips-{lpips.net}", "lpips_weights": fingerprint(lpips.state_dict())}
-        )
+        network = {}
+        if lpips is not None:
+            network = {"lpips": f"lpips-{lpips.net}", "lpips_weights": fingerprint(lpips.state_dict())}
         return {
             "metrics": metric_facts(metrics),
             "images": images.count,
@@ -97,6 +87,25 @@ def evaluate_reconstruction(
         }
 
     return _record("reconstruction", compute, tokenizer.device, facts)
+
+
+@torch.no_grad()
+def _reconstruct(
+    tokenizer: Autoencoder,
+    images: ImageStream,
+    batch_size: int,
+    pairs: ReconstructionMetrics,
+    sets: Sequence[FeatureSet],
+) -> None:
+    """Add all pairs of images, and the features of images and reconstructions if `sets` holds both sets."""
+    for batch in images.batches(batch_size):
+        x = batch.images.to(tokenizer.device)
+        y = tokenizer.reconstruct(x).float()
+        pairs.update(x, y, batch.numbers)
+        for features, pixels in zip(sets, (x, y), strict=False):
+            features.update(pixels, batch.numbers)
+    for part in (pairs, *sets):
+        part.gather()
 
 
 def evaluate_samples(
@@ -193,22 +202,23 @@ def _check_sidecar(samples: ImageStream, sha256: str) -> None:
 
 def _results_of(evaluation: Evaluation) -> tuple[dict[str, Estimate], dict[str, Any]]:
     """The metrics with the floor of real images, and what these numbers depend on."""
-    result, real = evaluation.compute(), evaluation.reference.features
-    metrics = dict(result.metrics)
-    if real is not None and len(real) >= 4:
-        metrics["frechet_floor"] = frechet_floor(real, min(result.n, len(real) // 2))
+    samples, reference = evaluation.samples, evaluation.reference
+    metrics, undefined = evaluation.compute()
+    if reference.features is not None and (half := len(reference.features) // 2) >= 2:
+        metrics["frechet_floor"] = frechet_floor(reference.features, min(samples.n, half))
+    assert samples.image_size is not None  # there are samples
     return metrics, {
-        "undefined": dict(result.undefined),
-        "samples": result.n,
-        "samples_sha256": result.samples_sha256,
-        "duplicates": result.duplicates,
-        "image_size": list(result.image_size),
-        "reference": result.reference,
-        "reference_sha256": result.reference_sha256,
-        "reference_n": result.reference_n,
-        "reference_preprocessing": evaluation.reference.preprocessing,
-        "extractor": result.extractor,
-        "extractor_weights": result.weights,
+        "undefined": undefined,
+        "samples": samples.n,
+        "samples_sha256": samples.sha256(),
+        "duplicates": samples.duplicates(),
+        "image_size": list(samples.image_size),
+        "reference": reference.name,
+        "reference_sha256": reference.sha256,
+        "reference_n": reference.pooled.n,
+        "reference_preprocessing": reference.preprocessing,
+        "extractor": samples.extractor.name,
+        "extractor_weights": samples.extractor.weights,
     }
 
 

@@ -63,7 +63,13 @@ class FeatureExtractor(Protocol):
         ...
 
 
-class InceptionFeatures(nn.Module):
+class _Frozen(nn.Module):
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+class InceptionFeatures(_Frozen):
     """The extractor of FID. Images are rounded to 256 levels and resized as in TensorFlow 1.
 
     Args:
@@ -77,10 +83,6 @@ class InceptionFeatures(nn.Module):
         self.network = network
         self.weights = fingerprint(network.state_dict())
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 2048), spatial (B, 2023), logits (B, 1008)."""
@@ -88,7 +90,7 @@ class InceptionFeatures(nn.Module):
         return Features(pooled=pooled, spatial=spatial, logits=logits)
 
 
-class EfficientNetFeatures(nn.Module):
+class EfficientNetFeatures(_Frozen):
     """Pooled head of EfficientNet-Lite0 (ImageNet-1k). Its weights come with a registry package.
 
     Images are resized to 128 (bicubic with low-pass, clamped to [0, 1]) and mapped by (255 x - 127) / 128.
@@ -104,10 +106,6 @@ class EfficientNetFeatures(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.weights = fingerprint(network.state_dict())
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -130,7 +128,7 @@ class DeepFeatures(Protocol):
         ...
 
 
-class VggFeatures(nn.Module):
+class VggFeatures(_Frozen):
     """Pooled relu5_3 of VGG16 at the images' own size. Distances do not compare with published FID.
 
     Args:
@@ -144,17 +142,13 @@ class VggFeatures(nn.Module):
         self.lpips = lpips
         self.weights = fingerprint(lpips.state_dict())
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 512)."""
         return Features(pooled=self.lpips.deep_features(images))
 
 
-class DinoFeatures(nn.Module):
+class DinoFeatures(_Frozen):
     """The CLS token of DINOv2 after its last norm (FD-DINOv2, Stein et al., arXiv:2306.04675).
 
     Args:
@@ -174,10 +168,6 @@ class DinoFeatures(nn.Module):
         self.weights = fingerprint(backbone.state_dict())
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:

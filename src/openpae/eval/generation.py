@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,28 +15,6 @@ from openpae.eval.frechet import Gaussian, frechet_distance, gaussian_of
 from openpae.eval.reference import Reference
 from openpae.eval.scores import inception_score, kid, precision_recall
 from openpae.eval.settings import EvaluationConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationMetrics:
-    """The result of one evaluation, with everything that a Frechet distance depends on."""
-
-    metrics: Mapping[str, Estimate]
-    """frechet, and if defined spatial_frechet, inception_score, kid, precision, recall."""
-    undefined: Mapping[str, str]
-    """Missing metric -> reason."""
-    n: int
-    """Number of samples."""
-    duplicates: int
-    """Samples that equal an earlier one pixel by pixel."""
-    image_size: tuple[int, int]
-    samples_sha256: str
-    extractor: str
-    weights: str
-    reference: str
-    reference_sha256: str
-    reference_n: int | None
-    """Images of the reference; None if its file does not hold the number."""
 
 
 class Evaluation:
@@ -98,8 +75,12 @@ class Evaluation:
                 "reference of the other's size: resizing would change the distance"
             )
 
-    def compute(self) -> GenerationMetrics:
+    def compute(self) -> tuple[dict[str, Estimate], dict[str, str]]:
         """Every metric of the images so far.
+
+        Returns:
+            Estimates by name: frechet, and if defined spatial_frechet, inception_score, kid, precision, recall;
+            and the reason of each undefined metric by name.
 
         Raises:
             ValueError: fewer than two samples.
@@ -108,27 +89,13 @@ class Evaluation:
         if samples.n < 2:
             raise ValueError(f"a Frechet distance needs at least 2 samples, got {samples.n}")
         self._warn()
-        metrics, undefined = split_results(
+        return split_results(
             (
                 _frechet("frechet", samples.pooled.gaussian(), reference.pooled),
                 self._spatial(),
                 self._inception_score(),
                 *self._against_features(),
             )
-        )
-        assert samples.image_size is not None
-        return GenerationMetrics(
-            metrics=metrics,
-            undefined=undefined,
-            n=samples.n,
-            duplicates=samples.duplicates(),
-            image_size=samples.image_size,
-            samples_sha256=samples.sha256(),
-            extractor=samples.extractor.name,
-            weights=samples.extractor.weights,
-            reference=reference.name,
-            reference_sha256=reference.sha256,
-            reference_n=reference.pooled.n,
         )
 
     def _warn(self) -> None:
