@@ -79,8 +79,8 @@ class Evaluation:
         """Every metric of the images so far.
 
         Returns:
-            Estimates by name: frechet, and if defined spatial_frechet, inception_score, kid, precision, recall;
-            and the reason of each undefined metric by name.
+            Estimates by name: frechet, and if defined spatial_frechet, inception_score, kid, precision,
+            recall; and the reason of each undefined metric by name.
 
         Raises:
             ValueError: fewer than two samples.

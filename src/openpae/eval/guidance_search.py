@@ -18,7 +18,7 @@ from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.generation import Evaluation
 from openpae.eval.reference import Reference
-from openpae.eval.settings import Candidate, EvaluationConfig, SearchConfig, with_guidance
+from openpae.eval.settings import NO_GUIDANCE, Candidate, EvaluationConfig, SearchConfig, with_guidance
 from openpae.runtime import processes
 from openpae.runtime.device import autocast
 from openpae.runtime.provenance import package_versions
@@ -184,6 +184,8 @@ def search_guidance(
 
     best = successive_halving(candidates, measured, samples=search.samples, halving=search.halving)
     tuned = replace(with_guidance(sampler, best), tuned_on=_tuned_on(evaluator))
+    count = max(samples for candidate, samples in known if candidate == best)
+    record["verdict"] = _verdict(known[best, count], measured(NO_GUIDANCE, count), count, best)
     record["best"] = configs.to_dict(tuned)
     processes.on_rank0(lambda: _keep(out, record, tuned))
     return record
@@ -207,6 +209,16 @@ def _settings(evaluator: SampleEvaluator, facts: Mapping[str, Any]) -> dict[str,
         "labels": "class-balanced",
         **facts,
     }
+
+
+def _verdict(distance: float, unguided: float, count: int, best: Candidate) -> str:
+    """Why the best guidance is not usable: no guidance, at half the cost, is as good. Else empty."""
+    if best == NO_GUIDANCE or distance < unguided:
+        return ""
+    return (
+        f"not usable: no guidance is at {unguided:.4f} over {count} samples, the best guidance at "
+        f"{distance:.4f}; sample without, or search over more --samples"
+    )
 
 
 def _tuned_on(evaluator: SampleEvaluator) -> str:
