@@ -179,7 +179,7 @@ def test_efficientnet_gives_its_pooled_head() -> None:
 
 def test_vgg_passes_images_unchanged() -> None:
     images = pictures()
-    extractor = VggFeatures(Head())
+    extractor = VggFeatures(Head())  # type: ignore[arg-type]
     torch.testing.assert_close(extractor.features(images).pooled, images.mean(dim=(2, 3)))
     assert len(extractor.weights) == 16
 

@@ -212,7 +212,7 @@ def test_a_search_of_one_is_refused() -> None:
 def test_guidance_that_is_no_better_than_none_is_not_usable(
     evaluator: SampleEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float, usable: bool
 ) -> None:
-    """Distances made up: none has 5, each guidance so much more or less."""
+    """With fixed distances: 5 without guidance, 5 + offset with it."""
     evaluator.search = replace(SEARCH, scales=(2.0, 3.0))  # without the candidate of no guidance
     monkeypatch.setattr(
         SampleEvaluator, "__call__", lambda _, candidate, count: 5.0 + offset * (candidate[0] != 1)

@@ -116,18 +116,6 @@ class EfficientNetFeatures(_Frozen):
         return Features(pooled=grid.mean(dim=(2, 3)))
 
 
-class DeepFeatures(Protocol):
-    """What `VggFeatures` needs of the LPIPS network."""
-
-    def deep_features(self, images: Tensor) -> Tensor:
-        """Pooled features of the last layer, (B, 512), of images (B, 3, H, W) in [0, 1]."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All weights."""
-        ...
-
-
 class VggFeatures(_Frozen):
     """Pooled relu5_3 of VGG16 at the images' own size. Distances do not compare with published FID.
 
@@ -136,7 +124,7 @@ class VggFeatures(_Frozen):
         name: name in records.
     """
 
-    def __init__(self, lpips: DeepFeatures, name: str = "vgg16-relu5_3") -> None:
+    def __init__(self, lpips: LPIPS, name: str = "vgg16-relu5_3") -> None:
         super().__init__()
         self.name = name
         self.lpips = lpips

@@ -96,19 +96,10 @@ def sample_batches(
 ) -> Iterator[Tensor]:
     """Sample the latents with these indices, batch by batch. The host never waits for the device.
 
-    Args:
-        model: the generator, in evaluation mode.
-        labels: classes of all samples, (n,), on the CPU.
-        config: solver and guidance.
-        batches: indices of the samples of each batch, in [0, n).
-        seed: sample i has its own noise from (seed, i).
-        weak: see `sample_latents`.
+    Arguments and errors are those of `sample_images`.
 
     Yields:
         z, (B, C, h, w), on the generator's device.
-
-    Raises:
-        ValueError: see `sample_latents`.
     """
     _check(model, labels, config, weak)
     device, shape = next(model.parameters()).device, model.config.latent_shape
