@@ -72,7 +72,7 @@ def evaluate_reconstruction(
             evaluation.merge(decoded)
             distances, distance_facts = _results_of(evaluation)
             metrics |= distances
-        network = {}
+        network: dict[str, str] = {}
         if lpips is not None:
             network = {"lpips": f"lpips-{lpips.net}", "lpips_weights": fingerprint(lpips.state_dict())}
         return {
@@ -104,8 +104,9 @@ def _reconstruct(
         pairs.update(x, y, batch.numbers)
         for features, pixels in zip(sets, (x, y), strict=False):
             features.update(pixels, batch.numbers)
-    for part in (pairs, *sets):
-        part.gather()
+    pairs.gather()
+    for features in sets:
+        features.gather()
 
 
 def evaluate_samples(
