@@ -40,7 +40,7 @@ FILES_OF = {
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
-    "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
+    "eval": "settings npz image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",

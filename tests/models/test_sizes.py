@@ -323,7 +323,7 @@ def test_a_wide_latent_space_is_measured_and_drawn(
     assert "10 images of 32 x 40 pixels" in (tmp_path / "out/profile.html").read_text(encoding="utf-8")
     assert thumbnails(torch.rand(2, 3, 32, 48), 24).shape == (2, 3, 16, 24)
     assert pca_pictures(torch.randn(2, 8, 4, 6), 24).shape == (2, 3, 16, 24)
-    with pytest.raises(ValueError, match="scenes are square, but images of 32 x 40 are asked for"):
+    with pytest.raises(ValueError, match="scenes are square, but the images have 32 x 40 pixels"):
         run_profile([str(tmp_path / "wide")], replace(run, scenes=2))
 
 

@@ -220,7 +220,7 @@ def sample(
     """
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
-    from openpae.sampling.sample_set import SampleSet, draw_samples
+    from openpae.sampling.sample_set import SampleSet, write_samples
     from openpae.storage.model_folder import seen_classes
 
     run.check()
@@ -240,7 +240,7 @@ def sample(
             facts=models.facts,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
-            draw_samples(
+            write_samples(
                 out,
                 samples,
                 models.tokenizer,
@@ -355,7 +355,7 @@ def search_guidance(
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
-        judge = SampleEvaluator(
+        evaluator = SampleEvaluator(
             models.tokenizer,
             models.generator,
             sampler.config(),
@@ -367,10 +367,10 @@ def search_guidance(
             precision=sampler.precision,
             weak=models.weak,
         )
-        tell = print if processes.is_rank0() else None
+        log = print if processes.is_rank0() else None
         inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
-        record = run_search(out, judge, facts=models.facts, tell=tell, inputs=inputs)
-        if tell is not None:
+        record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs)
+        if log is not None:
             best = record["best"]
             if record["verdict"]:
                 print(record["verdict"])

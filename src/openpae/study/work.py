@@ -20,7 +20,7 @@ from openpae.data.shards import Shards
 from openpae.eval.evaluate import evaluate_samples
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import features_of
-from openpae.eval.image_stream import Batch, ImageStream, drawn_images, real_images
+from openpae.eval.image_stream import Batch, ImageStream, real_images, sampled_images
 from openpae.eval.reference import reference_of, save_reference
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.spaces import LatentSpace, open_tokenizer
@@ -293,7 +293,7 @@ def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     settings, device = part.settings, pick_device("auto")
     folder = checkpoint_path(at.inputs["generator"], part.step)
     generator = load_generator(folder).to(device)
-    stream = drawn_images(
+    stream = sampled_images(
         _decoder(at, device),
         generator,
         balanced_labels(settings.samples, trained_classes(folder, generator.config.num_classes)),
