@@ -342,11 +342,3 @@ def test_the_encoder_of_a_config_is_loaded_with_it(tiny_config: PAEConfig) -> No
     images = torch.rand(1, 3, 32, 32)
     expected = load_encoder("random-tiny")(model.preprocess(images))
     assert torch.equal(model.features(images), expected)
-
-
-def test_a_local_start_changes_both_projectors_and_the_pixels_alone(tiny_config: PAEConfig) -> None:
-    model = build_tokenizer(tiny_config)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    model.start_local()
-    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed == {"projector.attn.qkv.weight", "deprojector.attn.qkv.weight", "decoder.to_pixels.weight"}

@@ -159,8 +159,8 @@ class PAEConfig:
     modulator_layers: int = 6
     """Layers K of the Detail-Aware Modulator."""
     width: int | None = None
-    """Width of modulator and projectors; null: the width of the VFM, as in the paper. Otherwise a linear layer
-    after the VFM narrows its features (our choice, for sizes that a CPU can train)."""
+    """Width of modulator and projectors; null: the width of the VFM, as in the paper. Otherwise a linear
+    layer after the VFM narrows its features (our choice, for sizes that a CPU can train)."""
     fusion: Literal["modulate", "add", "concat", "finetune", "none"] = "modulate"
     """How detail changes the VFM's features (Table 3b). finetune has no modulator and trains the VFM. none is
     RAE (arXiv:2510.11690): the features are the latent, and only the decoder is trained."""

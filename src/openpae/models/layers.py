@@ -232,43 +232,6 @@ def init_vit(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-@torch.no_grad()
-def start_at_self(attention: SelfAttention, gain: float = 2.0) -> None:
-    """Start self-attention at each token itself: queries and keys are one random rotation R of the input.
-
-        Q = K = gain R,   logits gain^2 x_i . x_j / sqrt(head width), largest for i = j
-
-    With unrelated queries and keys an attention without residual starts as the mean of all tokens, and lets
-    nothing of a single token pass until it has learnt to.
-    """
-    dim = attention.proj.in_features
-    rotation = nn.init.orthogonal_(torch.empty(dim, dim))
-    attention.qkv.weight[: 2 * dim] = (gain * rotation).repeat(2, 1).to(attention.qkv.weight)
-
-
-@torch.no_grad()
-def start_with_spectrum(to_pixels: nn.Linear, patch: int, scale: float = 0.2) -> None:
-    """Start flat patches (`unpatchify`) with the spectrum of photographs, whose amplitude falls as 1 / f.
-
-        W = sum_k (scale patch / f_k) b_k m_k^T
-
-    b_k: cosine patterns (DCT-II) of three colours, grey at its frequency f_k, the two opponent colours as if
-    at three times theirs; m_k: normal directions of variance 1 / width. For inputs of unit variance each
-    pattern then has an amplitude of scale patch / f_k. With equal variance for all pixels the fine patterns
-    are noise that has to be unlearnt before they can be learnt.
-    """
-    wave = torch.cos(torch.outer(torch.arange(patch), torch.arange(patch) + 0.5) * (math.pi / patch))
-    wave = wave / wave.norm(dim=1, keepdim=True)  # (u, position)
-    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-    colours = colours / colours.norm(dim=1, keepdim=True)
-    patterns = torch.einsum("uy,vx,kc->uvkyxc", wave, wave, colours).flatten(3).flatten(0, 2)
-    u, v = torch.meshgrid(torch.arange(patch), torch.arange(patch), indexing="ij")
-    frequency = torch.hypot(u.float(), v.float()).clamp_min(1)[..., None] * torch.tensor([1.0, 3.0, 3.0])
-    width = to_pixels.in_features
-    directions = torch.randn(len(patterns), width) * (scale * patch / width**0.5)
-    to_pixels.weight.copy_(patterns.T @ (directions / frequency.flatten()[:, None]))
-
-
 def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
     """Sine-cosine features of path positions t (B,) in [0, 1]: (B, dim), cosines first, as in DiT."""
     half = dim // 2

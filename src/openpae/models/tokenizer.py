@@ -19,13 +19,7 @@ from openpae.models.encoders import (
     encoder_fingerprint,
     load_encoder,
 )
-from openpae.models.layers import (
-    start_at_self,
-    start_with_spectrum,
-    to_grid,
-    to_sphere,
-    to_tokens,
-)
+from openpae.models.layers import to_grid, to_sphere, to_tokens
 from openpae.models.modulator import DetailModulator, NoModulator
 from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
@@ -222,11 +216,6 @@ class Autoencoder(nn.Module):
         """Save and upload to the hub; see `hub.push`. Returns the address."""
         return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
 
-    def start_local(self) -> None:
-        """Other initial weights: the first images have the spectrum of photographs
-        (`layers.start_with_spectrum`)."""
-        start_with_spectrum(self.decoder.to_pixels, self.decoder.patch_size)
-
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
@@ -273,13 +262,6 @@ class PAE(Autoencoder):
     def _from_latent(self, z: Tensor) -> Tensor:
         tokens: Tensor = self.deprojector(z)
         return tokens
-
-    def start_local(self) -> None:
-        """As `Autoencoder.start_local`; detail also passes both projectors from the first step
-        (`layers.start_at_self`)."""
-        for projector in (self.projector, self.deprojector):
-            start_at_self(projector.attn)
-        super().start_local()
 
 
 class RAE(Autoencoder):

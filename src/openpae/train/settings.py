@@ -83,7 +83,7 @@ class TokenizerRun:
     itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
     (docs/results.md). Its effect on a long run is not known. dct: as a cosine transform of each patch, with a
     last layer that is fitted to the first images. 200 steps then give what a long run gives from vit.
-    patches: the principal components of patches pass from the first step (`models.patch_start`). Before it,
+    patches: the principal components of patches pass from the first step (`models.starts`). Before it,
     held-out emoji have 17 decibels at width 96 and 22 at width 256 (docs/log.md)."""
     checkpoint_blocks: int = added(0)
     """Blocks of the decoder, from the first on, whose activations are computed again in the backward pass

@@ -46,10 +46,9 @@ from openpae.models.discriminator import (
 from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
-from openpae.models.patch_start import start_from_patches
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.tokenizer import PAE, tokenizer_class
-from openpae.models.transform_start import fit_readout, start_as_transform
+from openpae.models.starts import fit_readout, start_as_transform, start_from_patches, start_local
+from openpae.models.tokenizer import tokenizer_class
 from openpae.objective.losses import (
     compared_pairs,
     discriminator_hinge,
@@ -102,7 +101,7 @@ class TokenizerTask:
         self.model = tokenizer_class(run.model)(run.model, encoder)
         self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
-            self.model.start_local()
+            start_local(self.model)
         self.model.to(self.device)
         # Before training: a finetuned encoder is told by what it started from.
         self.encoder_fingerprint = encoder_fingerprint(encoder)
@@ -281,8 +280,6 @@ class TokenizerTask:
 
     def _start_as_transform(self) -> None:
         """Initial weights, and the last layer fitted to the first images; in every process alike."""
-        if not isinstance(self.model, PAE):
-            raise ValueError("start dct needs a tokenizer with a modulator, got model.fusion none")
         start_as_transform(self.model)
         size = self.run.loop.global_batch_size
         steps = StepBatches(range(-(-_FITTED // size)), size, [range(size)])

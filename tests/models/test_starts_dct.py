@@ -1,4 +1,4 @@
-"""A tokenizer can begin as a cosine transform of its patches: it then shows pictures before it is trained."""
+"""The start `dct`: a tokenizer begins as a cosine transform of its patches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from openpae.models.configs import DecoderConfig, PAEConfig
+from openpae.models.starts import _patterns, fit_readout, start_as_transform
 from openpae.models.tokenizer import PAE, build_tokenizer
-from openpae.models.transform_start import _patterns, fit_readout, start_as_transform
 
 CONFIG = PAEConfig(
     encoder="random-tiny",
@@ -23,7 +23,7 @@ CONFIG = PAEConfig(
 
 
 def smooth_images(count: int, seed: int) -> Tensor:
-    """Fields with an amplitude that falls as 1 / f, in [0, 1]."""
+    """Images whose amplitude falls as 1 / f, in [0, 1]."""
     noise = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(0.5 + 0.2 * noise, size=32, mode="bicubic").clamp(0, 1)
 
@@ -33,7 +33,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def fitted(model: PAE) -> float:
-    """PSNR of other images than those of the fit."""
+    """PSNR on images outside of the fit."""
     train, other = smooth_images(64, 0), smooth_images(16, 1)
     with torch.no_grad():
         fit_readout(model, train, model.features(train))
@@ -58,7 +58,7 @@ def test_the_patterns_give_the_same_coefficients_of_an_enlarged_patch() -> None:
     torch.testing.assert_close(coefficients[0], coefficients[1], atol=0.05, rtol=0)
 
 
-def test_it_shows_pictures_before_it_is_trained() -> None:
+def test_it_decodes_images_before_training() -> None:
     torch.manual_seed(0)
     start = build_tokenizer(CONFIG)
     assert isinstance(start, PAE)
@@ -77,7 +77,7 @@ def test_it_shows_pictures_before_it_is_trained() -> None:
     ("change", "text"),
     [({"fusion": "add"}, "fusion modulate, got add"), ({"latent_dim": 80}, "width of at least 79")],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, object], text: str) -> None:
+def test_unsuitable_models_are_refused(change: dict[str, object], text: str) -> None:
     model = build_tokenizer(replace(CONFIG, **change))  # type: ignore[arg-type]
     assert isinstance(model, PAE)
     with pytest.raises(ValueError, match=text):
