@@ -54,7 +54,7 @@ def test_unpatchify_undoes_cutting_into_patches(h: int, w: int, patch: int) -> N
     assert torch.equal(unpatchify(patches, h, w, patch), images)
 
 
-def test_sphere_gives_every_token_unit_rms_whatever_its_scale() -> None:
+def test_sphere_gives_every_token_unit_rms_at_every_scale() -> None:
     z = torch.randn(2, 8, 3, 5) * torch.logspace(0, 3, 15).view(1, 1, 3, 5)
     on = to_sphere(z)
     torch.testing.assert_close(on.square().mean(1), torch.ones(2, 3, 5), rtol=1e-4, atol=0)
@@ -120,7 +120,7 @@ def test_positions_of_another_grid_are_those_of_the_places_between(
 ) -> None:
     """Cell i of n lies where a resized image has it; away from the edge, where a cubic has no neighbours,
     the interpolated table is the sine or cosine there. Also of grids that are not square."""
-    found = to_grid(resize_positions(sincos_2d(*trained, 16)[None], trained, *grid), *grid)[0]
+    resized = to_grid(resize_positions(sincos_2d(*trained, 16)[None], trained, *grid), *grid)[0]
     rows, columns = (
         (torch.arange(n, dtype=torch.float64) + 0.5) * old / n - 0.5
         for old, n in zip(trained, grid, strict=True)
@@ -132,7 +132,7 @@ def test_positions_of_another_grid_are_those_of_the_places_between(
         ],
         dim=1,
     )
-    inner = found[:, 3:-3, 3:-3]
+    inner = resized[:, 3:-3, 3:-3]
     torch.testing.assert_close(inner, to_grid(exact[None], *grid)[0][:, 3:-3, 3:-3], atol=0.06, rtol=0)
 
 
@@ -160,7 +160,7 @@ def test_rotary_scores_depend_on_relative_position_only() -> None:
     for rows, columns in ((1, 0), (0, 1), (2, 3)):
         moved = s[rows:, columns:, rows:, columns:]
         torch.testing.assert_close(moved, s[: h - rows, : w - columns, : h - rows, : w - columns])
-    assert (s[0, 0, 1, 0] - s[0, 0, 0, 1]).abs() > 1e-3  # rows and columns are told apart
+    assert (s[0, 0, 1, 0] - s[0, 0, 0, 1]).abs() > 1e-3  # rows and columns differ
     for along in (s[0, 0, :, 0], s[0, 0, 0, :]):  # and so are the steps along each
         assert along.diff().abs().min() > 1e-4
 
@@ -227,6 +227,6 @@ def test_timestep_features_start_with_cosines() -> None:
         (lambda: rope_2d(2, 2, 6), "a multiple of 4, got 6"),
     ],
 )
-def test_widths_that_can_not_be_are_named(build: object, message: str) -> None:
+def test_impossible_widths_are_named(build: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()  # type: ignore[operator]

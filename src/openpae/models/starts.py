@@ -286,4 +286,5 @@ def _colours() -> Tensor:
 def _frequencies(patch: int) -> Tensor:
     """Frequencies of the two-dimensional cosines of a patch, (patch, patch)."""
     number = torch.arange(patch).float()
-    return torch.hypot(number[:, None], number)
+    frequencies: Tensor = torch.hypot(number[:, None], number)
+    return frequencies
