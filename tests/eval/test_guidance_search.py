@@ -138,9 +138,13 @@ def test_the_record_says_what_was_tuned_on(judge: SampleEvaluator, tmp_path: Pat
     assert record["generator"] == "abc"
     assert record["reference_sha256"] == judge.evaluation.reference.sha256
     counts = Counter(row["samples"] for row in record["measured"])
-    assert counts == {4: 5, 8: 3, 16: 2}
-    assert len(lines) == 10
-    last = min((row for row in record["measured"] if row["samples"] == 16), key=lambda row: row["frechet"])
+    finals = [row for row in record["measured"] if row["samples"] == 16]
+    (free,) = (row for row in finals if row["guidance"] == 1)  # measured at the end, if not before
+    assert counts == {4: 5, 8: 3, 16: len(finals)}
+    assert len(finals) == 2 + (free not in finals[:2])
+    assert len(lines) == 8 + len(finals)
+    last = min(finals[:2], key=lambda row: row["frechet"])
+    assert bool(record["verdict"]) == (last is not free and last["frechet"] >= free["frechet"])
     best = configs.load(SamplerConfig, tmp_path / "best.yaml")
     assert (best.guidance, best.guidance_start) == (last["guidance"], last["guidance_start"])
     assert (best.solver, best.steps) == ("euler", 2)
@@ -166,7 +170,7 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(judge: SampleEvaluator
     judge.seen.clear()
     again: list[str] = []
     assert search_guidance(tmp_path / "part", judge, facts={}, tell=again.append) == whole
-    assert len(again) == 10 - 6
+    assert len(again) == len(whole["measured"]) - 6
     with pytest.raises(ValueError, match=r"holds another search: another precision \(None there, bf16 now\)"):
         search_guidance(tmp_path / "part", judge, facts={"precision": "bf16"})
 
@@ -202,3 +206,18 @@ def test_a_search_of_one_is_refused() -> None:
         SearchConfig(scales=(1.0,)).candidates(SAMPLER)
     with pytest.raises(ValueError, match=r"guidance_start must lie in \[0, 1\], got -1"):
         SearchConfig(starts=(-1.0, 0.0)).candidates(SAMPLER)
+
+
+@pytest.mark.parametrize(("offset", "usable"), [(-1.0, True), (0.0, False), (1.0, False)])
+def test_guidance_that_is_no_better_than_none_is_not_usable(
+    judge: SampleEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float, usable: bool
+) -> None:
+    """Distances made up: none has 5, each guidance so much more or less."""
+    judge.search = replace(SEARCH, scales=(2.0, 3.0))  # none does not compete
+    monkeypatch.setattr(
+        SampleEvaluator, "__call__", lambda _, candidate, count: 5.0 + offset * (candidate[0] != 1)
+    )
+    record = search_guidance(tmp_path, judge, facts={})
+    assert (record["verdict"] == "") == usable
+    if not usable:
+        assert record["verdict"].startswith("not usable: no guidance is at 5.0000")

@@ -137,7 +137,7 @@ def test_a_signal_to_the_group_of_torchrun_saves(
     try:
         wait_for(lambda: steps_of(run_dir) > 3 or group.poll() is not None)
         os.killpg(group.pid, signum)
-        group.wait(timeout=120)
+        group.wait(timeout=400)
     finally:
         group.kill()
     assert len(checkpoint_steps(run_dir)) == 1, (tmp_path / "output").read_text()[-2000:]

@@ -25,6 +25,8 @@ def test_the_quickest_workers_are_taken_and_a_budget_that_pays_stays() -> None:
 def test_a_budget_that_does_not_pay_for_the_fewest_steps_is_extended() -> None:
     timing, lines = settle([SLOW], 720, strict=False)
     assert timing.seconds == least_seconds(SLOW) > 720
+    assert settle([SLOW], 720, spent=100, strict=False)[0].seconds == timing.seconds + 100
+    assert settle([QUICK], 720, spent=700, strict=False)[0].seconds > 720
     steps = LEAST_STEPS["refiner"] + LEAST_STEPS["tokenizer"]
     assert timing.seconds > steps * SLOW.tokenizer + LEAST_STEPS["generator"] * SLOW.generator
     for text in ("budget of 12 min is too short", str(LEAST_STEPS["tokenizer"]), "going on for that long"):

@@ -28,7 +28,7 @@ def leave(code: int) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -371,10 +372,14 @@ def search_guidance(
         record = run_search(out, judge, facts=models.facts, tell=tell, inputs=inputs)
         if tell is not None:
             best = record["best"]
+            if record["verdict"]:
+                print(record["verdict"])
             print(
                 f"best: guidance {best['guidance']:g} from {best['guidance_start']:g} to "
                 f"{best['guidance_end']:g}, kept in {out / 'best.yaml'}; {record['note']}"
             )
+        if record["verdict"]:
+            sys.exit(3)
 
 
 def _load(tokenizer: Path, generator: Path, sampler: SamplerChoice, device: str) -> SamplingModels:

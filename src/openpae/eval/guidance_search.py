@@ -18,7 +18,7 @@ from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
 from openpae.eval.generation import Evaluation
 from openpae.eval.reference import Reference
-from openpae.eval.settings import Candidate, EvaluationConfig, SearchConfig, with_guidance
+from openpae.eval.settings import NO_GUIDANCE, Candidate, EvaluationConfig, SearchConfig, with_guidance
 from openpae.runtime import processes
 from openpae.runtime.device import autocast
 from openpae.runtime.provenance import package_versions
@@ -177,6 +177,8 @@ def search_guidance(
 
     best = successive_halving(candidates, measured, samples=search.samples, halving=search.halving)
     tuned = replace(with_guidance(sampler, best), tuned_on=_tuned_on(judge))
+    count = max(samples for candidate, samples in known if candidate == best)
+    record["verdict"] = _verdict(known[best, count], measured(NO_GUIDANCE, count), count, best)
     record["best"] = configs.to_dict(tuned)
     processes.on_rank0(lambda: _keep(out, record, tuned))
     return record
@@ -200,6 +202,16 @@ def _settings(judge: SampleEvaluator, facts: Mapping[str, Any]) -> dict[str, Any
         "labels": "class-balanced",
         **facts,
     }
+
+
+def _verdict(found: float, free: float, count: int, best: Candidate) -> str:
+    """One line where the best guidance is worth nothing, else nothing: no guidance costs half as much."""
+    if best == NO_GUIDANCE or found < free:
+        return ""
+    return (
+        f"not usable: no guidance is at {free:.4f} over {count} samples, the best guidance at {found:.4f}; "
+        "sample without, or search over more --samples"
+    )
 
 
 def _tuned_on(judge: SampleEvaluator) -> str:

@@ -50,7 +50,7 @@ def import_latents(
 ) -> Shards:
     """Convert a folder of safetensors shards as the scripts of LightningDiT and PAE write them.
 
-    The shards hold `latents`, `labels` and optionally `latents_flip`. The latents keep their precision and
+    They hold `latents`, `labels` and optionally `latents_flip`. The latents keep their precision and
     are not normalised; their statistics are computed over all rows. An interrupted import continues.
 
     Args:
@@ -72,18 +72,16 @@ def import_latents(
         the others or from the tokenizer's latents, or a label
             lies outside of the classes.
     """
-    files = _opened(source)
-    first = files[0]
+    first, *_ = files = _opened(source)
     if first.shape != latent_shape:
         raise ValueError(f"{source} holds latents {first.shape}, but the tokenizer makes {latent_shape}")
     labels = torch.cat([file.labels for file in files])
     count = _count_classes(source, labels, num_classes)
-    facts = repr([(file.path.name, file.path.stat().st_size) for file in files]).encode()
     attributes: dict[str, Any] = {
         "tokenizer": tokenizer_fingerprint,
         "image_size": image_size,
         "precision": "fp32",
-        "images": hashlib.sha256(facts + labels.numpy().tobytes()).hexdigest()[:16],
+        "images": _fingerprint(files, labels),
         "classes": [str(label) for label in range(count)],
         "source": "imported",
     }
@@ -101,6 +99,11 @@ def import_latents(
             if progress:
                 progress(layout.span(shard).stop, layout.sources)
         return writer.finish()
+
+
+def _fingerprint(files: list[_File], labels: Tensor) -> str:
+    facts = repr([(file.path.name, file.path.stat().st_size) for file in files]).encode()
+    return hashlib.sha256(facts + labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def _count_classes(source: Path, labels: Tensor, num_classes: int | None) -> int:

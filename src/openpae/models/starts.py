@@ -1,7 +1,7 @@
-"""Initial weights of a tokenizer beyond those of ViT-MAE: the values local, dct and patches of `start`.
+"""Initial weights of a tokenizer beyond those of ViT-MAE: the values local and patches of `start`.
 
-All are our choice, for short runs. With dct and patches the first decodes already show the images, where
-random weights start from grey (docs/results.md, docs/log.md).
+Both are our choice, for short runs. With patches the first decodes already show the images, where random
+weights start from grey (docs/results.md, docs/log.md).
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from openpae.models.layers import SelfAttention, TransformerBlock
 from openpae.models.modulator import DetailModulator, ModulatorLayer
 from openpae.models.tokenizer import PAE, Autoencoder
 
-_DETAIL_GAIN, _ANCHOR, _BRANCH_SCALE = 8.0, 4.0, 0.3
-"""dct: weight of the detail against the VFM's features, value of the constant channel, and scale of the
-residual branches; compared in docs/log.md."""
-_COMPONENT_GAIN = 3.0
-"""patches: scale of the components against the positions added to them, whose root mean square is 0.7."""
+_GAIN = 3.0
+"""Scale of the components against the positions added to them, whose root mean square is 0.7."""
 
 
 def start_local(model: Autoencoder) -> None:
@@ -56,64 +53,20 @@ def start_with_spectrum(to_pixels: nn.Linear, patch: int, scale: float = 0.2) ->
         W = sum_k (scale patch / f_k) b_k m_k^T
 
     b_k: cosine patterns (DCT-II) of three colours, grey at its frequency f_k, the two opponent colours at
-        three times theirs; m_k: normal directions of variance 1 / width. For inputs of unit variance each
-        pattern has an amplitude of scale patch / f_k. With equal variance for all pixels, training would
-        first have to remove the noise in the fine patterns.
+    three times theirs; m_k: normal directions of variance 1 / width. For inputs of unit variance each pattern
+    has an amplitude of scale patch / f_k. With equal variance for all pixels, training would first have to
+    remove the noise in the fine patterns.
     """
     wave = torch.cos(torch.outer(torch.arange(patch), torch.arange(patch) + 0.5) * (math.pi / patch))
     wave = wave / wave.norm(dim=1, keepdim=True)  # (u, position)
-    patterns = torch.einsum("uy,vx,kc->uvkyxc", wave, wave, _colours()).flatten(3).flatten(0, 2)
-    frequency = _frequencies(patch).clamp_min(1)[..., None] * torch.tensor([1.0, 3.0, 3.0])
+    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    patterns = torch.einsum("uy,vx,kc->uvkyxc", wave, wave, colours).flatten(3).flatten(0, 2)
+    number = torch.arange(patch).float()
+    frequency = torch.hypot(number[:, None], number).clamp_min(1)[..., None] * torch.tensor([1.0, 3.0, 3.0])
     width = to_pixels.in_features
     directions = torch.randn(len(patterns), width) * (scale * patch / width**0.5)
     to_pixels.weight.copy_(patterns.T @ (directions / frequency.flatten()[:, None]))
-
-
-@torch.no_grad()
-def start_as_transform(model: Autoencoder) -> None:
-    """Start C - 1 latent channels as the lowest DCT-II coefficients of each patch, the last as a constant.
-
-    Grey patterns count at their frequency, colours at 2.2 times theirs. The constant preserves the contrast,
-    which the sphere norm would remove. The residual branches start small and leave the channels of the
-    coefficients unchanged. The last layer keeps its weights: call `fit_readout` next.
-
-    Raises:
-        ValueError: the fusion is not modulate, or the tokenizer is narrower than C - 1.
-    """
-    pae, modulator = _with_modulator(model, "dct")
-    decoder, count = pae.decoder, pae.config.latent_dim - 1
-    dim, width = modulator.patch_embed.out_channels, decoder.to_pixels.in_features
-    if count > min(dim, width):
-        raise ValueError(f"start dct needs a width of at least {count}, got {dim} and {width} in the decoder")
-    enter, leave = _steady(modulator.positions[0], count), _steady(decoder.positions[0], count)
-    patterns, scale = _patterns(decoder.patch_size, modulator.patch_embed.kernel_size[0], count)
-    modulator.patch_embed.weight[enter] = patterns.permute(0, 3, 1, 2) * (0.5 * scale[:, None, None, None])
-    assert modulator.patch_embed.bias is not None  # for the type checker
-    modulator.patch_embed.bias[enter] = -modulator.positions[0][:, enter].mean(dim=0)
-    for layer in modulator.layers:
-        _spare(layer, enter)
-    if isinstance(pae.narrow, nn.Linear):
-        pae.narrow.weight[enter] = 0
-        pae.narrow.bias[enter] = 0
-    modulator.fusion.proj.weight[dim + enter, enter] = _DETAIL_GAIN
-    for projector in (pae.projector, pae.deprojector):
-        _pass_tokens(projector.attn, gain=4.0, rotate=False)
-    channels = torch.arange(count)
-    to_latent, from_latent = pae.projector.to_latent, pae.deprojector.from_latent
-    to_latent.weight.mul_(0.1)
-    to_latent.weight[:count] = 0
-    to_latent.weight[channels, enter, 1, 1] = 1
-    to_latent.weight[count] = 0
-    assert to_latent.bias is not None  # for the type checker
-    to_latent.bias[count] = _ANCHOR
-    from_latent.weight.mul_(0.1)
-    from_latent.weight[enter] = 0
-    from_latent.weight[enter, channels, 1, 1] = 1
-    decoder.embed.weight.zero_()
-    decoder.embed.weight[leave, enter] = 1
-    decoder.embed.bias[leave] = -decoder.positions[0][:, leave].mean(dim=0)
-    for block in decoder.blocks:
-        _spare(block, leave)
 
 
 @torch.no_grad()
@@ -126,7 +79,7 @@ def start_from_patches(model: Autoencoder, images: Tensor, features: Tensor | No
     inverse variance, so that weak ones survive the sphere norm. They replace C - 1 channels of the features;
     the others stay. A constant c, as long as a usual d, preserves the length of d. The residual branches of
     modulator and decoder start at 0, both attentions at each token itself (`start_at_self`). The readout W, b
-    is `fit_readout`.
+    is the least-squares fit to the pixels.
 
     Args:
         model: a tokenizer with fusion "modulate" whose width is at least its number of latent channels.
@@ -136,8 +89,11 @@ def start_from_patches(model: Autoencoder, images: Tensor, features: Tensor | No
     Raises:
         ValueError: another fusion, or too narrow a model.
     """
-    pae, modulator = _with_modulator(model, "patches")
-    channels = pae.config.latent_dim
+    config = model.config
+    if not isinstance(model, PAE) or config.fusion != "modulate":
+        raise ValueError(f"start patches needs model.fusion modulate, got {config.fusion}; use another start")
+    modulator, channels = model.modulator, config.latent_dim
+    assert isinstance(modulator, DetailModulator)  # for the type checker: the fusion says so
     width = modulator.patch_embed.out_channels
     if width < channels:
         raise ValueError(f"start patches needs a width >= latent_dim = {channels}, got {width}")
@@ -148,10 +104,10 @@ def start_from_patches(model: Autoencoder, images: Tensor, features: Tensor | No
     nn.init.zeros_(fusion.weight)
     nn.init.zeros_(fusion.bias)
     fusion.bias[: channels - 1] = -1
-    fusion.weight[width:] = torch.eye(width) / _COMPONENT_GAIN
-    for projector in (pae.projector, pae.deprojector):
-        _pass_tokens(projector.attn, gain=3.0, rotate=True)
-    to_latent, from_latent = pae.projector.to_latent, pae.deprojector.from_latent
+    fusion.weight[width:] = torch.eye(width) / _GAIN
+    for projector in (model.projector, model.deprojector):
+        _pass_tokens(projector.attn)
+    to_latent, from_latent = model.projector.to_latent, model.deprojector.from_latent
     nn.init.zeros_(to_latent.weight)
     places = torch.arange(channels - 1)
     to_latent.weight[places, places, 1, 1] = 1
@@ -162,25 +118,12 @@ def start_from_patches(model: Autoencoder, images: Tensor, features: Tensor | No
     isometry = nn.init.orthogonal_(torch.empty(width, channels))
     from_latent.weight[..., 1, 1] = isometry * (width / channels) ** 0.5
     nn.init.orthogonal_(model.decoder.embed.weight)
-    fit_readout(model, images, features, ridge_dtype=torch.float32)
+    _fit_readout(model, images, features)
 
 
-@torch.no_grad()
-def fit_readout(
-    model: Autoencoder,
-    images: Tensor,
-    features: Tensor | None = None,
-    *,
-    ridge_dtype: torch.dtype = torch.float64,
-) -> None:
-    """Set the decoder's last layer to the least-squares fit (with a small ridge) of its input to some images.
-
-    Args:
-        model: with any initial weights.
-        images: in [0, 1], (B, 3, H, W).
-        features: of these images, (B, N, D), where they are cached.
-        ridge_dtype: the ridge is rounded to it. Each start keeps its own, so that its bits stay as measured.
-    """
+def _fit_readout(model: Autoencoder, images: Tensor, features: Tensor | None) -> None:
+    """Set the decoder's last layer to the least-squares fit (with a small ridge) of its input to some
+    images."""
     to_pixels, patch = model.decoder.to_pixels, model.decoder.patch_size
     tokens, _ = _pass_through(to_pixels, lambda: model.decode(model.encode(images, features)))
     pixels = (images - model.encoder_input.mean) / model.encoder_input.std
@@ -188,19 +131,10 @@ def fit_readout(
     targets = cells.permute(0, 2, 3, 4, 5, 1).reshape(-1, 3 * patch**2)  # in the order of `unpatchify`
     inputs = F.pad(tokens.flatten(0, 1).double(), (0, 1), value=1.0)
     square = inputs.T @ inputs
-    ridge = 1e-4 * square.diagonal().mean() * torch.eye(len(square), dtype=ridge_dtype, device=square.device)
+    ridge = 1e-4 * square.diagonal().mean() * torch.eye(len(square), device=square.device)
     solution = torch.linalg.solve(square + ridge, inputs.T @ targets.double())
     to_pixels.weight.copy_(solution[:-1].T)
     to_pixels.bias.copy_(solution[-1])
-
-
-def _with_modulator(model: Autoencoder, start: str) -> tuple[PAE, DetailModulator]:
-    fusion = model.config.fusion
-    if fusion != "modulate":
-        raise ValueError(f"start {start} needs model.fusion modulate, got {fusion}; use another start")
-    assert isinstance(model, PAE)  # for the type checker: the fusion implies both
-    assert isinstance(model.modulator, DetailModulator)
-    return model, model.modulator
 
 
 def _pass_through(layer: nn.Module, call: Callable[[], object]) -> tuple[Tensor, Tensor]:
@@ -212,26 +146,13 @@ def _pass_through(layer: nn.Module, call: Callable[[], object]) -> tuple[Tensor,
     return passed[-1]
 
 
-def _pass_tokens(attention: SelfAttention, gain: float, *, rotate: bool) -> None:
-    """Let an attention output each token itself; values are rotated at random if asked, and rotated back."""
-    start_at_self(attention, gain)
+def _pass_tokens(attention: SelfAttention) -> None:
+    """Let an attention output each token itself: values are a rotation, which the output reverses."""
+    start_at_self(attention, gain=3.0)
     width = attention.proj.in_features
-    values = nn.init.orthogonal_(torch.empty(width, width)) if rotate else torch.eye(width)
-    attention.qkv.weight[2 * width :] = values
-    attention.proj.weight.copy_(values.T)
-
-
-def _steady(positions: Tensor, count: int) -> Tensor:
-    """The channels in which the positions (N, D) vary least."""
-    return positions.std(dim=0).argsort(stable=True)[:count]
-
-
-def _spare(block: nn.Module, channels: Tensor) -> None:
-    """Let the residual branches of a block start small, and leave some channels unchanged."""
-    for name, layer in block.named_modules():
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("proj", "fc2"):
-            layer.weight.mul_(_BRANCH_SCALE)
-            layer.weight[channels] = 0
+    rotation = nn.init.orthogonal_(torch.empty(width, width))
+    attention.qkv.weight[2 * width :] = rotation
+    attention.proj.weight.copy_(rotation.T)
 
 
 def _silence_branches(*parts: nn.Module) -> None:
@@ -254,37 +175,8 @@ def _embed_components(embed: nn.Conv2d, pixels: Tensor, count: int) -> None:
     variances, directions = torch.linalg.eigh(torch.cov(patches.T))
     variances, directions = variances[-count:].clamp_min(1e-12), directions[:, -count:]
     scales = variances**-0.25
-    rows = (_COMPONENT_GAIN * directions * scales / (variances * scales**2).mean().sqrt()).T
+    rows = (_GAIN * directions * scales / (variances * scales**2).mean().sqrt()).T
     nn.init.zeros_(embed.weight)
     nn.init.zeros_(embed.bias)  # type: ignore[arg-type]
     embed.weight[:count] = rows.view(count, *embed.weight.shape[1:]).to(embed.weight)
     embed.bias[:count] = -(rows @ patches.mean(dim=0)).to(embed.weight)  # type: ignore[index]
-
-
-def _patterns(patch: int, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """The lowest `count` patterns of a patch, drawn at `size` pixels: (count, size, size, 3), and scales.
-
-    The patterns give the coefficients of the patch at every size; the scales equalise them.
-    """
-    waves = torch.arange(patch).float().outer((torch.arange(size) + 0.5) * (patch / size)) * (math.pi / patch)
-    norms = torch.full((patch,), (patch / 2) ** 0.5)
-    norms[0] = patch**0.5
-    waves = waves.cos() / norms[:, None] * (patch / size)
-    patterns = torch.einsum("uy,vx,kc->uvkyxc", waves, waves, _colours()).flatten(0, 2)
-    frequency = _frequencies(patch).clamp_min(0.5)[..., None] * torch.tensor([1.0, 2.2, 2.2])
-    order = frequency.flatten().argsort(stable=True)[:count]
-    scale = (frequency.flatten()[order] / patch).sqrt()
-    return patterns[order], scale / scale.mean()
-
-
-def _colours() -> Tensor:
-    """Grey and the two opponent colours, as rows of unit length (3, 3)."""
-    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-    return colours / colours.norm(dim=1, keepdim=True)
-
-
-def _frequencies(patch: int) -> Tensor:
-    """Frequencies of the two-dimensional cosines of a patch, (patch, patch)."""
-    number = torch.arange(patch).float()
-    frequencies: Tensor = torch.hypot(number[:, None], number)
-    return frequencies

@@ -240,8 +240,8 @@ def _show_moves(page: Page, result: Result, x: Tensor, z: Tensor, y: Tensor) -> 
         for angle in angles:
             moved = perturb(z, direction, float(angle), result.tokenizer.config.sphere)
             strips[f"moved by {angle}°"] = _row(result.tokenizer.decode(moved).clamp(0, 1))
-    told = " and ".join(f"{shares[angle]:.0%} after one of {angle} degrees" for angle in angles)
-    page.heading(f"A move on the sphere: {told} are recognised")
+    moves = ", ".join(f"{shares[angle]:.0%} after {angle} degrees" for angle in angles)
+    page.heading(f"Recognised after a move on the sphere: {moves}")
     page.rows(
         strips,
         "Decodes of the latent, and of the latent moved along one random direction: what MCR compares. "

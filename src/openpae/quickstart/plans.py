@@ -16,12 +16,12 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
 LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 300}
-"""Steps below which nothing of use is expected. The tokenizer's is measured (docs/results.md, "Beginning as a
-cosine transform"). Of the generator it is known that 140 steps give noise and 1,060 outlines."""
+"""Steps below which nothing of use is expected. The tokenizer's is measured (docs/results.md, "Beginning from
+patches"). Of the generator it is known that 140 steps give noise and 1,060 outlines."""
 
-_AROUND = 700
-"""What is not training (rendering, features, latents, samples, metrics), in steps of the tokenizer.
-A quiet 12 minutes had 188 s of it at 0.17 s a step (docs/results.md); shorter ones render and sample less."""
+_AROUND = 650
+"""What is neither training nor rendering (features, latents, samples, metrics), in steps of the tokenizer.
+A quiet 12 minutes had 180 s of it at 0.17 s a step (docs/results.md); shorter ones render and sample less."""
 
 _SHARES = {"refiner": 0.04, "tokenizer": 0.6, "generator": 0.95}
 """Share of the time then left for training that each stage takes."""
@@ -58,12 +58,15 @@ def least_seconds(speed: Speed) -> float:
     return tokenizer * speed.tokenizer + LEAST_STEPS["generator"] * speed.generator
 
 
-def settle(speeds: list[Speed], budget: float, *, strict: bool) -> tuple[Timing, list[str]]:
+def settle(
+    speeds: list[Speed], budget: float, *, spent: float = 0.0, strict: bool
+) -> tuple[Timing, list[str]]:
     """Choose the workers and the time, and say why.
 
     Args:
         speeds: of all candidates, the quickest first.
         budget: seconds that were asked for.
+        spent: seconds of them that are gone.
         strict: refuse where the budget does not pay for the fewest steps.
 
     Returns:
@@ -77,13 +80,13 @@ def settle(speeds: list[Speed], budget: float, *, strict: bool) -> tuple[Timing,
         "generator"
         for speed in speeds
     ]
-    best, needed = speeds[0], least_seconds(speeds[0])
+    best, needed = speeds[0], spent + least_seconds(speeds[0])
     lines.append(f"taking {best.workers}")
     if needed <= budget:
         return Timing(workers=best.workers, seconds=budget), lines
     short = (
         f"{LEAST_STEPS['tokenizer']} steps of the tokenizer and {LEAST_STEPS['generator']} of the generator, "
-        f"below which nothing of use comes out, take about {needed / 60:.0f} min here now"
+        f"below which nothing of use comes out, make it about {needed / 60:.0f} min here now"
     )
     if strict:
         raise ValueError(

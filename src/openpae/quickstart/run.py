@@ -255,7 +255,8 @@ def _timed(out: Path, clock: _Clock, seed: int, *, strict: bool, trial: bool) ->
         return Workers(threads=torch.get_num_threads())
     if timing is None:
         speeds = time_workers(plans.tokenizer_run(out, seed), plans.generator_run(out, seed))
-        timing, lines = plans.settle(speeds, clock.budget, strict=strict)
+        spent = clock.budget - clock.left()
+        timing, lines = plans.settle(speeds, clock.budget, spent=spent, strict=strict)
         for line in lines:
             print(f"  {line}", file=sys.stderr)
         plans.write_timing(file, timing, speeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,7 +116,8 @@ def problems(record: Mapping[str, Any]) -> list[str]:
 
 def advice(found: list[str], budget: float) -> str:
     """The first line of a result that is of no use: that it is, why, and what to do."""
+    minutes = max(3, math.ceil(2 * budget / 60))
     return (
         f"not usable: {'; '.join(found)}. The time was too short for this machine as busy as it was: name a "
-        f"new --out and take --budget {2 * budget / 60:.0f}min, or see what is possible with --pretrained"
+        f"new --out and take --budget {minutes}min, or see what is possible with --pretrained"
     )

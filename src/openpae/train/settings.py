@@ -78,11 +78,10 @@ class TokenizerRun:
 
     model: PAEConfig = field(default_factory=PAEConfig)
     """The tokenizer."""
-    start: Literal["vit", "local", "dct", "patches"] = "vit"
+    start: Literal["vit", "local", "patches"] = "vit"
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
     itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
-    (docs/results.md). Its effect on a long run is not known. dct: as a cosine transform of each patch, with a
-    last layer that is fitted to the first images. 200 steps then give what a long run gives from vit.
+    (docs/results.md). Its effect on a long run is not known.
     patches: the principal components of patches pass from the first step (`models.starts`). Before it,
     held-out emoji have 17 decibels at width 96 and 22 at width 256 (docs/log.md)."""
     checkpoint_blocks: int = added(0)

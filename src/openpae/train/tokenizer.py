@@ -47,7 +47,7 @@ from openpae.models.encoders import Encoder, encoder_architecture, encoder_finge
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import load_prior, write_tokenizer
-from openpae.models.starts import fit_readout, start_as_transform, start_from_patches, start_local
+from openpae.models.starts import start_from_patches, start_local
 from openpae.models.tokenizer import tokenizer_class
 from openpae.objective.losses import (
     compared_pairs,
@@ -71,8 +71,6 @@ from openpae.runtime.draws import Draws
 from openpae.storage.model_folder import identity_of
 from openpae.train.settings import TokenizerRun
 
-_FITTED = 128
-"""Images that start dct fits the last layer to."""
 _START_IMAGES = 256
 """Images that `start_from_patches` sees, the first of the training."""
 
@@ -108,8 +106,6 @@ class TokenizerTask:
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
-        if run.start == "dct":
-            self._start_as_transform()
         if run.start == "patches":
             (first,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
             features = None if first.features is None else first.features.to(self.device)
@@ -277,17 +273,6 @@ class TokenizerTask:
             players["discriminator"] = distribute(self.discriminator, run.loop, small=True)
             optimizers["discriminator"] = adamw(players["discriminator"], run.optim)
         return players, optimizers
-
-    def _start_as_transform(self) -> None:
-        """Initial weights, and the last layer fitted to the first images; in every process alike."""
-        start_as_transform(self.model)
-        size = self.run.loop.global_batch_size
-        steps = StepBatches(range(-(-_FITTED // size)), size, [range(size)])
-        batches = [*image_batches(self.images, steps, 0, pin=False)]
-        images = torch.cat([batch.images for batch in batches]).to(self.device).float() / 255
-        cached = [batch.features for batch in batches if batch.features is not None]
-        features = torch.cat(cached).to(self.device) if cached else self.model.features(images)
-        fit_readout(self.model, images, features)
 
     def _load_prior(self) -> nn.Module | None:
         run = self.run
