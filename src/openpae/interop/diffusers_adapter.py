@@ -29,12 +29,18 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     outputs have their dtype.
 
     Args:
-        tokenizer: config of the tokenizer, as plain data. architecture: of its encoder, if the transformers
-        package builds it. with_encoder: whether it can encode. scaling_factor: a generator sees latents times
-        this. Tokens on the sphere need none: their mean square is 1. shift_factor: subtracted before; see
-        diffusers. latent_channels: C, for pipelines that read it. sample_size: height of the images of
-        training. block_out_channels: its length n gives the patch size 2^(n - 1) to pipelines; the numbers
-        have no meaning. in_channels: of images. out_channels: of images.
+        tokenizer: config of the tokenizer, as plain data.
+        architecture: of its encoder, if the transformers package builds it.
+        with_encoder: whether it can encode.
+        scaling_factor: a generator sees latents times this. Tokens on the sphere need none: their mean square
+            is 1.
+        shift_factor: subtracted before; see diffusers.
+        latent_channels: C, for pipelines that read it.
+        sample_size: height of the images of training.
+        block_out_channels: its length n gives the patch size 2^(n - 1) to pipelines; the numbers have no
+            meaning.
+        in_channels: of images.
+        out_channels: of images.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]

@@ -54,10 +54,11 @@ def export_model(
     float32.
 
     Args:
-        model: on the CPU. out: new folder for the files. format: "torch-export" (.pt2, for torch.export.load)
-        or "onnx". tolerance: largest allowed difference between the outputs of a graph and of the model, for
-        new inputs of
-            other batch sizes than in the export.
+        model: on the CPU.
+        out: new folder for the files.
+        format: "torch-export" (.pt2, for torch.export.load) or "onnx".
+        tolerance: largest allowed difference between the outputs of a graph and of the model, for new inputs
+            of other batch sizes than in the export.
 
     Returns:
         The largest difference of each graph.

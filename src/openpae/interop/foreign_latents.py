@@ -48,7 +48,7 @@ def import_latents(
     chunk: int = 256,
     progress: Progress | None = None,
 ) -> Shards:
-    """Convert a folder of safetensors shards as the scripts of LightningDiT and PAE write them.
+    """Convert a folder of safetensors shards, as the scripts of LightningDiT and PAE write them, to a cache.
 
     They hold `latents`, `labels` and optionally `latents_flip`. The latents keep their precision and
     are not normalised; their statistics are computed over all rows. An interrupted import continues.
@@ -64,13 +64,10 @@ def import_latents(
         chunk: rows in memory at once.
         progress: called with (done, all) rows.
 
-    Returns:
-        The complete cache.
-
     Raises:
-        FileNotFoundError: the source has no such files. ValueError: a file is damaged, differs in kind from
-        the others or from the tokenizer's latents, or a label
-            lies outside of the classes.
+        FileNotFoundError: the source has no such files.
+        ValueError: a file is damaged, differs in kind from the others or from the tokenizer's latents, or a
+            label lies outside of the classes.
     """
     first, *_ = files = _opened(source)
     if first.shape != latent_shape:

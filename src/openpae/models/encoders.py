@@ -142,10 +142,11 @@ def load_encoder(
     """Build a VFM of the table with its pretrained weights.
 
     Args:
-        name: a row of `ENCODERS`. source: hub name or local folder of the weights; None: the repository of
-        the row. trainable: let it be finetuned. state: the weights under the names of a FrozenEncoder, if
-        they are already loaded. The source then gives
-            only the architecture, and may be a file with the output of `encoder_architecture`. After
+        name: a row of `ENCODERS`.
+        source: hub name or local folder of the weights; None: the repository of the row.
+        trainable: let it be finetuned.
+        state: the weights under the names of a FrozenEncoder, if they are already loaded. The source then
+            gives only the architecture, and may be a file with the output of `encoder_architecture`. After
             "backbone." stand names of the hub's file, of the class or of its earlier versions; those of the
             last norm may be missing.
 

@@ -84,9 +84,11 @@ def rope_2d(
     LightningDiT).
 
     Args:
-        h: rows of the grid. w: columns of the grid. head_dim: width of a head. trained: the training grid (H,
-        W), if it is another. The h rows and w columns then cover the same range,
-            as in a resized image.
+        h: rows of the grid.
+        w: columns of the grid.
+        head_dim: width of a head.
+        trained: the training grid (H, W), if it is another. The h rows and w columns then cover the same
+            range, as in a resized image.
         device: of the angles.
 
     Raises:
@@ -203,9 +205,12 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, condition: tuple[Tensor, ...], 
     """Apply blocks in sequence to tokens.
 
     Args:
-        blocks: the blocks. x: tokens, (B, N, D). condition: further arguments of every block. checkpointed:
-        how many blocks, from the first, keep only their input for the backward pass and recompute
-            the rest. The gradients are the same, these blocks cost a third more and need almost no memory.
+        blocks: the blocks.
+        x: tokens, (B, N, D).
+        condition: further arguments of every block.
+        checkpointed: how many blocks, from the first, keep only their input for the backward pass and
+            recompute the rest. The gradients are the same, these blocks cost a third more and need almost no
+            memory.
     """
     for number, block in enumerate(blocks):
         if number < checkpointed and torch.is_grad_enabled():

@@ -23,9 +23,9 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None) -> LPIPS:
     """LPIPS version 0.1 with the published weights.
 
     Args:
-        net: "vgg" or "alex". weights: a file with the state dict of the `lpips` package; or a folder, or a
-        name OWNER/NAME of the hub,
-            with such a file or with the two files behind the package: torchvision's (vgg16-*.pth,
+        net: "vgg" or "alex".
+        weights: a file with the state dict of the `lpips` package; or a folder, or a name OWNER/NAME of the
+            hub, with such a file or with the two files behind the package: torchvision's (vgg16-*.pth,
             alexnet-*.pth) and the heads (vgg.pth, alex.pth). None: the asset "lpips", downloaded once.
 
     Raises:

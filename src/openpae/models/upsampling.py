@@ -46,10 +46,12 @@ def reference_features(
     channels is computed. Another upsampler runs image by image.
 
     Args:
-        features: H_vfm, (B, h w, D), constant. images: in [0, 1], (B, 3, H, W), not smaller than h x w. h:
-        rows of the latent grid and of the features. w: columns of the same. upsampler: "bilinear" (ignores
-        the images), "jbu" (`bilateral_weights`, without training), or a network
-            such as `load_anyup` returns.
+        features: H_vfm, (B, h w, D), constant.
+        images: in [0, 1], (B, 3, H, W), not smaller than h x w.
+        h: rows of the latent grid and of the features.
+        w: columns of the same.
+        upsampler: "bilinear" (ignores the images), "jbu" (`bilateral_weights`, without training), or a
+            network such as `load_anyup` returns.
         low_pass: None: the defaults.
 
     Returns:
