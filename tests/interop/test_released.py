@@ -56,7 +56,7 @@ def released() -> tuple[dict[str, Tensor], LightningDiTConfig, dict[str, Tensor]
 
 @torch.no_grad()
 def test_the_golden_generator_agrees(released: Any) -> None:
-    """Velocity, and the results of 19 Euler steps without and with guidance (their null class is ours)."""
+    """Velocity, and the results of 19 Euler steps without and with guidance (the null class is the same)."""
     theirs, config, golden = released
     model = import_generator({"ema": theirs, "model": {}}, config)
     velocity = model(golden["io.x"], golden["io.t"], golden["io.labels"])
@@ -119,7 +119,7 @@ def test_generator_weights_that_do_not_fit_are_refused(
 
 
 def test_released_tokenizer_weights_arrive_at_their_places(tiny_pae: PAE) -> None:
-    """Random weights of ours, brought under the authors' names and back, give the same tokenizer."""
+    """Random weights, renamed to the authors' names and imported, give the same tokenizer."""
     released = {"model": {f"module.{name}": value for name, value in under_their_names(tiny_pae).items()}}
     encoder = load_encoder("random-tiny")
     with torch.no_grad():
