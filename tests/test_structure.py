@@ -35,7 +35,7 @@ FILES_OF = {
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "backgrounds order readers images packing caches openmoji training label_maps scenes",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "decoder tokenizer patch_start generator dit ditdh denoiser discriminator saved",
+    "decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
     "objective": "settings flow losses terms",
     "interop": "foreign_latents released diffusers_adapter export",
