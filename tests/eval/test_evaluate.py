@@ -167,9 +167,9 @@ def test_training_judges_samples_as_the_command_does(
     task = GeneratorTask(judged_run)
     task.run_dir = tmp_path
     inside = task.evaluate(30)
-    assert task.judge is not None
+    assert task.evaluator is not None
     samples = drawn_images(
-        task.judge.tokenizer, task.model, balanced_labels(6, 2), judged_run.sampler, size=32
+        task.evaluator.tokenizer, task.model, balanced_labels(6, 2), judged_run.sampler, size=32
     )
     offline = evaluate_samples(samples, reference, extractor=extractor, min_samples=2)
     assert inside["frechet"] == pytest.approx(offline["metrics"]["frechet"]["value"], rel=1e-6)
@@ -236,7 +236,7 @@ def test_training_refuses_to_judge_with_another_tokenizer(
         tokenizer=tmp_path,
         evaluation_images=packed.shards.folder,
     )
-    with pytest.raises(ValueError, match="but the latents are those of"):
+    with pytest.raises(ValueError, match="but the latents come from"):
         GeneratorTask(run).evaluate(0)
 
 
