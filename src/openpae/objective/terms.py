@@ -178,7 +178,7 @@ def balance_gan(
         processes.mean_of(torch.autograd.grad(decoded["r"], last, gradient, retain_graph=True)[0])
         for gradient in (gradients[r], adversarial)  # one weight for all ranks
     ]
-    weight = weights["gan"] * adaptive_weight(*at_last)
+    weight = weights["gan"] * adaptive_weight(at_last[0], at_last[1])
     gradients[r] = gradients[r] + weight * adversarial
     value = (reconstruction + weight * terms["gan"]).detach()
     loss: Tensor = _KnownGradient.apply(value, gradients, *decoded.values())  # type: ignore[no-untyped-call]
