@@ -119,12 +119,8 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
 
 def _networks(task: AnyTask) -> dict[str, nn.Module]:
     """All networks that a step runs, by the name of their player or of the task's attribute."""
-    found = {name: unwrap(player) for name, player in task.players.items()}
-    for name in ("model", "encoder", "lpips", "prior", "upsampler"):
-        part = getattr(task, name, None)
-        if isinstance(part, nn.Module):
-            found[name] = part
-    return found
+    parts = {name: part for name, part in vars(task).items() if isinstance(part, nn.Module)}
+    return {name: unwrap(player) for name, player in task.players.items()} | parts
 
 
 def _phases(run: Run) -> tuple[list[float], list[int]]:
@@ -135,6 +131,7 @@ def _phases(run: Run) -> tuple[list[float], list[int]]:
         shares = [loss.mcr_start] * (loss.mcr > 0) + [loss.discriminator_start, loss.gan_start] * (
             loss.gan > 0
         )
+        shares += [loss.lpips_late_start] * (loss.lpips_late_net is not None)
         starts |= {math.ceil(share * run.loop.steps) for share in shares}
     known = sorted(start for start in starts if start == 0 or start < run.loop.steps)
     ends = [*known[1:], run.loop.steps]
