@@ -33,6 +33,11 @@ class Findings:
             for number, item in enumerate(value):
                 self.check(item, f"{label}[{number}]" if len(value) > 1 else label)
 
+    def check_all(self, values: Mapping[str, Any], label: str) -> None:
+        """Record the named tensors that are not finite."""
+        for name, value in values.items():
+            self.check(value, f"{label} {name}")
+
     def first(self) -> str:
         """The first finding over all ranks, which check the same tensors in the same order."""
         heads = [own[0] for own in processes.gather(self.nonfinite[:1]) if own]
@@ -71,15 +76,8 @@ def check_weights(task: Task, findings: Findings) -> None:
 def check_batches(batches: Iterator[Any], findings: Findings) -> Iterator[Any]:
     """Yield the batches, each one checked."""
     for batch in batches:
-        for field, value in batch._asdict().items():
-            findings.check(value, f"the batch's {field}")
+        findings.check_all(batch._asdict(), "the batch's")
         yield batch
-
-
-def check_terms(terms: Mapping[str, Tensor], findings: Findings) -> None:
-    """Check the terms of the loss."""
-    for name, value in terms.items():
-        findings.check(value, f"the term {name}")
 
 
 def check_gradients(task: Task, findings: Findings) -> None:

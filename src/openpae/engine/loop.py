@@ -282,7 +282,7 @@ class _Fitting:
         batches = diagnosis.check_batches(self.batches([data_step]), findings)
         with diagnosis.watched(task, findings):
             for update, _ in self._updates(batches, step, data_step):
-                diagnosis.check_terms({**update.logs, "loss": update.loss}, findings)
+                findings.check_all({**update.logs, "loss": update.loss}, "the term")
                 update.loss.backward()  # type: ignore[no-untyped-call]
         diagnosis.check_gradients(task, findings)
         return findings.first()

@@ -221,10 +221,10 @@ def generator_hinge(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, largest: float = 1e4) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor) -> Tensor:
     """Weight that equalises the gradient norms of adversarial loss and reconstruction (arXiv:2012.09841).
 
-        lambda = clamp(||d L_recon / d W|| / (||d L_adv / d W|| + 1e-4), 0, largest)
+        lambda = clamp(||d L_recon / d W|| / (||d L_adv / d W|| + 1e-4), 0, 1e4)
 
     W is the last layer of the decoder. The weight is that of one device batch, so k device batches are not
     exactly one batch of k times the size.
@@ -232,14 +232,13 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, largest: float 
     Args:
         reconstruction: gradient of L1 + LPIPS at W, any shape. Treated as a constant.
         adversarial: gradient of the adversarial loss at W. Treated as a constant.
-        largest: upper limit.
 
     Returns:
-        Scalar in [0, largest], without gradient.
+        Scalar in [0, 1e4], without gradient.
     """
     numerator = torch.linalg.vector_norm(reconstruction.detach().float())
     denominator = torch.linalg.vector_norm(adversarial.detach().float()) + 1e-4
-    weight: Tensor = (numerator / denominator).clamp(0, largest)
+    weight: Tensor = (numerator / denominator).clamp(0, 1e4)
     return weight
 
 

@@ -34,7 +34,7 @@ class TokenizerLoss:
     covers the stride of AlexNet's first layer."""
     lpips_late_net: PerceptualNet | None = added(None)
     """Network of LPIPS from `lpips_late_start` on; null keeps `lpips_net`. A CPU pays for VGG only at the
-    end. The evaluations of the whole run use this network."""
+    end. All evaluations use this network."""
     lpips_late_start: float = added(0.9)
     """Share of the training after which `lpips_late_net` takes over."""
     gan: float = 0.5
