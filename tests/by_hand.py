@@ -1,4 +1,4 @@
-"""What tests compute beside the package, in float64 and from the formulas alone, without openpae.
+"""Reference computations for tests, without the package:, in float64 and from the formulas alone.
 
 In float64, rounding is a billion times smaller than any defect, on every processor and with any number of
 threads. Adam's epsilon, 1e-8, is then far above the rounding of a gradient that is truly 0.
@@ -122,8 +122,8 @@ class AdamWByHand:
 
 def gradients_of(loss: Tensor, weights: Sequence[Tensor], parts: int) -> list[Tensor]:
     """Of one of the device batches of a step; zeros where the loss does not reach a weight."""
-    found = torch.autograd.grad(loss / parts, list(weights), allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+    gradients = torch.autograd.grad(loss / parts, list(weights), allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 
 
 def trained(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -136,10 +136,10 @@ def snapshot(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: w.detach().clone() for name, w in weights.items()}
 
 
-def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Equal but for the rounding of float64, which a few steps of AdamW make some thousand times larger."""
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].detach(), value, rtol=1e-9, atol=1e-10, msg=name)
+        torch.testing.assert_close(actual[name].detach(), value, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def stored_images(folder: Path) -> Tensor:

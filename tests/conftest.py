@@ -1,4 +1,4 @@
-"""What several test files share: tiny real parts, drawn images, and a way to die between file operations."""
+"""Fixtures for several test files: tiny models, drawn images, and kills between file operations."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def shaken(model: M) -> M:
 def kill_points(action: Callable[[], object], root: Path) -> Iterator[int]:
     """Run an action in child processes, killed before their first, second, ... change to files below root.
 
-    Yields after every death, for the caller to look at what is left and to clear it away; ends when a child
-    got through. Nothing of the child is unwound or flushed, as with kill -9.
+    Yields after every death, so that the caller can inspect and remove the files; ends when a child
+    finishes. Nothing of the child is unwound or flushed, as with kill -9.
     """
     for survived in itertools.count():
         with warnings.catch_warnings():

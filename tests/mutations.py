@@ -26,23 +26,23 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "testing.md"
 BEGIN, END = "<!-- mutations -->\n", "<!-- end of mutations -->\n"
 LIMIT = 900
-"""Seconds after which a defect counts as found: the tests hang."""
+"""Seconds after which a defect counts as detected: the tests hang."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defect:
-    """A change that makes the package wrong in a way that other code has been wrong."""
+    """A change that breaks the package, as known from other code."""
 
-    what: str
-    """In words."""
+    label: str
+    """Description."""
     file: str
     """Below src/openpae."""
     old: str
-    """What stands there, at least once."""
+    """The original text, at least once in the file."""
     new: str
-    """What takes its place, everywhere."""
+    """The replacement of every occurrence."""
     tests: str
-    """Arguments for pytest: where it should be found."""
+    """Arguments for pytest: the tests that should fail."""
 
     def planted_in(self, text: str) -> str:
         """The file's text with the defect.
@@ -92,7 +92,7 @@ def first_failure(defect: Defect, copy: Path) -> str | None:
         RuntimeError: pytest could not run them.
     """
     file = copy / "src" / "openpae" / defect.file
-    sound = file.read_text(encoding="utf-8")
+    original = file.read_text(encoding="utf-8")
     options = "-W error -q -x --tb=no -rfE -p no:cacheprovider"
     environment = os.environ | {
         "PYTHONPATH": str(copy / "src"),
@@ -100,7 +100,7 @@ def first_failure(defect: Defect, copy: Path) -> str | None:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     try:
-        file.write_text(defect.planted_in(sound), encoding="utf-8")
+        file.write_text(defect.planted_in(original), encoding="utf-8")
         done = subprocess.run(
             f"{sys.executable} -m pytest {options} {defect.tests}",
             shell=True, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT,
@@ -108,44 +108,44 @@ def first_failure(defect: Defect, copy: Path) -> str | None:
     except subprocess.TimeoutExpired:
         return "(hangs)"
     finally:
-        file.write_text(sound, encoding="utf-8")
+        file.write_text(original, encoding="utf-8")
     if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest itself failed on {defect.what!r}:\n{done.stdout}\n{done.stderr}")
+        raise RuntimeError(f"pytest itself failed on {defect.label!r}:\n{done.stdout}\n{done.stderr}")
     names = re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
     return names[0] if names else None
 
 
-def table(found: dict[str, str]) -> str:
-    """What was planted and what failed, as Markdown."""
+def table(finders: dict[str, str]) -> str:
+    """The defects and the tests that failed, as Markdown."""
     rows = ["| defect | test that finds it |", "|---|---|"]
-    for what, test in found.items():
+    for label, test in finders.items():
         name = re.sub(r"\[.*", "", test)
-        rows.append(f"| {what} | `{name}` |")
+        rows.append(f"| {label} | `{name}` |")
     return "\n".join(rows) + "\n"
 
 
 def main() -> None:
-    """Run all defects, or those whose words are given; write the page if all were run and found."""
+    """Run all defects, or those whose words are given; write the page if all were run and detected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("words", nargs="*", help="only defects that are described with one of these")
     words = parser.parse_args().words
-    chosen = [one for one in read_defects() if not words or any(word in one.what for word in words)]
-    found: dict[str, str] = {}
+    chosen = [one for one in read_defects() if not words or any(word in one.label for word in words)]
+    finders: dict[str, str] = {}
     missed: list[str] = []
     with copied() as copy:
         for defect in chosen:
             test = first_failure(defect, copy)
-            print(f"{test or 'NO TEST':60} finds: {defect.what}", flush=True)
+            print(f"{test or 'NO TEST':60} finds: {defect.label}", flush=True)
             if test is None:
-                missed.append(defect.what)
+                missed.append(defect.label)
             else:
-                found[defect.what] = test
+                finders[defect.label] = test
     if missed:
-        sys.exit(f"{len(missed)} of {len(chosen)} were not found: {'; '.join(missed)}")
+        sys.exit(f"{len(missed)} of {len(chosen)} were not detected: {'; '.join(missed)}")
     if not words:
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
-        PAGE.write_text(before + BEGIN + table(found) + END + after, encoding="utf-8")
+        PAGE.write_text(before + BEGIN + table(finders) + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ DEFECTS = read_defects()
 
 def test_there_are_many_and_they_differ() -> None:
     assert len(DEFECTS) >= 60
-    assert max(Counter(defect.what for defect in DEFECTS).values()) == 1
+    assert max(Counter(defect.label for defect in DEFECTS).values()) == 1
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.label)
 def test_a_defect_can_be_planted(defect: Defect) -> None:
     """The package still holds what the defect replaces, and its tests exist."""
     text = (ROOT / "src" / "openpae" / defect.file).read_text(encoding="utf-8")
@@ -35,6 +35,6 @@ def copy() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
-def test_a_planted_defect_is_found(defect: Defect, copy: Path) -> None:
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.label)
+def test_a_planted_defect_is_detected(defect: Defect, copy: Path) -> None:
     assert first_failure(defect, copy) is not None

@@ -45,7 +45,7 @@ def trained(run: Run, run_dir: Path, *, exact: bool = True, by_an_ulp: bool = Fa
     """What this process saw and did: rows in order, gradients of the first step, weights, metrics.
 
     Args:
-        run: what to train.
+        run: the config.
         run_dir: where.
         exact: compute a float32 run in float64: rounding is then far below defects and Adam's epsilon.
         by_an_ulp: move every initial weight to its neighbour of the same or the next larger size.
@@ -58,10 +58,10 @@ def trained(run: Run, run_dir: Path, *, exact: bool = True, by_an_ulp: bool = Fa
                 if weight.requires_grad:
                     up = torch.rand_like(weight) < 0.5
                     weight.data.copy_(torch.where(up, torch.nextafter(weight, 2 * weight), weight))
-        found = noted(task)
+        result = noted(task)
         open_run(run_dir, run)
         metrics = fit(task, run_dir, run.optim, run.loop, quiet=True)
-    return {**found, "metrics": metrics}
+    return {**result, "metrics": metrics}
 
 
 def noted(task: Any) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def poisoned(run: GeneratorRun, run_dir: Path) -> dict[str, Any]:
     return {"error": error, "weights": {n: p.detach().clone() for n, p in task.model.named_parameters()}}
 
 
-def told_to_stop(run: GeneratorRun, run_dir: Path) -> str:
+def stopped_by_signal(run: GeneratorRun, run_dir: Path) -> str:
     """Train until the second process gets SIGTERM in step 4."""
     task = GeneratorTask(run)
     updates = task.updates
@@ -194,7 +194,7 @@ def started_unequal(run: GeneratorRun) -> str:
     return error_of(lambda: GeneratorTask(with_loop(run, seed=processes.rank())))  # type: ignore[arg-type]
 
 
-def refused(run: GeneratorRun) -> str:
+def rejected(run: GeneratorRun) -> str:
     return error_of(lambda: GeneratorTask(run))
 
 
@@ -237,14 +237,14 @@ def growth_of(run: Run, run_dir: Path, metrics: Mapping[str, float]) -> Growth:
     measured = [(value, metrics[name]) for name, value in moved.items()]
     folders = (checkpoint_path(folder, run.loop.steps) for folder in (other, run_dir))
     ours, theirs = (read_model(folder)[0] for folder in folders)
-    found = Growth(
+    result = Growth(
         *(max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs) for pairs in (logged, measured)),
         max(float((ours[name] - theirs[name]).abs().max()) for name in theirs),
     )
     # Else the comparisons would see no defect.
-    assert found.weights < 1e-9, found
-    assert max(found.logs, found.metrics) < 1e-6, found
-    return found
+    assert result.weights < 1e-9, result
+    assert max(result.logs, result.metrics) < 1e-6, result
+    return result
 
 
 def losses(run_dir: Path, after: int = 0) -> list[dict[str, float]]:
@@ -256,8 +256,8 @@ def losses(run_dir: Path, after: int = 0) -> list[dict[str, float]]:
     ]
 
 
-def compare(found: list[dict[str, float]], expected: list[dict[str, float]], growth: float = 0.0) -> None:
+def compare(result: list[dict[str, float]], expected: list[dict[str, float]], growth: float = 0.0) -> None:
     """Logs that agree but for the rounding of float32, in which they are kept, and for what grows from it."""
-    assert len(found) == len(expected)
-    for line, other in zip(found, expected, strict=True):
+    assert len(result) == len(expected)
+    for line, other in zip(result, expected, strict=True):
         assert line == pytest.approx(other, rel=4 * 2**-24 + HEADROOM * growth, abs=1e-9)

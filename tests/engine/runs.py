@@ -1,4 +1,4 @@
-"""Tiny runs that several tests train, and what they compare."""
+"""Tiny runs shared by several tests, and helpers to compare runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ L1_ONLY = TokenizerLoss(lpips=0.0, lpips_net="random", gan=0.0, ssr=0.0, mcr=0.0
 
 
 class Killed(BaseException):
-    """The process is gone: not an Exception, so that nothing may catch it."""
+    """The process is killed. It is no Exception, so nothing catches it."""
 
 
 class Numbers(NamedTuple):
@@ -56,10 +56,10 @@ class Numbers(NamedTuple):
 
 
 class Tiny:
-    """Linear regression that a step takes a tenth of a millisecond of.
+    """Linear regression; a step takes a tenth of a millisecond.
 
     Args:
-        loop: says how the data are cut.
+        loop: splits the data into device batches.
         spoil: (step, loss) -> loss, to put faults in.
     """
 
@@ -73,7 +73,7 @@ class Tiny:
         self.players: Mapping[str, nn.Module] = {"model": self.model}
         self.optimizers = {"model": adamw(self.model, OPTIM)}
         self.inputs: Mapping[str, str] = {"numbers": "1"}
-        self.judged: list[tuple[int, dict[str, Tensor], bool, bool]] = []
+        self.evaluations: list[tuple[int, dict[str, Tensor], bool, bool]] = []
 
     def batches(self, steps: range) -> Iterable[Numbers]:
         part = self.loop.device_batch_size or self.loop.global_batch_size
@@ -91,7 +91,7 @@ class Tiny:
 
     def evaluate(self, step: int) -> dict[str, float]:
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.judged.append((step, weights, self.model.training, torch.is_grad_enabled()))
+        self.evaluations.append((step, weights, self.model.training, torch.is_grad_enabled()))
         return {"bias": float(self.model.bias.sum())}
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -121,15 +121,15 @@ def task_of(run: Any) -> Any:
 
 
 def train_until(run: Any, run_dir: Path, step: int) -> None:
-    """Train, and die while the losses of this step are computed."""
+    """Train, and raise `Killed` in the losses of this step."""
     open_run(run_dir, run)
     task = task_of(run)
     updates = task.updates
 
-    def dying(batch: Any, draws: Draws, now: int) -> Iterator[Update]:
-        if now == step:
+    def dying(batch: Any, draws: Draws, at: int) -> Iterator[Update]:
+        if at == step:
             raise Killed
-        return updates(batch, draws, now)
+        return updates(batch, draws, at)
 
     task.updates = dying
     with pytest.raises(Killed):
@@ -141,17 +141,17 @@ def with_loop(run: Any, **changes: Any) -> Any:
 
 
 def state_of(run_dir: Path) -> Any:
-    """All that the newest checkpoint knows: exported weights, players, optimizers, average."""
+    """The content of the newest checkpoint: exported weights, players, optimizers, average."""
     folder = checkpoint_path(run_dir, checkpoint_steps(run_dir)[-1])
     return {
-        # Copied: the file is mapped, and some tests spoil it.
+        # Copied: the file is mapped, and some tests overwrite it.
         "exported": {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()},
         **torch.load(folder / "state.pt", weights_only=True),
     }
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the bit, however nested."""
+    """Bitwise equality, nested containers included."""
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Mapping):
@@ -162,7 +162,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def curve(run_dir: Path) -> list[dict[str, float]]:
-    """The log without what the clock says."""
+    """The log without its speed, which depends on the clock."""
     return [
         {key: value for key, value in line.items() if key != "images_per_second"}
         for line in read_log(run_dir)
@@ -170,7 +170,7 @@ def curve(run_dir: Path) -> list[dict[str, float]]:
 
 
 def rewritten(source: Shards, folder: Path, tokenizer: str, labels: np.ndarray) -> None:
-    """The latents again, but of another tokenizer or under other labels."""
+    """Write the latents again for another tokenizer or with other labels."""
     from openpae.data.shards import Layout
 
     shutil.rmtree(folder)

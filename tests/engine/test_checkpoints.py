@@ -34,12 +34,12 @@ from tests.engine.runs import LOOP, STAGES, same, state_of, tiny_run, train
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
-    tiny_run(tmp_path / "whole")
+    tiny_run(tmp_path / "full")
     tiny_run(tmp_path / "run")
     spoil(checkpoint_path(tmp_path / "run", 6))
-    with pytest.warns(UserWarning, match=r"checkpoint .*step-00000006 is damaged and was passed over: "):
+    with pytest.warns(UserWarning, match=r"checkpoint .*step-00000006 is damaged and was skipped: "):
         tiny_run(tmp_path / "run")
-    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "full"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -49,9 +49,7 @@ def test_a_real_run_skips_a_damaged_checkpoint(runs: dict[str, Any], tmp_path: P
     folder = checkpoint_path(tmp_path / "run", 6)
     (folder / "state.pt").write_bytes(b"")
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.warns(
-        UserWarning, match="step-00000006 is damaged and was passed over: its checksum is wrong"
-    ):
+    with pytest.warns(UserWarning, match="step-00000006 is damaged and was skipped: its checksum is wrong"):
         train(runs[stage], tmp_path / "run")
     assert same(state_of(tmp_path / "run"), expected)
 
@@ -62,18 +60,18 @@ def test_a_checkpoint_of_an_older_layout_is_skipped_by_name(tmp_path: Path) -> N
     facts = json.loads(file.read_text())
     del facts["inputs"]
     write_json(file, facts)
-    with pytest.warns(UserWarning, match=r"step-00000006 is damaged and .* no fitting inputs"):
+    with pytest.warns(UserWarning, match=r"step-00000006 is damaged and .* no valid inputs"):
         tiny_run(tmp_path / "run")
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
-    """Not the largest file, nor the one that was written last."""
+    """Not the largest file, and not the last one written."""
     tiny_run(tmp_path / "run")
     old = checkpoint_path(tmp_path / "run", 4)
     (old / "model.safetensors").write_bytes(b"x" * 100_000)
     os.utime(old / "state.pt")
     task = tiny_run(tmp_path / "run")
-    assert [step for step, *_ in task.judged] == [6]  # nothing was trained, only judged
+    assert [step for step, *_ in task.evaluations] == [6]  # nothing was trained
     assert same(dict(task.model.state_dict()), state_of(tmp_path / "run")["players"]["model"])
 
 
@@ -107,7 +105,7 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
 def test_a_kill_during_removal_leaves_no_half_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was found by chance: kill -9 between two files of a folder that is being removed."""
+    """As kill -9 between two files of a folder that is being removed."""
     for step in (1, 2, 3):
         folder = checkpoint_path(tmp_path, step)
         folder.mkdir(parents=True)
@@ -131,7 +129,7 @@ def test_a_kill_during_removal_leaves_no_half_checkpoint(
 
 
 def test_old_checkpoints_are_removed_up_to_the_complete_one(tmp_path: Path) -> None:
-    """A damaged newer one neither counts nor is removed: it was named, and its owner may want to look."""
+    """A damaged newer one does not count and is kept, for its owner to inspect."""
     for step in range(6):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
     loop = LoopConfig(steps=5, global_batch_size=1, save_every=1, keep_last=2, keep_every=2)

@@ -38,10 +38,10 @@ from tests.engine.group import (
     helpers,
     losses,
     poisoned,
-    refused,
+    rejected,
     started_unequal,
+    stopped_by_signal,
     together,
-    told_to_stop,
     trained,
     with_loop,
 )
@@ -119,9 +119,9 @@ def two(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> dict[s
     for policy in ("stop", "skip", "rollback"):
         run = with_loop(runs["generator-ddp"], steps=6, save_every=2, on_nonfinite=policy)
         jobs[policy] = (poisoned, run, home / policy)
-    jobs["signal"] = (told_to_stop, with_loop(runs["generator-ddp"], save_every=STEPS), home / "signal")
+    jobs["signal"] = (stopped_by_signal, with_loop(runs["generator-ddp"], save_every=STEPS), home / "signal")
     jobs["unequal"] = (started_unequal, runs["generator-ddp"])
-    jobs["uneven"] = (refused, with_loop(runs["generator-ddp"], global_batch_size=5, device_batch_size=None))
+    jobs["uneven"] = (rejected, with_loop(runs["generator-ddp"], global_batch_size=5, device_batch_size=None))
     return together(2, home / "two", jobs)
 
 
@@ -136,8 +136,8 @@ def two_more(runs: Mapping[str, Run], home: Path) -> dict[str, list[Any]]:
 @pytest.fixture
 def by_two(request: pytest.FixtureRequest, job: str) -> dict[str, list[Any]]:
     """The group that has done this job."""
-    found: dict[str, list[Any]] = request.getfixturevalue("two" if job in QUICK else "two_more")
-    return found
+    results: dict[str, list[Any]] = request.getfixturevalue("two" if job in QUICK else "two_more")
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def growth(runs: Mapping[str, Run], alone: Mapping[str, Any], home: Path) -> dic
 
 def check(
     world: int,
-    found: Mapping[str, list[Any]],
+    results: Mapping[str, list[Any]],
     alone: Mapping[str, Any],
     growth: Mapping[str, Growth],
     home: Path,
@@ -178,9 +178,9 @@ def check(
     """Data order, gradients and losses of the first step, and later losses and metrics."""
     stage = job.split("-")[0]
     expected = alone[stage]
-    parts = [each["rows"] for each in found[job]]
+    parts = [each["rows"] for each in results[job]]
     assert [parts[i % world][i // world] for i in range(len(expected["rows"]))] == expected["rows"]
-    for each in found[job]:
+    for each in results[job]:
         assert each["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in each["gradients"].items():
             # A gradient that is truly 0 is its rounding: what counts is how far all of them are off.
@@ -222,16 +222,16 @@ def test_four_processes_train_what_one_trains(
 @pytest.mark.parametrize("job", ["tokenizer-ddp", pytest.param("generator-ddp", marks=pytest.mark.slow)])
 def test_gradients_are_reduced_once_a_step(by_two: Mapping[str, list[Any]], job: str) -> None:
     """Of each player, however many device batches a step has and however often a loss asks the network."""
-    for found in by_two[job]:
-        assert set(found["reductions"].values()) == {STEPS}
+    for result in by_two[job]:
+        assert set(result["reductions"].values()) == {STEPS}
 
 
-def check_goes_on(run_dir: Path, whole: Path, growth: Growth) -> None:
+def check_goes_on(run_dir: Path, full: Path, growth: Growth) -> None:
     """From halfway on: the losses of the run that was not interrupted, and the same model in the end."""
-    compare(losses(run_dir, after=STEPS // 2), losses(whole, after=STEPS // 2), growth.logs)
-    found, expected = (read_model(checkpoint_path(folder, STEPS))[0] for folder in (run_dir, whole))
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+    compare(losses(run_dir, after=STEPS // 2), losses(full, after=STEPS // 2), growth.logs)
+    resumed, expected = (read_model(checkpoint_path(folder, STEPS))[0] for folder in (run_dir, full))
+    assert resumed.keys() == expected.keys()
+    for name, value in resumed.items():
         torch.testing.assert_close(
             value, expected[name], rtol=0, atol=1e-12 + HEADROOM * growth.weights, msg=name
         )
@@ -280,18 +280,18 @@ def test_processes_agree(two: Mapping[str, list[Any]]) -> None:
     first, second = two["helpers"]
     assert first["rank_slice"] == [0, 2, 4]
     assert second["rank_slice"] == [1, 3]
-    for found in (first, second):
-        assert found["share"] == 7
-        assert found["gather"] == [0, 1]
-        assert found["on_rank0"] == 3
-        assert found["error of the first"] == "ZeroDivisionError: integer division or modulo by zero"
-        assert found["error of the second"] == "ValueError: in 1"
-        assert found["no error"] == ""
-        assert found["any_rank"] == [True, False]
-        assert found["mean_of"] == [0.5, 1.0]
-        assert found["largest_of"] == [1.0, 0.0]
-        assert found["norm_of"] == pytest.approx(5.0)
-        assert found["ballot"] == [0, 0, 5, 0, 0]  # one call later
+    for result in (first, second):
+        assert result["share"] == 7
+        assert result["gather"] == [0, 1]
+        assert result["on_rank0"] == 3
+        assert result["error of the first"] == "ZeroDivisionError: integer division or modulo by zero"
+        assert result["error of the second"] == "ValueError: in 1"
+        assert result["no error"] == ""
+        assert result["any_rank"] == [True, False]
+        assert result["mean_of"] == [0.5, 1.0]
+        assert result["largest_of"] == [1.0, 0.0]
+        assert result["norm_of"] == pytest.approx(5.0)
+        assert result["ballot"] == [0, 0, 5, 0, 0]  # one call later
 
 
 def test_latents_cached_by_two_processes_are_those_of_one(
@@ -302,7 +302,7 @@ def test_latents_cached_by_two_processes_are_those_of_one(
     assert {path.name for path in (home / "caches").glob(".*")} <= {".lock"}
 
 
-def test_a_process_that_can_not_cache_its_share_stops_all_when_they_are_done(
+def test_a_process_that_cannot_cache_its_shards_stops_all_when_they_are_done(
     two: Mapping[str, list[Any]],
 ) -> None:
     message = "BrokenImage: second process"
@@ -360,7 +360,7 @@ def test_shards_train_in_bf16(two_more: Mapping[str, list[Any]], home: Path) -> 
 def test_compiled_runs_are_the_same(
     runs: Mapping[str, Run], growth: Mapping[str, Growth], home: Path
 ) -> None:
-    """Compiled as a whole, by one process and by two in either way."""
+    """Compiled without graph breaks, by one process and by two with ddp and fsdp."""
     jobs: dict[str, Job] = {
         f"{parallel}-compiled": (
             trained,
@@ -372,8 +372,8 @@ def test_compiled_runs_are_the_same(
     together(2, home / "compiled", jobs)
     run = with_loop(runs["generator-ddp"], steps=4, save_every=4, compile=True)
     trained(run, home / "alone-compiled")
-    whole = with_loop(runs["generator-ddp"], steps=4, save_every=4)
-    trained(whole, home / "four-steps")
+    full = with_loop(runs["generator-ddp"], steps=4, save_every=4)
+    trained(full, home / "four-steps")
     for name in ("alone", *("ddp", "fsdp")):
         compare(losses(home / f"{name}-compiled"), losses(home / "four-steps"), growth["generator"].logs)
 
@@ -393,6 +393,6 @@ def test_torchrun_starts_the_commands(runs: Mapping[str, Run], tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"done: {tmp_path / 'run'}") == 1
     trained(with_loop(runs["generator-ddp"], steps=3), tmp_path / "alone", exact=False)
-    found, expected = (losses(tmp_path / name) for name in ("run", "alone"))
-    assert len(found) == len(expected)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    results, expected = (losses(tmp_path / name) for name in ("run", "alone"))
+    assert len(results) == len(expected)
+    assert results[0] == pytest.approx(expected[0], rel=1e-5)

@@ -58,12 +58,12 @@ def test_the_exported_weights_are_the_evaluated_ones(
 ) -> None:
     """The average or the raw weights, in evaluation mode and without gradients; buffers as they are."""
     task = tiny_run(tmp_path / "run", replace(LOOP, export=export, ema_decay=decay, evaluate_every=3))
-    assert [step for step, *_ in task.judged] == [3, 6]
-    _, judged, training, gradients = task.judged[-1]
+    assert [step for step, *_ in task.evaluations] == [3, 6]
+    _, weights, training, gradients = task.evaluations[-1]
     assert not training
     assert not gradients
     state = state_of(tmp_path / "run")
-    assert same(state["exported"], judged)
+    assert same(state["exported"], weights)
     raw = state["players"]["model"]
     averaged = export == "ema" and decay is not None
     assert same(state["exported"], raw) == (not averaged)

@@ -1,4 +1,4 @@
-"""What is not finite: found, named, skipped or gone back from; spikes of the gradient left out."""
+"""Values that are not finite: named, skipped or rolled back; gradient spikes are skipped."""
 
 from __future__ import annotations
 
@@ -132,12 +132,12 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "NonFiniteGuard", build)
 
 
-def by_hand(loop: LoopConfig, data_steps: Sequence[int], left_out: Sequence[int] = ()) -> Tiny:
+def by_hand(loop: LoopConfig, data_steps: Sequence[int], skipped: Sequence[int] = ()) -> Tiny:
     """The same training in eight lines: these data, without the steps left out."""
     task = Tiny(loop)
     optimizer, part = task.optimizers["model"], loop.device_batch_size or 4
     for step, data_step in enumerate(data_steps):
-        if step in left_out:
+        if step in skipped:
             continue
         for number, batch in enumerate(task.batches([data_step])):
             rows = range(number * part, (number + 1) * part)
@@ -209,9 +209,9 @@ def test_a_term_behind_sound_modules_is_named(tmp_path: Path) -> None:
     task = Tiny(LOOP)
 
     def updates(batch: Numbers, draws: Draws, step: int) -> Iterator[Update]:
-        sound = task.model(batch.x).mean()
-        broken = sound * torch.inf if step == 2 else sound
-        yield Update("model", sound + broken, {"sound": sound.detach(), "broken": broken.detach()})
+        finite = task.model(batch.x).mean()
+        broken = finite * torch.inf if step == 2 else finite
+        yield Update("model", finite + broken, {"finite": finite.detach(), "broken": broken.detach()})
 
     task.updates = updates  # type: ignore[method-assign]
     with pytest.raises(NotFinite, match=r"again: the term broken, \(\), has infinite values"):
@@ -226,18 +226,18 @@ def test_a_step_is_skipped_as_if_it_had_not_been(tmp_path: Path, stop_after: int
     """Steps 3 and 5 of eight; a run that is cut off and gone on with ends at the same bits."""
     loop = replace(LOOP, on_nonfinite="skip", save_every=1, keep_last=4)
     run(Tiny(loop, bad=[3, 5]), tmp_path)
-    whole = state(tmp_path)
-    expected = by_hand(loop, range(8), left_out=[3, 5])
+    full = state(tmp_path)
+    expected = by_hand(loop, range(8), skipped=[3, 5])
     assert same(weights_of(tmp_path), dict(expected.model.state_dict()))
     first = expected.optimizers["model"].state_dict()["state"][0]
-    assert same(whole["optimizers"]["model"]["state"][0], first)
+    assert same(full["optimizers"]["model"]["state"][0], first)
     assert first["step"] == 6
     if stop_after is not None:
         for step in checkpoint_steps(tmp_path):
             if step > stop_after:
                 shutil.rmtree(checkpoint_path(tmp_path, step))
         run(Tiny(loop, bad=[3, 5]), tmp_path)
-        assert same(state(tmp_path), whole)
+        assert same(state(tmp_path), full)
 
 
 def test_skipped_steps_are_counted_and_spoil_no_mean(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_too_many_steps_skipped_in_a_row_end_the_run(tmp_path: Path) -> None:
 def test_only_a_fused_optimizer_can_skip(tmp_path: Path) -> None:
     task = Tiny(replace(LOOP, on_nonfinite="skip"))
     task.optimizers = {"model": torch.optim.SGD(task.model.parameters(), lr=0.1)}
-    with pytest.raises(ValueError, match="the optimizer of model must be a fused one"):
+    with pytest.raises(ValueError, match="the optimizer of model must be fused"):
         run(task, tmp_path)
 
 
@@ -272,11 +272,11 @@ def test_only_a_fused_optimizer_can_skip(tmp_path: Path) -> None:
 def test_a_rollback_goes_on_past_the_bad_data(
     tmp_path: Path, gpu: bool, request: pytest.FixtureRequest
 ) -> None:
-    """The run is that of a data order without the bad steps; what was logged after the checkpoint is gone."""
+    """The run is that of a data order without the bad steps; log lines after the checkpoint are removed."""
     if gpu:
         request.getfixturevalue("late")
     loop = replace(LOOP, on_nonfinite="rollback", save_every=4, log_every=2)
-    with pytest.warns(UserWarning, match=r"going back to the last checkpoint and past data step [56]"):
+    with pytest.warns(UserWarning, match=r"rolling back to the last checkpoint, skipping data step [56]"):
         run(Tiny(loop, bad=[5, 6]), tmp_path / "run")
     expected = by_hand(loop, [0, 1, 2, 3, 4, 7, 8, 9])
     assert same(weights_of(tmp_path / "run"), dict(expected.model.state_dict()))
@@ -286,9 +286,9 @@ def test_a_rollback_goes_on_past_the_bad_data(
     assert lines == [2, 4, 6, 8]
 
 
-def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_rollback_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
     loop = replace(LOOP, on_nonfinite="rollback", save_every=8)
-    with pytest.warns(UserWarning, match="past data step 1"):
+    with pytest.warns(UserWarning, match="skipping data step 1"):
         run(Tiny(loop, bad=[1]), tmp_path)
     expected = by_hand(loop, [0, 2, 3, 4, 5, 6, 7, 8])
     assert same(weights_of(tmp_path), dict(expected.model.state_dict()))
@@ -297,27 +297,27 @@ def test_a_rollback_before_the_first_checkpoint_begins_anew(tmp_path: Path) -> N
 def test_a_run_that_went_back_resumes_exactly(tmp_path: Path) -> None:
     """Cut off after the rollback, at a checkpoint that knows of it and at one that does not."""
     loop = replace(LOOP, on_nonfinite="rollback", keep_last=4)
-    with pytest.warns(UserWarning, match="past data step 3"):
-        run(Tiny(loop, bad=[3]), tmp_path / "whole")
+    with pytest.warns(UserWarning, match="skipping data step 3"):
+        run(Tiny(loop, bad=[3]), tmp_path / "full")
     for last in (6, 2):
-        shutil.copytree(tmp_path / "whole", tmp_path / str(last))
+        shutil.copytree(tmp_path / "full", tmp_path / str(last))
         for step in checkpoint_steps(tmp_path / str(last)):
             if step > last:
                 shutil.rmtree(checkpoint_path(tmp_path / str(last), step))
         task = Tiny(loop, bad=[3])
-        if last == 2:  # what the checkpoint does not know is found again
-            with pytest.warns(UserWarning, match="past data step 3"):
+        if last == 2:  # the checkpoint does not know the bad step, so it occurs again
+            with pytest.warns(UserWarning, match="skipping data step 3"):
                 run(task, tmp_path / str(last))
         else:
             run(task, tmp_path / str(last))
             assert task.seen == [7, 8]
-        assert same(state(tmp_path / str(last)), state(tmp_path / "whole"))
+        assert same(state(tmp_path / str(last)), state(tmp_path / "full"))
 
 
 def test_rollbacks_have_an_end(tmp_path: Path) -> None:
     loop = replace(LOOP, on_nonfinite="rollback", nonfinite_limit=2)
     with (
-        pytest.warns(UserWarning, match="going back"),
+        pytest.warns(UserWarning, match="rolling back"),
         pytest.raises(NotFinite, match=r"not finite at step 3: .*, after 2 rollbacks"),
     ):
         run(Tiny(loop, bad=range(3, 100)), tmp_path)
@@ -339,7 +339,7 @@ def test_a_norm_far_above_the_mean_is_a_spike() -> None:
     norms = [1.0] * 30 + [50.0] + [1.0] * 5
     assert norms_of(3.0, norms) == [0.0] * 30 + [1.0] + [0.0] * 5
     assert norms_of(3.0, [1.0] * (WARM_UP - 1) + [50.0]) == [0.0] * WARM_UP
-    mean = 1 + (3.0 - 1) / 31  # what the spike left of it
+    mean = 1 + (3.0 - 1) / 31  # after the clipped spike
     assert norms_of(3.0, [*norms[:31], 3 * mean * 0.999])[-1] == 0
     assert norms_of(3.0, [*norms[:31], 3 * mean * 1.001])[-1] == 1
 
@@ -353,22 +353,22 @@ def test_a_level_that_rises_for_good_is_followed() -> None:
     assert not any(risen[risen.index(0.0) :])
 
 
-def test_a_spike_is_left_out_counted_and_remembered_by_a_checkpoint(tmp_path: Path) -> None:
-    """Step 27's loss is 1,000 times too large. The means that tell it are part of the state."""
+def test_a_spike_is_skipped_counted_and_remembered_by_a_checkpoint(tmp_path: Path) -> None:
+    """Step 27's loss is 1,000 times too large. The means that detect it are part of the state."""
     loop = replace(LOOP, steps=30, device_batch_size=None, log_every=10, save_every=5, keep_last=6)
     optim = replace(OPTIM, spike_factor=5.0)
-    run(Tiny(loop, scale={27: 1000.0}), tmp_path / "whole", optim)
-    expected = by_hand(loop, range(30), left_out=[27])
-    assert same(weights_of(tmp_path / "whole"), dict(expected.model.state_dict()))
-    lines = [line for line in read_log(tmp_path / "whole") if "model/skipped_steps" in line]
+    run(Tiny(loop, scale={27: 1000.0}), tmp_path / "full", optim)
+    expected = by_hand(loop, range(30), skipped=[27])
+    assert same(weights_of(tmp_path / "full"), dict(expected.model.state_dict()))
+    lines = [line for line in read_log(tmp_path / "full") if "model/skipped_steps" in line]
     assert sum(line["model/skipped_steps"] for line in lines) == 1
-    count, mean = state(tmp_path / "whole")["health"]["model"].tolist()
+    count, mean = state(tmp_path / "full")["health"]["model"].tolist()
     assert count == 30
     assert 0 < mean < 10
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.copytree(tmp_path / "full", tmp_path / "parts")
     shutil.rmtree(checkpoint_path(tmp_path / "parts", 30))
     run(Tiny(loop, scale={27: 1000.0}), tmp_path / "parts", optim)
-    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    assert same(state(tmp_path / "parts"), state(tmp_path / "full"))
 
 
 @pytest.mark.parametrize(
@@ -380,6 +380,6 @@ def test_a_spike_is_left_out_counted_and_remembered_by_a_checkpoint(tmp_path: Pa
         (LOOP, {"profile_steps": -1}, "loop.profile_steps must be >= 0, got -1"),
     ],
 )
-def test_settings_that_can_not_be_are_named(kind: Any, changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(kind: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(kind, **changes)

@@ -37,14 +37,14 @@ def test_the_broken_term_is_named_and_the_finite_ones_are_not(tmp_path: Path) ->
     task = Tiny()
 
     def updates(batch: Numbers, draws: Draws, step: int) -> Iterator[Update]:
-        sound, broken = task.model(batch.x).mean(), task.model(batch.x).mean() * torch.nan
-        yield Update("model", sound + broken, {"sound": sound.detach(), "broken": broken.detach()})
+        healthy, broken = task.model(batch.x).mean(), task.model(batch.x).mean() * torch.nan
+        yield Update("model", healthy + broken, {"healthy": healthy.detach(), "broken": broken.detach()})
 
     task.updates = updates  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="not finite at step 0") as caught:
         fit(task, tmp_path, OPTIM, LOOP, quiet=True)
     assert "model/broken = nan" in str(caught.value)
-    assert "sound" not in str(caught.value)
+    assert "healthy" not in str(caught.value)
     assert "lower optim.lr, set optim.clip, or use loop.precision fp32" in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard shows what log.jsonl says, and what a resumed run does again it shows once."""
+"""TensorBoard shows the values of log.jsonl, and repeated steps of a resumed run once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_tensorboard_reads_what_the_log_says(tmp_path: Path) -> None:
     assert [line["a/loss"] for line in read_log(tmp_path)] == [0.5, 0.25]
 
 
-def test_steps_that_happen_again_are_shown_once(tmp_path: Path) -> None:
+def test_repeated_steps_are_shown_once(tmp_path: Path) -> None:
     first = Journal(tmp_path, 0, TEN_STEPS)
     with first:
         for step in (2, 4, 6):

@@ -49,13 +49,13 @@ def test_accumulated_batches_equal_one_batch(runs: dict[str, Any], tmp_path: Pat
     with double_precision():
         for part in (1, 2, 4, None):
             train(with_loop(runs[stage], device_batch_size=part, steps=3), tmp_path / str(part))
-    whole, lines = state_of(tmp_path / "None"), curve(tmp_path / "None")
+    full, lines = state_of(tmp_path / "None"), curve(tmp_path / "None")
     for part in ("1", "2", "4"):
-        found = state_of(tmp_path / part)
-        for name, value in whole["players"].items():
+        split = state_of(tmp_path / part)
+        for name, value in full["players"].items():
             for key, tensor in value.items():
                 torch.testing.assert_close(
-                    found["players"][name][key], tensor, atol=1e-10, rtol=1e-9, msg=key
+                    split["players"][name][key], tensor, atol=1e-10, rtol=1e-9, msg=key
                 )
         for line, expected in zip(curve(tmp_path / part), lines, strict=True):
             assert line == pytest.approx(expected, rel=1e-6)  # the log is float32
@@ -68,8 +68,8 @@ def test_two_players_move_in_the_order_of_their_updates(tmp_path: Path) -> None:
     class Two(Tiny):
         def __init__(self) -> None:
             super().__init__()
-            self.judge = nn.Linear(1, 1)
-            self.players = {"model": self.model, "judge": self.judge}
+            self.second = nn.Linear(1, 1)
+            self.players = {"model": self.model, "second": self.second}
             self.optimizers = {
                 name: torch.optim.SGD(module.parameters(), lr=0.0) for name, module in self.players.items()
             }
@@ -78,16 +78,16 @@ def test_two_players_move_in_the_order_of_their_updates(tmp_path: Path) -> None:
             before = self.model.bias.detach().clone()
             yield Update("model", self.model.bias.sum(), {})
             moved = (self.model.bias - before).detach().abs().max()
-            judged = self.judge.bias.detach().clone()
+            before_second = self.second.bias.detach().clone()
             if step != 1:
-                yield Update("judge", -self.judge.bias.sum(), {})
-            seen.append((step, float(moved), float(self.judge.bias.detach() - judged)))
+                yield Update("second", -self.second.bias.sum(), {})
+            seen.append((step, float(moved), float(self.second.bias.detach() - before_second)))
 
     fit(Two(), tmp_path, OptimConfig(lr=0.5), replace(LOOP, steps=3, ema_decay=None), quiet=True)
     assert np.round(seen, 5).tolist() == [
-        [step, moved, judged]
-        for step, second in ((0, 0.5), (1, 0.0), (2, 0.5))
-        for moved, judged in ((0.0, 0.0), (0.5, second))
+        [step, first, second]
+        for step, stepped in ((0, 0.5), (1, 0.0), (2, 0.5))
+        for first, second in ((0.0, 0.0), (0.5, stepped))
     ]
 
 
@@ -163,7 +163,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_a_failed_evaluation_costs_no_step(tmp_path: Path) -> None:
-    """The checkpoint is written before it, and the same command judges it again."""
+    """The checkpoint is written before it, and the same command evaluates it again."""
     task = Tiny()
 
     def failing(step: int) -> dict[str, float]:
@@ -174,7 +174,7 @@ def test_a_failed_evaluation_costs_no_step(tmp_path: Path) -> None:
         fit(task, tmp_path, OPTIM, LOOP, quiet=True)
     assert checkpoint_steps(tmp_path) == [4, 6]
     again = tiny_run(tmp_path)
-    assert [step for step, *_ in again.judged] == [6]
+    assert [step for step, *_ in again.evaluations] == [6]
     assert "eval/bias" in read_log(tmp_path)[-1]
 
 
@@ -200,7 +200,7 @@ def test_steps_are_profiled_into_the_run_folder(tmp_path: Path) -> None:
     steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")}
     assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
     assert "aten::addmm" in (tmp_path / "profile" / "table.txt").read_text()
-    with pytest.raises(ValueError, match=r"profile_steps must leave the first 3 of 6 steps out, got 4"):
+    with pytest.raises(ValueError, match=r"profile_steps must leave out the first 3 of 6 steps, got 4"):
         replace(LOOP, profile_steps=4)
 
 
@@ -219,7 +219,7 @@ def test_tf32_is_on_only_where_it_is_asked_for(tmp_path: Path, precision: Any, e
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
-    """A lock that a kill lets go; the second process is told, and changes nothing."""
+    """The lock is released by a kill; the second process gets an error and changes nothing."""
     from filelock import FileLock
 
     (tmp_path / "run").mkdir()

@@ -28,7 +28,7 @@ def test_a_signal_saves_after_its_step_and_the_same_command_resumes(
             os.kill(os.getpid(), signum)
         return loss
 
-    whole = state_of_tiny(tmp_path / "whole", loop)
+    full = state_of_tiny(tmp_path / "full", loop)
     with pytest.raises(
         Stopped, match=rf"stopped by {signum.name} after step 3; the same command goes on"
     ) as caught:
@@ -37,7 +37,7 @@ def test_a_signal_saves_after_its_step_and_the_same_command_resumes(
     assert checkpoint_steps(tmp_path / "run") == [3]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     tiny_run(tmp_path / "run", loop, spoil=interrupting)
-    assert same(state_of(tmp_path / "run"), whole)
+    assert same(state_of(tmp_path / "run"), full)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def trained(run_dir: Path, task: Timed, loop: LoopConfig = LOOP) -> Timed:
 
 
 def slower_later(step: int) -> float:
-    """A tenth of a second, and from step 20 on a whole one: the plan of the start pays for 200 steps."""
+    """A tenth of a second, and from step 20 on one second: the first plan has 200 steps."""
     return 0.1 if step < 20 else 1.0
 
 
@@ -158,23 +158,23 @@ def test_where_time_does_not_pay_for_the_fewest_steps_the_run_takes_longer(tmp_p
 @pytest.mark.parametrize("stop", [12, 22, 30])
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(tmp_path: Path, stop: int) -> None:
     parts, loop = tmp_path / "parts", replace(LOOP, save_every=5)
-    whole = trained(tmp_path / "whole", Timed(slower_later), loop)
+    full = trained(tmp_path / "full", Timed(slower_later), loop)
     with pytest.raises(Killed):
         trained(parts, Timed(slower_later, stop), loop)
     assert checkpoint_steps(parts)
     again = trained(parts, Timed(slower_later), loop)
-    assert len(again.positions) < len(whole.positions)
-    for name, value in whole.model.state_dict().items():
+    assert len(again.positions) < len(full.positions)
+    for name, value in full.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
     last = checkpoint_steps(parts)[-1]
-    assert last == checkpoint_steps(tmp_path / "whole")[-1]
-    states = [torch.load(checkpoint_path(tmp_path / name, last) / "state.pt") for name in ("parts", "whole")]
+    assert last == checkpoint_steps(tmp_path / "full")[-1]
+    states = [torch.load(checkpoint_path(tmp_path / name, last) / "state.pt") for name in ("parts", "full")]
     for name, value in states[0]["ema"].items():
         assert torch.equal(states[1]["ema"][name], value), name
 
 
 def test_the_average_follows_the_number_of_steps() -> None:
-    """Ten updates of ten positions weigh the weights as a hundred of one: what is older than the horizon is
+    """Ten updates of ten positions weigh the weights as a hundred of one: weights older than the horizon are
     gone, however few steps there were."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)

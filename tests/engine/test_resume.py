@@ -42,17 +42,17 @@ from tests.engine.runs import (
 def test_a_resumed_run_equals_the_uninterrupted_one(
     runs: dict[str, Any], tmp_path: Path, stage: str, precision: str
 ) -> None:
-    """To the bit, twice interrupted: before the first checkpoint, and between two."""
+    """Bitwise, after two interruptions: before the first checkpoint, and between two."""
     run = with_loop(runs[stage], precision=precision)
-    metrics = train(run, tmp_path / "whole")
+    metrics = train(run, tmp_path / "full")
     train_until(run, tmp_path / "resumed", 1)
     assert checkpoint_steps(tmp_path / "resumed") == []
     train_until(run, tmp_path / "resumed", 5)
     assert checkpoint_steps(tmp_path / "resumed") == [2, 4]
     assert train(run, tmp_path / "resumed") == metrics
-    assert same(state_of(tmp_path / "resumed"), state_of(tmp_path / "whole"))
-    assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
-    assert identity_of(tmp_path / "resumed") == identity_of(tmp_path / "whole")
+    assert same(state_of(tmp_path / "resumed"), state_of(tmp_path / "full"))
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "full")
+    assert identity_of(tmp_path / "resumed") == identity_of(tmp_path / "full")
 
 
 def test_a_resumed_run_of_all_losses_equals_the_uninterrupted_one(
@@ -72,15 +72,15 @@ def test_a_resumed_run_of_all_losses_equals_the_uninterrupted_one(
         gradients_every=3,
     )
     run = replace(tokenizer_run, loss=loss)
-    train(run, tmp_path / "whole")
+    train(run, tmp_path / "full")
     train_until(run, tmp_path / "resumed", 3)
     train_until(run, tmp_path / "resumed", 5)
     train(run, tmp_path / "resumed")
-    whole = state_of(tmp_path / "whole")
-    assert same(state_of(tmp_path / "resumed"), whole)
-    assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
-    assert whole["players"].keys() == {"autoencoder", "denoiser", "discriminator"}
-    terms = {key.removeprefix("autoencoder/") for key in curve(tmp_path / "whole")[-2]}
+    full = state_of(tmp_path / "full")
+    assert same(state_of(tmp_path / "resumed"), full)
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "full")
+    assert full["players"].keys() == {"autoencoder", "denoiser", "discriminator"}
+    terms = {key.removeprefix("autoencoder/") for key in curve(tmp_path / "full")[-2]}
     assert {"l1", "lpips", "gan", "mcr", "kl", "diffusion"} <= terms
 
 
@@ -104,17 +104,17 @@ train_tokenizer(config.load(TokenizerRun, {str(tmp_path / "run.yaml")!r}), Path(
     folder = tmp_path / "killed" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [".step-00000004.partial", "step-00000002"]
     train(tokenizer_run, tmp_path / "killed")
-    train(tokenizer_run, tmp_path / "whole")
-    assert same(state_of(tmp_path / "killed"), state_of(tmp_path / "whole"))
+    train(tokenizer_run, tmp_path / "full")
+    assert same(state_of(tmp_path / "killed"), state_of(tmp_path / "full"))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_a_run_killed_between_any_two_file_operations_resumes(tmp_path: Path) -> None:
     loop = replace(LOOP, steps=2, save_every=1, keep_last=1, log_every=1)
-    whole = state_of_tiny(tmp_path / "whole", loop)
+    full = state_of_tiny(tmp_path / "full", loop)
     run_dir, deaths = tmp_path / "run", 0
     for _ in kill_points(lambda: tiny_run(run_dir, loop), tmp_path):
-        assert same(state_of_tiny(run_dir, loop), whole)
+        assert same(state_of_tiny(run_dir, loop), full)
         assert [line["step"] for line in curve(run_dir)] == [1, 2, 2]
         left = {path.name for path in (run_dir / "checkpoints").iterdir()}
         assert left <= {"step-00000001", "step-00000002"}  # and no half-written folder
@@ -129,7 +129,7 @@ def test_a_finished_run_is_evaluated_again_and_not_changed(tmp_path: Path) -> No
     log = curve(tmp_path / "run")
     again = Tiny()
     metrics = fit(again, tmp_path / "run", OPTIM, LOOP, quiet=True)
-    assert metrics == {"bias": float(first.judged[-1][1]["bias"].sum())}
+    assert metrics == {"bias": float(first.evaluations[-1][1]["bias"].sum())}
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert curve(tmp_path / "run") == log
 
@@ -150,14 +150,14 @@ def test_a_resume_on_other_data_is_rejected(
     image_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """The config names the same folders, but what lies there has changed: this cannot be the same run."""
+    """The config names the same folders, but their content has changed."""
     for print_, labels, message in (
         (
             "another",
             latents.labels,
-            "trained with other latents, tokenizer: what its config names has changed",
+            "trained with other latents, tokenizer: the data that its config names have changed",
         ),
-        (latents.attributes["tokenizer"], 1 - latents.labels, "trained with other latents: what"),
+        (latents.attributes["tokenizer"], 1 - latents.labels, "trained with other latents: the data"),
     ):
         folder = tmp_path / print_ / "latents"
         shutil.copytree(latents.folder, folder)
@@ -170,16 +170,16 @@ def test_a_resume_on_other_data_is_rejected(
     other = replace(tokenizer_run, data=replace(tokenizer_run.data, images=images))
     train_until(other, tmp_path / "tokenizer", 3)
     (images / "boxes" / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer was trained with other images: what"):
+    with pytest.raises(ValueError, match=r"tokenizer was trained with other images: the data"):
         train(other, tmp_path / "tokenizer")
 
 
 def test_a_resume_makes_up_for_a_lost_evaluation(tmp_path: Path) -> None:
-    """In the middle of a run too; one that is there is not made again."""
+    """Also in the middle of a run. An existing evaluation is not repeated."""
     loop = replace(LOOP, evaluate_every=2)
-    tiny_run(tmp_path / "whole", loop)
+    tiny_run(tmp_path / "full", loop)
     for name, lost in (("lost", True), ("there", False)):
-        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.copytree(tmp_path / "full", tmp_path / name)
         shutil.rmtree(checkpoint_path(tmp_path / name, 6))
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines(keepends=True)
         if lost:
@@ -187,16 +187,16 @@ def test_a_resume_makes_up_for_a_lost_evaluation(tmp_path: Path) -> None:
             assert len(kept) == len(lines) - 1
             (tmp_path / name / "log.jsonl").write_text("".join(kept))
         task = tiny_run(tmp_path / name, loop)
-        assert [step for step, *_ in task.judged] == ([4, 6] if lost else [6])
-        assert curve(tmp_path / name) == curve(tmp_path / "whole")
+        assert [step for step, *_ in task.evaluations] == ([4, 6] if lost else [6])
+        assert curve(tmp_path / name) == curve(tmp_path / "full")
 
 
 def test_a_truncated_log_line_is_ignored(tmp_path: Path) -> None:
     tiny_run(tmp_path / "run")
-    whole = curve(tmp_path / "run")
+    full = curve(tmp_path / "run")
     file = tmp_path / "run" / "log.jsonl"
     file.write_text(file.read_text() + '{"step": 7, "mod')
-    assert curve(tmp_path / "run") == whole
+    assert curve(tmp_path / "run") == full
     tiny_run(tmp_path / "run")
-    assert curve(tmp_path / "run") == whole
+    assert curve(tmp_path / "run") == full
     assert all(json.loads(line) for line in file.read_text().splitlines())

@@ -54,7 +54,7 @@ def test_hardware_may_change_and_older_checkpoints_say_nothing(run: GeneratorRun
 
 
 def test_equal_runs_give_equal_files(run: GeneratorRun, tmp_path: Path) -> None:
-    """safetensors orders its metadata anew in every call."""
+    """safetensors orders its metadata differently in every call."""
     for number in range(8):
         train_generator(replace(run, loop=replace(run.loop, steps=1)), tmp_path / f"{number}", quiet=True)
     contents = {(checkpoint_path(tmp_path / f"{n}", 1) / WEIGHTS).read_bytes() for n in range(8)}
@@ -76,7 +76,7 @@ def test_a_run_folder_rejects_another_config_and_names_the_difference(
 
 
 def test_a_run_may_resume_on_other_hardware(runs: dict[str, Any], tmp_path: Path) -> None:
-    """Device batches, processes and workers say how it is computed, not what; config.yaml keeps the last."""
+    """Device batches, processes and workers do not change the result; config.yaml holds the last values."""
     run = with_loop(runs["generator"], steps=4)
     train_until(run, tmp_path, 3)
     other = with_loop(run, device_batch_size=4, num_workers=0, parallel="fsdp", profile_steps=0)

@@ -36,7 +36,7 @@ _READS = {
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU."""
+    """Counts the calls that would synchronise with a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()

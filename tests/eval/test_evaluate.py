@@ -232,7 +232,7 @@ def test_training_refuses_to_evaluate_with_another_tokenizer(
         tokenizer=tmp_path,
         evaluation_images=packed.shards.folder,
     )
-    with pytest.raises(ValueError, match="but the latents are those of"):
+    with pytest.raises(ValueError, match="but the latents come from"):
         GeneratorTask(run).evaluate(0)
 
 

@@ -546,13 +546,13 @@ CASES: tuple[Case, ...] = (
         "data that have changed since the run began",
         both(moved("latents", "old"), ran("pae cache-latents another-tokenizer packed latents --device cpu")),
         "pae train-generator generator-run/config.yaml generator-run",
-        "generator-run was trained with other latents, tokenizer: what its config names has changed since",
+        "generator-run was trained with other latents, tokenizer: the data that its config names have",
     ),
     model(
         "a damaged newest checkpoint: the one before is taken",
         flipped("generator-run/checkpoints/step-00000002/state.pt"),
         "pae train-generator generator-run/config.yaml generator-run",
-        r"^checkpoint .*step-00000002 is damaged and was passed over: its checksum is wrong \(state.pt\)$",
+        r"^checkpoint .*step-00000002 is damaged and was skipped: its checksum is wrong \(state.pt\)$",
         code=0,
     ),
     model(

@@ -63,7 +63,7 @@ HOSTILE = rows(
         "an optimizer state of another shape",
         moments(exp_avg_sq=torch.zeros(0)),
         RESUME,
-        "the checkpoint's optimizer of .* does not hold what the config asks for: exp_avg_sq; it is damaged",
+        "the checkpoint's optimizer of .* does not match the config: exp_avg_sq; the checkpoint is damaged",
     ),
     (
         "an optimizer state of another type",
@@ -94,7 +94,7 @@ HOSTILE = rows(
         "a state without players",
         state_with(lambda s: s.pop("players")),
         RESUME,
-        "is no training state: it has no fitting players",
+        "is no training state: it has no valid players",
     ),
     (
         "norms that are none",
@@ -106,19 +106,19 @@ HOSTILE = rows(
         "a list of files that names a device",
         listed(**{"../../../../../dev/zero": "0"}),
         "pae info generator-run --verify",
-        "checkpoint.json does not list its files",
+        "checkpoint.json does not list the files of its folder",
     ),
     (
         "a file that is not listed",
         both(written(str(CHECKPOINT / "more.pt"), "x")),
         "pae info generator-run --verify",
-        "checkpoint.json does not list its files \\(more.pt\\)",
+        "checkpoint.json does not list the files of its folder \\(more.pt\\)",
     ),
     (
         "a checkpoint under another step's name",
         lambda: CHECKPOINT.rename(CHECKPOINT.with_name("step-00000009")),
         "pae info generator-run --verify",
-        "checkpoint.json is that of step 2",
+        "checkpoint.json belongs to step 2",
     ),
     (
         "a pipe for a config",

@@ -41,12 +41,12 @@ class Setting:
         decoded = dict(zip("rml", self.decoder(self.z), strict=True))
         seen = self.perceptual(_Counted.apply(torch.cat(list(decoded.values())), self.calls, "perceptual"))
         r, m, _ = seen.chunk(3)
-        judged = self.discriminator(_Counted.apply(decoded["r"], self.calls, "discriminator"))
+        logits = self.discriminator(_Counted.apply(decoded["r"], self.calls, "discriminator"))
         terms = {
             "l1": (decoded["r"] - self.x).abs().mean(),
             "lpips": (r - self.perceptual(self.x)).square().mean(),
             "mcr": (m - r.detach()).square().mean() + (decoded["l"] - decoded["m"].detach()).abs().mean(),
-            "gan": -judged.mean(),
+            "gan": -logits.mean(),
         }
         return terms, decoded
 
@@ -71,8 +71,8 @@ def test_value_weight_and_gradients_are_those_of_the_plain_formula() -> None:
     expected = setting.gradients(plain)
 
     terms, decoded = setting.terms()
-    found, loss = balance_gan(terms, WEIGHTS, decoded, setting.last, keep_graph=False)
-    assert float(found) == pytest.approx(float(weight), rel=1e-6)  # the norms are taken in float32
+    balanced, loss = balance_gan(terms, WEIGHTS, decoded, setting.last, keep_graph=False)
+    assert float(balanced) == pytest.approx(float(weight), rel=1e-6)  # the norms are taken in float32
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for one, two in zip(setting.gradients(loss), expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)

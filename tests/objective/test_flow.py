@@ -161,12 +161,12 @@ def test_the_diffusion_undoes_the_forward_process(t: float) -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0])
-def test_a_shift_that_is_not_positive_is_refused(shift: float) -> None:
+def test_a_shift_that_is_not_positive_is_rejected(shift: float) -> None:
     with pytest.raises(ValueError, match=rf"shift must be > 0 \(1 changes nothing\), got {shift}"):
         shift_time(torch.rand(2), shift)
 
 
 @pytest.mark.parametrize("grid", [time_grid, noisy_grid])
-def test_a_grid_of_one_point_is_refused(grid: Callable[[int, float], torch.Tensor]) -> None:
+def test_a_grid_of_one_point_is_rejected(grid: Callable[[int, float], torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"at least 2 points \(1 step\), got 1"):
         grid(1, 1.0)

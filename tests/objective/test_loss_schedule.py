@@ -140,6 +140,6 @@ def test_the_late_network_takes_over_at_its_start(packed: PackedImages) -> None:
         ({"lpips_late_start": 2.0}, r"loss.lpips_late_start must lie in \[0, 1\]"),
     ],
 )
-def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenizerLoss(**changes)

@@ -1,4 +1,4 @@
-"""The tokenizer's task: who gets gradients from which term, and what is computed once."""
+"""The tokenizer's task: flow of gradients from each term, and parts that are computed once."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_images_pass_each_network_once(
     packed: PackedImages, refiner: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four images, decodes r, m and l: one decoder pass of 12, perceptual passes of 4 and 12, one VFM
-    pass; images and decodes r meet what is frozen of the discriminator once for both players."""
+    pass; images and decodes r meet the frozen part of the discriminator once for both players."""
     task = TokenizerTask(a_run(packed, refiner))
     assert task.lpips is not None
     assert task.discriminator is not None
@@ -193,7 +193,7 @@ def test_two_players_resume_to_the_bit(
     run = a_run(
         packed, refiner, {"precision": precision, "ema_decay": 0.5}, gan_weight="adaptive", diffusion=0.1
     )
-    train_tokenizer(run, tmp_path / "whole", quiet=True)
+    train_tokenizer(run, tmp_path / "full", quiet=True)
     train_tokenizer(run, tmp_path / "parts", quiet=True)
     import shutil
 
@@ -201,7 +201,7 @@ def test_two_players_resume_to_the_bit(
     train_tokenizer(run, tmp_path / "parts", quiet=True)
     states = [
         torch.load(tmp_path / name / "checkpoints" / "step-00000004" / "state.pt", weights_only=True)
-        for name in ("whole", "parts")
+        for name in ("full", "parts")
     ]
     for player in ("autoencoder", "discriminator", "denoiser"):
         one, two = (state["players"][player] for state in states)
@@ -216,7 +216,7 @@ def test_the_prior_must_fit(packed: PackedImages, refiner: Path) -> None:
         dataclasses.replace(run, prior=None)
 
 
-def test_compiling_refuses_a_second_backward(packed: PackedImages, refiner: Path) -> None:
+def test_compiling_rejects_a_second_backward(packed: PackedImages, refiner: Path) -> None:
     with pytest.raises(ValueError, match=r"loop\.compile cannot be combined"):
         a_run(packed, refiner, {"compile": True}, gradients_every=10)
 
@@ -231,7 +231,7 @@ def test_compiling_refuses_a_second_backward(packed: PackedImages, refiner: Path
         ({"lpips_share": 0.0}, r"lpips_share must lie in \(0, 1\]"),
     ],
 )
-def test_losses_that_can_not_be_are_named(changes: dict[str, Any], message: str) -> None:
+def test_invalid_losses_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenizerLoss(**changes)
 
@@ -292,7 +292,7 @@ def test_no_noise_is_drawn_unless_asked() -> None:
 
 
 @pytest.mark.parametrize("name", ["ssr", "scr", "kl", "diffusion", "gradients_every"])
-def test_losses_of_a_latent_that_is_fixed_are_refused(packed: PackedImages, name: str) -> None:
+def test_losses_of_a_latent_that_is_fixed_are_rejected(packed: PackedImages, name: str) -> None:
     with pytest.raises(ValueError, match=rf"loss.{name} must be 0 for model.fusion none"):
         a_rae(packed, **{name: 1})
 

@@ -10,22 +10,24 @@ from openpae.runtime.draws import Draws
 
 
 @given(
-    whole=st.integers(1, 12),
+    batch=st.integers(1, 12),
     data=st.data(),
     seed=st.integers(0, 2**40),
     step=st.integers(0, 10**7),
 )
 def test_draws_do_not_depend_on_how_the_batch_is_cut(
-    whole: int, data: st.DataObject, seed: int, step: int
+    batch: int, data: st.DataObject, seed: int, step: int
 ) -> None:
-    part = data.draw(st.sampled_from([n for n in range(1, whole + 1) if whole % n == 0]))
+    part = data.draw(st.sampled_from([n for n in range(1, batch + 1) if batch % n == 0]))
     device = torch.device("cpu")
-    every = Draws(seed, step, range(whole), whole, device)
-    cuts = [Draws(seed, step, range(i, i + part), whole, device) for i in range(0, whole, part)]
+    every = Draws(seed, step, range(batch), batch, device)
+    pieces = [Draws(seed, step, range(i, i + part), batch, device) for i in range(0, batch, part)]
     for name, shape in (("a", (2, 3)), ("b", ())):
-        assert torch.equal(torch.cat([cut.normal(name, *shape) for cut in cuts]), every.normal(name, *shape))
         assert torch.equal(
-            torch.cat([cut.uniform(name, *shape) for cut in cuts]), every.uniform(name, *shape)
+            torch.cat([piece.normal(name, *shape) for piece in pieces]), every.normal(name, *shape)
+        )
+        assert torch.equal(
+            torch.cat([piece.uniform(name, *shape) for piece in pieces]), every.uniform(name, *shape)
         )
     assert torch.equal(every.normal("a"), every.normal("a"))
 

@@ -101,9 +101,9 @@ def test_a_refiner_draws_nothing(packed: PackedImages) -> None:
 def test_names_seeds_and_steps_give_numbers_of_their_own() -> None:
     """Of 2,000 numbers each, no two correlate by more than chance: 5 / sqrt(2000)."""
     device, rows = torch.device("cpu"), range(2000)
-    found = [
+    drawn = [
         Draws(seed, step, rows, 2000, device).normal(name)
         for seed in (0, 1) for step in (0, 1, 10) for name in ("a", "b", "0")
     ]  # fmt: skip
-    correlations = torch.corrcoef(torch.stack(found)) - torch.eye(len(found))
+    correlations = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
     assert correlations.abs().max() < 5 / 2000**0.5

@@ -1,4 +1,4 @@
-"""Training a generator: either class, checkpointed blocks, positions, sizes; test_engine.py has the rest."""
+"""Training a generator: either class, checkpointed blocks, positions, sizes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_generator_with_a_wide_head_is_trained_saved_and_described(
 def test_checkpointed_blocks_train_the_same_model(
     run: GeneratorRun, tmp_path: Path, model: GeneratorConfig | None
 ) -> None:
-    """To the bit, and under the same fingerprint: how memory is saved is no part of what a model is."""
+    """To the bit, and under the same fingerprint: the model does not depend on how memory is saved."""
     run = run if model is None else replace(run, model=model)
     prints = []
     for blocks in (0, 1, run.model.num_blocks):
@@ -117,9 +117,7 @@ def test_a_run_goes_on_with_more_blocks_checkpointed(run: GeneratorRun, tmp_path
         ({"time_shift": 0.0}, "time_shift must be > 0"),
     ],
 )
-def test_settings_that_can_not_be_are_refused(
-    run: GeneratorRun, changes: dict[str, Any], message: str
-) -> None:
+def test_invalid_settings_are_rejected(run: GeneratorRun, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(run, **changes)
 
@@ -146,10 +144,10 @@ def test_uniform_positions_are_shifted_by_the_dimension(run: GeneratorRun) -> No
 
 
 @pytest.mark.parametrize(("model", "checkpoint_blocks"), [(None, 0), (WIDE, 1)])
-def test_the_whole_model_is_one_graph(
+def test_the_full_model_is_one_graph(
     run: GeneratorRun, tmp_path: Path, model: GeneratorConfig | None, checkpoint_blocks: int
 ) -> None:
-    """Captured whole for training and for evaluation, it trains, averages, is saved and samples as without.
+    """Captured in full for training and for evaluation, it trains, averages, is saved and samples as without.
 
     The graph is run as it is; the test marked slow has kernels written for it."""
     model = replace(model or run.model, num_layers=1)
@@ -185,9 +183,7 @@ def compare_runs(run: GeneratorRun, plain: GeneratorTask, other: GeneratorTask, 
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9)
     raw = plain.model.state_dict()
-    assert not torch.equal(
-        raw["to_velocity.weight"], ours["to_velocity.weight"]
-    )  # what was saved is the average
+    assert not torch.equal(raw["to_velocity.weight"], ours["to_velocity.weight"])  # the average was saved
 
 
 def test_a_lightningdit_is_the_default_kind(run: GeneratorRun) -> None:
@@ -227,9 +223,9 @@ def test_flags_reach_the_generator_that_the_file_holds(run: GeneratorRun, tmp_pa
     for model, width in ((run.model, 32), (WIDE, 16)):
         configs.save(replace(run, model=model), tmp_path / "run.yaml")
         argv = [str(tmp_path / "run.yaml"), "out", "--model.num-layers", "3"]
-        found, _ = run_of(GeneratorRun, argv, "train-generator")
-        assert found == replace(run, model=replace(model, num_layers=3))
-        assert found.model.hidden_dim == width
+        parsed, _ = run_of(GeneratorRun, argv, "train-generator")
+        assert parsed == replace(run, model=replace(model, num_layers=3))
+        assert parsed.model.hidden_dim == width
 
 
 @pytest.mark.parametrize("given", [["--model.size", "b"], ["--model.size=b"]])
@@ -237,7 +233,7 @@ def test_flags_reach_the_generator_that_the_file_holds(run: GeneratorRun, tmp_pa
 def test_one_flag_sets_the_size(
     given: list[str], preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Other flags come on top, and what is no size stays as the file has it."""
+    """Other flags come on top, and fields that are no size keep the values of the file."""
     seen: list[GeneratorRun] = []
     monkeypatch.setattr("openpae.train.generator.train_generator", lambda run, _: seen.append(run) or {})
     main(["train-generator", preset, "out", *given, "--model.patch-size", "2"])
@@ -254,7 +250,7 @@ def test_one_flag_sets_the_size(
         (["--model.size", "b", "--model.size", "l"], "--model.size is given twice: b, l"),
     ],
 )
-def test_a_size_that_is_none_is_refused(
+def test_an_unknown_size_is_rejected(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

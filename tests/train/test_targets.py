@@ -1,4 +1,4 @@
-"""Raw targets from a command: what a tokenizer takes in a refiner's place (Table 2b)."""
+"""Raw targets from a command: a tokenizer takes them in place of a refiner (Table 2b)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_tokenizer_trains_with_them(image_folder: Path, tmp_path: Path, kind: 
     assert last["autoencoder/scr"] > 0
 
 
-def test_wrong_settings_are_told(image_folder: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_named(image_folder: Path, tmp_path: Path) -> None:
     encoder, source = load_encoder("random-tiny"), open_images(image_folder)
     with pytest.raises(ValueError, match=r"latent_dim must lie in \[1, 48\], the encoder's width, got 64"):
         fit_targets(encoder, source, tmp_path / "a", latent_dim=64)

@@ -1,4 +1,4 @@
-"""Three optimizer steps of a generator, computed beside the engine: see by_hand.py for what both share."""
+"""Three optimizer steps of a generator, computed without the engine; by_hand.py lists the shared parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three optimizer steps of a refiner, computed beside the engine: see by_hand.py for what both share."""
+"""Three optimizer steps of a refiner, computed without the engine; by_hand.py lists the shared parts."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def by_hand(
             x = torch.stack([images[row].flip(-1) if bit % 2 else images[row] for row, bit in pairs]) / 255
             features = task.encoder((x - mean) / std)
             prior = task.model.projector(features)
-            found = {
+            values = {
                 "reconstruction": (task.model.decoder(prior) - features).square().mean(),
                 "gram": (gram(prior) - gram(reference(features, x, str(run.upsampler)))).square().mean(),
             }
-            loss = REPRESENTATION * found["reconstruction"] + GRAM * found["gram"]
+            loss = REPRESENTATION * values["reconstruction"] + GRAM * values["gram"]
             for sum_, g in zip(total, gradients_of(loss, [*weights.values()], BATCH // PART), strict=True):
                 sum_ += g
-            terms = {name: terms[name] + value.item() * PART / BATCH for name, value in found.items()}
+            terms = {name: terms[name] + value.item() * PART / BATCH for name, value in values.items()}
         lr = learning_rate(step)
         norm = optimizer.step(total, lr)
         average = averaged(average, weights)

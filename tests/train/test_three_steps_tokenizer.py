@@ -120,7 +120,7 @@ def augmented(images: Tensor, u: Tensor) -> Tensor:
 def losses(
     task: Any, x: Tensor, draws: Drawn, step: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """The terms (Eq. 2-6), what else is logged, and the decode of the latent."""
+    """The terms (Eq. 2-6), other logged values, and the decode of the latent."""
     model, lpips = task.model, task.lpips
     z = model.encode(x)
     level = 0.5 * draws.uniform("latent noise level")
@@ -182,7 +182,9 @@ def by_hand(
             loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
             for sum_, g in zip(sums[0], gradients_of(loss, joint, 2), strict=True):
                 sum_ += g
-            found = {f"autoencoder/{name}": value for name, value in (terms | other | {"loss": loss}).items()}
+            values = {
+                f"autoencoder/{name}": value for name, value in (terms | other | {"loss": loss}).items()
+            }
             if step >= 1:
                 u = draws.uniform("augment", 7)
                 real, fake = (task.discriminator(augmented(y, u)) for y in (x, r.detach()))
@@ -190,8 +192,8 @@ def by_hand(
                 for sum_, g in zip(sums[1], gradients_of(hinge, [*critic.values()], 2), strict=True):
                     sum_ += g
                 right = torch.cat([(real > 0).flatten(), (fake < 0).flatten()]).double().mean()
-                found |= {"discriminator/loss": hinge, "discriminator/accuracy": right}
-            logged = {name: logged.get(name, 0.0) + value.item() / 2 for name, value in found.items()}
+                values |= {"discriminator/loss": hinge, "discriminator/accuracy": right}
+            logged = {name: logged.get(name, 0.0) + value.item() / 2 for name, value in values.items()}
         lr = logged["lr"] = learning_rate(step)
         logged["autoencoder/grad_norm"] = players[0].step(sums[0], lr)
         if step >= 1:
@@ -218,8 +220,8 @@ def test_three_steps_are_those_of_the_formulas(run: TokenizerRun, tmp_path: Path
         assert {name: line[name] for name in other} == pytest.approx(other, rel=1e-6)  # the log is float32
     folder = checkpoint_path(tmp_path / "run", STEPS)
     players = torch.load(folder / "state.pt", weights_only=True)["players"]
-    found = {f"{player}.{name}": w for player, state in players.items() for name, w in state.items()}
-    assert_equal(found, weights)
+    values = {f"{player}.{name}": w for player, state in players.items() for name, w in state.items()}
+    assert_equal(values, weights)
     assert_equal(load_file(folder / "model.safetensors"), average)
     norms = [line["autoencoder/grad_norm"] for line in log]
     assert min(norms) < CLIP < max(norms), norms

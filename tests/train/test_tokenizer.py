@@ -97,8 +97,8 @@ def test_a_loss_switched_off_is_not_computed(tokenizer_run: TokenizerRun, tmp_pa
 def test_image_folders_are_those_of_the_config(tokenizer_run: TokenizerRun) -> None:
     task = TokenizerTask(tokenizer_run)
     assert task.inputs["images"] == ImageFolder(tokenizer_run.data.images).fingerprint()
-    assert task.judged is not None
-    assert len(task.judged) == 10
+    assert task.held_out is not None
+    assert len(task.held_out) == 10
 
 
 def test_data_can_be_pickled_for_worker_processes(tokenizer_run: TokenizerRun, latents: Shards) -> None:

@@ -1,11 +1,10 @@
-"""Checkpoints of a run: written whole or not at all, checked before they are trusted, for any number of
-processes.
+"""Checkpoints of a run. A save is atomic, a resume verifies checksums, and both work for any number of ranks.
 
 checkpoints/step-N/   a model folder that anyone can load, and beside it
-    state.pt          all that is needed to go on; or, where it was cut into shards (loop.parallel fsdp),
-    state/            the same as every process had it (torch.distributed.checkpoint)
-    run.yaml          the config of the run, as it was when the run was started
-    checkpoint.json   step, fingerprints of the data, checksums; without it the checkpoint does not count
+    state.pt          the training state, or with loop.parallel fsdp:
+    state/            the sharded training state (torch.distributed.checkpoint)
+    run.yaml          the config of the run
+    checkpoint.json   step, fingerprints of the data, checksums; a folder without it is ignored
 """
 
 from __future__ import annotations
@@ -46,20 +45,20 @@ from openpae.storage.weights import read_tensors, some
 
 @dataclass
 class RunState:
-    """All that changes while a run goes on."""
+    """All that changes during a run."""
 
     task: Task
-    """Its players and their optimizers."""
+    """The players and their optimizers."""
     ema: Ema | None
     """Average of the first player's weights."""
     health: NonFiniteGuard
-    """Its mean gradient norms."""
+    """The mean gradient norms."""
     config: str | None = None
-    """Text of the run's config, for its checkpoints."""
+    """Text of the run's config."""
     skipped_data_steps: list[int] = field(default_factory=list)
-    """Steps of the data order that the run has gone past, in order."""
+    """Skipped steps of the data order, ascending."""
     pace: Pace = field(default_factory=lambda: Pace(1, None))
-    """Where the schedule stands."""
+    """Position in the schedule."""
 
     @property
     def exported(self) -> nn.Module:
@@ -67,22 +66,21 @@ class RunState:
         return unwrap(next(iter(self.task.players.values())))
 
     def exported_weights(self, loop: LoopConfig) -> dict[str, Tensor]:
-        """What a checkpoint offers for use: averaged or raw weights, whole. Every process has to ask."""
+        """The full weights that a checkpoint exports, averaged or raw. All ranks must call it."""
         averaged = self.ema.average if self.ema is not None and loop.export == "ema" else {}
         return gather_full(self.exported.state_dict() | averaged)
 
 
 def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
-    """Write the checkpoint of a step, and remove those that need not be kept. Every process takes part.
+    """Write the checkpoint of a step and remove old ones. All ranks must call it.
 
     Raises:
-        OSError: the first process cannot write; the checkpoints before are as they were.
-        DiskFull: there is no room for it; the same.
+        OSError: rank 0 cannot write (DiskFull: no space). Older checkpoints are unchanged.
     """
     weights, content = state.exported_weights(loop), _content(state)
-    with _folder_of_all(checkpoint_path(run_dir, step), _bytes([weights, content])) as folder:
+    with _shared_folder(checkpoint_path(run_dir, step), _bytes([weights, content])) as folder:
         if is_sharded(state.exported):
-            content["optimizers"] = {name: held["state"] for name, held in content["optimizers"].items()}
+            content["optimizers"] = {name: kept["state"] for name, kept in content["optimizers"].items()}
             save_shards(content, checkpoint_id=folder / "state")
         else:
             processes.on_rank0(lambda: torch.save({"step": step, **content}, folder / "state.pt"))
@@ -102,20 +100,19 @@ def save(state: RunState, run_dir: Path, step: int, loop: LoopConfig) -> None:
 
 
 def resume(state: RunState, run_dir: Path) -> int | None:
-    """Load the newest sound checkpoint; returns the step to go on from, None where there is none.
+    """Load the newest complete checkpoint. Returns its step, or None if there is none.
 
     Raises:
-        ValueError: it was trained on other data, or not all processes see the run's folder.
+        ValueError: the checkpoint was trained on other data, or a rank does not see the run folder.
     """
-    found = processes.on_rank0(lambda: _newest(run_dir, state.task.inputs))
-    if found is None:
+    newest = processes.on_rank0(lambda: _newest(run_dir, state.task.inputs))
+    if newest is None:
         return None
-    step, skipped_data_steps, pace = found
+    step, skipped_data_steps, pace = newest
     folder = checkpoint_path(run_dir, step)
     if processes.any_rank(not folder.is_dir()):
         raise ValueError(
-            f"{folder} is not there for every process; the run folder must lie on a disk that all machines "
-            "share"
+            f"{folder} is not visible to every process; put the run folder on a disk that all machines share"
         )
     if (folder / "state.pt").is_file():
         content = _read_state(folder / "state.pt", step)
@@ -128,16 +125,16 @@ def resume(state: RunState, run_dir: Path) -> int | None:
 
 
 def forget_training(run_dir: Path) -> None:
-    """Keep of a run that is over its models alone. The rest, most of its size, is there to go on with it."""
+    """Delete the training states of a finished run, most of its size, and keep its models."""
     for step in checkpoint_steps(run_dir):
         folder = checkpoint_path(run_dir, step)
-        (folder / "checkpoint.json").unlink(missing_ok=True)  # first: without it no checkpoint counts
+        (folder / "checkpoint.json").unlink(missing_ok=True)  # first: a folder without it is ignored
         (folder / "state.pt").unlink(missing_ok=True)
         shutil.rmtree(folder / "state", ignore_errors=True)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's checkpoint.json says, once every file has the checksum in it.
+    """Read a checkpoint's checkpoint.json and verify the checksum of every file.
 
     Raises:
         OSError, ValueError: a file is missing or damaged; the message names it.
@@ -146,13 +143,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     kinds = {"step": int, "inputs": dict, "passed_over": list, "sha256": dict}
     wrong = [name for name, kind in kinds.items() if type(facts.get(name)) is not kind]
     if wrong or not all(type(step) is int for step in facts["passed_over"]):
-        raise ValueError(f"checkpoint.json has no fitting {', '.join(wrong) or 'passed_over'}")
-    kept = {name for name, path in _inside(folder) if path.is_file() and not path.is_symlink()}
-    # Nothing else is opened: a list may name a device, a pipe or a file of somebody else.
-    if strange := sorted(kept ^ facts["sha256"].keys() | {name for name, path in _inside(folder)} - kept):
-        raise ValueError(f"checkpoint.json does not list its files ({some(strange)})")
+        raise ValueError(f"checkpoint.json has no valid {', '.join(wrong) or 'passed_over'}")
+    paths = dict(_state_files(folder))
+    files = {name for name, path in paths.items() if path.is_file() and not path.is_symlink()}
+    # Open regular files of this folder only: the list may name a device, a pipe or a path outside.
+    if unlisted := sorted(files ^ facts["sha256"].keys() | paths.keys() - files):
+        raise ValueError(f"checkpoint.json does not list the files of its folder ({some(unlisted)})")
     if folder.name.startswith("step-") and folder.name != checkpoint_path(Path(), facts["step"]).name:
-        raise ValueError(f"checkpoint.json is that of step {facts['step']}")
+        raise ValueError(f"checkpoint.json belongs to step {facts['step']}")
     for name, digest in facts["sha256"].items():
         if file_hash(folder / name) != digest:
             raise ValueError(f"its checksum is wrong ({name})")
@@ -160,11 +158,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """`read_facts`, and see that the training state fits its own weights.
+    """Call `read_facts` and compare the optimizer state with the weights.
 
     Raises:
-        OSError, ValueError: a file is missing or damaged, or a tensor of the state has another shape or type
-            than the weights; the message names it.
+        OSError, ValueError: a file is missing or damaged, or a tensor of the state does not match the
+            weights in shape or type; the message names it.
     """
     facts = read_facts(folder)
     if not (folder / "state.pt").is_file():
@@ -172,17 +170,18 @@ def verify_checkpoint(folder: Path) -> None:
     content = _read_state(folder / "state.pt", facts["step"])
     for player, weights in content["players"].items():
         shapes = {value.shape for value in weights.values() if isinstance(value, Tensor)}
-        for number, held in dict(content["optimizers"].get(player, {}).get("state", {})).items():
-            shape = getattr(held.get("exp_avg"), "shape", None) if isinstance(held, Mapping) else None
+        for number, moments in dict(content["optimizers"].get(player, {}).get("state", {})).items():
+            moment = moments.get("exp_avg") if isinstance(moments, Mapping) else None
+            shape = getattr(moment, "shape", None)
             if shape not in shapes:
                 raise ValueError(
-                    f"state.pt holds an optimizer state of {player} ({number}) that fits no weight"
+                    f"state.pt has an optimizer state of {player} ({number}) that fits no weight"
                 )
-            _require(_optimizer_fault(held, torch.empty(shape)), f"optimizer of {player} ({number})")
+            _require(_optimizer_fault(moments, torch.empty(shape)), f"optimizer of {player} ({number})")
 
 
-def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
-    """What a checkpoint holds, by name, but for what does not belong to the training state."""
+def _state_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files with a checksum, as (relative name, path): all but the README, the record and the list."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if (path.is_symlink() or not path.is_dir()) and name not in (README, RECORD, "checkpoint.json"):
@@ -190,10 +189,10 @@ def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
-def _folder_of_all(path: Path, wanted: int) -> Iterator[Path]:
-    """`atomic_folder` for all processes: the first makes it, and renames it when all have written."""
+def _shared_folder(path: Path, size: int) -> Iterator[Path]:
+    """`atomic_folder` for all ranks: rank 0 creates the folder and renames it once all ranks have written."""
     with ExitStack() as stack:
-        yield processes.on_rank0(lambda: stack.enter_context(atomic_folder(path, wanted)))
+        yield processes.on_rank0(lambda: stack.enter_context(atomic_folder(path, size)))
         processes.on_rank0(stack.close)
 
 
@@ -207,7 +206,7 @@ def _content(state: RunState) -> dict[str, Any]:
 
 
 def _bytes(content: Any) -> int:
-    """Of all tensors in it, however nested."""
+    """Size of all tensors, nested ones included."""
     if isinstance(content, Tensor):
         return content.numel() * content.itemsize
     parts = content.values() if isinstance(content, Mapping) else content
@@ -215,8 +214,8 @@ def _bytes(content: Any) -> int:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the checkpoint but its README; each process reads its share."""
-    files = sorted(path for _, path in _inside(folder))
+    """SHA-256 of every file of `_state_files`; the files are split over ranks."""
+    files = sorted(path for _, path in _state_files(folder))
     own = {
         files[i].relative_to(folder).as_posix(): file_hash(files[i]) for i in processes.rank_slice(len(files))
     }
@@ -224,9 +223,9 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
-    """Remove what `keep_last` and `keep_every` do not keep of the checkpoints up to a sound one, `newest`.
+    """Remove the checkpoints up to `newest`, a complete one, that `keep_last` and `keep_every` do not keep.
 
-    Also done where a run goes on: a kill may have come between a save and this.
+    A resume calls it as well: a kill may have come between a save and this call.
     """
     for step in [step for step in checkpoint_steps(run_dir) if step <= newest][: -loop.keep_last]:
         if not (loop.keep_every and step and step % loop.keep_every == 0):
@@ -234,15 +233,15 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
 
 
 def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], dict[str, Any] | None] | None:
-    """Step of the newest sound checkpoint, the data that it went past, and its pace."""
-    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a kill while one was written or removed
+    """Step of the newest complete checkpoint, its skipped data steps, and its pace."""
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):  # left by a kill during a save or a removal
         shutil.rmtree(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = checkpoint_path(run_dir, step)
         try:
             facts = read_facts(folder)
         except (OSError, ValueError) as error:
-            warnings.warn(f"checkpoint {folder} is damaged and was passed over: {error}", stacklevel=3)
+            warnings.warn(f"checkpoint {folder} is damaged and was skipped: {error}", stacklevel=3)
             continue
         trained_on = facts["inputs"]
         if changed := sorted(
@@ -251,8 +250,8 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], d
             if not fingerprints_agree(str(trained_on.get(name, "-")), inputs.get(name, "-"))
         ):
             raise ValueError(
-                f"{run_dir} was trained with other {', '.join(changed)}: what its config "
-                "names has changed since; bring it back or name another run folder"
+                f"{run_dir} was trained with other {', '.join(changed)}: the data that its config names have "
+                "changed; restore them or name another run folder"
             )
         return step, facts["passed_over"], facts.get("pace")
     return None
@@ -263,14 +262,14 @@ def _read_state(file: Path, step: int) -> dict[str, Any]:
     kinds = {"step": int, "players": dict, "optimizers": dict, "health": dict}
     kinds["ema"] = type(content.get("ema")) if isinstance(content.get("ema"), dict | None) else dict
     if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
-        raise ValueError(f"{file} is no training state: it has no fitting {', '.join(sorted(wrong))}")
+        raise ValueError(f"{file} is no training state: it has no valid {', '.join(sorted(wrong))}")
     if content["step"] != step:
         raise ValueError(f"{file} is the training state of step {content['step']}, not of step {step}")
     return content
 
 
 def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
-    """What `save_shards` wrote, each process's part or all, whichever its own tensors are."""
+    """Read what `save_shards` wrote into tensors laid out as those of this run."""
     content = _content(state)
     kept = FileSystemReader(folder).read_metadata().state_dict_metadata
     content["optimizers"] = {
@@ -280,7 +279,7 @@ def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
     players = {key.split(".")[1] for key in kept if key.startswith("health.")}
     content["health"] = {player: torch.zeros(2) for player in players}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
         load(content, checkpoint_id=folder, no_dist=processes.world_size() == 1)
     for name, optimizer in state.task.optimizers.items():
         groups = optimizer.state_dict()["param_groups"]
@@ -289,7 +288,7 @@ def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
 
 
 def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[str, Tensor]]:
-    """Tensors for the optimizer's state to be read into; a player that has not stepped yet has none."""
+    """Empty AdamW states to read into; weights that have not been stepped yet have none."""
     return {
         number: {
             "step": torch.zeros((), dtype=torch.float32),
@@ -303,7 +302,7 @@ def _blank(optimizer: Optimizer, kept: set[str], name: str) -> dict[int, dict[st
 
 @torch.no_grad()
 def _restore(state: RunState, content: Mapping[str, Any]) -> None:
-    """Load what `_content` gave, once all of it is seen to fit: a wrong shape would crash a fused kernel."""
+    """Load what `_content` returned. Check every tensor first: a wrong shape would crash a fused kernel."""
     players = {name: _trained_state(player) for name, player in state.task.players.items()}
     for name, own in players.items():
         _check_weights(own, content["players"].get(name), name)
@@ -321,46 +320,47 @@ def _restore(state: RunState, content: Mapping[str, Any]) -> None:
             number: {
                 key: value
                 if key == "step"
-                # In the layout of the weight: a fused kernel goes through both in the order of their memory.
+                # In the memory layout of the weight: a fused kernel walks both in memory order.
                 else torch.empty_like(weights[number]).copy_(shard_like(value, weights[number]))
-                for key, value in held.items()
+                for key, value in kept.items()
             }
-            for number, held in content["optimizers"][name]["state"].items()
+            for number, kept in content["optimizers"][name]["state"].items()
         }
-        # The groups are the config's: what a file says of betas and kernels is not asked.
+        # The param groups come from the config, not from the file.
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     if state.ema is not None:
         _copy(state.ema.average, content["ema"])
     state.health.norms = {player: norm.to(state.health.device) for player, norm in norms.items()}
 
 
-def _check_weights(own: Mapping[str, Tensor], kept: Any, what: str) -> None:
+def _check_weights(own: Mapping[str, Tensor], kept: Any, label: str) -> None:
     names = kept.keys() if isinstance(kept, Mapping) else set()
-    strange = sorted(own.keys() ^ names)
-    strange += [name for name in own.keys() & names if not _fits(kept[name], own[name])]
-    _require(", ".join(map(str, strange[:5])) or None, what)
+    wrong = sorted(own.keys() ^ names)
+    wrong += [name for name in own.keys() & names if not _fits(kept[name], own[name])]
+    _require(", ".join(map(str, wrong[:5])) or None, label)
 
 
 def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
     weights = dict(enumerate(_weights(optimizer)))
-    held = kept.get("state") if isinstance(kept, Mapping) else None
-    what = f"optimizer of {player}"
-    _require(None if isinstance(held, Mapping) and held.keys() <= weights.keys() else "its numbers", what)
-    for number, moments in dict(held or {}).items():
-        _require(_optimizer_fault(moments, weights[number]), f"{what} ({number})")
+    states = kept.get("state") if isinstance(kept, Mapping) else None
+    label = f"optimizer of {player}"
+    _require(
+        None if isinstance(states, Mapping) and states.keys() <= weights.keys() else "its numbers", label
+    )
+    for number, moments in dict(states or {}).items():
+        _require(_optimizer_fault(moments, weights[number]), f"{label} ({number})")
 
 
 def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
-    """What of an AdamW state does not fit its weight."""
-    wanted = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
-    if not isinstance(moments, Mapping) or moments.keys() != wanted.keys():
+    """The names of an AdamW state that do not fit its weight, or None."""
+    expected = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
+    if not isinstance(moments, Mapping) or moments.keys() != expected.keys():
         return "its names"
-    strange = [name for name, like in wanted.items() if not _fits(moments[name], like)]
-    return ", ".join(strange) or None
+    return ", ".join(name for name, like in expected.items() if not _fits(moments[name], like)) or None
 
 
 def _fits(kept: Any, own: Tensor) -> bool:
-    """Whether a tensor of a file has the shape, type and layout of ours."""
+    """Whether a tensor of a file has the shape, dtype and layout of the run's tensor."""
     return (
         isinstance(kept, Tensor)
         and (kept.shape, kept.dtype, kept.layout) == (own.shape, own.dtype, torch.strided)
@@ -368,11 +368,11 @@ def _fits(kept: Any, own: Tensor) -> bool:
     )
 
 
-def _require(fault: str | None, what: str) -> None:
+def _require(fault: str | None, label: str) -> None:
     if fault:
         raise ValueError(
-            f"the checkpoint's {what} does not hold what the config asks for: {fault}; it is damaged, or of "
-            "another version or another encoder"
+            f"the checkpoint's {label} does not match the config: {fault}; the checkpoint is damaged, or was "
+            "made by another version or with another encoder"
         )
 
 
@@ -386,7 +386,7 @@ def _weights(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _trained_state(player: nn.Module) -> dict[str, Tensor]:
-    """The state dict without frozen parameters, which come from elsewhere."""
+    """The state dict without frozen parameters."""
     module = unwrap(player)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     return {name: value for name, value in module.state_dict().items() if name not in frozen}

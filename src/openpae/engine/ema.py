@@ -1,4 +1,4 @@
-"""The moving average of the weights, which checkpoints offer for use."""
+"""Moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Ema:
     """Moving average of a module's trained weights: a <- decay a + (1 - decay) w.
 
     Args:
-        module: whose weights; of a sharded module the average is sharded alike.
-        decay: per position of the schedule, in [0, 1): in an ordinary run per step.
+        module: the module to average; the average of a sharded module is sharded alike.
+        decay: per position of the schedule (in a run without a time limit: per step), in [0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -24,7 +24,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, passed: float = 1.0) -> None:
-        """Take in the weights as they are now, once `passed` positions of the schedule have gone by."""
+        """Update with the current weights after `passed` positions of the schedule."""
         decay = self.decay if passed == 1 else self.decay**passed
         torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
 

@@ -1,4 +1,4 @@
-"""What becomes of a step that is not finite, or whose gradient is far longer than its like."""
+"""Steps whose loss or gradient is not finite, or whose gradient norm is an outlier."""
 
 from __future__ import annotations
 
@@ -12,42 +12,41 @@ from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.runtime import processes
 
 WARM_UP = 20
-"""Steps of a player before its mean gradient norm is trusted."""
+"""Steps of a player before its mean gradient norm is used."""
 MEMORY = 100
-"""Steps that the mean looks back."""
+"""Horizon of the mean in steps."""
 
 
 class NotFinite(FloatingPointError):
-    """A step is not finite, and nothing was saved after it.
+    """A step is not finite. Nothing was saved after it.
 
     Args:
-        step: its number.
-        what: the terms that are not finite.
-        where: what computing it again has found out.
+        step: number of the step.
+        terms: the terms that are not finite.
+        origin: the first tensor that is not finite, from `diagnosis`.
     """
 
-    def __init__(self, step: int, what: str, where: str = "") -> None:
-        found = f"; {where}" if where else ""
+    def __init__(self, step: int, terms: str, origin: str = "") -> None:
         super().__init__(
-            f"training is not finite at step {step}: {what}{found}; "
+            f"training is not finite at step {step}: {terms}{origin and '; '}{origin}; "
             "nothing was saved after it: lower optim.lr, set optim.clip, or use loop.precision fp32"
         )
-        self.step, self.what = step, what
+        self.step, self.terms = step, terms
 
 
 class NonFiniteGuard:
-    """Looks at every loss and gradient norm, and says which updates are left out.
+    """Checks every loss and gradient norm, and decides which updates are skipped.
 
-    A CPU is asked at once. On a GPU nothing may wait for an answer: there each update carries a flag that
-    lets the optimizer leave it out, and the flags are read with the log. Under stop and rollback they stay up
-    once one is: the weights remain those of the bad step until it is read and computed again.
+    On a CPU the check is immediate. On a GPU it must not synchronise: each update carries a flag that makes
+    the optimizer skip it, and the flags are read with the log. With `stop` and `rollback` a flag stays set
+    for all later steps, so the weights stay those of the bad step until it is read and computed again.
 
-    Processes decide together: what is not finite in one of them is not finite for all.
+    All ranks decide alike: a value that is not finite on one rank counts on all.
 
     Args:
-        loop: what to do about values that are not finite.
-        optim: what counts as a spike.
-        device: where the losses are computed.
+        loop: the policy (`on_nonfinite`, `nonfinite_limit`).
+        optim: the limit of a spike (`spike_factor`).
+        device: the device of the losses.
     """
 
     def __init__(self, loop: LoopConfig, optim: OptimConfig, device: torch.device) -> None:
@@ -55,11 +54,11 @@ class NonFiniteGuard:
         self.at_once = device.type == "cpu" and self.policy != "skip"
         self.device = device
         self.norms: dict[str, Tensor] = {}
-        """Of each player: steps seen, and mean gradient norm."""
+        """(2,) for each player: number of steps, and mean gradient norm."""
         self.forget()
 
     def forget(self) -> None:
-        """Start anew, as a run does that has gone back."""
+        """Reset all flags and means, for a rollback."""
         self.first_bad = torch.full((), math.inf, device=self.device)
         self.bad: dict[str, Tensor] = {}
         self.in_a_row: dict[str, Tensor] = {}
@@ -68,14 +67,14 @@ class NonFiniteGuard:
 
     @property
     def may_skip(self) -> bool:
-        """Whether steps may be left out while the run goes on; the log then counts them."""
+        """Whether a run may skip steps and continue; the log then counts them."""
         return self.policy == "skip" or self.factor is not None
 
     def check_loss(self, step: int, player: str, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
-        """See the loss of a device batch before its backward pass.
+        """Check the loss of a device batch before its backward pass.
 
         Raises:
-            NotFinite: it is not finite, here or in another process; on a GPU `require_finite` tells it.
+            NotFinite: the loss is not finite on some rank; on a GPU `require_finite` raises it.
         """
         if self.at_once:
             self._stop_unless(loss, step, terms)
@@ -84,29 +83,29 @@ class NonFiniteGuard:
             self.bad[player] = self.bad[player] | bad if player in self.bad else bad
 
     def check_gradient(self, step: int, player: str, norm: Tensor) -> Tensor | None:
-        """See the gradient norm of an update before its step; it is that of all processes.
+        """Check the gradient norm of an update, over all ranks, before its step.
 
         Returns:
-            Scalar, 1 if the update must be left out and 0 if not; None where all are taken.
+            Scalar: 1 to skip the update, 0 to take it; None if every update is taken.
 
         Raises:
             NotFinite: as in `check_loss`.
         """
-        out: Tensor | None = None
+        skip: Tensor | None = None
         if self.at_once:  # a finite loss can have a gradient that is not
             self._stop_unless(norm, step, {f"{player}/grad_norm": norm})
         else:
-            out = self._left_out(step, player, norm)
+            skip = self._skips(step, player, norm)
         if self.factor is not None:
             spike = self._is_spike(player, norm, self.factor)
-            out = spike if out is None else torch.maximum(out, spike)
-        return out
+            skip = spike if skip is None else torch.maximum(skip, spike)
+        return skip
 
     def require_finite(self, step: int, terms: Mapping[str, Tensor]) -> None:
-        """Read the flags of the steps up to this one; on a GPU this waits for them.
+        """Read the flags of the steps up to this one; on a GPU this synchronises.
 
         Raises:
-            NotFinite: one was not finite; or, where such steps are skipped, too many in a row.
+            NotFinite: a step was not finite, or with `skip`, too many steps in a row.
         """
         if self.at_once:
             return
@@ -120,8 +119,8 @@ class NonFiniteGuard:
         if processes.any_rank(not value.isfinite()):
             raise NotFinite(step, _named(terms))
 
-    def _left_out(self, step: int, player: str, norm: Tensor) -> Tensor:
-        # The gradient is shared, so its norm is bad everywhere or nowhere; a loss may be bad in one process.
+    def _skips(self, step: int, player: str, norm: Tensor) -> Tensor:
+        # The gradient norm is the same on all ranks; a loss may be bad on one rank only.
         bad = processes.largest_of((self.bad.pop(player) | ~norm.isfinite()).float())
         if self.policy == "skip":
             row = bad * (self.in_a_row.get(player, 0) + 1)
@@ -136,16 +135,18 @@ class NonFiniteGuard:
         count, mean = self.norms[player].unbind()
         known = count >= WARM_UP
         finite = norm.isfinite()
-        # A spike counts as the longest norm that is none: where the level itself rises, the mean follows.
-        seen = torch.where(known, torch.minimum(norm, factor * mean), norm)
-        moved = mean + (seen - mean) / (count + 1).clamp(max=MEMORY)
+        # A spike counts as the largest norm that is no spike, so the mean follows a level that rises.
+        clipped = torch.where(known, torch.minimum(norm, factor * mean), norm)
+        moved = mean + (clipped - mean) / (count + 1).clamp(max=MEMORY)
         spike = (known & (norm > factor * mean)).float()
         self.norms[player] = torch.where(finite, torch.stack([count + 1, moved]), self.norms[player])
         return spike
 
 
 def _named(terms: Mapping[str, Tensor]) -> str:
-    """The terms that are not finite in any process, with their values."""
-    here = [f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite()]
-    found = dict.fromkeys(text for texts in processes.gather(here) for text in texts)
-    return ", ".join(found) or "no single term"
+    """The terms that are not finite on any rank, with their values."""
+    own = [f"{name} = {value.item()}" for name, value in terms.items() if not value.isfinite()]
+    return (
+        ", ".join(dict.fromkeys(text for texts in processes.gather(own) for text in texts))
+        or "no single term"
+    )

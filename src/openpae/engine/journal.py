@@ -1,4 +1,4 @@
-"""What a run writes down: log.jsonl, TensorBoard, and a profile where one is asked for."""
+"""The logs of a run: log.jsonl, TensorBoard and an optional profile."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from openpae.storage.files import atomic_file, explain_disk_full
 
 
 class Journal:
-    """log.jsonl and TensorBoard; sums stay on the device until a line is due, so no step waits for them.
+    """Writes log.jsonl and TensorBoard. Sums stay on the device until a line is due, so no step synchronises.
 
-    Every process keeps its sums; the first one writes the means over all.
+    Every rank keeps its sums; rank 0 writes the means over all ranks.
 
     Args:
-        run_dir: where.
-        start: steps done; what was logged after them happens again.
-        loop: the run's.
+        run_dir: folder of the logs.
+        start: steps done; later log lines are removed.
+        loop: settings of the run.
     """
 
     def __init__(self, run_dir: Path, start: int, loop: LoopConfig) -> None:
@@ -36,7 +36,8 @@ class Journal:
         self.sums: dict[str, Tensor] = {}
         self.numbers: dict[str, int | Tensor] = {}
         self.counts: dict[str, int | Tensor] = {}
-        self.judged = False
+        self.evaluated = False
+        """Whether the log holds an evaluation of the step `start`; rank 0 knows it."""
 
     def __enter__(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.start
@@ -44,7 +45,8 @@ class Journal:
             return
         if self.file.is_file():
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
-            self.judged = any(_is_evaluation(line) for line in lines if line["step"] == self.start)
+            last = [line for line in lines if line["step"] == self.start]
+            self.evaluated = any(name.startswith("eval/") for line in last for name in line)
             with atomic_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         with explain_disk_full(self.file):
@@ -55,8 +57,7 @@ class Journal:
             self.board.close()
 
     def keep(self, name: str, value: Tensor) -> None:
-        """Add to the mean of the next line; where steps may be skipped, values that are not finite are not
-        counted."""
+        """Add a value to the mean of the next line. With `skip`, values that are not finite do not count."""
         value = value.detach().float()
         number: int | Tensor = 1
         if self.loop.on_nonfinite == "skip":
@@ -66,15 +67,15 @@ class Journal:
         self.numbers[name] = self.numbers.get(name, 0) + number
 
     def count(self, name: str, value: int | Tensor) -> None:
-        """Add to the count of the next line, over all processes."""
+        """Add to the count of the next line, summed over all ranks."""
         self.counts[name] = self.counts.get(name, 0) + value
 
     def means(self) -> dict[str, Tensor]:
-        """Of this process since the last line, on the device."""
+        """This rank's means since the last line, on the device."""
         return {name: value / self.numbers[name] for name, value in self.sums.items()}
 
     def flush(self, step: int, lr: float) -> dict[str, float]:
-        """Write the means since the last line; one read from the device. Returns them."""
+        """Write and return the means since the last line. It reads from the device once."""
         if not self.sums:
             return {}
         kept = (self.sums, self.numbers, self.counts)
@@ -105,15 +106,17 @@ class Journal:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Images per second are those of training: the block takes no time."""
+        """Inside, the clock of images per second stands still."""
         start = time.perf_counter()
         yield
         self.clock += time.perf_counter() - start
 
 
 class _Board:
-    """TensorBoard's file of one run, written where it is called: the thread of TensorBoard's own writer
-    would die on a full disk with a traceback that names no file."""
+    """Writes the TensorBoard file of one run synchronously.
+
+    TensorBoard's own writer uses a thread, which dies on a full disk with a traceback that names no file.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -121,7 +124,7 @@ class _Board:
 
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self.file = (folder / name).open("wb", buffering=0)  # else a close would try again to write the rest
+        self.file = (folder / name).open("wb", buffering=0)  # buffered, close() would write again
         self.records = RecordWriter(self.file)
         start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))  # hides later steps
         for event in (Event(file_version="brain.Event:2"), start):
@@ -143,10 +146,10 @@ class _Board:
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's log.jsonl; a last line cut off by a kill is left out.
+    """Read the lines of a run's log.jsonl, without a truncated last line.
 
     Raises:
-        ValueError: a line that no run has written.
+        ValueError: a line holds no step, or a value that is no number.
     """
     lines: list[dict[str, float]] = []
     for text in (run_dir / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -154,7 +157,8 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or type(line.get("step")) is not int or not _numbers(line):
+        numbers = isinstance(line, dict) and all(isinstance(value, int | float) for value in line.values())
+        if not numbers or type(line.get("step")) is not int:
             raise ValueError(
                 f"{run_dir / 'log.jsonl'} is damaged: line {len(lines) + 1} must hold a step and numbers; "
                 "remove it"
@@ -163,15 +167,11 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _numbers(line: Mapping[str, Any]) -> bool:
-    return all(isinstance(value, int | float) for value in line.values())
-
-
 @contextmanager
 def profiled(run_dir: Path, loop: LoopConfig) -> Iterator[Callable[[], None]]:
-    """Inside, PyTorch's profiler records the steps that are asked for; what it gives is called after each.
+    """Inside, PyTorch's profiler records `profile_steps` steps. Call the yielded function after each step.
 
-    run_dir/profile gets trace.json (for chrome://tracing or Perfetto) and table.txt, of the first process.
+    Rank 0 writes run_dir/profile/trace.json (for chrome://tracing or Perfetto) and table.txt.
     """
     if not loop.profile_steps or not processes.is_rank0():
         yield lambda: None
@@ -191,7 +191,3 @@ def profiled(run_dir: Path, loop: LoopConfig) -> Iterator[Callable[[], None]]:
     window = schedule(wait=PROFILED_FROM - 1, warmup=1, active=loop.profile_steps, repeat=1)
     with profile(activities=activities, schedule=window, on_trace_ready=write) as profiler:
         yield profiler.step
-
-
-def _is_evaluation(line: Mapping[str, float]) -> bool:
-    return any(name.startswith("eval/") for name in line)

@@ -1,4 +1,4 @@
-"""The loop that trains all three stages. A task computes losses and yields them; the loop does the rest."""
+"""The training loop of all three stages. A task yields losses; the loop does the rest."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ def fit(
     quiet: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Train until loop.steps, from the newest checkpoint of run_dir or from the start.
+    """Train until loop.steps, from the newest checkpoint of run_dir or from step 0.
 
-    With loop.seconds the run ends when that time is over: it passes through the same schedule in fewer steps.
-
-    Every process of a run calls it; the first writes.
+    With loop.seconds the run ends when that time is over: it follows the same schedule in fewer steps.
+    All ranks must call it; rank 0 writes.
 
     Args:
-        task: what to train.
+        task: the players, their losses and data.
         run_dir: gets checkpoints/, log.jsonl and TensorBoard files.
-        optim: learning rate and clipping; the schedule is set here at every step.
-        loop: everything else.
+        optim: learning rate and clipping.
+        loop: all other settings.
         quiet: no progress bar.
         clock: the time in seconds; read once a step, and only with loop.seconds.
 
@@ -60,12 +59,10 @@ def fit(
         The last evaluation.
 
     Raises:
-        FloatingPointError: a loss or a gradient is not finite; the message names step, player and term, and
-            the module where it began. On a GPU this is read with the log, and never after a checkpoint was
-            written.
-        ValueError: the checkpoint was trained on other data than the task now finds, or another process
-            trains in this folder.
-        Stopped: SIGINT or SIGTERM came, to any process; a checkpoint of the last step is written.
+        FloatingPointError: a loss or a gradient is not finite; the message names step, player, term and
+            the first module. On a GPU it is raised with the next log line, always before a checkpoint.
+        ValueError: the checkpoint was trained on other data, or another process trains in this folder.
+        Stopped: a rank received SIGINT or SIGTERM; a checkpoint of the last step is written.
     """
     fitting = _Fitting.of(task, run_dir, optim, loop, clock)
     if (run_dir / "config.yaml").is_file():
@@ -79,9 +76,9 @@ def fit(
 
 
 def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps: int = 8) -> float:
-    """How long an optimizer step and the average's take here: the median of a few, after two to warm up.
+    """Seconds per optimizer step with its EMA update: the median of `steps`, after two to warm up.
 
-    It changes the task's weights: measure with a task that is thrown away.
+    It changes the task's weights.
     """
     times = []
     start = time.perf_counter()
@@ -95,9 +92,9 @@ def seconds_per_step(task: Task, optim: OptimConfig, loop: LoopConfig, *, steps:
 
 
 def trial_steps(task: Task, optim: OptimConfig, loop: LoopConfig, steps: Sequence[int]) -> Iterator[RunState]:
-    """Take these steps as a run would, without its folder, log and checkpoints: to measure what they cost.
+    """Take these steps without run folder, log and checkpoints, to measure their cost.
 
-    Yields the state after each step and the average's; the weights change.
+    Yields the state after each step and its EMA update. It changes the task's weights.
     """
     fitting = _Fitting.of(task, Path(), optim, loop)
     log = Journal(Path(), 0, loop)
@@ -112,7 +109,7 @@ def trial_steps(task: Task, optim: OptimConfig, loop: LoopConfig, steps: Sequenc
 
 @dataclass
 class _Fitting:
-    """A task on its way through a run."""
+    """The state and the settings of one call of `fit`."""
 
     state: RunState
     run_dir: Path
@@ -137,15 +134,15 @@ class _Fitting:
         return cls(state, run_dir, optim, loop, device)
 
     def run(self, quiet: bool) -> dict[str, float]:
-        """From the newest checkpoint to the last step; returns the last evaluation."""
+        """Train from the newest checkpoint to the last step. Returns the last evaluation."""
         loop, pace = self.loop, self.state.pace
         ballot, watch = processes.Ballot(), processes.Ballot()
-        start = found = checkpoints.resume(self.state, self.run_dir)
-        if found is not None:
-            processes.on_rank0(lambda: checkpoints.remove_old(self.run_dir, loop, found))
-        if start is None and loop.on_nonfinite == "rollback":  # there must be something to go back to
+        resumed = checkpoints.resume(self.state, self.run_dir)
+        if resumed is not None:
+            processes.on_rank0(lambda: checkpoints.remove_old(self.run_dir, loop, resumed))
+        elif loop.on_nonfinite == "rollback":  # a rollback needs a checkpoint
             checkpoints.save(self.state, self.run_dir, 0, loop)
-        start = start or 0
+        start = resumed or 0
         log, metrics = Journal(self.run_dir, start, loop), {}
         data_steps = _skip(range(start, pace.most), self.state.skipped_data_steps)
         with (
@@ -155,9 +152,9 @@ class _Fitting:
             profiled(self.run_dir, loop) as count_step,
         ):
             if start and self._evaluates_at(start):
-                told = processes.broadcast(log.judged)  # not where a kill came between save and evaluation
-                if start >= pace.plan.last or not told:
-                    metrics = self._evaluate(start, None if told else log)
+                evaluated = processes.broadcast(log.evaluated)  # no: a kill came after the save
+                if start >= pace.plan.last or not evaluated:
+                    metrics = self._evaluate(start, None if evaluated else log)
             batches = self.batches(data_steps)
             for step, data_step in zip(range(start, pace.most), data_steps, strict=True):
                 if loop.seconds is not None and pace.revise(step, watch(round(1e3 * pace.seconds())) / 1e3):
@@ -169,9 +166,9 @@ class _Fitting:
                 with self._explained(step, data_steps, start):
                     self.step(batches, step, data_step, log)
                     stop = ballot(caught[0] if caught else 0)
-                    judge = self._evaluates_at(done)
+                    evaluates = self._evaluates_at(done)
                     save = last or stop > 0 or pace.crosses(loop.save_every, done)
-                    if (line := save or pace.crosses(loop.log_every, done)) or judge:
+                    if (line := save or pace.crosses(loop.log_every, done)) or evaluates:
                         self.state.health.require_finite(step, log.means())
                 if self.state.ema is not None:
                     self.state.ema.update(pace.position(done) - pace.position(step))
@@ -181,9 +178,9 @@ class _Fitting:
                     shown = log.flush(done, lr_at(pace.position(step), self.optim, loop.steps))
                     bar.set_postfix_str(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
                 with log.paused():
-                    if save:  # before it is judged: an evaluation that fails must not cost the step
+                    if save:  # before the evaluation: a failed one must not cost the step
                         checkpoints.save(self.state, self.run_dir, done, loop)
-                    if judge:
+                    if evaluates:
                         metrics = self._evaluate(done, log)
                 if stop and not last:
                     raise Stopped(stop, done)
@@ -192,7 +189,7 @@ class _Fitting:
         return metrics
 
     def step(self, batches: Iterator[Any], step: int, data_step: int, log: Journal) -> None:
-        """One optimizer step of every player that the task names."""
+        """Take one optimizer step of every player with an update."""
         task, parts = self.state.task, len(device_batches(self.loop))
         for module in task.players.values():
             module.train()
@@ -212,7 +209,7 @@ class _Fitting:
                 self._update(task.optimizers[update.player], update.player, step, log)
 
     def _updates(self, batches: Iterator[Any], step: int, data_step: int) -> Iterator[tuple[Update, bool]]:
-        """What the task asks for in each device batch of this process, and whether that is the last."""
+        """The updates of each device batch of this rank, and whether the batch is the last of the step."""
         task, loop = self.state.task, self.loop
         rows = device_batches(loop)
         for own in rows:
@@ -230,66 +227,64 @@ class _Fitting:
     def _update(self, optimizer: Optimizer, player: str, step: int, log: Journal) -> None:
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = math.inf if self.optim.clip is None else self.optim.clip
-        found = torch.nn.utils.clip_grad_norm_(weights, limit)
-        norm = gather_full({"norm": found})["norm"]  # of shards, that of all
-        left_out = self.state.health.check_gradient(step, player, norm)
+        local_norm = torch.nn.utils.clip_grad_norm_(weights, limit)
+        norm = gather_full({"norm": local_norm})["norm"]
+        skip = self.state.health.check_gradient(step, player, norm)
         log.keep(f"{player}/grad_norm", norm)
-        if left_out is not None:
+        if skip is not None:
             if not optimizer.defaults.get("fused"):
-                raise ValueError(
-                    f"the optimizer of {player} must be a fused one: it can leave out a step unread"
-                )
-            optimizer.found_inf = left_out  # type: ignore[attr-defined]  # what torch.amp tells a fused optimizer
+                raise ValueError(f"the optimizer of {player} must be fused: others cannot skip a step")
+            optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp does
             if self.state.health.may_skip:
-                log.count(f"{player}/skipped_steps", left_out / processes.world_size())  # known to all alike
+                log.count(f"{player}/skipped_steps", skip / processes.world_size())  # equal on all ranks
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def batches(self, steps: Sequence[int]) -> Iterator[Any]:
-        """This process's device batches of these steps on the device, one copied ahead."""
+        """This rank's device batches of these steps, on the device, prefetched by one."""
         return to_device(self.state.task.batches(steps), self.device)
 
     def go_back(self, fault: NotFinite) -> None:
-        """Have the next `run` begin at the last checkpoint and pass over the data of a bad step.
+        """Make the next `run` start at the last checkpoint and skip the data of the bad step.
 
         Raises:
             NotFinite: the run must stop instead.
         """
-        over, limit = self.state.skipped_data_steps, self.loop.nonfinite_limit
+        skipped, limit = self.state.skipped_data_steps, self.loop.nonfinite_limit
         if self.loop.on_nonfinite != "rollback":
             raise fault
-        if len(over) >= limit:
-            raise NotFinite(fault.step, f"{fault.what}, after {limit} rollbacks") from fault
-        bad = _skip(range(fault.step, fault.step + 1), over)[0]
-        self.state.skipped_data_steps = sorted([*over, bad])
+        if len(skipped) >= limit:
+            raise NotFinite(fault.step, f"{fault.terms}, after {limit} rollbacks") from fault
+        bad = _skip(range(fault.step, fault.step + 1), skipped)[0]
+        self.state.skipped_data_steps = sorted([*skipped, bad])
         self.state.health.forget()
         for optimizer in self.state.task.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         if processes.is_rank0():
             warnings.warn(
-                f"{fault}; going back to the last checkpoint and past data step {bad}", stacklevel=3
+                f"{fault}; rolling back to the last checkpoint, skipping data step {bad}", stacklevel=3
             )
 
     @contextmanager
     def _explained(self, step: int, data_steps: Sequence[int], start: int) -> Iterator[None]:
-        """Compute a step that is not finite again, and say where it begins."""
+        """Inside, a step that is not finite is computed again to name the first tensor that is not finite."""
         try:
             yield
         except NotFinite as fault:
             data_step = data_steps[fault.step - start]
-            raise NotFinite(fault.step, fault.what, self._diagnose(fault.step, data_step)) from None
+            raise NotFinite(fault.step, fault.terms, self._diagnose(fault.step, data_step)) from None
 
     def _diagnose(self, step: int, data_step: int) -> str:
         task, findings = self.state.task, diagnosis.Findings()
         for optimizer in task.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        diagnosis.look_at_weights(task, findings)
-        batches = diagnosis.looked_at(self.batches([data_step]), findings)
+        diagnosis.check_weights(task, findings)
+        batches = diagnosis.check_batches(self.batches([data_step]), findings)
         with diagnosis.watched(task, findings):
             for update, _ in self._updates(batches, step, data_step):
-                diagnosis.look_at_terms({**update.logs, "loss": update.loss}, findings)
+                findings.check_all({**update.logs, "loss": update.loss}, "the term")
                 update.loss.backward()  # type: ignore[no-untyped-call]
-        diagnosis.look_at_gradients(task, findings)
+        diagnosis.check_gradients(task, findings)
         return findings.first()
 
     def _evaluates_at(self, done: int) -> bool:
@@ -301,7 +296,7 @@ class _Fitting:
         weights: AbstractContextManager[None] = nullcontext() if ema is None else ema.in_place()
         if is_sharded(self.state.exported):
             weights = lend_weights(task.model, self.state.exported_weights(self.loop))
-        # In float32, as the offline commands judge: a metric must not depend on where it was taken.
+        # In float32, as `pae evaluate` does: a metric must not depend on the command.
         with weights, torch.no_grad():
             task.model.eval()
             metrics = task.evaluate(done)
@@ -317,14 +312,14 @@ class _Fitting:
             unit_scale=True,
             disable=quiet or not processes.is_rank0(),
             desc=self.run_dir.name,
-            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log gets a line, not a film
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file gets few lines
             file=sys.stderr,
             dynamic_ncols=True,
         )
 
 
 def _skip(steps: range, skipped_data_steps: Sequence[int]) -> Sequence[int]:
-    """The steps of the data order that these optimizer steps see: all but those passed over, in order."""
+    """The steps of the data order that these optimizer steps see: all but the skipped ones."""
     if not skipped_data_steps:
         return steps
     kept = [step for step in range(steps.stop + len(skipped_data_steps)) if step not in skipped_data_steps]
@@ -333,7 +328,7 @@ def _skip(steps: range, skipped_data_steps: Sequence[int]) -> Sequence[int]:
 
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    """Inside, GPUs multiply float32 matrices in TF32, or in full where that is not asked for."""
+    """Inside, GPUs multiply float32 matrices in TF32 if `precision` is tf32, else in float32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"

@@ -13,16 +13,16 @@ from openpae.runtime import processes
 
 
 def device_batches(loop: LoopConfig) -> list[range]:
-    """The rows of the global batch that each device batch of this process holds, in order.
+    """The rows of the global batch in each device batch of this rank, in order.
 
     Raises:
-        ValueError: the processes cannot share the global batch equally, or not in such device batches.
+        ValueError: the global batch cannot be split equally over ranks and device batches.
     """
     own = processes.rank_slice(loop.global_batch_size)
     if loop.global_batch_size % processes.world_size():
         raise ValueError(
             f"loop.global_batch_size must be a multiple of the number of processes, got "
-            f"{loop.global_batch_size} for {processes.world_size()}; start another number or change it"
+            f"{loop.global_batch_size} for {processes.world_size()}; change either"
         )
     part = loop.device_batch_size or len(own)
     if len(own) % part:

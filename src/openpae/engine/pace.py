@@ -1,4 +1,4 @@
-"""Training that follows the clock: which position of the schedule each optimizer step has."""
+"""Training with a time limit: the position in the schedule of each optimizer step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _WINDOW = 0.02
-"""Share of the time after which the pace is measured again."""
+"""Share of the allowed time between two plans."""
 
 _MOST = 1_000_000
 """The most optimizer steps of a run with a time limit."""
@@ -18,7 +18,7 @@ _MOST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The line from optimizer steps to positions of the schedule, from one step on."""
+    """A linear map from optimizer steps to positions of the schedule, from one step on."""
 
     step: int = 0
     """Optimizer steps done when the plan was made."""
@@ -31,17 +31,16 @@ class Plan:
 
 
 class Pace:
-    """How a run passes through its schedule of `total` positions.
+    """The map from optimizer steps to the `total` positions of the schedule.
 
-    An ordinary run has one position a step: position and step are the same number, whatever the clock says. A
-    run with a time limit measures its seconds per step again and again, and spreads what is left of the
-    schedule over the steps that the time left pays for.
+    Without a time limit the position is the step. With one, the run measures its seconds per step repeatedly
+    and spreads the rest of the schedule over the steps that the remaining time allows.
 
     Args:
-        total: positions of the schedule; also the optimizer steps of an ordinary run.
-        allowed: seconds that the run may take; None makes an ordinary run.
-        least: the fewest optimizer steps of a run: where the time does not pay for them, it takes longer.
-        clock: the time in seconds.
+        total: positions of the schedule.
+        allowed: time limit in seconds; None for no limit.
+        least: minimum of optimizer steps; it overrides the time limit.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -57,14 +56,14 @@ class Pace:
         self._before, self._start = 0.0, clock()
 
     def position(self, step: int) -> float:
-        """Position after `step` optimizer steps, in [0, total]; exactly `step` in an ordinary run."""
+        """Position after `step` optimizer steps, in [0, total]; exactly `step` without a time limit."""
         plan = self.plan
         if step >= plan.last:
             return float(self.total)
         return plan.position + (self.total - plan.position) * (step - plan.step) / (plan.last - plan.step)
 
     def crosses(self, every: int, done: int) -> bool:
-        """Whether the last of `done` steps reached or passed a multiple of `every`; never for 0."""
+        """Whether the position reached a multiple of `every` in the last of `done` steps; never for 0."""
         return every > 0 and self.position(done) // every > self.position(done - 1) // every
 
     def seconds(self) -> float:
@@ -72,13 +71,13 @@ class Pace:
         return self._before + self.clock() - self._start
 
     def revise(self, step: int, seconds: float) -> bool:
-        """Make a new plan if it is time for one; says whether it did.
+        """Make a new plan if one is due. Returns whether it did.
 
-        The position does not jump: from `step` on, the schedule goes on with another slope.
+        The position is continuous at `step`; the slope changes.
 
         Args:
             step: optimizer steps done.
-            seconds: seconds of training so far; equal in all processes.
+            seconds: seconds of training so far; equal on all ranks.
         """
         old, allowed = self.plan, self.allowed
         if allowed is None or not old.step < step < old.last or seconds - old.seconds < _WINDOW * allowed:
@@ -92,7 +91,7 @@ class Pace:
         return True
 
     def log(self) -> dict[str, float]:
-        """What the run's log says of a plan."""
+        """The plan, for the log of the run."""
         plan = self.plan
         return {
             "pace/seconds": plan.seconds,
@@ -101,13 +100,13 @@ class Pace:
         }
 
     def facts(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps: the plan in force and the seconds so far; None in an ordinary run."""
+        """The plan and the seconds so far, for a checkpoint; None without a time limit."""
         if self.allowed is None:
             return None
         return {"plan": dataclasses.asdict(self.plan), "seconds": self.seconds()}
 
     def restore(self, facts: Mapping[str, Any] | None) -> None:
-        """Go on with what `facts` gave, from now on."""
+        """Continue from `facts`."""
         if facts is not None:
             self.plan = Plan(**facts["plan"])
             self._before, self._start = float(facts["seconds"]), self.clock()

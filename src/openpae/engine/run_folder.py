@@ -1,4 +1,4 @@
-"""Which config a run folder belongs to: that of its config.yaml, and of its checkpoints."""
+"""Open a run folder and check that its config.yaml and checkpoints match the config."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
     "checkpoint_blocks",
 )
-"""Fields that say how a run is computed, and not what: it may go on with others."""
+"""Fields that do not change the result: a run may resume with other values."""
 
 
 _WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
-"""What a run writes beside its config.yaml, without which none of it is a run's."""
+"""The names that a run writes beside config.yaml."""
 
 
 def check_run(run_dir: Path, config: Any) -> bool:
-    """Whether a run folder already holds this config; False where it holds none, or one that computes the
-    same run on other hardware (`HARDWARE_FIELDS`).
+    """Whether a run folder holds this config. False if it has none, or differs in `HARDWARE_FIELDS` only.
 
     Raises:
-        ValueError: the folder belongs to a run with another config, or its checkpoints were made with another
-            one; the message lists the differences.
+        ValueError: the config of the folder or of its checkpoints differs; the message lists the differences.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
@@ -44,7 +42,7 @@ def check_run(run_dir: Path, config: Any) -> bool:
         kept = checkpoint_path(run_dir, step) / RUN_CONFIG
         try:
             made_with = configs.load(type(config), kept)
-        except (OSError, ValueError):  # older versions kept none; `resume` names a damaged one
+        except (OSError, ValueError):  # older versions wrote none; `resume` reports a damaged one
             continue
         if other := _changing(configs.differences(_placeless(made_with), _placeless(config))):
             raise ValueError(
@@ -56,13 +54,13 @@ def check_run(run_dir: Path, config: Any) -> bool:
 
 
 def _changing(differences: Sequence[str]) -> str:
-    """Those that change what is computed, as one text."""
+    """The first five differences outside `HARDWARE_FIELDS`, as one text."""
     hardware = tuple(f"{name}:" for name in HARDWARE_FIELDS)
     return "; ".join([line for line in differences if not line.startswith(hardware)][:5])
 
 
 def _placeless(config: Any) -> Any:
-    """The config without its paths: a run may move, and `resume` compares the data by fingerprint."""
+    """The config with all paths equal: a run may move, and `resume` compares data by fingerprint."""
     changes = {
         part.name: _placeless(value) if dataclasses.is_dataclass(value) else Path("path")
         for part in dataclasses.fields(config)
@@ -72,13 +70,13 @@ def _placeless(config: Any) -> Any:
 
 
 def open_run(run_dir: Path, config: Any) -> None:
-    """Make a run folder that holds this config, or accept one that already does.
+    """Create a run folder with this config, or accept one that has it.
 
-    Call it once the task stands: a path that is not there must not leave a run folder behind.
+    Call it after the task is built: a missing input must not leave a run folder behind.
 
     Raises:
-        ValueError: see `check_run`; or a new run's folder holds files of the user that it would replace, or
-            lies in what the run reads.
+        ValueError: as `check_run`; or a new run would replace files of the user, or its folder lies inside
+            an input.
     """
 
     def make() -> None:
@@ -92,7 +90,7 @@ def open_run(run_dir: Path, config: Any) -> None:
 
 
 def _paths(config: Any) -> Iterator[Path]:
-    """All that a config names, however nested."""
+    """All paths of a config, nested ones included."""
     for value in vars(config).values():
         if dataclasses.is_dataclass(value):
             yield from _paths(value)

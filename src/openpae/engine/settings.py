@@ -1,4 +1,4 @@
-"""How a run is optimized, how long, and what it keeps: the settings that all three stages share."""
+"""The settings of optimizer and loop, shared by all three stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from openpae.config import added, check_fields
 
 PROFILED_FROM = 3
-"""Steps before the profiler records: it needs one to warm up, and the first ones are unlike the rest."""
+"""Steps before the profiler records; the first steps are slower than the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class LoopConfig:
             )
         if self.profile_steps and self.profile_steps > self.steps - PROFILED_FROM:
             raise ValueError(
-                f"loop.profile_steps must leave the first {PROFILED_FROM} of {self.steps} steps out, got "
+                f"loop.profile_steps must leave out the first {PROFILED_FROM} of {self.steps} steps, got "
                 f"{self.profile_steps}"
             )
         if self.seconds is not None and not 0 < self.seconds < math.inf:
@@ -124,8 +124,8 @@ class LoopConfig:
             )
         if self.seconds is not None and self.keep_every:
             raise ValueError(
-                f"loop.keep_every must be 0 with loop.seconds, got {self.keep_every}: the steps at which "
-                "such a run saves are not known before"
+                f"loop.keep_every must be 0 with loop.seconds, got {self.keep_every}: such a run does not "
+                "know in advance at which steps it saves"
             )
         if self.keep_every % self.save_every:
             raise ValueError(
@@ -134,8 +134,7 @@ class LoopConfig:
 
 
 def lr_at(step: float, optim: OptimConfig, steps: int) -> float:
-    """Learning rate at a position of a schedule of `steps`: linear warm-up from lr / warmup_steps, then
-    constant or half a cosine to final_lr."""
+    """Learning rate at a position in [0, steps): linear warm-up, then constant or half a cosine."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.final_lr is None:

@@ -1,4 +1,4 @@
-"""What a stage gives to the loop: its players, its batches, and the updates that it asks for."""
+"""The interface of a training stage to the loop."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from openpae.runtime.draws import Draws
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step that a task asks for."""
+    """A loss of one player, for one optimizer step."""
 
     player: str
-    """Whose weights the step changes: a key of the task's `players`."""
+    """A key of the task's `players`."""
     loss: Tensor
     """Scalar, with gradient."""
     logs: Mapping[str, Tensor]
-    """The loss's terms by symbol, scalars without gradient; the log has their means."""
+    """Terms of the loss by symbol, scalars without gradient; the log has their means."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What is counted in the device batch; the log has the sums over all processes."""
+    """Counts of the device batch; the log has the sums over all ranks."""
 
 
 class Task(Protocol):
-    """What differs between training a refiner, a tokenizer and a generator. The rest is the loop's."""
+    """The parts of training that differ between refiner, tokenizer and generator."""
 
     @property
     def players(self) -> Mapping[str, nn.Module]:
-        """What the losses call, by name: modules that are trained, each as `distribute` gives it. The first
-        is the one that is exported and averaged."""
+        """The trained modules by name, as `distribute` returned them. The first is exported and averaged."""
         ...
 
     @property
     def model(self) -> nn.Module:
-        """The module of the first player, whole, as it is judged; where the player is cut into shards, it
-        holds no weights outside of `evaluate`."""
+        """The unsharded module of the first player. If the player is sharded, it holds weights only inside
+        `evaluate`."""
         ...
 
     @property
@@ -49,27 +48,27 @@ class Task(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        """Fingerprints of what it trains on, by name: a run goes on only where they are the same."""
+        """Fingerprints of the training data by name. A run resumes only if they are equal."""
         ...
 
     def batches(self, steps: Sequence[int]) -> Iterable[Any]:
-        """This process's device batches of these steps, in order; NamedTuples of tensors."""
+        """This rank's device batches of these steps, in order: NamedTuples of tensors."""
         ...
 
     def updates(self, batch: Any, draws: Draws, step: int) -> Iterator[Update]:
-        """Yield the losses of one batch in order; what follows a yield sees the stepped weights.
+        """Yield the losses of one batch in order. After a yield, the player's weights are stepped.
 
         Args:
             batch: one of `batches`.
             draws: random numbers of the batch.
-            step: position in the schedule of loop.steps: the step, unless the run follows the clock.
+            step: position in the schedule, in [0, loop.steps); the step in a run without a time limit.
         """
         ...
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Metrics of the first player as it stands; called without gradients, under the exported weights."""
+        """Metrics of the first player; called without gradients and with the exported weights."""
         ...
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the first player, with these weights, as a model folder into an existing empty folder."""
+        """Write the first player with these weights as a model, into an existing empty folder."""
         ...

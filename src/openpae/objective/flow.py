@@ -1,6 +1,6 @@
-"""The path between noise and data, and what is learned on it (Sec. 4 of arXiv:2605.07915).
+"""The path between noise and data, and its loss (Sec. 4 of arXiv:2605.07915).
 
-Position t: 0 = noise, 1 = data. Everything here is a pure function; solvers.py follows the velocity.
+Position t: 0 = noise, 1 = data. All functions are pure.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # A generator starts at velocity 0, where a cosine has slope 1 / eps. At PyTorch's 1e-8 the first gradient is
-# 1e8 times too large, and Adam's second moment (0.95 a step) needs hundreds of steps to forget it. Real
-# velocities are some 60 times longer than this.
+# 1e8 times too large, and Adam's second moment (0.95 a step) needs hundreds of steps to forget it. Trained
+# velocities are about 60 times longer than this.
 _SHORTEST = 0.1
 
 LAST_STEP = 0.004
@@ -39,7 +39,7 @@ def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move positions towards noise (shift < 1) or data (shift > 1): t' = s t / (1 + (s - 1) t).
 
-    It keeps 0 and 1. The paper trains with s = 0.7 and samples with s = 0.4.
+    0 and 1 are fixed points. The paper trains with s = 0.7 and samples with s = 0.4.
 
     Raises:
         ValueError: shift is not positive.
@@ -54,8 +54,8 @@ def dimension_shift(latent_shape: tuple[int, int, int]) -> float:
 
         s = sqrt(4096 / (C h w))
 
-    Among many dimensions noise of one level hides less than among few, so positions move towards it. RAE
-    counts them from data (0) to noise (1) and shifts by 1 / s: counted from noise, that is `shift_time` by s.
+    Noise of one level hides less in more dimensions, so positions move towards noise. RAE counts positions
+    from data (0) to noise (1) and shifts by 1 / s; counted from noise, that is `shift_time` by s.
 
     Args:
         latent_shape: (C, h, w).
@@ -85,7 +85,7 @@ def velocity_loss(velocity: Tensor, x_1: Tensor, x_0: Tensor) -> tuple[Tensor, T
 
     Returns:
         (mse, cosine): scalars; cosine in [0, 2], over the C channels of each token. A velocity shorter than
-        0.1 counts as one of that length, so that the slope at the start stays finite.
+        0.1 counts as one of length 0.1, which keeps the initial slope finite.
     """
     target = (x_1 - x_0).float()
     velocity = velocity.float()
@@ -106,10 +106,10 @@ def time_grid(points: int, shift: float) -> Tensor:
 
 
 def noisy_grid(points: int, shift: float) -> Tensor:
-    """Positions that the SDE solver visits: (points,), float64; points - 1 steps, and one to the end.
+    """Positions that the SDE solver visits: (points,), float64; points - 1 steps, and a last step to 1.
 
     The authors' grid: `points` even positions from 1e-5 (at 0 the diffusion is infinite) to 1 - LAST_STEP,
-    shifted as those of the ODE.
+    then shifted.
 
     Raises:
         ValueError: fewer than two points.
@@ -145,9 +145,9 @@ def score(velocity: Tensor, x: Tensor, t: float) -> Tensor:
 
 
 def diffusion(t: float) -> float:
-    """How much noise the SDE stirs in: g(t) = (1 - t) / t, the SBDM form on this path.
+    """Diffusion coefficient of the SDE: g(t) = (1 - t) / t, the SBDM form on this path.
 
-    The SDE dx = (v + g s) dt + sqrt(2 g) dW has the densities of the ODE dx = v dt for every g >= 0. This one
+    The SDE dx = (v + g s) dt + sqrt(2 g) dW has the densities of the ODE dx = v dt for every g >= 0. This g
     is that of the score-based SDE (arXiv:2011.13456) whose forward process walks the path backwards, as in
     SiT (arXiv:2401.08740): g = sigma^2 a'/a - sigma sigma' with a = t, sigma = 1 - t.
 

@@ -1,4 +1,4 @@
-"""Every loss of the tokenizer and of the refiner, one equation each. Pure functions, computed in float32.
+"""The losses of tokenizer and refiner, one equation each. Pure functions, computed in float32.
 
 Letters: B batch, N = h w tokens, C latent channels, D feature width. `latent` and `prior` are tokens
 (B, N, C); `z` is a grid (B, C, h, w). Equation numbers are those of arXiv:2605.07915.
@@ -31,13 +31,13 @@ _PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def gram_alignment(latent: Tensor, prior: Tensor) -> Tensor:
-    """Keep how the tokens of one image relate to each other (SSR, Eq. 3 of arXiv:2605.07915).
+    """Align the Gram matrices of latent and prior tokens (SSR, Eq. 3 of arXiv:2605.07915).
 
         L = mean_b 1/N^2 ||G(z_b) - G(f_b)||_F^2,   G(x)_ij = cos(x_i, x_j)
 
-    Only cosines enter: the widths C and D may differ, and neither the scale of a token nor a rotation of the
-    channels changes the loss. Our choice: the paper gives neither the normalisation of the tokens nor of the
-    sum (docs/deviations.md). The refiner uses it as well, between Z_T and H_ref (Sec. 3.3).
+    The loss depends on cosines only: C and D may differ, and it is invariant to the scale of a token and to
+    a rotation of the channels. Our choice: the paper gives neither the normalisation of the tokens nor of
+    the sum (docs/deviations.md). The refiner uses it too, between Z_T and H_ref (Sec. 3.3).
 
     Args:
         latent: latent tokens z, (B, N, C). Gradients flow to these.
@@ -56,7 +56,7 @@ def gram_alignment(latent: Tensor, prior: Tensor) -> Tensor:
         )
     z = F.normalize(latent.float(), dim=-1)
     f = F.normalize(prior.detach().float(), dim=-1)
-    # Autocast would cut the products to bfloat16, .float() or not: two digits of each cosine would be left.
+    # Autocast would compute the products in bfloat16 despite .float(), with two digits per cosine.
     with torch.autocast(z.device.type, enabled=False):
         return (z @ z.mT - f @ f.mT).square().mean()
 
@@ -64,24 +64,23 @@ def gram_alignment(latent: Tensor, prior: Tensor) -> Tensor:
 def semantic_alignment(
     latent: Tensor, prior: Tensor, which: Literal["pooled", "tokens", "both"] = "both"
 ) -> Tensor:
-    """Keep what an image and each of its tokens mean (SCR, Eq. 5).
+    """Align the directions of pooled latents and of tokens with the prior (SCR, Eq. 5).
 
         L = (1 - cos(pool f, pool z)) + mean_i (1 - cos(f_i, z_i)),   pool = mean over the tokens
 
-    Compared channel by channel in the space of the prior, without a learned head. Table 3(c) compares the
-    first part alone ("pooled"), the second alone ("tokens") and both.
+    It uses no learned head. Table 3(c) compares the first part ("pooled"), the second ("tokens") and both.
 
     Args:
         latent: latent tokens z, (B, N, C). Gradients flow to these.
         prior: refined target tokens f, (B, N, C). Treated as a constant.
-        which: the parts that count.
+        which: the parts to add.
 
     Returns:
         Scalar, the mean over the batch, in [0, 2] per part; 0 where the directions agree, 2 per part where
         they are opposite.
 
     Raises:
-        ValueError: the two differ in shape, or which names no part.
+        ValueError: the two differ in shape, or `which` is unknown.
     """
     if latent.shape != prior.shape:
         raise ValueError(
@@ -100,20 +99,20 @@ def semantic_alignment(
 
 
 def perturb(z: Tensor, direction: Tensor, angle_degrees: float, per: str = "token") -> Tensor:
-    """Move latents on the sphere by an angle, along a direction (Sec. 3.2, before Eq. 4).
+    """Move latents on the sphere by an angle in a direction (Sec. 3.2, before Eq. 4).
 
         z_theta = sphere(z + tan(theta) e),   e = direction / RMS(direction) of each sample
 
     A random e is nearly orthogonal to z in C h w dimensions, so the angle between z and z_theta is theta up
     to about a degree for one direction at (32, 16, 16), and theta on average. Our choice: the paper gives the
-    two angles, 42.5 and 85, but not how they become strengths (docs/deviations.md).
+    angles 42.5 and 85, but not the formula (docs/deviations.md).
 
     Args:
         z: latents on the sphere, (B, C, h, w). Gradients flow to these.
         direction: standard normal draws, (B, C, h, w), constant. One draw serves every angle of a step: the
             perturbed latents then lie on one arc.
-        angle_degrees: theta in degrees, in [0, 90); 0 gives back z.
-        per: what the sphere norm of the tokenizer takes the mean square over, see `to_sphere`.
+        angle_degrees: theta in degrees, in [0, 90); 0 returns z.
+        per: axes of the mean square in the sphere norm, see `to_sphere`.
 
     Returns:
         z_theta, (B, C, h, w), on the sphere, float32.
@@ -133,31 +132,31 @@ def perturb(z: Tensor, direction: Tensor, angle_degrees: float, per: str = "toke
 
 
 def reached_angle(z: Tensor, moved: Tensor) -> Tensor:
-    """Angle between latents and their perturbed selves, in degrees, mean over the batch; no gradient.
+    """Angle between latents and perturbed latents in degrees, mean over the batch; no gradient.
 
     Args:
         z: latents, (B, C, h, w).
-        moved: what `perturb` made of them, (B, C, h, w).
+        moved: the result of `perturb`, (B, C, h, w).
 
     Returns:
-        Scalar in [0, 180]: of the whole flattened latents, the angle that `perturb` is given.
+        Scalar in [0, 180], of the flattened latents.
     """
     cosine = F.cosine_similarity(z.detach().double().flatten(1), moved.detach().double().flatten(1))
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).mean().float()
 
 
 def compared_pairs(design: Design) -> tuple[tuple[str, str], ...]:
-    """Which decodes MCR compares, as (farther, nearer): r anchor, m medium angle, l large angle (Table 7).
+    """The decodes that MCR compares, as (farther, nearer): r anchor, m medium, l large angle (Table 7).
 
         none      nothing
         small     x_m with sg(x_r)
         large     x_l with sg(x_r)
         cascaded  x_m with sg(x_r), and x_l with sg(x_m): the paper's, Eq. 4
 
-    Only the letters that stand first need a decode beyond the reconstruction x_r.
+    Only the farther ones need decodes beside the reconstruction x_r.
 
     Raises:
-        ValueError: no such design.
+        ValueError: unknown design.
     """
     if design not in _PAIRS:
         raise ValueError(f"design must be one of {', '.join(map(repr, _PAIRS))}, got {design!r}")
@@ -171,15 +170,14 @@ def consistency(
     nearer_features: Sequence[Tensor],
     distance: Distance,
 ) -> Tensor:
-    """One bracket of MCR (Eq. 4): decodes farther from the anchor follow those nearer to it.
+    """One term of MCR (Eq. 4): pull a farther decode to a nearer one.
 
         L = |x_a - sg(x_b)|_1 + LPIPS(x_a, sg(x_b))
 
-    The features are the caller's, so that an image that takes part in several distances passes through the
-    perceptual network once a step.
+    The caller computes the features, so that each image passes the perceptual network once a step.
 
     Args:
-        farther: x_a, decoded from the latent farther away, (B, 3, H, W). Gradients flow to these.
+        farther: x_a, decodes of the farther latents, (B, 3, H, W). Gradients flow to these.
         nearer: x_b, (B, 3, H, W). Treated as a constant.
         farther_features: perceptual features of x_a, one map per stage. Gradients flow to these.
         nearer_features: perceptual features of x_b. Treated as constants.
@@ -208,7 +206,7 @@ def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
         fake: logits of detached decodes, (B, ...). Gradients flow to the discriminator.
 
     Returns:
-        Scalar >= 0; 2 for a discriminator that knows nothing.
+        Scalar >= 0; 2 for logits of 0.
     """
     return (1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean()
 
@@ -217,31 +215,30 @@ def generator_hinge(fake: Tensor) -> Tensor:
     """Adversarial loss of the autoencoder beside `discriminator_hinge`: L = -mean D(x_r), unbounded.
 
     Args:
-        fake: logits of decodes, (B, ...). Gradients flow through the discriminator to the decodes; it should
-            be frozen meanwhile, or its next step would start from these gradients.
+        fake: logits of decodes, (B, ...). Gradients flow through the discriminator to the decodes. Freeze
+            the discriminator, else its next step adds these gradients.
     """
     return -fake.float().mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, largest: float = 1e4) -> Tensor:
-    """Weight that gives the adversarial loss as much pull as the reconstruction (VQGAN, arXiv:2012.09841).
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+    """Weight that equalises the gradient norms of adversarial loss and reconstruction (arXiv:2012.09841).
 
-        lambda = clamp(||d L_recon / d W|| / (||d L_adv / d W|| + 1e-4), 0, largest)
+        lambda = clamp(||d L_recon / d W|| / (||d L_adv / d W|| + 1e-4), 0, 1e4)
 
-    W is the last layer of the decoder. The weight belongs to the device batch that the gradients are of: with
-    it, k device batches are not exactly one batch of k times the size. A fixed weight has no such fault.
+    W is the last layer of the decoder. The weight is that of one device batch, so k device batches are not
+    exactly one batch of k times the size.
 
     Args:
         reconstruction: gradient of L1 + LPIPS at W, any shape. Treated as a constant.
         adversarial: gradient of the adversarial loss at W. Treated as a constant.
-        largest: upper end of the clamp.
 
     Returns:
-        Scalar in [0, largest], without gradient.
+        Scalar in [0, 1e4], without gradient.
     """
-    wanted = torch.linalg.vector_norm(reconstruction.detach().float())
-    given = torch.linalg.vector_norm(adversarial.detach().float())
-    weight: Tensor = (wanted / (given + 1e-4)).clamp(0, largest)
+    numerator = torch.linalg.vector_norm(reconstruction.detach().float())
+    denominator = torch.linalg.vector_norm(adversarial.detach().float()) + 1e-4
+    weight: Tensor = (numerator / denominator).clamp(0, 1e4)
     return weight
 
 
@@ -250,19 +247,18 @@ def kl_penalty(z: Tensor) -> Tensor:
 
         L = h w sum_c KL(N(m_c, s_c^2) || N(0, 1)) = h w sum_c (m_c^2 + s_c^2 - 1 - ln s_c^2) / 2
 
-    with mean m_c and variance s_c^2 of channel c over the tokens of the batch. Our choice, as the paper gives
-    only "KL, 1e-6". A VAE's penalty needs an encoder that predicts a variance, and ours is deterministic; its
-    mean term alone, z^2 / 2, is the constant C h w / 2 on the sphere, and before the sphere norm it moves
-    only a scale that the norm removes. What a KL penalty can still ask of a deterministic latent is that its
-    values, taken together, look standard normal: centred channels of equal spread, none of them dead. The sum
-    over the C h w values is the convention for which latent diffusion's weight 1e-6 is meant.
+    with mean m_c and variance s_c^2 of channel c over the tokens of the batch. Our choice: the paper gives
+    only "KL, 1e-6". A VAE's penalty needs a predicted variance, but this encoder is deterministic. Its mean
+    term z^2 / 2 is constant on the sphere, and before the sphere norm it changes only a scale that the norm
+    removes. This penalty makes the values of all tokens standard normal: centred channels of equal variance.
+    Latent diffusion's weight 1e-6 is meant for the sum over the C h w values.
 
     Args:
         z: latents on the sphere, (B, C, h, w). Gradients flow to these. The moments are of this device batch.
 
     Returns:
-        Scalar >= 0; 0 where every channel has mean 0 and variance 1. A channel that is constant counts as
-        one of variance 1e-6, to stay finite.
+        Scalar >= 0; 0 where every channel has mean 0 and variance 1. A constant channel counts as
+        one of variance 1e-6.
     """
     z = z.float()
     variance, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
@@ -271,14 +267,13 @@ def kl_penalty(z: Tensor) -> Tensor:
 
 
 def denoising_loss(z: Tensor, noise: Tensor, t: Tensor, denoiser: Velocity) -> Tensor:
-    """Light diffusion loss on the latent: be easy to denoise for a small network (Table 3a).
+    """Diffusion loss of a small network on the latent (Table 3a).
 
         L = mean (v(x_t, t) - (z - e))^2,   x_t = t z + (1 - t) e
 
-    Denoiser and autoencoder lower it together, so the gradient flows into the latent through the noisy input
-    as well as through the target. On the sphere it cannot win by shrinking the latent. Our choice: the paper
-    gives neither the network nor the path; this is the generator's own path (flow.py) with a network of a few
-    convolutions, `LatentDenoiser`.
+    Denoiser and autoencoder minimise it jointly: the gradient flows into the latent through the noisy input
+    and through the target. The sphere prevents a shrinking latent. Our choice: the paper gives neither the
+    network nor the path; this uses the generator's path (flow.py) and `LatentDenoiser`.
 
     Args:
         z: latents, (B, C, h, w). Gradients flow to these.
@@ -300,7 +295,7 @@ def denoising_loss(z: Tensor, noise: Tensor, t: Tensor, denoiser: Velocity) -> T
 
 
 def feature_reconstruction(reconstructed: Tensor, features: Tensor) -> Tensor:
-    """What the refined target must still tell of the VFM's features (Sec. 3.3).
+    """Reconstruction of the VFM's features from the refined target (Sec. 3.3).
 
         L = mean (H^ - H_vfm)^2
 

@@ -34,7 +34,7 @@ class TokenizerLoss:
     covers the stride of AlexNet's first layer."""
     lpips_late_net: PerceptualNet | None = added(None)
     """Network of LPIPS from `lpips_late_start` on; null keeps `lpips_net`. A CPU pays for VGG only at the
-    end. The evaluations of the whole run use this network."""
+    end. All evaluations use this network."""
     lpips_late_start: float = added(0.9)
     """Share of the training after which `lpips_late_net` takes over."""
     gan: float = 0.5
@@ -97,7 +97,7 @@ class TokenizerLoss:
         if self.gan_start < self.discriminator_start:
             raise ValueError(
                 f"loss.gan_start must not come before discriminator_start = {self.discriminator_start}, "
-                f"got {self.gan_start}: the autoencoder would be judged by random weights"
+                f"got {self.gan_start}: the discriminator would still have random weights"
             )
         if self.mcr_angles[0] >= self.mcr_angles[1]:
             raise ValueError(f"loss.mcr_angles must be medium < large, got {self.mcr_angles}")
@@ -106,7 +106,7 @@ class TokenizerLoss:
 
     @property
     def needs_prior(self) -> bool:
-        """Whether a term compares the latent with refined targets."""
+        """Whether SSR or SCR is on."""
         return self.ssr > 0 or self.scr > 0
 
     @property
@@ -116,13 +116,13 @@ class TokenizerLoss:
         return {"l1": 1.0} | {name: getattr(self, name) for name in names}
 
     def weights_at(self, progress: float) -> dict[str, float | Tensor]:
-        """`weights` after a share of the training, in [0, 1], as `ramp` has it."""
+        """The weights after a share of the training in [0, 1], with `ramp`."""
         factor = self.ramp_from ** (1 - _risen(progress, *self.ramp))
         ramped = {name: getattr(self, name) * factor for name in ("lpips", "ssr", "mcr", "scr")}
         return self.weights | ramped
 
     def angles_at(self, progress: float) -> tuple[float, float]:
-        """`mcr_angles` after a share of the training, in [0, 1], as `mcr_angle_ramp` has it."""
+        """The angles after a share of the training in [0, 1], with `mcr_angle_ramp`."""
         if not self.mcr_angle_ramp:
             return self.mcr_angles
         factor = _risen(progress, self.mcr_start, self.mcr_start + self.mcr_angle_ramp)
@@ -131,6 +131,5 @@ class TokenizerLoss:
 
 
 def _risen(progress: float, begin: float, end: float) -> float:
-    """A line from 0 at `begin` to 1 at `end`, and level outside; where both are one place, 1 from there
-    on."""
+    """Linear from 0 at `begin` to 1 at `end`, constant outside; a step if both are equal."""
     return min(1.0, max(0.0, progress - begin) / (end - begin)) if begin < end else float(progress >= begin)

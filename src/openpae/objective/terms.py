@@ -1,4 +1,4 @@
-"""The tokenizer's objective (Eq. 2-6): the weights of its terms, and the terms themselves."""
+"""The terms of the tokenizer's objective (Eq. 2-6), and the balance of the adversarial loss."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from openpae.runtime import processes
 from openpae.runtime.draws import Draws
 
 BALANCED = ("l1", "lpips", "mcr", "gan")
-"""The terms of the decodes, which `balance_gan` adds up."""
+"""The terms of the decodes, which `balance_gan` adds."""
 
 
 def latent_noise(draws: Draws, strength: float, shape: Sequence[int]) -> Tensor | None:
     """Noise for the latents of a device batch, (B, *shape): n = s e, s uniform in [0, strength], e normal.
 
-    Noise-augmented decoding of RAE (Sec. 4.3 of arXiv:2510.11690): generated latents are never quite clean.
+    Noise-augmented decoding of RAE (Sec. 4.3 of arXiv:2510.11690), as generated latents are noisy.
 
     Args:
         draws: of the device batch.
-        strength: largest root mean square; 0 gives None.
+        strength: largest root mean square; 0 returns None.
         shape: (C, h, w).
     """
     if not strength:
@@ -52,14 +52,14 @@ def image_terms(
     loss: TokenizerLoss,
     shift: Sequence[int] = (0, 0),
 ) -> dict[str, Tensor]:
-    """L1, LPIPS and MCR; each image passes the perceptual network once, the decodes as one batch.
+    """L1, LPIPS and MCR. Each image passes the perceptual network once, all decodes in one batch.
 
     Args:
         x: images in [0, 1], (B, 3, H, W).
-        decoded: decodes r of x, and m and l as far as MCR's design compares them, (B or fewer, 3, H, W).
-        lpips: the perceptual network, or None where no term needs it.
-        loss: which terms.
-        shift: pixels to the right and down by which LPIPS sees all images moved, their borders repeated.
+        decoded: decodes r of x, and m and l if MCR's design compares them, (B or fewer, 3, H, W).
+        lpips: the perceptual network, or None if no term needs it.
+        loss: weights and designs of the terms.
+        shift: pixels by which LPIPS shifts all images to the right and down, with repeated borders.
 
     Returns:
         Scalars by symbol.
@@ -67,8 +67,8 @@ def image_terms(
     terms = {"l1": F.l1_loss(decoded["r"], x)}
     if lpips is None:
         return terms
-    seen = math.ceil(loss.lpips_share * len(x))
-    shown = {name: images[:seen] for name, images in decoded.items()}
+    count = math.ceil(loss.lpips_share * len(x))
+    shown = {name: images[:count] for name, images in decoded.items()}
     sizes = [len(images) for images in shown.values()]
     maps = [
         torch.split(stage, sizes)
@@ -77,15 +77,15 @@ def image_terms(
     perceived = {name: [stage[i] for stage in maps] for i, name in enumerate(shown)}
     if loss.lpips:
         with torch.no_grad():
-            target = lpips.features(_shifted(x[:seen], shift))
+            target = lpips.features(_shifted(x[:count], shift))
         terms["lpips"] = lpips.distance(perceived["r"], target).mean()
     if len(decoded) > 1:
-        brackets = []
+        distances = []
         for a, b in compared_pairs(loss.mcr_design):
             nearer = [stage[: len(shown[a])] for stage in perceived[b]]
             pixels = decoded[b][: len(decoded[a])]
-            brackets.append(consistency(decoded[a], pixels, perceived[a], nearer, lpips.distance))
-        terms["mcr"] = torch.stack(brackets).sum()
+            distances.append(consistency(decoded[a], pixels, perceived[a], nearer, lpips.distance))
+        terms["mcr"] = torch.stack(distances).sum()
     return terms
 
 
@@ -121,8 +121,7 @@ def generic_terms(
 def gradient_shares(
     terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor], z: Tensor
 ) -> dict[str, Tensor]:
-    """Norm of each weighted term's gradient at the latent, over all processes, divided by the sum of these
-    norms."""
+    """Gradient norm of each weighted term at the latent, over all ranks, divided by the sum of the norms."""
     norms = {
         name: processes.norm_of(
             torch.linalg.vector_norm(torch.autograd.grad(weights[name] * term, z, retain_graph=True)[0])
@@ -134,7 +133,7 @@ def gradient_shares(
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A scalar whose gradients with respect to its inputs are known."""
+    """A scalar with given gradients for its inputs."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
@@ -156,31 +155,31 @@ def balance_gan(
 ) -> tuple[Tensor, Tensor]:
     """The terms of the decodes (L1, LPIPS, MCR and GAN), GAN with the adaptive weight of VQGAN.
 
-    Perceptual network and discriminator run backward once: the gradients at the decodes are carried on to the
-    decoder's last layer for their norms, weighted, added, and kept for the step. MCR has no gradient at the
-    reconstruction, its anchor, so what arrives there is the gradient of L1 and LPIPS.
+    Perceptual network and discriminator run backward once: their gradients at the decodes are propagated to
+    the decoder's last layer for the norms, then weighted, added and reused for the step. MCR has no gradient
+    at the reconstruction r, its anchor, so the gradient at r is that of L1 and LPIPS.
 
     Args:
         terms: scalars by symbol.
         weights: of the terms.
         decoded: the decodes, r among them.
         last: W, weight of the decoder's last layer.
-        keep_graph: whether the terms are to be run backward again.
+        keep_graph: keep the graph of the terms for another backward pass.
 
     Returns:
-        The weight of GAN, and the weighted sum of these terms, whose gradients at the decodes are known.
+        The weight of GAN, and the weighted sum of these terms, with known gradients at the decodes.
     """
     names = [name for name in BALANCED if name in terms and name != "gan"]
-    seen = torch.stack([weights[name] * terms[name] for name in names]).sum()
-    gradients = [*torch.autograd.grad(seen, list(decoded.values()), retain_graph=keep_graph)]
+    reconstruction = torch.stack([weights[name] * terms[name] for name in names]).sum()
+    gradients = [*torch.autograd.grad(reconstruction, list(decoded.values()), retain_graph=keep_graph)]
     (adversarial,) = torch.autograd.grad(terms["gan"], decoded["r"], retain_graph=keep_graph)
-    at = list(decoded).index("r")
-    pulls = [
+    r = list(decoded).index("r")
+    at_last = [
         processes.mean_of(torch.autograd.grad(decoded["r"], last, gradient, retain_graph=True)[0])
-        for gradient in (gradients[at], adversarial)  # one weight for all processes
+        for gradient in (gradients[r], adversarial)  # one weight for all ranks
     ]
-    weight = weights["gan"] * adaptive_weight(pulls[0], pulls[1])
-    gradients[at] = gradients[at] + weight * adversarial
-    value = (seen + weight * terms["gan"]).detach()
+    weight = weights["gan"] * adaptive_weight(at_last[0], at_last[1])
+    gradients[r] = gradients[r] + weight * adversarial
+    value = (reconstruction + weight * terms["gan"]).detach()
     loss: Tensor = _KnownGradient.apply(value, gradients, *decoded.values())  # type: ignore[no-untyped-call]
     return weight, loss

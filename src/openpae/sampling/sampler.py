@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -214,9 +214,13 @@ def _adaptive(
     ends = {0.0, 1.0} if config.guidance == 1 else {0.0, config.guidance_start, config.guidance_end, 1.0}
     for start, stop in pairwise(sorted(ends)):
         guided = config.guides_at((start + stop) / 2)
-        velocity = guided_velocity(model, label, config.guidance, lambda _, guided=guided: guided, weak)
+        velocity = guided_velocity(model, label, config.guidance, _constant(guided), weak)
         x = runge_kutta(velocity, x, start, stop, config.tolerance)
     return x
+
+
+def _constant(guided: bool) -> Callable[[float], bool]:
+    return lambda t: guided
 
 
 def _grid(config: SamplerConfig) -> Tensor:

@@ -55,11 +55,11 @@ class GeneratorTask:
             None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
         )
         self.classes = _classes_of(self.latents)
-        """Names and training images of the classes; None where the latents do not name them."""
+        """Names and image counts of the classes; None for latents without class names."""
         if self.held_out:
             self._check_held_out(self.held_out)
         self.run_dir: Path | None = None
-        """Where the records of evaluations go; None keeps none."""
+        """Folder for the records of evaluations; None writes none."""
         if self.classes is not None:
             if (images := run.evaluation_images) is not None and images.is_dir():
                 check_images_agree(run.latents, self.classes[0], images, open_images(images).classes)
@@ -68,9 +68,7 @@ class GeneratorTask:
                     f"{run.latents} has no image of class {', '.join(empty)}; it is not sampled", stacklevel=2
                 )
         self.evaluator = (
-            None
-            if run.tokenizer is None
-            else _SampleEvaluator(run, self.device, self._tokenizer_fingerprint())
+            None if run.tokenizer is None else _SampleEvaluator(run, self.device, self._tokenizer_fingerprint)
         )
         torch.manual_seed(run.loop.seed)
         self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
@@ -86,7 +84,7 @@ class GeneratorTask:
             unwrap(self.players["generator"]).compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[LatentBatch]:
-        """This process's device batches of latents, in the order of (seed, images seen)."""
+        """This rank's device batches of latents, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         latents = TrainingLatents(self.latents, seed=loop.seed)
@@ -102,8 +100,7 @@ class GeneratorTask:
         yield Update("generator", loss, {"mse": mse.detach(), "cosine": cosine.detach()})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The loss's terms on held-out latents, with the same noise and positions every time, and the metrics
-        of samples by the function that `pae evaluate` calls."""
+        """Loss terms of held-out latents with fixed noise and positions, and metrics of samples."""
         return self._held_out_losses() | self._sample_metrics(step)
 
     def _check_held_out(self, held_out: Shards) -> None:
@@ -114,22 +111,22 @@ class GeneratorTask:
 
     def _sample_metrics(self, step: int) -> dict[str, float]:
         run = self.run
-        if (evaluator := self.evaluator) is None:
+        if self.evaluator is None:
             return {}
         samples = sampled_images(
-            evaluator.tokenizer,
+            self.evaluator.tokenizer,
             self.model,
             balanced_labels(run.evaluation_samples, self._trained_classes()),
             run.sampler,
-            size=evaluator.tokenizer.config.image_shape,
-            facts={"labels": "class-balanced", "tokenizer": self._tokenizer_fingerprint()},
+            size=self.evaluator.tokenizer.config.image_shape,
+            facts={"labels": "class-balanced", "tokenizer": self._tokenizer_fingerprint},
         )
         record = evaluate_samples(
             samples,
-            evaluator.reference,
-            extractor=evaluator.extractor,
+            self.evaluator.reference,
+            extractor=self.evaluator.extractor,
             batch_size=len(device_batches(run.loop)[0]),
-            min_samples=2,  # a curve over steps: what counts is that every point has the same count
+            min_samples=2,  # for a curve over steps, an equal count at every point is enough
         )
         if self.run_dir is not None:
             write_evaluation(record, self.run_dir, step)
@@ -152,24 +149,22 @@ class GeneratorTask:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a generator folder."""
-        write_generator(folder, weights, self.run.model, self._tokenizer_fingerprint(), self.classes)
+        write_generator(folder, weights, self.run.model, self._tokenizer_fingerprint, self.classes)
 
     def _trained_classes(self) -> int | list[int]:
         if self.classes is None:
             return self.run.model.num_classes
         return [label for label, count in enumerate(self.classes[1]) if count]
 
+    @property
     def _tokenizer_fingerprint(self) -> str:
         return str(self.latents.attributes["tokenizer"])
 
     def _losses(self, generator: nn.Module, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         x_1 = self.model.normalise(z)
         x_0 = draws.normal("noise", *x_1.shape[1:])
-        shift = (
-            dimension_shift(self.run.model.latent_shape)
-            if self.run.time_shift is None
-            else self.run.time_shift
-        )
+        if (shift := self.run.time_shift) is None:
+            shift = dimension_shift(self.run.model.latent_shape)
         if self.run.times == "uniform":
             t = shift_time(draws.uniform("t"), shift)
         else:
@@ -179,16 +174,14 @@ class GeneratorTask:
 
 
 class _SampleEvaluator:
-    """What judges samples: decoder, extractor and reference, made once."""
+    """Decoder, extractor and reference for the metrics of samples."""
 
     def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_fingerprint: str) -> None:
         assert run.tokenizer is not None
         assert run.evaluation_images is not None  # GeneratorRun takes both or neither
-        found = identity_of(run.tokenizer).fingerprint
-        if found != tokenizer_fingerprint:
+        if (given := identity_of(run.tokenizer).fingerprint) != tokenizer_fingerprint:
             raise ValueError(
-                f"{run.tokenizer} is the tokenizer {found}, but the latents are those of "
-                f"{tokenizer_fingerprint}"
+                f"{run.tokenizer} is the tokenizer {given}, but the latents come from {tokenizer_fingerprint}"
             )
         self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
         self.extractor = load_extractor(run.extractor, run.extractor_weights, device)
@@ -198,10 +191,10 @@ class _SampleEvaluator:
 
 
 def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) -> dict[str, float]:
-    """Train a generator, or go on where an interrupted run of the same folder stopped.
+    """Train a generator, or resume the run in run_dir.
 
     Args:
-        run: the config; run_dir keeps it and refuses another.
+        run: the config; it must equal that of an existing run_dir.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
 
@@ -216,7 +209,7 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
 
 
 def _classes_of(latents: Shards) -> tuple[list[str], list[int]] | None:
-    """Names and rows of the classes; None for imported latents, whose classes have numbers only."""
+    """Names and image counts of the classes; None for imported latents, whose classes have no names."""
     names = latents.attributes.get("classes")
     if names is None or latents.attributes.get("source") == "imported":
         return None
@@ -228,8 +221,7 @@ def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:
     if shards.shape[1:] != model.latent_shape:
         raise ValueError(
             f"{folder} holds latents of shape {shards.shape[1:]}, the generator is built for "
-            f"{model.latent_shape}; "
-            "set model.latent_dim, model.grid_size and model.grid_width"
+            f"{model.latent_shape}; set model.latent_dim, model.grid_size and model.grid_width"
         )
     if len(shards) and shards.labels.max() >= model.num_classes:
         raise ValueError(

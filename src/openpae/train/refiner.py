@@ -1,4 +1,4 @@
-"""Stage (a): train the refiner, whose targets SSR and SCR compare the latent with (Sec. 3.3)."""
+"""Stage (a): train the refiner, which makes the targets of SSR and SCR (Sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RefinerTask:
 
     Args:
         run: the config.
-        encoder: the frozen VFM, or None to load the one that the config names.
+        encoder: the frozen VFM; None loads the one of the config.
         progress: called with (done, all) while features are cached.
 
     Raises:
@@ -50,8 +50,7 @@ class RefinerTask:
         encoder = encoder or load_encoder(run.encoder, run.encoder_source)
         if encoder.spec.dim != run.model.feature_dim:
             raise ValueError(
-                f"model.feature_dim must be the encoder's width {encoder.spec.dim}, got "
-                f"{run.model.feature_dim}"
+                f"model.feature_dim must be the encoder width {encoder.spec.dim}, got {run.model.feature_dim}"
             )
         self.encoder_fingerprint = encoder_fingerprint(encoder)
         patch = run.image_size // run.model.grid_size
@@ -89,7 +88,7 @@ class RefinerTask:
             unwrap(self.players["refiner"]).compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
-        """This process's device batches of images, in the order of (seed, images seen)."""
+        """This rank's device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         return image_batches(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
@@ -114,7 +113,7 @@ class RefinerTask:
         return self.encoder(self.encoder_input(images))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Nothing: the refiner is judged by what it does to the tokenizer."""
+        """No metrics: a refiner is measured by its effect on the tokenizer."""
         return {}
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -125,10 +124,10 @@ class RefinerTask:
 def train_refiner(
     run: RefinerRun, run_dir: Path, *, quiet: bool = False, progress: Progress | None = None
 ) -> dict[str, float]:
-    """Train a refiner, or go on where an interrupted run of the same folder stopped.
+    """Train a refiner, or resume the run in run_dir.
 
     Args:
-        run: the config; run_dir keeps it and refuses another.
+        run: the config; it must equal that of an existing run_dir.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.

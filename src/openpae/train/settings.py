@@ -118,19 +118,17 @@ class TokenizerRun:
             raise ValueError("data.feature_cache cannot serve model.fusion finetune: the features change")
         if self.loss.needs_prior and self.prior is None:
             raise ValueError(
-                "loss.ssr and loss.scr need prior, the folder of a refiner; train one with pae "
-                "train-refiner, "
-                "or set both to 0"
+                "loss.ssr and loss.scr need prior, a refiner's folder; train one with pae train-refiner, or "
+                "set both to 0"
             )
         if self.loop.compile and (self.loss.gradients_every or self.loss.gan_weight == "adaptive"):
             raise ValueError(
-                "loop.compile cannot be combined with loss.gradients_every or loss.gan_weight adaptive: "
-                "both run "
-                "backward twice, and a compiled graph gives its buffers away after the first"
+                "loop.compile cannot be combined with loss.gradients_every or loss.gan_weight adaptive: both "
+                "run backward twice, and a compiled graph frees its buffers after the first"
             )
         if self.loss.needs_prior and self.model.fusion == "finetune":
             raise ValueError(
-                "loss.ssr and loss.scr need a frozen VFM; model.fusion finetune moves its features"
+                "loss.ssr and loss.scr need a frozen VFM; model.fusion finetune changes its features"
             )
 
 
@@ -181,4 +179,4 @@ class GeneratorRun:
             cosine="[0, inf)",
         )
         if (self.tokenizer is None) != (self.evaluation_images is None):
-            raise ValueError("tokenizer and evaluation_images are needed both, or neither")
+            raise ValueError("tokenizer and evaluation_images must be given both, or neither")

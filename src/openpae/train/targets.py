@@ -1,8 +1,8 @@
-"""Raw targets of SSR and SCR, found in one pass instead of trained: PCA or a random projection (Table 2b)."""
+"""Raw targets of SSR and SCR, fitted in one pass: PCA or a random projection (Table 2b)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -34,28 +34,28 @@ def fit_targets(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> LinearTargets:
-    """Write a linear map of the VFM's features that `TokenizerRun.prior` takes in a refiner's place.
+    """Write a linear map of VFM features. `TokenizerRun.prior` takes it in place of a refiner.
 
     Args:
         encoder: the frozen VFM.
-        source: images to fit to; `random` needs none of them.
-        folder: gets the targets; must not exist.
+        source: images to fit to; `random` uses none.
+        folder: folder of the targets; it must not exist.
         kind: principal components of the features, or a random subspace.
         latent_dim: channels C of the targets.
-        image_size: side in pixels to which images are centre-cropped.
-        patch_size: pixels per token and axis: that of the tokenizer's decoder.
-        count: images to take, evenly spread, or all of them.
+        image_size: side of the centre-cropped images in pixels.
+        patch_size: pixels per token and axis, as in the tokenizer's decoder.
+        count: number of images, evenly spread over the source.
         batch_size: images per forward pass.
         seed: of the random subspace.
-        device: where the VFM runs.
+        device: device of the VFM.
         progress: called with (done, all) images.
 
     Raises:
-        FileExistsError: the folder is there.
-        ValueError: C is larger than the encoder's width, or image_size is no multiple of patch_size.
+        FileExistsError: the folder exists.
+        ValueError: C exceeds the encoder's width, or image_size is no multiple of patch_size.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already; name another folder, or use it as it is")
+        raise FileExistsError(f"{folder} exists already; name another folder, or use this one")
     if not 1 <= latent_dim <= encoder.spec.dim:
         raise ValueError(
             f"latent_dim must lie in [1, {encoder.spec.dim}], the encoder's width, got {latent_dim}"
@@ -65,20 +65,22 @@ def fit_targets(
     if kind == "random":
         targets = random_targets(encoder.spec.dim, latent_dim, seed)
     else:
-        rows = spread(len(source), count)
         if isinstance(encoder, nn.Module):
             encoder.to(device)
         prepare = EncoderInput(encoder.spec, patch_size).to(device)
-
-        def features() -> Iterator[Tensor]:
-            done = 0
-            for x in source_batches(source, image_size, batch_size, rows):
-                yield encoder(prepare(x.to(device)))
-                done += len(x)
-                if progress is not None:
-                    progress(done, len(rows))
-
-        targets = fit_pca(features(), latent_dim)
+        rows = spread(len(source), count)
+        images = _reported(source_batches(source, image_size, batch_size, rows), len(rows), progress)
+        targets = fit_pca((encoder(prepare(x.to(device))) for x in images), latent_dim)
     with atomic_folder(folder) as partial:
         write_prior(partial, targets.state_dict(), targets.config, encoder_fingerprint(encoder))
     return targets
+
+
+def _reported(batches: Iterable[Tensor], count: int, progress: Progress | None) -> Iterator[Tensor]:
+    """Yield the batches and report the number of images done."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        if progress is not None:
+            progress(done, count)

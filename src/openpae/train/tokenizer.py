@@ -1,4 +1,4 @@
-"""Stage (b): train the tokenizer on images, with the whole objective of the paper (Eq. 2-6)."""
+"""Stage (b): train the tokenizer on images with the full objective of the paper (Eq. 2-6)."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ from openpae.storage.model_folder import identity_of
 from openpae.train.settings import TokenizerRun
 
 _START_IMAGES = 256
-"""Images that `start_from_patches` sees, the first of the training."""
+"""Number of images for `start_from_patches`, the first of the training."""
 
 
 class TokenizerTask:
-    """L1 + LPIPS + GAN + SSR + MCR + SCR, the weights of the config before each.
+    """L1 + LPIPS + GAN + SSR + MCR + SCR, weighted by the config.
 
     Args:
         run: the config.
-        encoder: the frozen VFM, or None to load the one that the config names.
+        encoder: the VFM; None loads the one of the config.
         progress: called with (done, all) while features are cached.
 
     Raises:
@@ -92,7 +92,7 @@ class TokenizerTask:
     ) -> None:
         self.run = run
         self.device = pick_device(run.loop.device)
-        source, self.judged = open_training(run.data)
+        source, self.held_out = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
         encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
@@ -101,7 +101,7 @@ class TokenizerTask:
         if run.start == "local":
             start_local(self.model)
         self.model.to(self.device)
-        # Before training: a finetuned encoder is told by what it started from.
+        # Before training: the fingerprint of a finetuned encoder is that of its initial weights.
         self.encoder_fingerprint = encoder_fingerprint(encoder)
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
         self.prior = self._load_prior()
@@ -111,9 +111,11 @@ class TokenizerTask:
             features = None if first.features is None else first.features.to(self.device)
             start_from_patches(self.model, to_unit(first.images.to(self.device)), features)
         loss, steps = run.loss, run.loop.steps
-        looks = loss.lpips > 0 or loss.mcr > 0
-        self.lpips = self._perceptual(loss.lpips_net) if looks else None
-        self.late_lpips = self._perceptual(loss.lpips_late_net) if looks and loss.lpips_late_net else None
+        perceptual = loss.lpips > 0 or loss.mcr > 0
+        self.lpips = self._perceptual(loss.lpips_net) if perceptual else None
+        self.late_lpips = (
+            self._perceptual(loss.lpips_late_net) if perceptual and loss.lpips_late_net else None
+        )
         self.late_from = math.ceil(loss.lpips_late_start * steps)
         self.discriminator_from = math.ceil(loss.discriminator_start * steps)
         self.mcr_from = math.ceil(loss.mcr_start * steps)
@@ -122,7 +124,7 @@ class TokenizerTask:
         if run.extractor is not None:
             self.extractor = load_extractor(run.extractor, run.extractor_weights, self.device)
         self.run_dir: Path | None = None
-        """Where the records of evaluations go; None keeps none."""
+        """Folder for the records of evaluations; None writes none."""
         self.players, self.optimizers = self._players()
         if run.loop.compile:
             for name in ("decoder", "modulator"):
@@ -130,7 +132,7 @@ class TokenizerTask:
                     unwrap(self.players["autoencoder"]).get_submodule(name).compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
-        """This process's device batches of images, in the order of (seed, images seen)."""
+        """This rank's device batches of images, in the order of (seed, images seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         return image_batches(self.images, sampler, loop.num_workers, pin=self.device.type == "cuda")
@@ -140,7 +142,7 @@ class TokenizerTask:
 
         L = L1 + w LPIPS + w GAN + w SSR + w MCR + w SCR + w KL + w diffusion
         """
-        with norms_once(self.discriminator):  # its weights change when both players have looked
+        with norms_once(self.discriminator):  # both players use the same weights of it
             yield from self._updates(batch, draws, step)
 
     def _updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
@@ -161,14 +163,14 @@ class TokenizerTask:
         weights, shown = self.run.loss.weights_at(progress), None
         augment = draws.uniform("augment", AUGMENT_DRAWS) if self.discriminator is not None else x
         if self.discriminator is not None and step >= self.gan_from:
-            with frozen(self.discriminator):  # or its own update would start from these gradients
+            with frozen(self.discriminator):  # else its own update would add these gradients
                 shown = self.discriminator.features(diff_augment(decoded["r"], augment))
                 terms["gan"] = generator_hinge(self.discriminator(shown))
         every = self.run.loss.gradients_every
         due = every > 0 and draws.step % every == 0
         joint: list[Tensor] = []
         if "gan" in terms and self.run.loss.gan_weight == "adaptive":
-            # Of the module that the losses called: of a sharded one, the weights are full just now.
+            # From the called module: the weights of a sharded one are full at this point.
             last = unwrap(self.players["autoencoder"]).get_parameter("decoder.to_pixels.weight")
             logs["gan_weight"], known = balance_gan(terms, weights, decoded, last, keep_graph=due)
             joint, weights["gan"] = [known], logs["gan_weight"]
@@ -182,45 +184,43 @@ class TokenizerTask:
         if self.discriminator is not None and step >= self.discriminator_from:
             if shown is None:
                 shown = self.discriminator.features(diff_augment(decoded["r"].detach(), augment))
-            seen = zip(self.discriminator.features(diff_augment(x, augment)), shown, strict=True)
-            # One pass for both: where processes average its gradients, they do so once.
-            both = [torch.cat([real, fake.detach()]) for real, fake in seen]
+            pairs = zip(self.discriminator.features(diff_augment(x, augment)), shown, strict=True)
+            # One pass for both, so that ranks average its gradients once.
+            both = [torch.cat([real, fake.detach()]) for real, fake in pairs]
             real, fake = self.players["discriminator"](both).chunk(2)
             accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
             yield Update("discriminator", discriminator_hinge(real, fake), {"accuracy": accuracy.detach()})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """PSNR (dB), SSIM, LPIPS and, where asked for, Frechet distance and geometry of held-out images, by
-        the function that `pae evaluate` calls."""
-        if self.judged is None:
+        """PSNR (dB), SSIM, LPIPS and optionally Frechet distance and geometry of held-out images, as in
+        `pae evaluate`."""
+        if self.held_out is None:
             return {}
         part, loss = len(device_batches(self.run.loop)[0]), self.run.loss
-        rows = spread(len(self.judged), self.run.data.evaluation_images)
+        rows = spread(len(self.held_out), self.run.data.evaluation_images)
         record = evaluate_reconstruction(
             self.model,
-            real_images(self.judged, self.run.model.image_shape, rows=rows),
+            real_images(self.held_out, self.run.model.image_shape, rows=rows),
             extractor=self.extractor,
             lpips=self.late_lpips or self.lpips,
             batch_size=part,
-            min_samples=2,  # a curve over steps: what counts is that every point has the same count
+            min_samples=2,  # for a curve over steps, an equal count at every point is enough
             facts={"lpips": f"lpips-{loss.lpips_late_net or loss.lpips_net}"} if self.lpips else None,
         )
         if self.run.geometry:
-            judged = Subset(self.judged, rows.tolist())
-            record["metrics"] |= processes.on_rank0(lambda: self._geometry(judged, part))
+            images = Subset(self.held_out, rows.tolist())
+            record["metrics"] |= processes.on_rank0(lambda: self._geometry(images, part))
         if self.run_dir is not None:
             write_evaluation(record, self.run_dir, step)
         return {name: metric["value"] for name, metric in record["metrics"].items()}
 
-    def _geometry(self, judged: Subset, batch_size: int) -> dict[str, Any]:
-        """GSQ, eRank and LPC of held-out images, by the functions that `pae profile` calls."""
-        config = MeasureConfig(count=len(judged), lpc_count=-(-len(judged) // 10), batch_size=batch_size)
-        space = pae_space(self.model, "this tokenizer", "")
-        size = self.run.model.image_shape
-        found = measure_tokenizer(
-            space, judged, size=size, lpips=self.late_lpips or self.lpips, config=config
-        ).metrics
-        return metric_facts({name: found[name] for name in ("lpc", "gsq", "erank") if name in found})
+    def _geometry(self, images: Subset, batch_size: int) -> dict[str, Any]:
+        """GSQ, eRank and LPC of held-out images, as in `pae profile`."""
+        config = MeasureConfig(count=len(images), lpc_count=-(-len(images) // 10), batch_size=batch_size)
+        space, size = pae_space(self.model, "this tokenizer", ""), self.run.model.image_shape
+        lpips = self.late_lpips or self.lpips
+        metrics = measure_tokenizer(space, images, size=size, lpips=lpips, config=config).metrics
+        return metric_facts({name: metrics[name] for name in ("lpc", "gsq", "erank") if name in metrics})
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
@@ -233,36 +233,35 @@ class TokenizerTask:
     def _decode(
         self, x: Tensor, features: Tensor | None, draws: Draws, step: int
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Latents, their decodes r, m, l as far as the design needs them (one batch), and the angles
-        reached."""
+        """Latents, the decodes r, m, l that the design needs (in one batch), and the reached angles."""
         loss = self.run.loss
         due = loss.mcr > 0 and step >= self.mcr_from
-        wanted = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
+        names = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
         angles = dict(zip("ml", loss.angles_at(step / self.run.loop.steps), strict=True))
         logs: dict[str, Tensor] = {}
 
         def extra_latents(z: Tensor) -> list[Tensor]:
-            if not wanted:
+            if not names:
                 return []
-            # One direction a sample for every angle: the perturbed latents lie on one arc.
+            # One direction per sample for all angles: the perturbed latents lie on one arc.
             z = z[: math.ceil(loss.mcr_share * len(z))]
             direction = draws.normal("mcr direction", *z.shape[1:])[: len(z)]
-            moved = {name: perturb(z, direction, angles[name], self.run.model.sphere) for name in wanted}
+            moved = {name: perturb(z, direction, angles[name], self.run.model.sphere) for name in names}
             logs.update({f"angle_{name}": reached_angle(z, latent) for name, latent in moved.items()})
             return list(moved.values())
 
         noise = latent_noise(draws, loss.latent_noise, self.run.model.latent_shape)
         z, decodes = self.players["autoencoder"](x, features, extra_latents, noise)
-        return z, dict(zip(["r", *wanted], decodes, strict=True)), logs
+        return z, dict(zip(["r", *names], decodes, strict=True)), logs
 
     def _players(self) -> tuple[dict[str, nn.Module], dict[str, Optimizer]]:
         run = self.run
-        # The denoiser learns in the autoencoder's step; it is a player only so that a checkpoint holds it.
+        # The autoencoder's optimizer steps the denoiser; it is a player so that checkpoints hold it.
         self.denoiser = LatentDenoiser(run.model.latent_dim).to(self.device) if run.loss.diffusion else None
         self.discriminator = (
             build_discriminator(run.loss.discriminator).to(self.device) if run.loss.gan else None
         )
-        finetuned = run.model.fusion == "finetune"  # a VFM has weights that nothing here asks for
+        finetuned = run.model.fusion == "finetune"  # a VFM has weights that the features do not use
         players = {"autoencoder": distribute(self.model, run.loop, some_unused=finetuned)}
         joint = [*players["autoencoder"].parameters()]
         if self.denoiser is not None:
@@ -332,10 +331,10 @@ class TokenizerTask:
 def train_tokenizer(
     run: TokenizerRun, run_dir: Path, *, quiet: bool = False, progress: Progress | None = None
 ) -> dict[str, float]:
-    """Train a tokenizer, or go on where an interrupted run of the same folder stopped.
+    """Train a tokenizer, or resume the run in run_dir.
 
     Args:
-        run: the config; run_dir keeps it and refuses another.
+        run: the config; it must equal that of an existing run_dir.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
