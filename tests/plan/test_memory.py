@@ -21,8 +21,8 @@ def test_bytes_follow_a_tensor_from_its_making_to_its_end() -> None:
         b = torch.empty(3)
         assert tracker.total == 4 * KIB + 512  # the smallest block
         tracker.mark("weights", [b])
-        assert tracker.now["weights"] == 512
-        assert tracker.now["activations"] == 4 * KIB
+        assert tracker.in_use["weights"] == 512
+        assert tracker.in_use["activations"] == 4 * KIB
         del a
         assert tracker.total == 4 * KIB + 512  # the view holds it
         del view, b
@@ -56,7 +56,7 @@ def test_the_peak_of_a_chain_is_that_of_theory(again: bool) -> None:
         assert tracker.total == (2 if again else 5) * 4 * KIB
         tracker.reset()
         y.sum().backward()
-        assert tracker.peak.at == ("chain, computed again" if again else "chain, backward")
+        assert tracker.peak.at == ("chain, recomputed" if again else "chain, backward")
 
 
 def test_products_are_counted_by_type_and_pass() -> None:

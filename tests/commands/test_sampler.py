@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from openpae import config as configs
-from openpae.commands.sample import SamplerChoice
+from openpae.commands.sampler import SamplerChoice
 from openpae.sampling.settings import SamplerConfig
 
 FLAGS: dict[str, Any] = {
