@@ -188,7 +188,7 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["train-tokenizer", "tokenizer/tiny", "out", "--data.images", "x"], ("no image folder",)),
     ],
 )  # fmt: skip
-def test_what_can_not_be_done_is_one_line(
+def test_what_cannot_be_done_is_one_line(
     arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

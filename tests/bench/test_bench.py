@@ -75,7 +75,9 @@ def test_every_size_is_counted_and_one_is_measured() -> None:
     assert small["sample_images_per_second"] > 0
     assert 0 < small["peak_memory_gib"] < 64
     assert small["model_flops_utilisation"] is None  # nobody knows a CPU's peak
-    assert measured.settings["sample_evaluations"] == 4 - 1  # guided from t = 0.25 on; the first step is before
+    assert (
+        measured.settings["sample_evaluations"] == 4 - 1
+    )  # guided from t = 0.25 on; the first step is before
     for size in ("b", "1p6b"):
         assert measured.figures[size]["parameters"] > small["parameters"]
         assert measured.figures[size]["train_images_per_second"] is None

@@ -111,7 +111,7 @@ def test_flags_go_over_the_preset_and_take_back_what_was_tuned(tmp_path: Path) -
     assert replace(choice, guidance_start=0.5).config().tuned_on is None
 
 
-def test_choices_that_can_not_be_are_named() -> None:
+def test_choices_that_cannot_be_are_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"no config file or preset 'sampler/fast'.*sampler/fast-45"):
         SamplerChoice(preset="fast").config()
     with pytest.raises(ValueError, match="rk45 finds its own steps: leave --steps out"):
