@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from openpae.data.images import SEEN, ImageFolder, Subset, pack_images
+from openpae.data.fingerprints import SEEN
+from openpae.data.images import ImageFolder, Subset, pack_images
 from openpae.storage.files import fingerprints_agree
 
 SIZE = 5 * SEEN
@@ -57,6 +58,13 @@ def test_a_copy_has_the_same_fingerprint_whatever_its_times(folder: Path, tmp_pa
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     os.utime(copy / "0.bmp", (1, 1))
     assert ImageFolder(copy, whole=True).fingerprint() == ImageFolder(folder, whole=True).fingerprint()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_file_that_cannot_be_read_is_left_to_whoever_decodes_it(folder: Path, whole: bool) -> None:
+    os.symlink("/proc/self/mem", folder / "9.bmp")
+    parts = ImageFolder(folder, whole=whole).fingerprint().split(".")
+    assert [len(part) for part in parts] == [16] * (3 if whole else 2)
 
 
 def test_rows_of_a_folder_agree_as_the_folder_does(folder: Path) -> None:

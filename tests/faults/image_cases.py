@@ -48,7 +48,7 @@ def taken(given: str, spoil: Callable[[], object]) -> Case:
         given=given,
         spoil=spoil,
         command=PACK,
-        says="^7 images of 2 classes in out$",
+        says=r"^7 images of 2 classes in out labels: 0 cats \(4\), 1 dogs \(3\)$",
         code=0,
     )
 
@@ -116,7 +116,8 @@ IMAGE_CASES: tuple[Case, ...] = (
         given="two broken files, and the wish to skip them",
         spoil=BROKEN,
         command=f"{PACK} --skip-broken",
-        says="^5 images of 2 classes in out left out 2 broken files: .*cats/1.png .*; .*dogs/9.jpg .*",
+        says=r"^5 images of 2 classes in out labels: 0 cats \(2\), 1 dogs \(3\) "
+        "left out 2 broken files: .*cats/1.png .*; .*dogs/9.jpg .*",
         code=0,
         foreign=r"image file is truncated[^;]*",
     ),
@@ -125,7 +126,8 @@ IMAGE_CASES: tuple[Case, ...] = (
         given="a broken file whose name is not UTF-8",
         spoil=lambda: Path(os.fsdecode(b"images/cats/caf\xe9.png")).write_text("x"),
         command=f"{PACK} --skip-broken",
-        says=r"^6 images of 2 classes in out left out 1 broken files: images/cats/caf\\udce9.png cannot",
+        says=r"^6 images of 2 classes in out labels: 0 cats \(3\), 1 dogs \(3\) "
+        r"left out 1 broken files: images/cats/caf\\udce9.png cannot",
         code=0,
     ),
     Case(

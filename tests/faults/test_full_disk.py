@@ -26,7 +26,7 @@ from openpae.storage.files import DiskFull, told_if_full, whole_file, whole_fold
 from openpae.storage.model_folder import checkpoint_steps
 from openpae.train.generator import train_generator
 from openpae.train.settings import GeneratorRun
-from tests.engine.test_loop import curve, same, state_of
+from tests.engine.runs import curve, same, state_of
 from tests.faults.children import run_in_child
 
 NUMBERS = {"a": torch.arange(20_000.0), "b": torch.arange(3.0)}

@@ -34,7 +34,7 @@ from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, iden
 from openpae.train.generator import train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
 from openpae.train.tokenizer import train_tokenizer
-from tests.engine.test_loop import curve, same, state_of
+from tests.engine.runs import curve, same, state_of
 from tests.faults.children import run_in_child
 
 LOOP = LoopConfig(

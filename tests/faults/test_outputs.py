@@ -9,13 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from openpae.storage.outputs import locked
 from tests.faults.more_cases import MINE, WALK
 from tests.faults.running import GENERATOR, TOKENIZER, Case, run
 from tests.faults.spoiling import PACK, SAMPLE
 
-RECONSTRUCT = "pae reconstruct tokenizer images out --device cpu"
+RECONSTRUCT = "pae reconstruct tokenizer large out --device cpu"
 PROFILE = (
     "pae profile tokenizer --images packed --out out --extractor none --lpips random --count 4 --lpc-count 2 "
     "--device cpu"
@@ -31,8 +32,11 @@ CACHE = "pae cache-latents tokenizer packed out --device cpu"
 
 @pytest.fixture
 def copy(ready: Path, tmp_path: Path) -> Path:
-    """A fresh copy of the workspace."""
+    """A fresh copy of the workspace; `large` has its images at a size that the tokenizer takes."""
     shutil.copytree(ready, tmp_path / "copy", symlinks=True)
+    shutil.copytree(ready / "images", tmp_path / "copy" / "large")
+    for file in (tmp_path / "copy" / "large").rglob("*.png"):
+        Image.open(file).resize((48, 40)).save(file)
     return tmp_path / "copy"
 
 
@@ -113,8 +117,8 @@ def test_files_of_the_user_survive_every_command(command: str, name: str, shape:
         (SAMPLE, "generator"),
         (WALK, "images/cats/0.png/out"),
         (WALK, "tokenizer"),
-        (RECONSTRUCT, "images"),
-        (RECONSTRUCT, "images/out"),
+        (RECONSTRUCT, "large"),
+        (RECONSTRUCT, "large/out"),
         (PROFILE, "packed/out"),
         (SEARCH, "packed"),
         (PACK, "images/out"),
@@ -139,7 +143,8 @@ def test_a_command_replaces_what_it_made_itself_and_a_link_is_kept(command: str,
     (copy / "out").symlink_to("far")
     for _ in range(2):
         outcome = run(command, copy)
-        assert outcome.code == 0, outcome.everything
+        # Two samples of an untrained generator show no gain of guidance: exit 3, with the record written.
+        assert outcome.code == (3 if command == SEARCH else 0), outcome.everything
     assert (copy / "out").is_symlink()
     assert len(list((copy / "far").iterdir())) >= 2
 

@@ -69,7 +69,7 @@ def test_json_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["peak"]["total"] == sum(data["peak"]["bytes"].values())
     for arguments, message in (
         (["generator/tiny", "--card", "gtx"], "--card must be one of b200"),
-        (["generator/tiny", "--gpus", "0"], "--gpus must lie in"),
+        (["generator/tiny", "--gpus", "0"], "--gpus must be >= 1, got 0"),
         ([], "pae plan needs CONFIG"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
@@ -21,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from openpae.data.colour import UnreadProfile, shown
+from openpae.data.fingerprints import MACHINE_ERRORS, folder_fingerprint
 from openpae.data.listing import image_names
 from openpae.data.shards import Layout, Part, Shards, shard_folder
 
@@ -31,9 +31,6 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, told by content and not by name. Pillow knows more, but its EPS starts Ghostscript."""
 MAX_ASPECT = 100
 """Largest ratio of an image's sides: 1 x 60,000 pixels would fill gigabytes once the short side is 256."""
-
-SEEN = 2048
-"""Bytes at the beginning, in the middle and at the end of each file that a folder's fingerprint covers."""
 
 Size = int | tuple[int, int]
 """Height and width in pixels, or the side of a square."""
@@ -95,31 +92,12 @@ class ImageFolder:
         return read_image(self.root / self.names[index])
 
     def fingerprint(self) -> str:
-        """Parts of 16 digits: over names and sizes, over a few kilobytes of each file, and with `whole` over
-        all of it. The times of the files do not count: a copy keeps its caches."""
+        """As `fingerprints.folder_fingerprint`."""
         return self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        digests = [hashlib.sha256() for _ in range(3 if self.whole else 2)]
-        with ThreadPoolExecutor(max_workers=16) as pool:  # a network disk answers many at once
-            for name, (size, *hashes) in zip(self.names, in_order(pool, self._file, self.names), strict=True):
-                digests[0].update(os.fsencode(f"{name} {size}\n"))
-                for digest, content in zip(digests[1:], hashes, strict=True):
-                    digest.update(content)
-        return ".".join(digest.hexdigest()[:16] for digest in digests)
-
-    def _file(self, name: str) -> tuple[int, *tuple[bytes, ...]]:
-        """Size, hash of the first, middle and last `SEEN` bytes, and where it is asked for of all."""
-        with open(os.path.join(self.root, name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            parts = hashlib.sha256()
-            for start in sorted({0, max(0, (size - SEEN) // 2), max(0, size - SEEN)}):
-                file.seek(start)
-                parts.update(file.read(SEEN))
-            file.seek(0)
-            content = (hashlib.file_digest(file, "sha256").digest(),) if self.whole else ()
-        return size, parts.digest(), *content
+        return folder_fingerprint(self.root, self.names, whole=self.whole)
 
 
 class PackedImages:
@@ -244,7 +222,7 @@ def decoded(path: Path, convert: Callable[[Image.Image], R]) -> R:
     except UnidentifiedImageError:
         reason = f"no known image format ({' '.join(FORMATS)})"
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # the machine's fault, not the file's
+        if error.errno in MACHINE_ERRORS:
             raise
         reason = error.strerror or str(error)
     except MemoryError:

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
@@ -193,12 +194,12 @@ def _image_batch(run: Any, count: int) -> ImageBatch:
 
 def _stand_ins() -> list[tuple[Any, str, Any]]:
     """Replacements for functions that read values, files or a network: module, name, stand-in."""
-    files = SimpleNamespace(fingerprint=lambda: "", attributes={"tokenizer": ""})
+    files = SimpleNamespace(fingerprint=lambda: "")
     shared = [
         (module, name, stand_in)
         for module in (tokenizer, refiner)
         for name, stand_in in (
-            ("open_images", lambda *_: files),
+            ("open_training", lambda *_: (files, None)),
             ("encoder_fingerprint", lambda *_: ""),
             ("cache_features", lambda *_, **__: None),
             ("TrainingImages", lambda *_, **__: None),
@@ -213,6 +214,7 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
         (tokenizer.TokenizerTask, "_load_prior", _load_prior),
         (refiner, "load_anyup", _Upsampler),
         (generator, "_open_latents", _latents),
+        (generator, "_classes_of", lambda *_: None),
         (generator, "build_generator", _generator),
         (parallel, "fingerprint", lambda *_: ""),
         (processes, "gather", lambda value: [value]),
@@ -294,14 +296,21 @@ def _refusing_reads() -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        frames = [
-            frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename
-        ]
-        at = f"{frames[-1].filename}:{frames[-1].lineno}"
-        raise ValueError(
-            f"{at} reads the values of a tensor ({error.func}), and a GPU would wait for them; keep them on "
-            "the device (torch.where, a mask), or read them with the log"
-        ) from error
+        raise ValueError(_read_at(error, str(error.func))) from error
+    except RuntimeError as error:
+        if "not supported for tensor subclasses" not in str(error):  # tolist and numpy
+            raise
+        raise ValueError(_read_at(error, str(error).split()[0])) from error
+
+
+def _read_at(error: Exception, operation: str) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    not_theirs = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    at = [frame for frame in frames if not frame.filename.startswith(not_theirs)][-1]
+    return (
+        f"{at.filename}:{at.lineno} reads the values of a tensor ({operation}), and a GPU would wait "
+        "for them; keep them on the device (torch.where, a mask), or read them with the log"
+    )
 
 
 def _mesh(device: str, shape: tuple[int, ...]) -> DeviceMesh:

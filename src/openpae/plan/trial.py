@@ -118,12 +118,8 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
 
 def _networks(task: AnyTask) -> dict[str, nn.Module]:
     """Return all networks of a step, by the name of their player or of the task's attribute."""
-    networks = {name: unwrap(player) for name, player in task.players.items()}
-    for name in ("model", "encoder", "lpips", "prior", "upsampler"):
-        part = getattr(task, name, None)
-        if isinstance(part, nn.Module):
-            networks[name] = part
-    return networks
+    parts = {name: part for name, part in vars(task).items() if isinstance(part, nn.Module)}
+    return {name: unwrap(player) for name, player in task.players.items()} | parts
 
 
 def _phases(run: Run) -> tuple[list[float], list[int]]:
@@ -134,6 +130,7 @@ def _phases(run: Run) -> tuple[list[float], list[int]]:
         shares = [loss.mcr_start] * (loss.mcr > 0) + [loss.discriminator_start, loss.gan_start] * (
             loss.gan > 0
         )
+        shares += [loss.lpips_late_start] * (loss.lpips_late_net is not None)
         starts |= {math.ceil(share * run.loop.steps) for share in shares}
     known = sorted(start for start in starts if start == 0 or start < run.loop.steps)
     ends = [*known[1:], run.loop.steps]
