@@ -149,41 +149,31 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
+def _command(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         @functools.wraps(function)
         def collect(*args: Any, **named: Any) -> tuple[Any, Any]:
             return args, named
 
-        args, named = parsed(collect, args=list(argv), prog=f"pae {name}")
+        args, named = parsed(collect, args=list(argv), prog=f"pae {_name(function)}")
         function(*args, **named)
 
     run.__doc__ = function.__doc__
     return run
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "quickstart": _command(quickstart, "quickstart"),
-    "pack": _command(pack, "pack"),
-    "plan": plan,
-    "train-refiner": train_refiner,
-    "fit-targets": _command(fit_targets, "fit-targets"),
-    "train-tokenizer": train_tokenizer,
-    "cache-latents": _command(cache_latents, "cache-latents"),
-    "train-generator": train_generator,
-    "sample": _command(sample, "sample"),
-    "search-guidance": _command(search_guidance, "search-guidance"),
-    "interpolate": _command(interpolate, "interpolate"),
-    "reconstruct": _command(reconstruct, "reconstruct"),
-    "evaluate": _command(evaluate, "evaluate"),
-    "profile": _command(profile, "profile"),
-    "study": _command(study, "study"),
-    "import-official": _command(import_official, "import-official"),
-    "export": _command(export, "export"),
-    "push": _command(push, "push"),
-    "info": _command(info, "info"),
-    "bench": _command(bench, "bench"),
-}
+def _name(function: Callable[..., None]) -> str:
+    return function.__name__.replace("_", "-")
+
+
+_WITH_CONFIG = (plan, train_refiner, train_tokenizer, train_generator)
+"""Commands that parse their arguments themselves: the fields of a config are their flags."""
+_FUNCTIONS: tuple[Callable[..., None], ...] = (
+    *(quickstart, pack, plan, train_refiner, fit_targets, train_tokenizer, cache_latents, train_generator),
+    *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study),
+    *(import_official, export, push, info, bench),
+)
+COMMANDS = {_name(each): each if each in _WITH_CONFIG else _command(each) for each in _FUNCTIONS}
 
 
 def _overview() -> str:

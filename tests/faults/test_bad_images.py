@@ -266,7 +266,7 @@ def test_classes_that_read_alike_are_refused(folder: Path, twin: str) -> None:
 
 
 def test_hidden_files_are_passed_over_and_undecoded_ones_are_not(folder: Path) -> None:
-    """macOS leaves ._1.png beside 1.png; a HEIC photo must be told of rather than be missing."""
+    """macOS leaves ._1.png beside 1.png; a HEIC photo must be named and not be left out."""
     (folder / "dog" / "._1.png").write_bytes(b"resource fork")
     (folder / "dog" / ".thumbnails").mkdir()
     (folder / "dog" / ".thumbnails" / "1.png").write_bytes(b"x")

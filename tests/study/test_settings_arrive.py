@@ -1,4 +1,4 @@
-"""Every setting of a study's `measure` and `judge` reaches the numbers and their records."""
+"""Every setting of a study's `measure` and `judge` reaches the results and their records."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_tokenizer_is_measured_with_them(done: Plan, data: StudyData) -> None:
     source, random = open_images(data.held_out), load_extractor("random")
     assert data.label_images is not None
     assert data.label_maps is not None
-    found = measure_tokenizer(
+    measured = measure_tokenizer(
         open_tokenizer(f"openpae:{folder_of(done, 'tokenizer')[1]}"),
         source,
         size=32,
@@ -126,8 +126,8 @@ def test_a_tokenizer_is_measured_with_them(done: Plan, data: StudyData) -> None:
     )
     record = read_json(done.layout.record(name))["metrics"]
     names = {"frechet": "rfid", "interpolated_frechet": "ifid"}
-    assert len(found.metrics) == len(record) == 9
-    for key, estimate in found.metrics.items():
+    assert len(measured.metrics) == len(record) == 9
+    for key, estimate in measured.metrics.items():
         assert record[names.get(key, key)]["value"] == pytest.approx(estimate.value, rel=1e-4), key
 
 

@@ -120,8 +120,8 @@ def refiner_run(out: Path, seed: int) -> RefinerRun:
 def tokenizer_run(out: Path, seed: int) -> TokenizerRun:
     """Return the tokenizer's config without its time."""
     run = configs.load(TokenizerRun, "tokenizer/quickstart")
-    folders = {"images": out / "data" / "train", "evaluation": out / "data" / "held-out"}
-    data = dataclasses.replace(run.data, feature_cache=out / "features", **folders)
+    train, held_out = out / "data" / "train", out / "data" / "held-out"
+    data = dataclasses.replace(run.data, images=train, evaluation=held_out, feature_cache=out / "features")
     return _with(run, seed, prior=out / "refiner", data=data)
 
 

@@ -22,32 +22,18 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 T = TypeVar("T")
 
 MetricName = Literal[
-    "ssc",
-    "lpc",
-    "gsq",
-    "erank",
-    "psnr",
-    "ssim",
-    "lpips",
-    "rfid",
-    "ifid",
-    "gfid",
-    "gfid_own",
-    "kid",
-    "precision",
-    "recall",
-]
+    "ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "rfid", "ifid", "gfid", "gfid_own", "kid",
+    "precision", "recall",
+]  # fmt: skip
 """rfid, ifid and gfid are Frechet distances to real images: of reconstructions, of decoded mixtures of
 neighbours, and of samples. gfid_own is the distance of samples to the tokenizer's reconstructions. All are in
 the features of the study's extractor; they are FIDs if that is Inception. gfid includes the error of the
 decoder. gfid_own does not, but it favours a tokenizer whose images are alike."""
 
-_OWN = frozenset(
-    {"data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer"}
-) | {
-    "loop.seed",
+_OWN = frozenset((
+    "data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer", "loop.seed",
     "loop.device",
-}
+))  # fmt: skip
 """Fields of runs that a study sets."""
 
 HIGHER_IS_BETTER: frozenset[str] = frozenset({"ssc", "gsq", "erank", "psnr", "ssim", "precision", "recall"})

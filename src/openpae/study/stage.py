@@ -18,18 +18,9 @@ from openpae.runtime import processes
 from openpae.study.settings import JudgeSettings, MeasureSettings
 
 StageKind = Literal[
-    "pack",
-    "features",
-    "refiner",
-    "raw-targets",
-    "tokenizer",
-    "measure",
-    "latents",
-    "generator",
-    "reference",
-    "own-reference",
-    "judge",
-]
+    "pack", "features", "refiner", "raw-targets", "tokenizer", "measure", "latents", "generator", "reference",
+    "own-reference", "judge",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
