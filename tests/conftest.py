@@ -19,7 +19,8 @@ from hypothesis import settings
 from PIL import Image, ImageDraw
 
 from openpae.data.caches import cache_latents
-from openpae.data.images import ImageFolder, PackedImages, pack_images
+from openpae.data.images import ImageFolder, PackedImages
+from openpae.data.packing import pack_images
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
 from openpae.models.configs import DecoderConfig, LightningDiTConfig, PAEConfig

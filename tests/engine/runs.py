@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openpae.data.shards import Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Shards
 from openpae.engine.journal import read_log
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw

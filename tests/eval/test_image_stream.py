@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openpae.data.images import BrokenImage, ImageFolder, PackedImages, center_crop
+from openpae.data.crops import center_crop
+from openpae.data.decode import BrokenImage
+from openpae.data.images import ImageFolder, PackedImages
 from openpae.eval.image_stream import (
     ImageStream,
     drawn_images,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.data.images import ImageFolder, center_crop
+from openpae.data.crops import center_crop
+from openpae.data.images import ImageFolder
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance

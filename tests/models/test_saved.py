@@ -171,9 +171,9 @@ def test_a_field_that_a_later_version_adds_keeps_old_folders_readable(folder: Pa
     state = load_file(folder / "model.safetensors")
     older = {key: value for key, value in configs.read_yaml(file).items() if key != "sphere"}
     made_with = identity_of(folder).made_with
-    from openpae.storage.model_folder import _print_of
+    from openpae.storage.model_folder import _fingerprint_of
 
-    identity = {"fingerprint": _print_of(state, older, made_with), "made_with": made_with}
+    identity = {"fingerprint": _fingerprint_of(state, older, made_with), "made_with": made_with}
     save_file(state, folder / "model.safetensors", metadata=identity)
     file.write_text(
         "".join(line for line in file.read_text().splitlines(True) if not line.startswith("sphere"))

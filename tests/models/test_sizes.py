@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from openpae import config as configs
 from openpae.cli import main
 from openpae.data.caches import cache_latents
-from openpae.data.images import ImageFolder, PackedImages, center_crop, pack_images, resize_to_cover
+from openpae.data.crops import center_crop, resize_to_cover
+from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.label_maps import read_segmented
+from openpae.data.packing import pack_images
 from openpae.data.pixels import pca_pictures, thumbnails
 from openpae.data.training import TrainingImages
 from openpae.eval.image_stream import source_batches
@@ -34,7 +36,7 @@ from openpae.models.saved import load_generator, load_tokenizer, write_tokenizer
 from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.sampling.sampler import sample_images
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.files import whole_folder
+from openpae.storage.files import atomic_folder
 from openpae.storage.model_folder import identity_of
 from openpae.train.generator import train_generator
 from openpae.train.refiner import train_refiner
@@ -308,7 +310,7 @@ def test_a_wide_latent_space_is_measured_and_drawn(
     """Pictures keep their proportions: 32 x 40 and 4 x 5 on the page."""
     model = build_tokenizer(replace(tiny_config, image_width=40))
     assert model.encoder is not None
-    with whole_folder(tmp_path / "wide") as folder:
+    with atomic_folder(tmp_path / "wide") as folder:
         write_tokenizer(folder, model.state_dict(), model.config, encoder_fingerprint(model.encoder))
     run = ProfileRun(
         images=image_folder, out=tmp_path / "out", lpips="random", extractor="none", measure=MeasureConfig()

@@ -44,7 +44,7 @@ def interpolate(
         overwrite: replace a strip.png or frames that this command did not make.
     """
     from openpae.data.pixels import image_grid, to_image
-    from openpae.storage.files import whole_file, whole_folder
+    from openpae.storage.files import atomic_file, atomic_folder
     from openpae.storage.outputs import check_claim, claim
 
     generated = (generator, seeds, label)
@@ -62,10 +62,10 @@ def interpolate(
     else:
         strip = _between_seeds(tokenizer, generator, seeds, label, sampler, frames, device)  # type: ignore[arg-type]
     claim(out, names, inputs=inputs, overwrite=overwrite)
-    with whole_folder(out / "frames") as partial:
+    with atomic_folder(out / "frames") as partial:
         for number, pixels in enumerate(strip):
             to_image(pixels).save(partial / f"{number:03d}.png")
-    with whole_file(out / "strip.png") as file:
+    with atomic_file(out / "strip.png") as file:
         image_grid(strip, columns=frames).save(file, format="PNG")
     say(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
 
@@ -75,7 +75,8 @@ def _between_images(
 ) -> Tensor:
     import torch
 
-    from openpae.data.images import center_crop, read_image
+    from openpae.data.crops import center_crop
+    from openpae.data.decode import read_image
     from openpae.data.pixels import to_unit
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device

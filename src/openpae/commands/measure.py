@@ -39,7 +39,7 @@ def evaluate(
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
-    from openpae.storage.outputs import read_record, spare
+    from openpae.storage.outputs import check_outputs, read_record
 
     at_least_one(batch_size=sampler.batch_size)
     record_file = run.record_path() if out is None and run.judges() else out
@@ -47,7 +47,7 @@ def evaluate(
         if file is not None:
             known = "metrics" in read_record(file) or is_own_reference(file)
             inputs = [path for path in (reference, run.samples) if path is not None and path.is_file()]
-            spare(file, inputs=inputs, ours=[file] if known else [], overwrite=overwrite)
+            check_outputs(file, inputs=inputs, own=[file] if known else [], overwrite=overwrite)
     options = None
     if run.generator is not None:
         options = SamplingOptions(

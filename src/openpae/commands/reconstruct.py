@@ -37,8 +37,8 @@ def reconstruct(
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
-    from openpae.storage.files import whole_file
-    from openpae.storage.outputs import alone, claim
+    from openpae.storage.files import atomic_file
+    from openpae.storage.outputs import claim, run_lock
 
     torch_device = pick_device(device)
     model = load_tokenizer(tokenizer).to(torch_device)
@@ -47,14 +47,14 @@ def reconstruct(
     names = _names([f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows], out)
     claim(out, names, inputs=(tokenizer, images), overwrite=overwrite)
     metrics = ReconstructionMetrics()
-    with alone(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
+    with run_lock(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
         done = 0
         for x in source_batches(source, model.config.image_shape, batch_size, rows):
             y = model.reconstruct(x.to(torch_device)).float().cpu()
             metrics.update(x, y)
             for name, pixels in zip(names[done : done + len(y)], y, strict=True):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                with whole_file(out / name) as partial:
+                with atomic_file(out / name) as partial:
                     to_image(pixels).save(partial, format="PNG")
             done += len(y)
             progress(done, len(rows))

@@ -26,7 +26,7 @@ from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, balanced_labels, decoded, evaluations, sample_batches
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, write_json
-from openpae.storage.outputs import made_by, make_folder, spare
+from openpae.storage.outputs import check_outputs, made_by, make_folder
 
 
 def successive_halving(
@@ -154,7 +154,7 @@ def search_guidance(
     """
     names = [out / "search.json", out / "best.yaml"]
     ours = names if made_by(out / "search.json", kind="guidance search") else ()
-    spare(*names, into=out, inputs=inputs, ours=ours)
+    check_outputs(*names, into=out, inputs=inputs, own=ours)
     search, sampler = judge.search, judge.sampler
     candidates = search.candidates(sampler)
     settings = _settings(judge, facts)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
+from openpae.data.crops import Size, center_crop, height_width
+from openpae.data.images import ImageFolder, ImageSource, PackedImages
 from openpae.data.pixels import check_images, to_unit
 from openpae.runtime.processes import rank_slice
 from openpae.sampling.guidance import VelocityModel

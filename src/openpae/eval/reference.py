@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import PackedImages, Size, open_images
+from openpae.data.crops import Size
+from openpae.data.images import PackedImages, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of
 from openpae.eval.image_stream import npz_array, npz_keys, npz_stream, real_images
-from openpae.storage.files import file_hash, whole_file
+from openpae.storage.files import atomic_file, file_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def save_reference(reference: Reference, path: Path) -> None:
         arrays["features"] = reference.features.numpy()
     if reference.image_size is not None:
         arrays["image_size"] = np.array(reference.image_size)
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 

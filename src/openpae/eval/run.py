@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from openpae.data.classes import check_images_agree
-from openpae.data.images import height_width, open_images
+from openpae.data.crops import height_width
+from openpae.data.images import open_images
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.image_stream import ImageStream, drawn_images, npz_stream, real_images, stored_images

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.data.images import ImageSource, Size, chosen_rows, spread
+from openpae.data.crops import Size
+from openpae.data.images import ImageSource, chosen_rows, spread
 from openpae.data.label_maps import Segmented
 from openpae.data.pixels import to_unit
 from openpae.eval.estimate import Estimate, Settings, Undefined, split_results

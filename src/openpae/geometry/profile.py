@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from openpae.data.images import ImageSource, Size, chosen_rows, height_width, open_images, plain_size
-from openpae.data.label_maps import Segmented, read_segmented, render_segmented
+from openpae.data.crops import Size, height_width, plain_size
+from openpae.data.images import ImageSource, chosen_rows, open_images
+from openpae.data.label_maps import Segmented, read_segmented
+from openpae.data.scenes import render_segmented
 from openpae.eval.evaluate import metric_facts
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet, features_of
@@ -26,7 +28,7 @@ from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
-from openpae.storage.outputs import made_by, make_folder, spare
+from openpae.storage.outputs import check_outputs, made_by, make_folder
 
 
 def run_profile(
@@ -54,7 +56,7 @@ def run_profile(
     names = [run.out / "profile.json", run.out / "profile.html"]
     ours = names if made_by(names[0], kind="profile") else ()
     read = (run.images, run.label_images, run.label_maps, *map(Path, tokenizers))
-    spare(*names, into=run.out, inputs=read, ours=ours)
+    check_outputs(*names, into=run.out, inputs=read, own=ours)
     config = run.measure
     spaces = _opened(tokenizers, device)
     size: Size = run.size or spaces[0].image_size

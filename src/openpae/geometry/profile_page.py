@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.data.images import ImageSource, Size, chosen_rows, height_width, spread
+from openpae.data.crops import Size, height_width
+from openpae.data.images import ImageSource, chosen_rows, spread
 from openpae.data.label_maps import Segmented
 from openpae.data.pixels import framed, image_grid, label_pictures, pca_pictures, thumbnails, to_unit
 from openpae.eval.estimate import Estimate

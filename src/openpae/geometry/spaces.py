@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from openpae.data.images import Size, height_width
+from openpae.data.crops import Size, height_width
 from openpae.data.pixels import check_images
 from openpae.geometry.metrics import Decode
 from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder

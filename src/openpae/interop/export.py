@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openpae.models.generator import LatentGenerator
 from openpae.models.tokenizer import Autoencoder
-from openpae.storage.files import whole_folder, write_json
+from openpae.storage.files import atomic_folder, write_json
 
 Format = Literal["torch-export", "onnx"]
 
@@ -74,7 +74,7 @@ def export_model(
     found: dict[str, float] = {}
     facts: dict[str, Any] = {"format": format, "model": type(model).__name__, "graphs": {}}
     facts["packages"] = {"torch": torch.__version__}
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         for part in parts:
             file = partial / f"{part.name}{_SUFFIX[format]}"
             _write(part, file, format)

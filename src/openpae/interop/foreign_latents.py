@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openpae.data.caches import Progress
-from openpae.data.shards import Layout, Part, Shards, shard_folder
+from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shards import Layout, Shards
 
 _MOST_CLASSES = 2**20
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

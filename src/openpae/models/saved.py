@@ -37,7 +37,7 @@ def write_tokenizer(
     encoder_fingerprint: str,
     architecture: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
+    """Write a tokenizer's files into an existing folder, such as that of `atomic_folder`.
 
     Args:
         folder: where.

@@ -25,22 +25,23 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.pixels import hash_of_all, hashes_of, image_grid, quantize, to_unit
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout, Shards
 from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
 from openpae.sampling.settings import FILES, Format, SamplerConfig
 from openpae.storage.files import (
+    atomic_file,
+    atomic_folder,
     discard,
     file_hash,
     read_json,
     remove_folder,
-    whole_file,
-    whole_folder,
     write_json,
 )
-from openpae.storage.outputs import alone, made_by, read_record, spare
+from openpae.storage.outputs import check_outputs, made_by, read_record, run_lock
 
 _SHOWN = 256  # images in a picture that can still be looked at
 
@@ -117,7 +118,7 @@ def draw_samples(
         DiskFull: there is no room for them.
     """
     processes.on_rank0(lambda: _spare(out, samples.format, inputs, overwrite))
-    with alone(out, "sampling"):
+    with run_lock(out, "sampling"):
         if overwrite:
             processes.on_rank0(lambda: _forget(out))
         return _draw(out, samples, tokenizer, generator, weak, progress)
@@ -128,7 +129,7 @@ def _spare(out: Path, format: Format, inputs: Sequence[Path | None], overwrite: 
     names = [out / name for name in (FILES[format], "grid.png", "samples.json")]
     begun = made_by(out / "parts" / "header.json", kind="samples")
     ours = names if begun or "samples_sha256" in read_record(out / "samples.json") else ()
-    spare(*names, into=out, inputs=inputs, ours=ours, overwrite=overwrite)
+    check_outputs(*names, into=out, inputs=inputs, own=ours, overwrite=overwrite)
 
 
 def _forget(out: Path) -> None:
@@ -214,7 +215,7 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         write(target, shards, hashes)
         sha256 = hash_of_all(hashes)
         first = shards.gather(np.arange(min(len(shards), _SHOWN)))
-        with whole_file(out / "grid.png") as partial:
+        with atomic_file(out / "grid.png") as partial:
             image_grid(to_unit(first), samples.columns).save(partial, format="PNG")
     record = {
         **samples.as_record(),
@@ -232,7 +233,7 @@ def _write_npz(path: Path, shards: Shards, hashes: list[bytes]) -> None:
     """As numpy.savez(path, images, labels) would, a block at a time."""
     _, height, width = shards.shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(shards), height, width, 3)}
-    with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for block in _blocks(shards, hashes):
@@ -242,7 +243,7 @@ def _write_npz(path: Path, shards: Shards, hashes: list[bytes]) -> None:
 
 
 def _write_pngs(path: Path, shards: Shards, hashes: list[bytes]) -> None:
-    with whole_folder(path) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with atomic_folder(path) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
         done = 0
         for block in _blocks(shards, hashes):
             names = [partial / f"{done + row:06d}.png" for row in range(len(block))]
@@ -269,7 +270,7 @@ def _write_safetensors(path: Path, name: str, shards: Shards, hashes: list[bytes
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         file.writelines((struct.pack("<Q", len(text)), text, shards.labels.astype("<i8").tobytes()))
         for block in _blocks(shards, hashes):
             file.write(block.numpy().data)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features, cache_targets
-from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images, spread
+from openpae.data.images import ImageSource, PackedImages, Subset, open_images, spread
+from openpae.data.packing import pack_images
 from openpae.data.pixels import image_grid
 from openpae.data.shards import Shards
 from openpae.eval.evaluate import evaluate_samples

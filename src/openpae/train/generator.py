@@ -89,7 +89,7 @@ class GeneratorTask:
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         latents = TrainingLatents(self.latents, seed=loop.seed)
         pin = self.device.type == "cuda"
-        return read_batches(latents, sampler, loop.num_workers, pin=pin, what="latents")
+        return read_batches(latents, sampler, loop.num_workers, pin=pin, label="latents")
 
     def updates(self, batch: LatentBatch, draws: Draws, step: int) -> Iterator[Update]:
         """L = MSE(v, x_1 - x_0) + w (1 - cos(v, x_1 - x_0))."""
