@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.bench.noise import random_images, random_latents
-from openpae.bench.record import Found, record
+from openpae.bench.record import Measured, record
 from openpae.data.caches import cache_features, cache_latents
 from openpae.data.images import PackedImages
 from openpae.data.training import TrainingLatents
@@ -34,7 +34,7 @@ def bench_loader(
     shape: tuple[int, int, int] = (32, 16, 16),
     batch_size: int = 1024,
     seconds: float = 5.0,
-) -> Found:
+) -> Measured:
     """Latents per second that one core reads from a warm cache in training order, mirrored or not by chance.
 
     Args:
@@ -63,7 +63,7 @@ def bench_loader(
     finally:
         torch.set_num_threads(threads)
     rate = seen / passed
-    return Found(
+    return Measured(
         figures={"latents_per_second": rate, "gigabytes_per_second": rate * 2 * float(np.prod(shape)) / 1e9},
         settings={"rows": rows, "shape": list(shape), "batch_size": batch_size, "threads": 1},
     )
@@ -75,7 +75,7 @@ def bench_cache(
     images: int = 256,
     batch_size: int = 64,
     precision: str = "bf16",
-) -> Found:
+) -> Measured:
     """Images per second into the caches of latents and of features, from packed images to synced shards.
 
     Images are noise and the tokenizer is new: neither changes what they cost.
@@ -93,7 +93,7 @@ def bench_cache(
     model = build_tokenizer(config).eval().to(pick_device("auto"))
     with tempfile.TemporaryDirectory() as name:
         latents, features = _cache_seconds(model, Path(name), images, batch_size, precision)
-    return Found(
+    return Measured(
         figures={
             "latents_images_per_second": images / latents,
             "features_images_per_second": images / features,

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from openpae.bench.record import Found, peak_gib, record
+from openpae.bench.record import Measured, peak_gib, record
 from openpae.eval.frechet import Moments, frechet_distance
 
 
-def bench_metrics(*, samples: int = 50_000, features: int = 2048, block: int = 250) -> Found:
+def bench_metrics(*, samples: int = 50_000, features: int = 2048, block: int = 250) -> Measured:
     """Time and memory of the Frechet distance between two sets of features that are at hand.
 
     Args:
@@ -64,7 +64,7 @@ def bench_metrics(*, samples: int = 50_000, features: int = 2048, block: int = 2
         result["torch_fidelity_seconds"] = seconds + time.perf_counter() - start
         result["torch_fidelity_peak_gib"] = peak_gib(cpu)
         result["relative_difference"] = abs(distance - float(value)) / float(value)
-    return Found(figures=result, settings={"samples": samples, "features": features, "block": block})
+    return Measured(figures=result, settings={"samples": samples, "features": features, "block": block})
 
 
 def _random_features(seed: int, samples: int, features: int, block: int) -> Iterator[Tensor]:

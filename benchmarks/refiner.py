@@ -15,14 +15,14 @@ import torch
 
 from openpae import config as configs
 from openpae.bench.noise import random_images
-from openpae.bench.record import Found, record
+from openpae.bench.record import Measured, record
 from openpae.engine.loop import seconds_per_step
 from openpae.models.upsampling import reference_features
 from openpae.train.refiner import RefinerTask
 from openpae.train.settings import RefinerRun
 
 
-def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Found:
+def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Measured:
     """Seconds per step of a refiner, and how much of it is H_ref; images are noise.
 
     Args:
@@ -42,7 +42,7 @@ def bench_refiner(*, preset: str = "refiner/quickstart", steps: int = 15) -> Fou
         seconds = seconds_per_step(task, run.optim, run.loop, steps=steps)
         reference = _reference_seconds(task, steps)
     batch = run.loop.global_batch_size
-    return Found(
+    return Measured(
         figures={
             "step_seconds": seconds,
             "images_per_second": batch / seconds,

@@ -46,10 +46,10 @@ def line(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cached = ["--data.images", root / "packed", "--data.feature-cache", root / "features"]
     run("train-refiner", "refiner/tiny", root / "refiner", *cached, *SMALL)
     objective = ["--loss.ssr", "0.2", "--loss.mcr", "0.5", "--loss.scr", "1", "--loss.gan", "0.5"]
-    judge = ["--loss.discriminator.kind", "patch", "--loss.discriminator.width", "4"]
+    discriminator = ["--loss.discriminator.kind", "patch", "--loss.discriminator.width", "4"]
     run(
         "train-tokenizer", "tokenizer/tiny", root / "tokenizer",
-        *cached, "--prior", root / "refiner", *objective, *judge, *SMALL,
+        *cached, "--prior", root / "refiner", *objective, *discriminator, *SMALL,
     )  # fmt: skip
     run("cache-latents", root / "tokenizer", root / "packed", root / "latents")
     run("train-generator", "generator/tiny", root / "generator", "--latents", root / "latents", *SMALL)
@@ -188,7 +188,7 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["train-tokenizer", "tokenizer/tiny", "out", "--data.images", "x"], ("no image folder",)),
     ],
 )  # fmt: skip
-def test_what_can_not_be_done_is_one_line(
+def test_what_cannot_be_done_is_one_line(
     arguments: list[str], facts: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -271,9 +271,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(line: Path, tmp_path: Path) -
     assert "the same command goes on" in errors
     (stopped_at,) = checkpoint_steps(tmp_path / "stopped")
     assert 0 < stopped_at < 400
-    for name in ("stopped", "whole"):
+    for name in ("stopped", "undisturbed"):
         run(*common, tmp_path / name, *latents)
-    a, b = (load_generator(tmp_path / name) for name in ("stopped", "whole"))
+    a, b = (load_generator(tmp_path / name) for name in ("stopped", "undisturbed"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 

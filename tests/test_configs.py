@@ -21,7 +21,7 @@ from openpae.models.vfms import ENCODERS
 from openpae.objective.flow import dimension_shift
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
-# These have no model of their own: see test_study.py and test_sample_commands.py.
+# These have no model of their own: see tests/study and tests/commands.
 OTHERS = {"Study", "StudySetup", "SamplerConfig"}
 FILES = sorted(
     file for file in configs.PRESETS.rglob("*.yaml") if configs.read_yaml(file)["kind"] not in OTHERS

@@ -48,7 +48,8 @@ FILES_OF = {
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
-    "commands": "console describe data train sample measure publish study bench plan",
+    "commands": "console describe data train sampler sample reconstruct interpolate search measure publish "
+    "study bench plan",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,4 +1,4 @@
-"""The command `pae`: one subcommand per act, each a thin call of a library function."""
+"""The command `pae`: each subcommand is a thin call of a library function."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from openpae import __version__
 from openpae.commands.bench import bench
 from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
+from openpae.commands.interpolate import interpolate
 from openpae.commands.measure import evaluate, profile
 from openpae.commands.plan import plan
 from openpae.commands.publish import export, import_official, push
-from openpae.commands.sample import interpolate, reconstruct, sample, search_guidance
+from openpae.commands.reconstruct import reconstruct
+from openpae.commands.sample import sample
+from openpae.commands.search import search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
 from openpae.runtime.escape import one_line
@@ -32,12 +35,15 @@ _NO_MEMORY = (
     "t allocate memory",
     "Storage size calculation overflowed",
 )
-"""What torch says in a RuntimeError: on a GPU, on a CPU, and of sizes that no machine has."""
+"""Texts of torch's RuntimeErrors for memory: on a GPU, on a CPU, and for impossible sizes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; exit 0 if it succeeded, 2 with one line if it could not, 3 if what it made is of no
-    use, 130 or 143 if it was stopped."""
+    """Run a subcommand.
+
+    The exit code is 0 after success, 2 after an error (one line), 3 if the result is not usable, and 130 or
+    143 after a signal.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -51,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text, nor a terminal speak UTF-8
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # file names may hold any byte, and the terminal may not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     lines = _WarningLines()
     plain, warnings.formatwarning = warnings.formatwarning, lines.line
@@ -62,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has left, such as head
+    except BrokenPipeError:  # the reader of the output has left, such as head
         sys.stderr.close()
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -86,16 +94,15 @@ def quickstart(
     pretrained: bool = False,
     strict_budget: bool = False,
 ) -> None:
-    """Train a small tokenizer and generator on emoji, sample, measure, and write report.html: all in one
-    command.
+    """Train a small tokenizer and generator on emoji, sample, measure, and write report.html.
 
     Args:
-        out: folder for everything; the same command goes on where it was interrupted. By default
+        out: folder for all results; an interrupted command resumes when it is run again. By default
             runs/quickstart, or runs/pretrained.
-        budget: time for all of it: 3min, 12min, 2h. By default 12min.
-        seed: of weights, data order and noise.
-        pretrained: train nothing; show in a minute what the pretrained pair of the package does.
-        strict_budget: refuse a budget that is too short for this machine; by default it is extended.
+        budget: total time, such as 3min, 12min or 2h; 12min by default.
+        seed: seed of weights, data order and noise.
+        pretrained: train nothing; sample and reconstruct with the pretrained models of the package.
+        strict_budget: reject a budget that is too short for this machine; by default it is extended.
     """
     from openpae.quickstart.plans import parse_budget
     from openpae.quickstart.run import run_quickstart, show_pretrained
@@ -103,20 +110,18 @@ def quickstart(
     if pretrained and (budget is not None or strict_budget):
         raise ValueError("--pretrained trains nothing, so it has no --budget; leave one of them out")
     if pretrained:
-        report = show_pretrained(out or Path("runs/pretrained"), seed=seed)
-        print(f"open {report} in a browser")
+        print(f"open {show_pretrained(out or Path('runs/pretrained'), seed=seed)} in a browser")
         return
-    made = run_quickstart(
-        out or Path("runs/quickstart"), parse_budget(budget or "12min"), seed=seed, strict=strict_budget
-    )
-    if made.verdict:
-        print(f"{made.verdict}\nopen {made.report} in a browser to see it")
+    seconds = parse_budget(budget or "12min")
+    outcome = run_quickstart(out or Path("runs/quickstart"), seconds, seed=seed, strict=strict_budget)
+    if outcome.verdict:
+        print(f"{outcome.verdict}\nopen {outcome.report} in a browser to see it")
         sys.exit(3)
-    print(f"open {made.report} in a browser")
+    print(f"open {outcome.report} in a browser")
 
 
 class _WarningLines:
-    """One line a warning; of a class of warnings that says how many to print, the others are counted."""
+    """Print each warning in one line; count those beyond the `most_lines` of their class."""
 
     def __init__(self) -> None:
         self.counts: Counter[type[Warning]] = Counter()
@@ -133,7 +138,7 @@ class _WarningLines:
 
 
 def _memory(message: str) -> str:
-    """What a library says of memory that ran out, in one line without the place in its C++ code."""
+    """Return the message of an out-of-memory error in one line, without the position in C++ code."""
     if asked := re.search(r"you tried to allocate (\d+) bytes", message):
         return f"out of memory: a tensor of {int(asked[1]):,} bytes had no room"
     return message.splitlines()[0] if message else "out of memory"
@@ -144,41 +149,31 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _command(function: Callable[..., None], name: str) -> Callable[[Sequence[str]], None]:
+def _command(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         @functools.wraps(function)
-        def hand_on(*args: Any, **named: Any) -> tuple[Any, Any]:
+        def collect(*args: Any, **named: Any) -> tuple[Any, Any]:
             return args, named
 
-        args, named = parsed(hand_on, args=list(argv), prog=f"pae {name}")
+        args, named = parsed(collect, args=list(argv), prog=f"pae {_name(function)}")
         function(*args, **named)
 
     run.__doc__ = function.__doc__
     return run
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "quickstart": _command(quickstart, "quickstart"),
-    "pack": _command(pack, "pack"),
-    "plan": plan,
-    "train-refiner": train_refiner,
-    "fit-targets": _command(fit_targets, "fit-targets"),
-    "train-tokenizer": train_tokenizer,
-    "cache-latents": _command(cache_latents, "cache-latents"),
-    "train-generator": train_generator,
-    "sample": _command(sample, "sample"),
-    "search-guidance": _command(search_guidance, "search-guidance"),
-    "interpolate": _command(interpolate, "interpolate"),
-    "reconstruct": _command(reconstruct, "reconstruct"),
-    "evaluate": _command(evaluate, "evaluate"),
-    "profile": _command(profile, "profile"),
-    "study": _command(study, "study"),
-    "import-official": _command(import_official, "import-official"),
-    "export": _command(export, "export"),
-    "push": _command(push, "push"),
-    "info": _command(info, "info"),
-    "bench": _command(bench, "bench"),
-}
+def _name(function: Callable[..., None]) -> str:
+    return function.__name__.replace("_", "-")
+
+
+_WITH_CONFIG = (plan, train_refiner, train_tokenizer, train_generator)
+"""Commands that parse their arguments themselves: the fields of a config are their flags."""
+_FUNCTIONS: tuple[Callable[..., None], ...] = (
+    *(quickstart, pack, plan, train_refiner, fit_targets, train_tokenizer, cache_latents, train_generator),
+    *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study),
+    *(import_official, export, push, info, bench),
+)
+COMMANDS = {_name(each): each if each in _WITH_CONFIG else _command(each) for each in _FUNCTIONS}
 
 
 def _overview() -> str:

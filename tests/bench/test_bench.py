@@ -45,46 +45,48 @@ def counted(function: Callable[[], object]) -> int:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_operations_are_those_that_pytorch_counts(config: GeneratorConfig, batch: int) -> None:
     model, x = build_generator(config), torch.randn(batch, *config.latent_shape)
-    found = counted(lambda: model(x, torch.rand(batch), torch.zeros(batch, dtype=torch.long)))
-    assert found == batch * generator.forward_flops(config)
+    measured = counted(lambda: model(x, torch.rand(batch), torch.zeros(batch, dtype=torch.long)))
+    assert measured == batch * generator.forward_flops(config)
 
 
 def test_the_backward_pass_has_twice_those_of_the_forward_pass() -> None:
     """But for the gradients of the latents and of the time's features, which nobody needs."""
     model, x = build_generator(PLAIN), torch.randn(1, 8, 4, 4)
-    found = counted(lambda: model(x, torch.rand(1), torch.zeros(1, dtype=torch.long)).sum().backward())
+    measured = counted(lambda: model(x, torch.rand(1), torch.zeros(1, dtype=torch.long)).sum().backward())
     unneeded = 2 * 16 * 8 * 32 + 2 * 256 * 32
-    assert found == generator.count(PLAIN)["train_flops"] - unneeded
+    assert measured == generator.count(PLAIN)["train_flops"] - unneeded
 
 
 def test_xl_has_the_operations_of_its_forerunner() -> None:
     """DiT-XL/2 has 118.6 billion multiplications of the same sizes (arXiv:2212.09748); SwiGLU's hidden width
     keeps the count of its MLP."""
-    found = generator.count(LightningDiTConfig())
-    assert found["parameters"] == 674_961_824
-    assert found["forward_flops"] == pytest.approx(2 * 118.6e9, rel=0.01)
+    measured = generator.count(LightningDiTConfig())
+    assert measured["parameters"] == 674_961_824
+    assert measured["forward_flops"] == pytest.approx(2 * 118.6e9, rel=0.01)
 
 
 def test_every_size_is_counted_and_one_is_measured() -> None:
-    found = generator.bench_generator(
+    measured = generator.bench_generator(
         sizes=("s",), patch_size=2, batch_size=1, steps=1, sample_steps=2, precision="fp32"
     )
-    assert list(found.figures) == list(SIZES)
-    small = found.figures["s"]
+    assert list(measured.figures) == list(SIZES)
+    small = measured.figures["s"]
     assert small["train_images_per_second"] > 0
     assert small["sample_images_per_second"] > 0
     assert 0 < small["peak_memory_gib"] < 64
     assert small["model_flops_utilisation"] is None  # nobody knows a CPU's peak
-    assert found.settings["sample_evaluations"] == 4 - 1  # guided from t = 0.25 on; the first step is before
+    assert (
+        measured.settings["sample_evaluations"] == 4 - 1
+    )  # guided from t = 0.25 on; the first step is before
     for size in ("b", "1p6b"):
-        assert found.figures[size]["parameters"] > small["parameters"]
-        assert found.figures[size]["train_images_per_second"] is None
+        assert measured.figures[size]["parameters"] > small["parameters"]
+        assert measured.figures[size]["train_images_per_second"] is None
 
 
 def test_nothing_is_measured_on_a_cpu_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "pick_device", lambda _: torch.device("cpu"))
-    found = generator.bench_generator()
-    assert all(found.figures[size]["batch_size"] is None for size in SIZES)
+    measured = generator.bench_generator()
+    assert all(measured.figures[size]["batch_size"] is None for size in SIZES)
 
 
 def test_the_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +101,10 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(generator, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(generator, "device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(generator, "_measured", measured)
-    found = generator.bench_generator(sizes=("s",))
+    measured = generator.bench_generator(sizes=("s",))
     assert tried == [256, 128, 64]
-    work = found.figures["s"]["train_flops"]
-    assert found.figures["s"]["model_flops_utilisation"] == pytest.approx(work / 989e12)
+    work = measured.figures["s"]["train_flops"]
+    assert measured.figures["s"]["model_flops_utilisation"] == pytest.approx(work / 989e12)
     tried.clear()
     with pytest.raises(torch.cuda.OutOfMemoryError):  # a size that was asked for is not changed
         generator.bench_generator(sizes=("s",), batch_size=128)
@@ -136,32 +138,32 @@ def test_utilisation_is_only_for_the_precision_of_the_table(monkeypatch: pytest.
 
 
 def test_the_tokenizers_step_is_timed() -> None:
-    found = tokenizer.bench_tokenizer(preset="tokenizer/tiny", steps=1)
-    assert found.figures.keys() == {"baseline_seconds", "full_seconds", "ratio", "images_per_second"}
-    assert all(value > 0 for value in found.figures.values())
-    assert found.settings["batch_size"] == 8
+    measured = tokenizer.bench_tokenizer(preset="tokenizer/tiny", steps=1)
+    assert measured.figures.keys() == {"baseline_seconds", "full_seconds", "ratio", "images_per_second"}
+    assert all(value > 0 for value in measured.figures.values())
+    assert measured.settings["batch_size"] == 8
 
 
 def test_a_record_says_where_it_comes_from() -> None:
-    found = record.record("tokenizer", record.Found(figures={"rate": 2.0}, settings={"rows": 3}))
-    assert found["bench"] == "tokenizer"
-    assert found["machine"]["torch"] == torch.__version__
-    assert found["machine"]["threads"] == torch.get_num_threads()
-    assert "cores" in found["machine"]["device"]
-    assert json.loads(json.dumps(found)) == found
+    measured = record.record("tokenizer", record.Measured(figures={"rate": 2.0}, settings={"rows": 3}))
+    assert measured["bench"] == "tokenizer"
+    assert measured["machine"]["torch"] == torch.__version__
+    assert measured["machine"]["threads"] == torch.get_num_threads()
+    assert "cores" in measured["machine"]["device"]
+    assert json.loads(json.dumps(measured)) == measured
 
 
 def made(figures: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return record.record("tokenizer", record.Found(figures=figures, settings=settings))
+    return record.record("tokenizer", record.Measured(figures=figures, settings=settings))
 
 
 def test_records_compare_figure_by_figure() -> None:
-    ours = made({"a": 3.0, "group": {"b": 4, "c": None, "only here": 1.0}, "zero": 1.0}, rows=3, kind="x")
-    theirs = made({"a": 2.0, "group": {"b": 8, "c": 5.0}, "zero": 0.0}, rows=4, kind="x")
-    theirs["machine"]["device"] = "another"
-    figures, different = record.compare(ours, theirs)
+    first = made({"a": 3.0, "group": {"b": 4, "c": None, "only here": 1.0}, "zero": 1.0}, rows=3, kind="x")
+    second = made({"a": 2.0, "group": {"b": 8, "c": 5.0}, "zero": 0.0}, rows=4, kind="x")
+    second["machine"]["device"] = "another"
+    figures, different = record.compare(first, second)
     assert [(one.name, one.ratio) for one in figures] == [("a", 1.5), ("group.b", 0.5), ("zero", None)]
-    assert different == [f"device: {ours['machine']['device']} here, another there", "rows: 3 here, 4 there"]
+    assert different == [f"device: {first['machine']['device']} and another", "rows: 3 and 4"]
 
 
 def run(*arguments: str | Path) -> None:
@@ -172,7 +174,7 @@ def test_the_command_writes_prints_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates = iter((10.0, 15.0))
-    monkeypatch.setattr(tokenizer, "bench_tokenizer", lambda: record.Found(figures={"rate": next(rates)}))
+    monkeypatch.setattr(tokenizer, "bench_tokenizer", lambda: record.Measured(figures={"rate": next(rates)}))
     run("bench", "tokenizer", "--out", tmp_path / "first.json")
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "first.json").read_text())
     run("bench", "tokenizer", "--compare", tmp_path / "first.json")
@@ -199,7 +201,7 @@ def test_options_of_the_generator_reach_it_and_no_other_bench(
 ) -> None:
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        generator, "bench_generator", lambda **options: seen.append(options) or record.Found(figures={})
+        generator, "bench_generator", lambda **options: seen.append(options) or record.Measured(figures={})
     )
     options = ["--sizes", "s", "b", "--batch-size", "2", "--compile", "--patch-size", "2"]
     run("bench", "generator", *options)

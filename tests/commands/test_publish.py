@@ -74,11 +74,11 @@ def test_released_files_become_our_folders(released: Path, capsys: pytest.Captur
         f"import-official {released}/latents {released}/cache --tokenizer {released}/tokenizer --classes "
         "10".split()
     )
-    told = capsys.readouterr().out
-    assert "tokenizer of 64-pixel images to 8 x 4 x 4 latents" in told
-    assert "LightningDiT of 8 x 4 x 4 latents, 10 classes" in told
-    assert "2 latents (2, 8, 4, 4)" not in told
-    assert "2 latents (8, 4, 4)" in told
+    printed = capsys.readouterr().out
+    assert "tokenizer of 64-pixel images to 8 x 4 x 4 latents" in printed
+    assert "LightningDiT of 8 x 4 x 4 latents, 10 classes" in printed
+    assert "2 latents (2, 8, 4, 4)" not in printed
+    assert "2 latents (8, 4, 4)" in printed
     _, tensors, _ = golden("pae_dinov2_tiny.safetensors")
     tokenizer = load_tokenizer(released / "tokenizer")
     torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_what_an_import_lacks_is_named(released: Path, capsys: pytest.CaptureFix
 
 
 def test_a_generator_without_a_tokenizer_of_ours_can_be_sampled(released: Path) -> None:
-    """VA-VAE's, for one: its latents can be drawn, but no tokenizer of ours is taken for theirs."""
+    """For example VA-VAE's: its latents can be sampled, but no tokenizer here matches them."""
     main(
         f"import-official {released}/dit.pt {released}/generator --statistics "
         f"{released}/latents_stats.pt".split()
@@ -139,10 +139,10 @@ def test_a_release_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest
         torch.save({"model": {}, "config": content}, tmp_path / "pae.pt")
         with pytest.raises(SystemExit) as left:
             main(["import-official", str(tmp_path / "pae.pt"), str(tmp_path / "out")])
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert left.value.code == 2
-        assert f"{call} when read, and so could run any code (nothing in it was run)" in told
-        assert "get the weights as safetensors" in told
+        assert f"{call} when read, and so could run any code (nothing in it was run)" in printed
+        assert "get the weights as safetensors" in printed
     assert not (tmp_path / "ran").exists()
 
 
@@ -154,10 +154,10 @@ def test_push_uploads_or_only_says_what_it_would(
     monkeypatch.setattr(api, "create_repo", lambda _, repo, **kw: calls.append(repo) or f"https://hub/{repo}")
     monkeypatch.setattr(api, "upload_folder", lambda _, **kw: calls.append(kw["repo_id"]))
     main(["push", str(tokenizer_folder), "me/pae", "--licence", "mit", "--dry-run"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert not calls
-    assert "  model.safetensors\n" in told
-    assert "license: mit" in told
+    assert "  model.safetensors\n" in printed
+    assert "license: mit" in printed
     main(["push", str(tokenizer_folder), "me/pae"])
     assert calls == ["me/pae", "me/pae"]
     assert capsys.readouterr().out == "https://hub/me/pae\n"

@@ -111,7 +111,7 @@ def test_flags_go_over_the_preset_and_take_back_what_was_tuned(tmp_path: Path) -
     assert replace(choice, guidance_start=0.5).config().tuned_on is None
 
 
-def test_choices_that_can_not_be_are_named() -> None:
+def test_choices_that_cannot_be_are_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"no config file or preset 'sampler/fast'.*sampler/fast-45"):
         SamplerChoice(preset="fast").config()
     with pytest.raises(ValueError, match="rk45 finds its own steps: leave --steps out"):
@@ -184,10 +184,12 @@ def test_a_killed_command_goes_on_to_the_same_file(pair: Pair, tmp_path: Path) -
     drawn = len(list(parts.glob("*.npy")))
     assert 3 <= drawn < 20
     assert not (tmp_path / "killed" / "samples.npz").exists()
-    for name in ("killed", "whole"):
+    for name in ("killed", "undisturbed"):
         run(*common, tmp_path / name, *options)
-    assert (tmp_path / "killed/samples.npz").read_bytes() == (tmp_path / "whole/samples.npz").read_bytes()
-    assert record_of(tmp_path / "killed") == record_of(tmp_path / "whole")
+    assert (tmp_path / "killed/samples.npz").read_bytes() == (
+        tmp_path / "undisturbed/samples.npz"
+    ).read_bytes()
+    assert record_of(tmp_path / "killed") == record_of(tmp_path / "undisturbed")
 
 
 def test_a_weaker_generator_guides_and_is_named(

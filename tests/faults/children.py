@@ -30,9 +30,9 @@ def run_in_child(
 
     Args:
         action: what it does.
-        largest_file: no file may grow beyond so many bytes (EFBIG, as with a quota), whoever writes it:
+        largest_file: largest size of a file in bytes (EFBIG, as with a quota), whoever writes it:
             Python, NumPy, torch's C++ or safetensors' Rust.
-        kill_after: send SIGKILL after so many seconds, if it is not done before.
+        kill_after: send SIGKILL after this many seconds, if it still runs.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings():
@@ -63,13 +63,13 @@ def _wait(child: int, kill_after: float | None) -> int:
 
 
 def _run(action: Callable[[], object], largest_file: int | None, writing: int) -> None:
-    told = ""
+    message = ""
     try:
         if largest_file is not None:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, hard))
         action()
     except BaseException as error:
-        told = f"{type(error).__name__}: {error}\n---\n{traceback.format_exc()}"
-    os.write(writing, told[:10_000].encode(errors="replace"))  # what a pipe holds unread
-    os._exit(bool(told))
+        message = f"{type(error).__name__}: {error}\n---\n{traceback.format_exc()}"
+    os.write(writing, message[:10_000].encode(errors="replace"))  # what a pipe holds unread
+    os._exit(bool(message))

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from openpae.storage.files import read_json
-from tests.faults.cases import GENERATOR, SAMPLE, both, config_with, flipped, json_with, rehashed, written
 from tests.faults.more_cases import EVALUATE, linked, rows, samples, statistics
+from tests.faults.running import GENERATOR
+from tests.faults.spoiling import SAMPLE, both, config_with, flipped, json_with, rehashed, written
 
 CHECKPOINT = Path("generator-run/checkpoints/step-00000002")
 RESUME = "pae train-generator generator-run/config.yaml generator-run"

@@ -1,4 +1,4 @@
-"""More rows of the table of errors: files of the user, numbers that are none, hostile and damaged files."""
+"""Rows of the table of errors: files of the user, invalid numbers, damaged files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.reference import reference_of, save_reference
-from tests.faults.cases import GENERATOR, SAMPLE, both, written
-from tests.faults.running import Case
+from tests.faults.running import GENERATOR, Case
+from tests.faults.spoiling import SAMPLE, both, written
 
 EVALUATE = "pae evaluate REFERENCE --samples samples.npz --extractor random"
 WALK = "pae interpolate tokenizer out --images images/cats/0.png images/dogs/3.png --frames 2 --device cpu"
 
 
-def rows(group: str, *found: tuple[str, Callable[[], object], str, str]) -> tuple[Case, ...]:
-    """Rows of one heading: what is given, how it is made, the command, what is said."""
-    return tuple(Case(group=group, given=g, spoil=s, command=c, says=says) for g, s, c, says in found)
+def rows(group: str, *entries: tuple[str, Callable[[], object], str, str]) -> tuple[Case, ...]:
+    """Rows of one group: (given, spoil, command, says)."""
+    return tuple(Case(group=group, given=g, spoil=s, command=c, says=says) for g, s, c, says in entries)
 
 
 def linked(target: str, link: str) -> Callable[[], object]:

@@ -42,7 +42,7 @@ class Case:
     code: int = 2
     """Exit code."""
     foreign: str = ""
-    """Pattern of what a library words, and may word anew: the page leaves it out."""
+    """Pattern of a library's own words, which may change: the page leaves them out."""
     largest_file: int | None = None
     """Limit of the process on the size of a file, in bytes: a full disk that needs no root."""
 
@@ -119,8 +119,8 @@ def run(
     text = output.read_text(encoding="utf-8", errors="replace")
     output.unlink()
     lines = [line for line in text.splitlines() if line.strip()]
-    told = re.findall(r"pae: (?:error|warning): (.*)", text)  # a progress bar may stand before it
-    return Outcome(code, told[-1] if told else " ".join(lines), text)
+    messages = re.findall(r"pae: (?:error|warning): (.*)", text)  # a progress bar may stand before it
+    return Outcome(code, messages[-1] if messages else " ".join(lines), text)
 
 
 def _run_here(

@@ -186,7 +186,7 @@ def test_what_is_no_image_is_refused_and_starts_no_program(
         assert "no known image format (BMP GIF JPEG PNG PPM TIFF WEBP)" in refused(tmp_path / "a.jpg")
 
 
-def test_a_file_that_can_not_be_read_is_named_with_the_systems_reason(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_with_the_systems_reason(tmp_path: Path) -> None:
     os.symlink("/proc/self/mem", tmp_path / "a.png")  # opens, and fails to be read, even for root
     assert "cannot be decoded: Input/output error" in refused(tmp_path / "a.png")
     (tmp_path / "b.png").mkdir()
@@ -246,7 +246,7 @@ def test_loops_inside_a_class_add_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("link", "to"), [("again", "."), ("puppy", "dog"), ("dog/more", "cat"), ("dog/up", ".")]
 )
-def test_one_folder_can_not_be_two_classes(folder: Path, link: str, to: str) -> None:
+def test_one_folder_cannot_be_two_classes(folder: Path, link: str, to: str) -> None:
     os.symlink(folder / to, folder / link)
     with pytest.raises(ValueError, match=r"are the same folder; an image cannot be of two classes"):
         ImageFolder(folder)
@@ -269,7 +269,7 @@ def test_classes_that_read_alike_are_refused(folder: Path, twin: str) -> None:
 
 
 def test_hidden_files_are_passed_over_and_undecoded_ones_are_not(folder: Path) -> None:
-    """macOS leaves ._1.png beside 1.png; a HEIC photo must be told of rather than be missing."""
+    """macOS leaves ._1.png beside 1.png; a HEIC photo must be named and not be left out."""
     (folder / "dog" / "._1.png").write_bytes(b"resource fork")
     (folder / "dog" / ".thumbnails").mkdir()
     (folder / "dog" / ".thumbnails" / "1.png").write_bytes(b"x")
@@ -335,7 +335,7 @@ def test_packing_holds_few_images_at_once(folder: Path, monkeypatch: pytest.Monk
 # Label maps
 
 
-def test_label_maps_that_can_not_be_meant_are_named(tmp_path: Path) -> None:
+def test_label_maps_that_cannot_be_meant_are_named(tmp_path: Path) -> None:
     images, maps = tmp_path / "images", tmp_path / "maps"
     images.mkdir()
     maps.mkdir()

@@ -21,13 +21,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def outcome_of(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Outcome]:
-    """What comes of a row; each is run once."""
+    """The outcome of a row; each runs once."""
     copy = tmp_path_factory.mktemp("cases") / "copy"
     return functools.cache(lambda case: run_case(case, ready, copy))
 
 
 @pytest.mark.parametrize("case", CASES + MORE + HOSTILE, ids=lambda case: f"{case.group}: {case.given}")
-def test_what_can_not_work_is_one_line(case: Case, outcome_of: Callable[[Case], Outcome]) -> None:
+def test_what_cannot_work_is_one_line(case: Case, outcome_of: Callable[[Case], Outcome]) -> None:
     outcome = outcome_of(case)
     assert "Traceback" not in outcome.everything, outcome.everything
     assert (outcome.code, bool(re.search(case.says, outcome.line))) == (case.code, True), outcome.everything

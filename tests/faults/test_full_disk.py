@@ -174,9 +174,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_those_before(
     ]
     describe(run_dir, verify=True)
     train_generator(run, run_dir, quiet=True)
-    train_generator(run, tmp_path / "whole", quiet=True)
-    assert same(state_of(run_dir), state_of(tmp_path / "whole"))
-    assert curve(run_dir) == curve(tmp_path / "whole")
+    train_generator(run, tmp_path / "undisturbed", quiet=True)
+    assert same(state_of(run_dir), state_of(tmp_path / "undisturbed"))
+    assert curve(run_dir) == curve(tmp_path / "undisturbed")
     size = sum(file.stat().st_size for file in (run_dir / "checkpoints" / "step-00000006").iterdir())
     assert wanted == pytest.approx(size, rel=0.1)
 
@@ -187,8 +187,8 @@ def test_a_log_that_does_not_fit_stops_the_run_in_one_line(run: GeneratorRun, tm
     ended = run_in_child(lambda: train_generator(run, tmp_path / "run", quiet=True), largest_file=1500)
     assert re.match(r"DiskFull: no room for .*(log.jsonl|step-00000005): ", ended.error), ended.trace
     train_generator(run, tmp_path / "run", quiet=True)
-    train_generator(run, tmp_path / "whole", quiet=True)
-    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    train_generator(run, tmp_path / "undisturbed", quiet=True)
+    assert curve(tmp_path / "run") == curve(tmp_path / "undisturbed")
 
 
 def test_shards_that_do_not_fit_are_not_there(image_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a folder of ours, pae info says what it is or gives one line."""
+"""After any damage to a file, pae info describes the folder or prints one line."""
 
 from __future__ import annotations
 

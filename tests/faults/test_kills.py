@@ -61,10 +61,10 @@ def survive(
     A kill comes at any moment of the time that the undisturbed one took. Once the disturbed one is done,
     another is begun, until there were enough kills.
     """
-    whole, moments, done, rounds = folder / "whole", random.Random(0), 0, 0
+    undisturbed, moments, done, rounds = folder / "undisturbed", random.Random(0), 0, 0
     action(folder / "first")  # what Python loads on first use is loaded before the children are forked
     start = time.monotonic()
-    action(whole)
+    action(undisturbed)
     seconds = time.monotonic() - start
     while done < kills:
         disturbed, rounds = folder / f"disturbed {rounds}", rounds + 1
@@ -77,21 +77,23 @@ def survive(
             check(disturbed)
         ended = run_in_child(partial(action, disturbed))
         assert not ended.error, ended.trace
-        compare(disturbed, whole)
+        compare(disturbed, undisturbed)
         shutil.rmtree(disturbed)
         assert rounds < 10 * kills, "the kills come too late"
 
 
-def compare(folder: Path, whole: Path) -> None:
+def compare(folder: Path, undisturbed: Path) -> None:
     """Equal files; of a run, equal weights, optimizers, averages and log."""
-    if (whole / "checkpoints").is_dir():
-        assert same(state_of(folder), state_of(whole))
-        assert curve(folder) == curve(whole)
-        assert identity_of(folder) == identity_of(whole)
-        assert names(folder / "checkpoints") == names(whole / "checkpoints")
+    if (undisturbed / "checkpoints").is_dir():
+        assert same(state_of(folder), state_of(undisturbed))
+        assert curve(folder) == curve(undisturbed)
+        assert identity_of(folder) == identity_of(undisturbed)
+        assert names(folder / "checkpoints") == names(undisturbed / "checkpoints")
     else:
-        assert names(folder) == names(whole)
-        assert all((folder / name).read_bytes() == (whole / name).read_bytes() for name in names(whole))
+        assert names(folder) == names(undisturbed)
+        assert all(
+            (folder / name).read_bytes() == (undisturbed / name).read_bytes() for name in names(undisturbed)
+        )
 
 
 def names(folder: Path) -> list[str]:

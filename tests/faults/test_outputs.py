@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from openpae.storage.outputs import locked
-from tests.faults.cases import GENERATOR, PACK, SAMPLE, TOKENIZER
 from tests.faults.more_cases import MINE, WALK
-from tests.faults.running import Case, run
+from tests.faults.running import GENERATOR, TOKENIZER, Case, run
+from tests.faults.spoiling import PACK, SAMPLE
 
 RECONSTRUCT = "pae reconstruct tokenizer large out --device cpu"
 PROFILE = (
@@ -87,14 +87,14 @@ TARGETS = {
 
 @pytest.mark.parametrize(
     ("command", "name", "shape"),
-    [(command, name, "as it is") for command, names in TARGETS.items() for name in names]
+    [(command, name, "plain") for command, names in TARGETS.items() for name in names]
     + [
         (command, TARGETS[command][0], "behind a link")
         for command in (f"{SAMPLE} --format png", WALK, SEARCH)
     ],
 )
 def test_files_of_the_user_survive_every_command(command: str, name: str, shape: str, copy: Path) -> None:
-    home = copy / ("out" if shape == "as it is" else "far")
+    home = copy / ("out" if shape == "plain" else "far")
     target = home / name
     if Path(name).suffix or not name:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def test_files_of_the_user_survive_every_command(command: str, name: str, shape:
         (target if name else home / "notes").write_text("years of work")
     else:
         shutil.copytree(copy / "images", target)
-    if shape != "as it is":
+    if shape != "plain":
         (copy / "out").symlink_to("far")
     before = contents(copy)
     outcome = run(command, copy)

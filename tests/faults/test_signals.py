@@ -149,7 +149,7 @@ def test_a_signal_to_the_group_of_torchrun_saves(
 def test_packing_and_caching_go_on_after_a_signal_to_the_group(
     image_folder: Path, packed: PackedImages, tmp_path: Path, what: str, signum: signal.Signals
 ) -> None:
-    """They have nothing to save but whole shards: what is written stays."""
+    """They save complete shards only: what is written stays."""
 
     def make(folder: Path, seconds: float) -> Shards:
         def encode(x: Any) -> Any:

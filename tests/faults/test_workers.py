@@ -29,7 +29,7 @@ class Deadly(ImageFolder):
 
 @pytest.mark.parametrize("how", ["SIGKILL", pytest.param("exit", marks=pytest.mark.slow)])
 def test_a_reader_that_dies_names_the_file_it_was_at(image_folder: Path, how: str) -> None:
-    """Also while the loop is elsewhere: it is told with the next batch, not in the middle of saving."""
+    """The error comes with the next batch, not in the middle of saving."""
     source, handler = Deadly(image_folder), signal.getsignal(signal.SIGCHLD)
     source.how = how
     batches = image_batches(

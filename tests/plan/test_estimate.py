@@ -1,4 +1,4 @@
-"""From a step to a run: what fits, how long it takes, and what is wrong."""
+"""Plans: device batches that fit, time, and problems of the config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from openpae import config as configs
 from openpae.cli import main
-from openpae.plan.estimate import facts, largest_fit, plan_run
+from openpae.plan.estimate import largest_fit, plan_data, plan_run
 from openpae.plan.settings import PlanSettings
 from openpae.plan.trial import planned_run, try_run
 from openpae.runtime.cards import CARDS, card_of
@@ -48,12 +48,12 @@ def test_time_and_disk_by_hand() -> None:
 def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "generator/tiny", "--gpus", "3", "--loop.device_batch_size", "4"])
     out = capsys.readouterr().out
-    assert "wrong: loop.global_batch_size 8 is no multiple of 3 GPUs; planned for 6" in out
-    assert "wrong: loop.device_batch_size 4 does not divide the 2 images that each of 3 GPUs sees" in out
+    assert "problem: loop.global_batch_size 8 is no multiple of 3 GPUs; planned for 6" in out
+    assert "problem: loop.device_batch_size 4 does not divide the 2 images that each of 3 GPUs sees" in out
     assert "none: no step waits" in out
 
 
-def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_does_not_fit_gets_device_batches_that_would(monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(CARDS["4090"], gib=2.5e-3)
     monkeypatch.setitem(CARDS, "4090", small)
     run = tiny("generator")
@@ -65,8 +65,8 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch: pytest.MonkeyPa
 
 def test_json_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "refiner/tiny", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["peak"]["total"] == sum(found["peak"]["bytes"].values())
+    data = json.loads(capsys.readouterr().out)
+    assert data["peak"]["total"] == sum(data["peak"]["bytes"].values())
     for arguments, message in (
         (["generator/tiny", "--card", "gtx"], "--card must be one of b200"),
         (["generator/tiny", "--gpus", "0"], "--gpus must be >= 1, got 0"),
@@ -88,7 +88,7 @@ def test_cards_are_known_by_their_drivers_names() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda file: str(file.relative_to(configs.PRESETS)))
 def test_every_preset_is_planned(preset: Path) -> None:
-    """Its device batch fits the card that it means."""
-    found = facts(plan_run(configs.load_one_of(RUNS, preset), PlanSettings(card="h100")))
-    assert not found["problems"]
-    assert json.dumps(found)
+    """The device batch of each preset fits the card that it is meant for."""
+    data = plan_data(plan_run(configs.load_one_of(RUNS, preset), PlanSettings(card="h100")))
+    assert not data["problems"]
+    assert json.dumps(data)

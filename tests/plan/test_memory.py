@@ -21,8 +21,8 @@ def test_bytes_follow_a_tensor_from_its_making_to_its_end() -> None:
         b = torch.empty(3)
         assert tracker.total == 4 * KIB + 512  # the smallest block
         tracker.mark("weights", [b])
-        assert tracker.now["weights"] == 512
-        assert tracker.now["activations"] == 4 * KIB
+        assert tracker.in_use["weights"] == 512
+        assert tracker.in_use["activations"] == 4 * KIB
         del a
         assert tracker.total == 4 * KIB + 512  # the view holds it
         del view, b

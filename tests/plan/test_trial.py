@@ -51,13 +51,13 @@ ADVERSARIAL = TokenizerLoss(
 @pytest.mark.parametrize("stage", KINDS)
 def test_what_lasts_is_counted_by_hand(stage: str) -> None:
     """float32: a weight has 4 bytes, its moments 8, its average 4; gradients do not last."""
-    found = tried(tiny(stage))
-    assert found.lasting["optimizer"] == pytest.approx(8 * found.trained, rel=0.01)  # and step counters
+    trial = tried(tiny(stage))
+    assert trial.lasting["optimizer"] == pytest.approx(8 * trial.trained, rel=0.01)  # and step counters
     averaged = stage != "refiner"
-    assert found.lasting["average"] == 4 * found.exported * averaged
-    assert found.lasting["gradients"] == 0
-    assert found.lasting["weights"] == pytest.approx(4 * (found.trained + found.frozen), rel=0.15)  # buffers
-    assert found.peak.total > sum(found.lasting.values())
+    assert trial.lasting["average"] == 4 * trial.exported * averaged
+    assert trial.lasting["gradients"] == 0
+    assert trial.lasting["weights"] == pytest.approx(4 * (trial.trained + trial.frozen), rel=0.15)  # buffers
+    assert trial.peak.total > sum(trial.lasting.values())
 
 
 def test_activations_grow_with_the_device_batch_and_nothing_else_does() -> None:
@@ -73,7 +73,7 @@ def test_checkpointed_blocks_need_less_memory_and_more_operations() -> None:
         kept = tried(run, global_batch_size=64)
         again = tried(dataclasses.replace(run, checkpoint_blocks=blocks), global_batch_size=64)
         assert again.peak.total < kept.peak.total
-        assert kept.dearest < again.dearest < 4 / 3 * kept.dearest
+        assert kept.most_operations < again.most_operations < 4 / 3 * kept.most_operations
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -91,12 +91,12 @@ def test_many_processes_keep_gradients_in_buckets_or_weights_in_shards(parallel:
 
 def test_every_loss_counts_at_the_dearest_step_and_phases_in_the_mean() -> None:
     run = tiny("tokenizer", loss=ADVERSARIAL)
-    found = try_run(planned_run(run), phases=True)
+    trial = try_run(planned_run(run), phases=True)
     without = try_run(planned_run(tiny("tokenizer", loss=dataclasses.replace(ADVERSARIAL, gan=0.0))))
-    mean = sum(found.operations.values())
-    assert sum(without.operations.values()) < found.dearest
-    assert mean < found.dearest
-    assert found.peak.total > without.peak.total
+    mean = sum(trial.operations.values())
+    assert sum(without.operations.values()) < trial.most_operations
+    assert mean < trial.most_operations
+    assert trial.peak.total > without.peak.total
 
 
 def test_a_planted_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,5 +156,5 @@ def test_every_family_of_encoders_is_built_from_its_row(name: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             features = encoder(torch.empty(2, 3, 2 * side, 3 * side))
         assert features.shape == (2, 6, encoder.spec.dim)
-        found = sum(weight.numel() for weight in encoder.parameters()) / 1e6
-    assert found == pytest.approx(PARAMETERS[name], abs=0.1)
+        millions = sum(weight.numel() for weight in encoder.parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS[name], abs=0.1)

@@ -1,4 +1,4 @@
-"""The budget pays for the fewest steps, or is extended, or refused; each stage has its share of the rest."""
+"""The budget suffices for the fewest steps, is extended, or is rejected; each stage gets a share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pretrained release: small, whole, attributed, and as good as its card says."""
+"""The pretrained release: small, complete, attributed, and as good as its card says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a quickstart made is held against what costs nothing."""
+"""The result of a quickstart is compared with baselines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.reference import reference_of
 from openpae.models.tokenizer import PAE
-from openpae.quickstart.verdict import advice, free_frechet, free_psnr, patch_colours, problems, recognised
+from openpae.quickstart.verdict import (
+    advice,
+    baseline_frechet,
+    baseline_psnr,
+    patch_colours,
+    problems,
+    recognised,
+)
 
 
 def record(psnr: float, frechet: float) -> dict[str, Any]:
@@ -25,7 +32,7 @@ def record(psnr: float, frechet: float) -> dict[str, Any]:
     }
 
 
-def test_a_result_that_beats_what_costs_nothing_has_no_problem() -> None:
+def test_a_result_that_beats_the_baselines_has_no_problem() -> None:
     assert problems(record(14.1, 299.0)) == []
 
 
@@ -56,13 +63,13 @@ def test_patch_colours_keep_the_mean_of_each_patch_and_nothing_else() -> None:
     torch.testing.assert_close(cells[:, :, :, 0, :, 0], expected)
 
 
-def test_the_free_psnr_is_that_of_numpy(packed: PackedImages) -> None:
+def test_the_baseline_psnr_is_that_of_numpy(packed: PackedImages) -> None:
     x = packed.shards.gather(np.arange(len(packed))).numpy() / 255.0
     b, c, h, w = x.shape
     means = x.reshape(b, c, h // 4, 4, w // 4, 4).mean(axis=(3, 5))
     flat = np.round(means * 255).repeat(4, axis=2).repeat(4, axis=3) / 255
     expected = (-10 * np.log10(((x - flat) ** 2).mean(axis=(1, 2, 3)))).mean()
-    assert free_psnr(packed, 4) == pytest.approx(expected, abs=0.02)  # a mean may round to the other side
+    assert baseline_psnr(packed, 4) == pytest.approx(expected, abs=0.02)  # a mean may round to the other side
 
 
 def test_a_generator_that_repeats_the_mean_is_as_far_as_its_mean_and_all_the_spread() -> None:
@@ -74,11 +81,13 @@ def test_a_generator_that_repeats_the_mean_is_as_far_as_its_mean_and_all_the_spr
     gaussian = reference.pooled
     (point,) = extractor.features((real.mean(dim=0, keepdim=True) * 255).round() / 255).pooled
     expected = (point.double() - gaussian.mean).square().sum() + gaussian.covariance.trace()
-    assert free_frechet(real, FeatureSet(extractor), reference) == pytest.approx(float(expected), rel=1e-4)
+    assert baseline_frechet(real, FeatureSet(extractor), reference) == pytest.approx(
+        float(expected), rel=1e-4
+    )
 
 
 class Perfect(PAE):
-    """Decodes to what was encoded, and to noise where the latent was moved."""
+    """Decodes to the encoded image, and to noise if the latent was moved."""
 
     def encode(self, images: Tensor, features: Tensor | None = None) -> Tensor:
         self.seen = images
@@ -95,8 +104,8 @@ def test_a_picture_that_comes_back_is_recognised_and_noise_is_not(
     tiny_pae: PAE, packed: PackedImages
 ) -> None:
     tiny_pae.__class__ = Perfect
-    found = recognised(tiny_pae, packed, (42.5, 85.0), each=1, queries=4)
-    assert found["shares"]["0"] == 1.0
-    assert found["shares"]["42.5"] == found["shares"]["85"] < 1
-    assert found["decodes"] == 4
-    assert found["among"] == len(packed)
+    result = recognised(tiny_pae, packed, (42.5, 85.0), each=1, queries=4)
+    assert result["shares"]["0"] == 1.0
+    assert result["shares"]["42.5"] == result["shares"]["85"] < 1
+    assert result["decodes"] == 4
+    assert result["among"] == len(packed)

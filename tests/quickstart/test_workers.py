@@ -1,4 +1,4 @@
-"""What there is to choose from, what a timing gives, and several processes that work on one thing."""
+"""Candidates, timings, and functions in several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting of a study's `measure` and `judge` reaches the numbers and their records."""
+"""Every setting of a study's `measure` and `judge` reaches the results and their records."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def done(data: StudyData, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     plan = make_plan(
         [study], data, tmp_path_factory.mktemp("study"), changes=changes, rows=["none"], seeds=[0]
     )
-    assert run_plan(plan, command="pae study tiny", tell=lambda _: None) == []
+    assert run_plan(plan, command="pae study tiny", log=lambda _: None) == []
     return plan
 
 
 def folder_of(plan: Plan, kind: str) -> tuple[str, Path]:
     """The last stage of a kind, and its folder."""
     name = [name for name, stage in plan.stages.items() if stage.kind == kind][-1]
-    return name, plan.places.folder(name)
+    return name, plan.layout.folder(name)
 
 
 def test_no_setting_is_left_out_here() -> None:
@@ -116,7 +116,7 @@ def test_a_tokenizer_is_measured_with_them(done: Plan, data: StudyData) -> None:
     source, random = open_images(data.held_out), load_extractor("random")
     assert data.label_images is not None
     assert data.label_maps is not None
-    found = measure_tokenizer(
+    measured = measure_tokenizer(
         open_tokenizer(f"openpae:{folder_of(done, 'tokenizer')[1]}"),
         source,
         size=32,
@@ -125,10 +125,10 @@ def test_a_tokenizer_is_measured_with_them(done: Plan, data: StudyData) -> None:
         real=features_of(real_images(source, 32, rows=chosen_rows(source, 8)), random, 3),
         config=config,
     )
-    record = read_json(done.places.record(name))["metrics"]
+    record = read_json(done.layout.record(name))["metrics"]
     names = {"frechet": "rfid", "interpolated_frechet": "ifid"}
-    assert len(found.metrics) == len(record) == 9
-    for key, estimate in found.metrics.items():
+    assert len(measured.metrics) == len(record) == 9
+    for key, estimate in measured.metrics.items():
         assert record[names.get(key, key)]["value"] == pytest.approx(estimate.value, rel=1e-4), key
 
 

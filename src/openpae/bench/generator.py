@@ -1,4 +1,4 @@
-"""What the generators cost: parameters, operations, memory, and how fast they train and sample."""
+"""Cost of the generators: parameters, operations, memory, speed of training and sampling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from openpae.bench.noise import random_latents
-from openpae.bench.record import Found, peak_gib
+from openpae.bench.record import Measured, peak_gib
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, LightningDiTConfig
@@ -40,12 +40,12 @@ def bench_generator(
     precision: Literal["fp32", "bf16"] = "bf16",
     compile: bool = False,
     checkpoint_blocks: int = 0,
-) -> Found:
-    """Count every named size of LightningDiT, and measure those that are asked for.
+) -> Measured:
+    """Count parameters and operations of every size of LightningDiT, and time the chosen sizes.
 
     Args:
-        sizes: what to measure; None is all of them on a GPU and none on a CPU, where most take hours.
-        patch_size: of all.
+        sizes: sizes to time; None takes all on a GPU and none on a CPU.
+        patch_size: latent cells per token and axis.
         batch_size: images per step; None takes 256 on a GPU, halved until it fits, and 2 on a CPU.
         steps: timed training steps; the median counts.
         sample_steps: Euler steps of the timed samples, guided from t = 0.25 on; they are not decoded.
@@ -54,21 +54,16 @@ def bench_generator(
         checkpoint_blocks: as in the run's config.
 
     Returns:
-        For every size parameters, and forward_flops and train_flops of an image. For those measured also
-        batch_size, train_images_per_second, model_flops_utilisation (None where the device's peak is not
-        known), peak_memory_gib of training (on a CPU: of the process so far, from the smallest size up)
-        and sample_images_per_second; None for the others.
+        For every size: parameters, forward_flops and train_flops per image. For timed sizes also batch_size,
+        train_images_per_second, model_flops_utilisation (None if the device's peak is unknown),
+        peak_memory_gib of training (on a CPU: of the process so far) and sample_images_per_second.
     """
     device = pick_device("auto")
     chosen = sizes if sizes is not None else (tuple(SIZES) if device.type == "cuda" else ())
     batches = [batch_size] if batch_size else [256, 128, 64, 32, 16, 8] if device.type == "cuda" else [2]
     sampler = SamplerConfig(steps=sample_steps)
     loop = LoopConfig(
-        steps=steps + 2,
-        global_batch_size=batches[0],
-        precision=precision,
-        compile=compile,
-        ema_decay=0.9999,
+        steps=steps + 2, global_batch_size=batches[0], precision=precision, compile=compile, ema_decay=0.9999
     )
     figures: dict[str, dict[str, float | None]] = {}
     for size in SIZES:
@@ -92,7 +87,7 @@ def bench_generator(
         "sample_steps": sample_steps,
         "sample_evaluations": evaluations(sampler),
     }
-    return Found(figures=figures, settings=settings, device=device)
+    return Measured(figures=figures, settings=settings, device=device)
 
 
 _MEASURED = (
@@ -102,11 +97,11 @@ _MEASURED = (
 
 
 def count(config: GeneratorConfig) -> dict[str, float | None]:
-    """Parameters, and operations per image of a forward pass and of a training step.
+    """Return parameters, and operations per image of a forward pass and of a training step.
 
-    A multiplication and an addition are two operations; those of norms, activations and the like are left
-    out, as usual. The backward pass has twice those of the forward pass; what checkpointed blocks compute
-    again does not count, so that the utilisation is that of work that is needed.
+    A multiplication and an addition are two operations. Norms, activations and the like are left out, as
+    usual. The backward pass has twice the operations of the forward pass. Recomputation in checkpointed
+    blocks does not count.
     """
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_generator(config).parameters())
@@ -115,7 +110,7 @@ def count(config: GeneratorConfig) -> dict[str, float | None]:
 
 
 def forward_flops(config: GeneratorConfig) -> int:
-    """Operations of a forward pass of one image, layer by layer: 2 n a b for n tokens from width a to b."""
+    """Return the operations of a forward pass of one image: 2 n a b per layer, n tokens from width a to b."""
     tokens = math.prod(config.token_grid)
     dim, channels = config.hidden_dim, config.latent_dim * config.patch_size**2
     if not isinstance(config, DiTDHConfig):
@@ -137,14 +132,14 @@ def _block_flops(dim: int, tokens: int, *, conditions: int) -> int:
 
 
 def utilisation(figures: Mapping[str, float | None], device: torch.device, precision: str) -> float | None:
-    """Which part of a device's operations per second training needs; None where they are not known."""
+    """Return the share of a device's peak operations per second that training reaches; None if unknown."""
     peak = device_peak(device_name(device)) if precision == "bf16" else None
     rate, work = figures["train_images_per_second"], figures["train_flops"]
     return None if peak is None or rate is None or work is None else rate * work / peak
 
 
 def device_peak(name: str) -> float | None:
-    """Dense bfloat16 operations per second of a device of this name; None where the table has none."""
+    """Return the dense bfloat16 operations per second of a device; None if it is not in the table."""
     card = card_of(name)
     return None if card is None else card.half
 
@@ -173,7 +168,7 @@ def _measured(run: GeneratorRun, steps: int, sampler: SamplerConfig) -> dict[str
             torch.cuda.reset_peak_memory_stats()
         seconds = seconds_per_step(task, run.optim, run.loop, steps=steps)
         peak = peak_gib(task.device)
-    del task.optimizers  # their memory is not needed to sample
+    del task.optimizers  # frees memory for sampling
     return {
         "batch_size": batch,
         "train_images_per_second": batch / seconds,
@@ -183,7 +178,7 @@ def _measured(run: GeneratorRun, steps: int, sampler: SamplerConfig) -> dict[str
 
 
 def _sample_seconds(model: LatentGenerator, batch: int, sampler: SamplerConfig, precision: str) -> float:
-    """Time of a batch of latents, after a step to warm up."""
+    """Return the seconds to sample a batch of latents, after a warm-up step."""
     device = model.latent_mean.device
     labels = torch.arange(batch, device=device) % model.config.num_classes
     noise = initial_noise(0, range(batch), model.config.latent_shape).to(device)

@@ -1,4 +1,4 @@
-"""Random data of the real shapes, for what is timed."""
+"""Random data of real shapes, for timings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openpae.data.shards import Layout, Shards
 
 
 def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, classes: int = 1) -> Shards:
-    """A cache of random latents and mirror images, (2, C, h, w) a row, with labels taken in turn."""
+    """Write a cache of random latents and mirror images, (2, C, h, w) per row, with labels in turn."""
     layout = Layout(
         kind="latents",
         dtype="bfloat16",
@@ -30,7 +30,7 @@ def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, clas
 
 
 def random_images(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Packed images of noise, uint8, of size (H, W)."""
+    """Write packed images of noise, uint8, of size (H, W)."""
     layout = Layout(
         kind="images",
         dtype="uint8",

@@ -1,4 +1,4 @@
-"""What a bench found, where, and how two of them compare."""
+"""Records of `pae bench`: results, machine and settings, and the comparison of two records."""
 
 from __future__ import annotations
 
@@ -14,93 +14,91 @@ from openpae.storage.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a bench measured."""
+class Measured:
+    """Results of a bench."""
 
     figures: Mapping[str, Any]
-    """Numbers by name, in groups or not; None where a figure could not be had."""
+    """Figures by name, possibly nested; None where a figure is not available."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What was asked for; figures of other settings do not compare."""
+    """Settings of the bench; figures of different settings are not comparable."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where."""
+    """The device that was measured."""
 
 
-def record(bench: str, found: Found) -> dict[str, Any]:
-    """The figures of a bench under all that they depend on, as plain data."""
+def record(bench: str, measured: Measured) -> dict[str, Any]:
+    """Return the results of a bench with machine and settings, as plain data."""
     machine = {
-        "device": device_name(found.device),
-        "threads": torch.get_num_threads() if found.device.type == "cpu" else None,
+        "device": device_name(measured.device),
+        "threads": torch.get_num_threads() if measured.device.type == "cpu" else None,
         "torch": str(torch.__version__),
     }
     return {
         "bench": bench,
         "machine": machine,
-        "settings": dict(found.settings),
-        "figures": dict(found.figures),
+        "settings": dict(measured.settings),
+        "figures": dict(measured.figures),
     }
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory held so far, in GiB: on a GPU by tensors since the last reset, on a CPU by the process."""
+    """Return the peak memory in GiB: of tensors since the last reset on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # there is none on Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One figure in two records."""
+    """One figure of two records."""
 
     name: str
-    """Its place among the figures: xl.train_images_per_second."""
-    ours: float
-    theirs: float
+    """Dotted name of the figure: xl.train_images_per_second."""
+    value: float
+    other: float
 
     @property
     def ratio(self) -> float | None:
-        """Ours / theirs; None where theirs is 0."""
-        return self.ours / self.theirs if self.theirs else None
+        """value / other; None if other is 0."""
+        return self.value / self.other if self.other else None
 
 
 def read_record(file: Path, bench: str) -> dict[str, Any]:
-    """A record that `pae bench --out` wrote.
+    """Read a record of `pae bench --out`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or no record of this bench.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is no record of this bench.
     """
-    found = read_json(file)
-    if found.get("bench") != bench:
+    content = read_json(file)
+    if content.get("bench") != bench:
         raise ValueError(
-            f"{file} must hold a record of pae bench {bench} --out FILE, got one of {found.get('bench')!r}"
+            f"{file} must hold a record of pae bench {bench} --out FILE, got one of {content.get('bench')!r}"
         )
-    return found
+    return content
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[list[Comparison], list[str]]:
-    """Two records of one bench, as `record` gives and `read_record` reads them, side by side.
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[Comparison], list[str]]:
+    """Compare two records of one bench.
 
     Returns:
-        Every figure that both have, and a line for each fact of machine and settings in which they differ.
+        Every figure that both records have, and a line for each difference of machine or settings.
     """
-    a, b = _leaves(ours["figures"]), _leaves(theirs["figures"])
+    a, b = _leaves(first["figures"]), _leaves(second["figures"])
     both = [
-        Comparison(name=name, ours=float(value), theirs=float(b[name]))
+        Comparison(name=name, value=float(value), other=float(b[name]))
         for name, value in a.items()
         if isinstance(value, int | float) and isinstance(b.get(name), int | float)
     ]
-    facts, others = ({**side["machine"], **side["settings"]} for side in (ours, theirs))
-    return both, [
-        f"{name}: {facts.get(name)} here, {others.get(name)} there"
-        for name in facts | others
-        if facts.get(name) != others.get(name)
-    ]
+    c, d = ({**side["machine"], **side["settings"]} for side in (first, second))
+    return both, [f"{name}: {c.get(name)} and {d.get(name)}" for name in c | d if c.get(name) != d.get(name)]
 
 
-def _leaves(data: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= _leaves(value, f"{at}{key}.") if isinstance(value, Mapping) else {f"{at}{key}": value}
+        leaves |= (
+            _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
     return leaves

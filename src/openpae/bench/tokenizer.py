@@ -1,4 +1,4 @@
-"""How long a training step of the tokenizer takes."""
+"""Time of a training step of the tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from openpae import config as configs
 from openpae.bench.noise import random_images
-from openpae.bench.record import Found
+from openpae.bench.record import Measured
 from openpae.engine.loop import seconds_per_step
 from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.priors import Refiner
@@ -19,14 +19,14 @@ from openpae.train.settings import RefinerRun, TokenizerRun
 from openpae.train.tokenizer import TokenizerTask
 
 
-def bench_tokenizer(*, preset: str = "tokenizer/quickstart", steps: int = 15) -> Found:
-    """Seconds per step of a tokenizer: L1 + LPIPS alone against the full objective.
+def bench_tokenizer(*, preset: str = "tokenizer/quickstart", steps: int = 15) -> Measured:
+    """Measure seconds per training step of a tokenizer: L1 + LPIPS alone, and the full objective.
 
-    Images are noise, the refiner is new: neither changes what a step costs. Features and targets are cached
-    where the preset caches them; the discriminator takes part from the first step.
+    The images are noise and the refiner is untrained; neither changes the time of a step. Features and
+    targets are cached if the preset caches them. The discriminator is active from the first step.
 
     Args:
-        preset: whose sizes and batch size; its weights of 0 stay 0.
+        preset: preset of the tokenizer; loss weights of 0 stay 0.
         steps: timed steps of each; the median counts.
 
     Returns:
@@ -50,7 +50,7 @@ def bench_tokenizer(*, preset: str = "tokenizer/quickstart", steps: int = 15) ->
             variant = dataclasses.replace(run, prior=prior, data=data, loss=loss)
             task = TokenizerTask(variant, encoder)
             seconds.append(seconds_per_step(task, run.optim, run.loop, steps=steps))
-    return Found(
+    return Measured(
         figures={
             "baseline_seconds": seconds[0],
             "full_seconds": seconds[1],

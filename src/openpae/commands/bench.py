@@ -1,4 +1,4 @@
-"""The command that measures speed."""
+"""`pae bench`: measure speed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from openpae.commands.console import Precision, at_least_one
 if TYPE_CHECKING:
     from openpae.bench.record import Comparison
 
-What = Literal["generator", "tokenizer"]
+Part = Literal["generator", "tokenizer"]
 
 
 def bench(
-    what: What,
+    part: Part,
     /,
     out: Path | None = None,
     compare: Path | None = None,
@@ -28,22 +28,22 @@ def bench(
     compile: bool = False,
     checkpoint_blocks: int | None = None,
 ) -> None:
-    """Measure how fast a part is on this machine, beside another record of it if one is given.
+    """Measure the speed of the generator or the tokenizer on this machine; optionally compare two records.
 
-    The options behind `compare` belong to the generator.
+    The options after `compare` are for the generator.
 
     Args:
-        what: generator: every size counted, training and sampling measured; tokenizer: a step of the
-            quickstart's full objective beside one of L1 + LPIPS.
-        out: also write the record (JSON) here.
-        compare: a record of the same bench, to stand beside this one with the ratio of each figure.
-        sizes: which generators to measure; by default all on a GPU and none on a CPU. All are counted.
+        part: generator: parameters and operations of each size, speed of training and sampling; tokenizer: a
+            training step of the quickstart with the full objective, and with L1 + LPIPS alone.
+        out: file for the record (JSON).
+        compare: record of the same part to compare with; prints the ratio of each figure.
+        sizes: generators to measure; by default all on a GPU and none on a CPU.
         patch_size: latent cells per token and axis; 1 by default.
         batch_size: images per step; by default 256 on a GPU, halved until it fits, and 2 on a CPU.
         sample_steps: Euler steps of the timed samples; 45 by default.
-        precision: bf16 by default.
-        compile: compile the generator first.
-        checkpoint_blocks: blocks whose activations are computed again; none by default.
+        precision: precision of training and sampling; bf16 by default.
+        compile: compile the generator.
+        checkpoint_blocks: blocks with activation checkpointing; none by default.
     """
     from openpae.bench import generator, record, tokenizer
     from openpae.storage.files import write_json
@@ -60,26 +60,25 @@ def bench(
     }
     given = {name: value for name, value in options.items() if value is not None}
     at_least_one(batch_size=batch_size, sample_steps=sample_steps)
-    if what != "generator" and given:
+    if part != "generator" and given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{names} belongs to pae bench generator; pae bench {what} has no such option")
+        raise ValueError(f"{names} belongs to pae bench generator; pae bench {part} has no such option")
     if out is not None:
         check_outputs(out, inputs=[compare], own=[out] if "figures" in read_record(out) else [])
-    other = None if compare is None else record.read_record(compare, what)
-    found = record.record(
-        what, generator.bench_generator(**given) if what == "generator" else tokenizer.bench_tokenizer()
-    )
-    print(json.dumps(found, indent=1))
+    other = None if compare is None else record.read_record(compare, part)
+    measured = generator.bench_generator(**given) if part == "generator" else tokenizer.bench_tokenizer()
+    own = record.record(part, measured)
+    print(json.dumps(own, indent=1))
     if out is not None:
-        write_json(out, found)
+        write_json(out, own)
     if other is not None:
-        _tell(*record.compare(found, other))
+        _print_comparison(*record.compare(own, other))
 
 
-def _tell(figures: Sequence[Comparison], different: Sequence[str]) -> None:
-    print(f"\n{'figure':44} {'here':>14} {'there':>14} {'ratio':>8}")
+def _print_comparison(figures: Sequence[Comparison], different: Sequence[str]) -> None:
+    print(f"\n{'figure':44} {'this':>14} {'other':>14} {'ratio':>8}")
     for figure in figures:
         ratio = "-" if figure.ratio is None else f"{figure.ratio:.3f}"
-        print(f"{figure.name:44} {figure.ours:14.6g} {figure.theirs:14.6g} {ratio:>8}")
+        print(f"{figure.name:44} {figure.value:14.6g} {figure.other:14.6g} {ratio:>8}")
     for line in different:
-        print(f"not the same: {line}")
+        print(f"different: {line}")

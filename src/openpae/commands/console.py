@@ -1,4 +1,4 @@
-"""What the commands share: their arguments' types, the progress bar, and what they say."""
+"""What the commands share: argument types, parsing, the progress bar and output."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ Precision = Literal["fp32", "bf16"]
 
 
 def parsed(target: Callable[..., T], **options: Any) -> T:
-    """What `tyro.cli` gives; a value that a config of ours refuses is told in the config's own words.
+    """Call `tyro.cli`. A ValueError raised by a config is re-raised unchanged.
 
     Args:
-        target: config class, or function that only hands on what it is given.
+        target: config class, or function that returns its arguments.
         options: of `tyro.cli`.
 
     Raises:
         ValueError: a config refuses a value, or an option is NaN or infinite.
-        SystemExit: tyro has told what it cannot read, or the help.
+        SystemExit: tyro has printed the help, or an argument that it cannot parse.
     """
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            found: T = tyro.cli(target, **options)
+        with contextlib.redirect_stderr(messages):
+            result: T = tyro.cli(target, **options)
     except SystemExit as stop:
         fault = stop.__context__
         while fault is not None:
-            if isinstance(fault, ValueError) and _is_ours(fault):
+            if isinstance(fault, ValueError) and _raised_by_openpae(fault):
                 raise fault from None
             fault = fault.__cause__ or fault.__context__
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(messages.getvalue())
         raise
-    if isinstance(found, tuple):  # of a function; a config has its own checks
-        _require_finite("", found)
-    return found
+    if isinstance(result, tuple):  # arguments of a function; a config checks its own fields
+        _require_finite("", result)
+    return result
 
 
 def _require_finite(name: str, value: Any) -> None:
-    """Refuse NaN and infinity among options, however nested."""
+    """Refuse NaN and infinity in options, however nested."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
     if isinstance(value, dict):
@@ -70,8 +70,7 @@ def _require_finite(name: str, value: Any) -> None:
         _require_finite(name, vars(value))
 
 
-def _is_ours(fault: BaseException) -> bool:
-    """Whether our code raised it."""
+def _raised_by_openpae(fault: BaseException) -> bool:
     trace = fault.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -81,13 +80,13 @@ def _is_ours(fault: BaseException) -> bool:
 def run_of(
     kind: type[T], argv: Sequence[str], command: str, change: Callable[[T], T] | None = None
 ) -> tuple[T, Path]:
-    """The run of `pae COMMAND CONFIG RUN_DIR [--field value ...]`: flags over the file; and its folder.
+    """Parse `pae COMMAND CONFIG RUN_DIR [--field value ...]`: the config changed by the flags, and RUN_DIR.
 
     Args:
-        kind: class of the run.
-        argv: what follows the command's name.
-        command: its name.
-        change: what a flag that stands for several fields does to the file's run, before the other flags.
+        kind: class of the config.
+        argv: arguments after the command's name.
+        command: the command's name.
+        change: applied to the config before the flags; for flags that set several fields.
     """
     paths = [argument for argument in argv[:2] if not argument.startswith("-")]
     if len(paths) < 2:
@@ -112,23 +111,23 @@ def run_of(
 
 
 def overridden(loaded: T, argv: Sequence[str], prog: str) -> T:
-    """A config with the fields that flags set."""
+    """Return a config changed by flags."""
     run: T = parsed(
         type(loaded),
         default=loaded,
         args=list(argv),
         prog=prog,
-        config=(tyro.conf.AvoidSubcommands,),  # which of several configs a field holds, the file says
+        config=(tyro.conf.AvoidSubcommands,),  # the file chooses among several config classes
     )
-    # Flags are held to what a file is held to: no nan, no number beyond 2^63.
+    # Flags get the checks of a file: no NaN, no number beyond 2^63.
     return configs.from_dict(type(loaded), configs.to_dict(run))
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
-    """The arguments without `NAME VALUE` (or `NAME=VALUE`), and the value; None where it is not given.
+    """Split `NAME VALUE` (or `NAME=VALUE`) off the arguments; the value is None where it is not given.
 
     Raises:
-        ValueError: the value is missing, or the option stands twice.
+        ValueError: the value is missing, or the option is given twice.
     """
     rest, values = [], []
     arguments = iter(argv)
@@ -146,15 +145,15 @@ def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
 
 
 class Progress:
-    """A progress bar as the callable (done, all) that the library takes; of the first process alone."""
+    """A progress bar on rank 0, as a callable (done, total)."""
 
-    def __init__(self, what: str, unit: str) -> None:
+    def __init__(self, label: str, unit: str) -> None:
         from tqdm import tqdm
 
         from openpae.runtime import processes
 
         hidden = None if sys.stderr.isatty() and processes.is_rank0() else True
-        self.bar = tqdm(desc=what, unit=unit, disable=hidden, file=sys.stderr)
+        self.bar = tqdm(desc=label, unit=unit, disable=hidden, file=sys.stderr)
 
     def __enter__(self) -> Callable[[int, int], None]:
         return self.update
@@ -169,12 +168,12 @@ class Progress:
 
 
 def say(text: object) -> None:
-    """Print one line: names of files may hold anything."""
+    """Print one line, escaped: file names may hold any character."""
     print(one_line(text))
 
 
-def tell(text: str) -> None:
-    """Print, where this is the first process."""
+def say_on_rank0(text: str) -> None:
+    """Print one line on rank 0 only."""
     from openpae.runtime import processes
 
     if processes.is_rank0():
@@ -182,33 +181,35 @@ def tell(text: str) -> None:
 
 
 def print_run(run_dir: Path, metrics: dict[str, float]) -> None:
-    """Say that a run is done, and its last metrics."""
+    """Print that a run is done, and its last metrics."""
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    tell(f"done: {run_dir}" + (f" ({shown})" if shown else ""))
+    say_on_rank0(f"done: {run_dir}" + (f" ({shown})" if shown else ""))
 
 
-def tell_skipped(names: Sequence[str]) -> None:
-    """Name the files that were left out."""
+def print_skipped(names: Sequence[str]) -> None:
+    """Print the names of the files that were left out."""
     if names:
-        tell(f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+        say_on_rank0(
+            f"left out {len(names)} broken files: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        )
 
 
 _LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2**14, "latent_dim": 2**16}
-"""What an option may be at most: what lies beyond is a mistake, and would take hours or all memory."""
+"""Upper bounds of options. Larger values are mistakes that would take hours or all memory."""
 
 
-def tell_classes(names: Sequence[str], labels: Iterable[int]) -> None:
-    """Say which label is which class, and which class has no image left."""
+def print_classes(names: Sequence[str], labels: Iterable[int]) -> None:
+    """Print the class of each label, and the classes without images."""
     from openpae.data.classes import class_list, count_classes, empty_classes
 
     counts = count_classes(names, labels)
-    tell(f"labels: {class_list(names, counts)}")
+    say_on_rank0(f"labels: {class_list(names, counts)}")
     if empty := empty_classes(names, counts):
-        tell(f"no image is left of class {', '.join(empty)}; no generator learns or draws it")
+        say_on_rank0(f"no image is left of class {', '.join(empty)}; no generator learns or draws it")
 
 
 def at_least_one(**numbers: int | None) -> None:
-    """Refuse counts below 1, and those that no machine could serve.
+    """Refuse counts below 1 and above any use.
 
     Raises:
         ValueError: names the flag.

@@ -8,9 +8,9 @@ from openpae.commands.console import (
     Out,
     Progress,
     at_least_one,
+    print_classes,
+    print_skipped,
     say,
-    tell_classes,
-    tell_skipped,
 )
 
 
@@ -23,16 +23,16 @@ def pack(
     skip_broken: bool = False,
     whole_content: bool = False,
 ) -> None:
-    """Decode and centre-crop a folder of images once, so that training reads them from a memory map.
+    """Decode and centre-crop a folder of images once, for training to read from a memory map.
 
     Args:
         images: folder with one subfolder per class, or with all images.
-        out: folder for the packed images; an interrupted packing goes on.
-        size: side in pixels, or height where a width is given.
-        width: width in pixels of images that are not square.
+        out: folder for the packed images; an interrupted command resumes when it is run again.
+        size: side in pixels; the height if width is given.
+        width: width in pixels; by default the images are square.
         skip_broken: leave out files that cannot be decoded, and name them.
-        whole_content: let the fingerprint of the folder cover all of every file, and not only its size and a
-            few kilobytes; it reads everything once more.
+        whole_content: compute the folder's fingerprint from all bytes of each file. By default it covers the
+            size and a few kilobytes. This reads every file once more.
     """
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
@@ -45,16 +45,16 @@ def pack(
         source = ImageFolder(images, full_hash=whole_content)
         packed = pack_images(source, out, size=shape, skip_broken=skip_broken, progress=progress)
     say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
-    tell_classes(packed.classes, packed.labels)
-    tell_skipped(packed.shards.index["skipped"])
+    print_classes(packed.classes, packed.labels)
+    print_skipped(packed.shards.index["skipped"])
 
 
 def info(folder: Folder, /, verify: bool = False) -> None:
-    """Say what a folder is: a run, a model, a cache, packed images or a folder of images.
+    """Print what a folder is: a run, a model, a cache, packed images or a folder of images.
 
     Args:
-        folder: any of them.
-        verify: also read everything and compare it with the checksums.
+        folder: the folder.
+        verify: also read every file and compare it with its checksum.
     """
     from openpae.commands.describe import describe
 

@@ -1,7 +1,8 @@
-"""What is this folder? A run, a model, a cache, packed images or a folder of images."""
+"""Describe a folder: a run, a model, a cache, packed images or a folder of images."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,19 @@ _KINDS = {
     "RefinerConfig": ("a refiner", "encoder"),
     "LinearTargetsConfig": ("raw targets", "encoder"),
 }
-"""What a model folder's config says it is, and what its second fingerprint names."""
+"""Kind of a model folder's config -> what the folder is, and the name of its second fingerprint."""
 
 
 def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
-    """Facts about a folder, in the order in which they are worth reading.
+    """Return facts about a folder by name, the most important first.
 
     Args:
-        folder: any folder that pae writes or reads.
-        verify: also read everything: checksums of shards and weights, every image file.
+        folder: a folder that pae writes or reads.
+        verify: also check every shard, weight and image file.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing of ours in it.
-        ValueError: damaged.
+        FileNotFoundError: there is no such folder, or it holds nothing that pae reads.
+        ValueError: the folder is damaged.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
@@ -70,7 +71,7 @@ def _shards(folder: Path, verify: bool) -> dict[str, str]:
         total = -(-header["sources"] // header["per_shard"])
         return {
             "what": f"{header['kind']}, incomplete: {done} of {total} shards",
-            "what to do": "run the command that makes it again; it goes on",
+            "what to do": "run the command that makes it again; it resumes",
         }
     shards = Shards(folder)
     classes = shards.attributes.get("classes", [])
@@ -103,10 +104,10 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
     identity = identity_of(folder)
     with safe_open(folder / WEIGHTS, "pt") as file:
         sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
-    count = sum(_product(size) for size in sizes)
-    what, relation = _KINDS[kind]
+    count = sum(math.prod(size) for size in sizes)
+    label, relation = _KINDS[kind]
     facts = {
-        "what": what,
+        "what": label,
         "parameters": f"{count:,} in {len(sizes)} tensors",
         "fingerprint": identity.fingerprint,
         relation: identity.made_with,
@@ -152,13 +153,6 @@ def _run(folder: Path, verify: bool) -> dict[str, str]:
         shown = ("parameters", "fingerprint", "labels", "verified")
         facts |= {name: inside[name] for name in shown if name in inside}
     return facts
-
-
-def _product(shape: Any) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result
 
 
 def _span(values: list[float]) -> str:

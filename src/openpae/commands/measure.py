@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from openpae.commands.console import Device, Progress, ReferencePath, at_least_one, say
-from openpae.commands.sample import SamplerChoice
+from openpae.commands.sampler import SamplerChoice
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.geometry.settings import ProfileRun
 
@@ -22,16 +23,16 @@ def evaluate(
     device: Device = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Measure a tokenizer's reconstructions, stored samples, or what a generator draws, against real images.
+    """Measure reconstructions of a tokenizer, stored samples, or samples of a generator, against real images.
 
     torchrun splits the work over processes; the numbers are the same.
 
     Args:
         reference: real images (a folder, or packed images), an npz of the ADM layout (images, statistics or
             both), or a file of --save-reference.
-        out: where the record (JSON) goes; by default evaluation.json beside what is evaluated.
-        device: auto takes a GPU if there is one.
-        overwrite: replace files that are no records or references of this command.
+        out: file for the record (JSON); by default evaluation.json beside the measured model or samples.
+        device: auto uses a GPU if there is one.
+        overwrite: replace files that this command did not make.
     """
     from openpae.eval.reference import is_own_reference
     from openpae.eval.run import run_evaluation
@@ -67,14 +68,18 @@ def evaluate(
         say(f"reference in {run.save_reference}")
     if record is None:
         return
+    _print_metrics(record)
+    assert record_file is not None  # a record exists only where something was measured
+    write_json(record_file, record)
+    say(f"record in {record_file}")
+
+
+def _print_metrics(record: Mapping[str, Any]) -> None:
     for name, metric in record["metrics"].items():
         error = "" if metric["stderr"] is None else f" +- {metric['stderr']:.2g}"
         say(f"{name:20} {metric['value']:.5g}{error}")
     for name, reason in record.get("undefined", {}).items():
         say(f"{name:20} not defined: {reason}")
-    assert record_file is not None  # there is a record, so something was evaluated
-    write_json(record_file, record)
-    say(f"record in {record_file}")
 
 
 def profile(
@@ -85,19 +90,19 @@ def profile(
 ) -> None:
     """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank), and compare them in profile.html.
 
-    A tokenizer is a folder of ours or of diffusers, diffusers:OWNER/NAME, encoder:NAME for the bare features
-    of a VFM (encoder:NAME/8 with a token per 8 pixels), or python:FILE.py with your own encode and decode.
+    A tokenizer is a folder of openpae or diffusers, diffusers:OWNER/NAME, encoder:NAME for the features of a
+    VFM (encoder:NAME/8 with a token per 8 pixels), or python:FILE.py with your own encode and decode.
 
     Args:
-        tokenizers: what to measure, one or several.
-        device: auto takes a GPU if there is one.
+        tokenizers: one or more tokenizers to measure.
+        device: auto uses a GPU if there is one.
     """
     from openpae.geometry.profile import run_profile
     from openpae.runtime.device import pick_device
 
     with Progress("measuring", "img") as progress:
-        found = run_profile(tokenizers, run, device=pick_device(device), progress=progress)
-    for one in found:
+        profiles = run_profile(tokenizers, run, device=pick_device(device), progress=progress)
+    for one in profiles:
         say(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
         for estimate in one.metrics.values():
             say(f"  {estimate}")

@@ -1,4 +1,4 @@
-"""The command that says what a run needs, before it is paid for."""
+"""`pae plan`: what a training run needs."""
 
 from __future__ import annotations
 
@@ -22,30 +22,26 @@ _USAGE = f"""usage: pae plan CONFIG [--gpus N] [--card CARD] [--parallel ddp|fsd
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Say what a training run needs: memory, device batch, time, disk. It needs no GPU and no data.
+    """Print what a training run needs: memory, device batch, time, disk. It needs no GPU and no data.
 
-    The run's own steps are taken with tensors that have shapes and no values. So they also show that no step
-    waits for a value: one that reads it is an error.
+    It runs two steps of the training with fake tensors, which have shapes and no values. A step that reads a
+    value is an error, because a GPU would wait there.
     """
-    if not argv or argv[0].startswith("-"):
-        if not {"-h", "--help"} & set(argv):
-            raise ValueError("pae plan needs CONFIG: pae plan CONFIG [--gpus N] [--card CARD]")
-        print(_USAGE)
-        sys.exit(0)
     if {"-h", "--help"} & set(argv):
         print(_USAGE)
         sys.exit(0)
+    if not argv or argv[0].startswith("-"):
+        raise ValueError("pae plan needs CONFIG: pae plan CONFIG [--gpus N] [--card CARD]")
     arguments = [argument for argument in argv[1:] if argument != "--json"]
-    parse: Any = parsed  # with this option it gives a pair
+    parse: Any = parsed  # with return_unknown_args it returns a pair
     settings, rest = parse(PlanSettings, args=arguments, return_unknown_args=True)
-    prog = f"pae plan {argv[0]}"
-    run = overridden(configs.load_one_of(_RUNS, argv[0]), rest, prog)
-    from openpae.plan.estimate import facts, plan_run
+    run = overridden(configs.load_one_of(_RUNS, argv[0]), rest, f"pae plan {argv[0]}")
+    from openpae.plan.estimate import plan_data, plan_run
     from openpae.plan.text import lines
 
     planned = plan_run(run, settings)
     if len(arguments) < len(argv) - 1:
-        json.dump(facts(planned), sys.stdout, indent=1)
+        json.dump(plan_data(planned), sys.stdout, indent=1)
         print()
     else:
         print("\n".join(lines(planned)).strip())

@@ -1,4 +1,4 @@
-"""Commands that bring models in and give them away."""
+"""Commands that import, export and upload models."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ def import_official(
 ) -> None:
     """Import released weights (PAE's, LightningDiT of VA-VAE, DiT-DH of RAE) or an existing latent cache.
 
-    Sizes are read off the weights, and every name must find its place. Pickles are read without running what
-    they hold.
+    Sizes are read from the weights, and every tensor must be used. Pickles are read without running code.
 
     Args:
         file: a tokenizer or generator file (.pt, .safetensors), or a folder of safetensors shards with
             latents, latents_flip and labels.
         out: new folder for the tokenizer, the generator or the latents.
-        encoder: for a tokenizer: its VFM, a row of the table of encoders (dinov2-l, dinov3-l, siglip2-so,
-            mae-l, internvit-300m-mlp). Its weights come with the file; its config from the hub.
-        encoder_source: for a tokenizer: hub name or local folder with the VFM's config.json.
-        decoder_heads: for a tokenizer whose decoder is none of the paper's sizes: its attention heads.
-        tokenizer: for a generator or latents: folder of the imported tokenizer that they belong to.
-        statistics: for a generator: the file with mean and std of its latents (latents_stats.pt).
-        classes: for latents: number of classes; by default the largest label plus one.
+        encoder: VFM of a tokenizer (dinov2-l, dinov3-l, siglip2-so, mae-l, internvit-300m-mlp). The file
+            holds its weights; its config comes from the hub.
+        encoder_source: hub name or local folder with the config.json of a tokenizer's VFM.
+        decoder_heads: attention heads of a tokenizer's decoder, if it has none of the paper's sizes.
+        tokenizer: folder of the imported tokenizer that a generator or latents belong to.
+        statistics: file with mean and std of a generator's latents (latents_stats.pt).
+        classes: number of classes of latents; by default the largest label plus one.
     """
     from openpae.interop.released import released_kind
     from openpae.storage.outputs import check_outputs
@@ -82,7 +81,7 @@ def _import_generator(
         released, released_module.released_generator_config(released)
     )
     generator.set_statistics(*released_module.read_statistics(statistics))
-    # Latents of a tokenizer that is not ours can be sampled, but no tokenizer of ours decodes them.
+    # Without its tokenizer the generator can sample latents, but no tokenizer here decodes them.
     generator.made_with = "unknown" if tokenizer is None else identity_of(tokenizer).fingerprint
     generator.save_pretrained(out)
     c, h, w = generator.config.latent_shape
@@ -118,13 +117,13 @@ def export(
     format: Literal["torch-export", "onnx"] = "torch-export",
     tolerance: float = 1e-4,
 ) -> None:
-    """Write a tokenizer's encode and decode, or a generator's velocity, as graphs that run without openpae.
+    """Export a tokenizer's encode and decode, or a generator's velocity, as graphs that run without openpae.
 
     Args:
         model: a tokenizer or generator folder, or a run folder.
-        out: new folder for the graphs and export.json, which describes them.
+        out: new folder for the graphs and their description, export.json.
         format: torch-export (.pt2 files, for torch.export.load) or onnx (needs the extra openpae[onnx]).
-        tolerance: each graph is run beside the model; it may differ by so much.
+        tolerance: largest allowed difference between the outputs of graph and model.
     """
     from openpae import config as configs
     from openpae.interop.export import export_model
@@ -154,9 +153,9 @@ def push(
 
     Args:
         folder: a model or run folder, or a folder with the subfolders tokenizer and generator.
-        repo: name on the hub; made where it does not exist.
-        licence: of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0, ...
-        private: make a new repository that only you can see.
+        repo: name on the hub; it is created if it does not exist.
+        licence: licence of the weights, as the hub names it: apache-2.0, cc-by-sa-4.0, ...
+        private: create a new repository as private.
         dry_run: upload nothing; list the files and print the card.
     """
     from openpae.storage import hub

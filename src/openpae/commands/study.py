@@ -1,17 +1,17 @@
-"""The command that runs studies."""
+"""`pae study`: run grids of trainings."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from openpae import config as configs
-from openpae.commands.console import at_least_one, tell
+from openpae.commands.console import at_least_one, say_on_rank0
 
 if TYPE_CHECKING:
     from openpae.study.settings import StudyData
@@ -34,30 +34,26 @@ def study(
 ) -> None:
     """Run a grid of trainings and measurements, and compare it with the paper: table, verdicts, report.
 
-    What is done is never done again: the same command goes on after an interruption, and studies that
-    share an OUT share what they have in common. Under torchrun all processes share each stage.
+    Finished stages are not repeated: an interrupted command resumes when it is run again, and studies with
+    the same OUT share their common stages. Under torchrun all processes share each stage.
 
     Args:
-        studies: presets (study/table2a-small) or files, one or several; several also get a report of all.
-        images: training images, one subfolder per class; by default those that the studies name
-            (data/tiny-imagenet-100 at small size).
-        held_out: other images of the same classes, on which tokenizers are measured; given with images.
-        label_images: images with label maps, for SSC; without them it is left out.
-        label_maps: their maps: index PNGs named as the images, or a COCO panoptic JSON.
-        reference: what samples are compared with, an npz in ADM's layout or images; the training images by
-            default.
-        out: folder for everything.
+        studies: presets (study/table2a-small) or files; several studies also get a common report.
+        images: training images, one subfolder per class; by default the images that the studies name.
+        held_out: other images of the same classes, for measuring tokenizers; needs images.
+        label_images: images with label maps, for SSC; without them SSC is left out.
+        label_maps: their label maps: index PNGs of the same names, or a COCO panoptic JSON.
+        reference: images or an npz in ADM's layout to compare samples with; by default the training images.
+        out: folder for all results.
         set: changes to all rows: STAGE.FIELD=VALUE, such as tokenizer.loop.steps=5000.
-        rows: take only these rows, such as one per job of a cluster.
-        seeds: in place of the study's own.
-        workers: processes; each has its share of the threads, and a GPU of its own where there are several.
-        dry_run: only tell what would be done, and how long it takes here.
+        rows: run only these rows.
+        seeds: seeds that replace the study's own.
+        workers: number of processes; they divide the threads, and the GPUs if there are several.
+        dry_run: print the stages and the estimated time on this machine; run nothing.
     """
     at_least_one(workers=workers)
     if not studies:
-        raise ValueError(
-            "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
-        )
+        raise ValueError("pae study needs at least one STUDY, a file or a preset such as study/table2a-small")
     from openpae.runtime import processes
     from openpae.storage.outputs import check_outputs
     from openpae.study.plan import make_plan, own_data
@@ -71,28 +67,20 @@ def study(
     check_outputs(into=out, inputs=[*given.values(), reference])
     plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
-        known = estimates(plan, rehearse=True, tell=lambda line: print(line, file=sys.stderr))
+        known = estimates(plan, rehearse=True, log=lambda line: print(line, file=sys.stderr))
         print(describe_plan(plan, known, workers))
         return
-    where = given | {"reference": reference}
-    words = [
-        *studies,
-        *(["--set", *set] if set else []),
-        *(["--rows", *rows] if rows else []),
-        *(["--seeds", *map(str, seeds)] if seeds else []),
-        *(f"--{name} {_last(path)}" for name, path in where.items() if path is not None),
-    ]
+    command = _command(studies, {"set": set, "rows": rows, "seeds": seeds}, given | {"reference": reference})
     with processes.process_group():
-        failed = run_plan(plan, workers=workers, command=f"pae study {' '.join(words)}", tell=tell)
-        for one in plan.studies:
-            folder = out / one.name
-            tell(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
+        failed = run_plan(plan, workers=workers, command=command, log=say_on_rank0)
+        for folder in (out / study.name for study in plan.studies):
+            say_on_rank0(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
     if failed:
         raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
 
 
 def _data(given: Mapping[str, Path | None]) -> StudyData | None:
-    """The images that the command names; None where it names none. A data set is given whole."""
+    """Return the images that the command names, or None. Training and held-out images go together."""
     from openpae.study.settings import StudyData
 
     images, held_out = given["images"], given["held-out"]
@@ -113,6 +101,13 @@ def _data(given: Mapping[str, Path | None]) -> StudyData | None:
     return None
 
 
-def _last(path: Path) -> str:
-    """The last two parts of a path: a report that is handed around need not tell where a home is."""
-    return "/".join(path.resolve().parts[-2:])
+def _command(
+    studies: Sequence[str], options: Mapping[str, Sequence[object]], paths: Mapping[str, Path | None]
+) -> str:
+    """Return the command for the report, with the last two parts of each path: a report may be published."""
+    words = ["pae study", *studies]
+    for name, values in options.items():
+        words += [f"--{name}", *map(str, values)] if values else []
+    for name, path in paths.items():
+        words += [] if path is None else [f"--{name} {'/'.join(path.resolve().parts[-2:])}"]
+    return " ".join(words)

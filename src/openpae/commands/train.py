@@ -1,4 +1,4 @@
-"""Commands that train, and that encode what the next stage trains on."""
+"""Commands that train, and that prepare the inputs of the next stage."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from openpae.commands.console import (
     Progress,
     TokenizerPath,
     at_least_one,
+    print_classes,
     print_run,
+    print_skipped,
     run_of,
+    say_on_rank0,
     take_option,
-    tell,
-    tell_classes,
-    tell_skipped,
 )
 from openpae.models.configs import size_fields
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -37,7 +37,7 @@ def train_tokenizer(argv: Sequence[str]) -> None:
 
 
 def train_refiner(argv: Sequence[str]) -> None:
-    """Train the targets of SSR and SCR on images: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
+    """Train the refiner, the targets of SSR and SCR: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
     run, run_dir = run_of(RefinerRun, argv, "train-refiner")
     from openpae.runtime import processes
     from openpae.train.refiner import train_refiner
@@ -50,7 +50,7 @@ def train_refiner(argv: Sequence[str]) -> None:
 def train_generator(argv: Sequence[str]) -> None:
     """Train a generator on cached latents: pae train-generator CONFIG RUN_DIR [--field value ...].
 
-    --model.size s, b, l, xl, 1p0b or 1p6b sets layers, width and heads together.
+    --model.size s, b, l, xl, 1p0b or 1p6b sets layers, width and heads.
     """
     argv, size = take_option(argv, "--model.size")
 
@@ -77,17 +77,17 @@ def cache_latents(
     skip_broken: bool = False,
     whole_content: bool = False,
 ) -> None:
-    """Encode images and their mirror images once; the generator trains on the result.
+    """Encode images and their mirror images once; pae train-generator reads the result.
 
     Args:
         tokenizer: a tokenizer folder or a run folder of pae train-tokenizer.
         images: folder of images, or packed images.
-        out: folder for the latents; an interrupted run goes on.
+        out: folder for the latents; an interrupted command resumes when it is run again.
         batch_size: images per forward pass.
-        precision: bf16 is quicker on most machines.
-        device: auto takes a GPU if there is one.
+        precision: precision of the encoder; bf16 is faster on most machines.
+        device: auto uses a GPU if there is one.
         skip_broken: leave out files that cannot be decoded, and name them.
-        whole_content: of a folder of images: let its fingerprint cover all of every file, as pae pack does.
+        whole_content: compute the fingerprint of a folder of images from all bytes, as in pae pack.
     """
     at_least_one(batch_size=batch_size)
     from openpae.data import caches
@@ -100,11 +100,11 @@ def cache_latents(
 
     check_outputs(into=out, inputs=[tokenizer, images])
     with processes.process_group(device):
-        where = pick_device(device)
-        model = saved.load_tokenizer(tokenizer).to(where)
+        torch_device = pick_device(device)
+        model = saved.load_tokenizer(tokenizer).to(torch_device)
 
         def encode(x: Any) -> Any:
-            with autocast(where, precision):
+            with autocast(torch_device, precision):
                 return model.encode(x)
 
         with Progress("encoding", "img") as progress:
@@ -117,13 +117,13 @@ def cache_latents(
                 tokenizer_fingerprint=identity_of(tokenizer).fingerprint,
                 precision=precision,
                 batch_size=batch_size,
-                device=where,
+                device=torch_device,
                 skip_broken=skip_broken,
                 progress=progress,
             )
-        tell(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
-        tell_classes(shards.attributes["classes"], shards.labels)
-        tell_skipped(shards.index["skipped"])
+        say_on_rank0(f"{len(shards):,} latents {shards.shape[1:]} and their mirror images in {out}")
+        print_classes(shards.attributes["classes"], shards.labels)
+        print_skipped(shards.index["skipped"])
 
 
 def fit_targets(
@@ -141,29 +141,24 @@ def fit_targets(
     encoder_source: str | None = None,
     device: Device = "auto",
 ) -> None:
-    """Make raw targets of SSR and SCR: PCA or random projection of VFM features, unrefined (Table 2b).
+    """Fit raw targets of SSR and SCR: a PCA or random projection of VFM features, not refined (Table 2b).
 
     Args:
-        encoder: the VFM, a row of the encoder table, such as dinov2-l.
+        encoder: name of the VFM, such as dinov2-l.
         images: folder of images, or packed images.
-        out: folder for the targets; train-tokenizer takes it as --prior.
-        kind: principal components, or a random subspace, which looks at no image.
-        latent_dim: channels; those of the tokenizer's latent.
-        image_size: side in pixels; that of the tokenizer.
-        patch_size: pixels per token and axis; that of the tokenizer's decoder.
-        count: images to take, evenly spread.
+        out: folder for the targets, the --prior of pae train-tokenizer.
+        kind: pca fits principal components; random uses no image.
+        latent_dim: channels of the tokenizer's latent.
+        image_size: side in pixels of the tokenizer's images.
+        patch_size: pixels per token and axis of the tokenizer's decoder.
+        count: number of images, evenly spread.
         batch_size: images per forward pass.
-        seed: of the random subspace.
-        encoder_source: hub name or local folder of the VFM's weights; the row's own by default.
-        device: auto takes a GPU if there is one.
+        seed: seed of the random projection.
+        encoder_source: hub name or local folder of the VFM's weights.
+        device: auto uses a GPU if there is one.
     """
-    at_least_one(
-        latent_dim=latent_dim,
-        image_size=image_size,
-        patch_size=patch_size,
-        count=count,
-        batch_size=batch_size,
-    )
+    at_least_one(latent_dim=latent_dim, image_size=image_size, patch_size=patch_size)
+    at_least_one(count=count, batch_size=batch_size)
     from openpae.data.images import open_images
     from openpae.models.encoders import load_encoder
     from openpae.runtime.device import pick_device
@@ -186,6 +181,4 @@ def fit_targets(
             device=pick_device(device),
             progress=progress,
         )
-    print(
-        f"raw targets ({kind}, {latent_dim} channels) in {out}; pass them to train-tokenizer as --prior {out}"
-    )
+    print(f"raw targets ({kind}, {latent_dim} channels) in {out}; use: train-tokenizer --prior {out}")

@@ -1,4 +1,4 @@
-"""From what a step needs to what a run needs: whether it fits a card, how long it takes, what it writes."""
+"""Estimate what a run needs from one step: memory on a card, time, and disk space."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from openpae.runtime.cards import card
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 ROOM = 0.9
-"""Share of a card's memory that tensors may take: the rest is the driver's, libraries' and fragments."""
+"""Share of a card's memory for tensors. Driver, libraries and fragmentation take the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The device batches that fit, with so many checkpointed blocks."""
+    """The device batches that fit with a number of checkpointed blocks."""
 
     checkpoint_blocks: int
     largest: int
-    """Images that fit; 0 where not one does."""
+    """Largest device batch that fits; 0 if one image does not fit."""
     device_batch: int
-    """The largest of them that divides what a process sees of the global batch; 0 where none does."""
+    """Largest one that divides the images per process; 0 if none does."""
     peak: int
-    """Bytes at that device batch."""
+    """Peak memory in bytes at that device batch."""
     operations: float
-    """Of an image in a step at its dearest."""
+    """Operations per image in the most expensive step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run needs."""
+    """Memory, time and disk space of a run."""
 
     run: Run
     settings: PlanSettings
     trial: Trial
     fits: tuple[Fit, ...]
-    """Without checkpointed blocks, and with all where the model has them."""
+    """Fits without checkpointed blocks, and with all blocks checkpointed if the model has blocks."""
     problems: tuple[str, ...]
-    """What is wrong, a sentence each."""
+    """One sentence for each problem of the config."""
     notes: tuple[str, ...]
-    """What the figures leave out."""
+    """One sentence for each thing that the figures leave out."""
 
     @property
     def images(self) -> int:
-        """Images that training sees."""
+        """Number of images that training sees."""
         return self.run.loop.steps * self.run.loop.global_batch_size
 
     @property
     def images_per_second(self) -> float:
-        """Of all GPUs, at the stated utilisation."""
+        """Training speed of all GPUs at the assumed utilisation."""
         kind, operations = card(self.settings.card), self.trial.operations
         seconds = sum(
             count / (kind.half if name in ("bfloat16", "float16") else kind.full)
@@ -66,35 +66,35 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the run."""
+        """Training time in hours."""
         return self.images / self.images_per_second / 3600
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights and two moments of all that is trained, the average, and the exported weights; float32."""
+        """Bytes of a checkpoint in float32: trained weights, two moments, average and exported weights."""
         averaged = self.run.loop.ema_decay is not None
         return 4 * (3 * self.trial.trained + (1 + averaged) * self.trial.exported)
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        """Caches that belong to the run, by name."""
+        """Bytes of the caches of the run, by name."""
         run, images = self.run, self.settings.images
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         if not isinstance(run, RefinerRun):
-            found["latents"] = images * 2 * 2 * math.prod(run.model.latent_shape)  # bfloat16, and mirrored
+            sizes["latents"] = images * 2 * 2 * math.prod(run.model.latent_shape)  # bfloat16, and mirrored
         if not isinstance(run, GeneratorRun) and run.data.feature_cache is not None:
             name = run.encoder if isinstance(run, RefinerRun) else run.model.encoder
             flips = 2 if run.data.augment == "flip" else 1
-            found["features"] = images * 2 * flips * math.prod(run.model.grid_shape) * encoder_spec(name).dim
-        return found
+            sizes["features"] = images * 2 * flips * math.prod(run.model.grid_shape) * encoder_spec(name).dim
+        return sizes
 
 
 def plan_run(run: Run, settings: PlanSettings) -> Plan:
-    """Plan a run on so many cards of a kind.
+    """Plan a run on a number of equal cards.
 
     Args:
-        run: its config.
-        settings: where it is to be trained.
+        run: config of the run.
+        settings: cards, and how they are used.
 
     Raises:
         ValueError: see `trial.try_run`.
@@ -124,23 +124,22 @@ def plan_run(run: Run, settings: PlanSettings) -> Plan:
 
 
 def largest_fit(run: Run, gpus: int, free: int, trial: Trial | None = None) -> Fit:
-    """The largest device batch whose peak fits.
+    """Find the largest device batch whose peak memory fits.
 
-    A peak is the largest of some sums that grow with the batch along straight lines: two sizes give the line,
-    and the device batch that follows is tried.
+    The peak is nearly linear in the batch. Two sizes give the line, and the resulting device batch is tried.
 
     Args:
-        run: its config.
-        gpus: processes.
+        run: config of the run.
+        gpus: number of processes.
         free: bytes for tensors.
-        trial: of the run as it stands, where it is known.
+        trial: trial of the unchanged run, if there is one.
     """
     own, blocks = run.loop.global_batch_size // gpus, getattr(run, "checkpoint_blocks", 0)
     tried: dict[int, Trial] = {}
 
     def at(batch: int) -> Trial:
         if batch not in tried:
-            # Where a step has several device batches, its gradients lie beside the next one's activations.
+            # With several device batches per step, gradients coexist with the next batch's activations.
             parts = 2 if batch < own else 1
             size = {"global_batch_size": batch * parts * gpus, "device_batch_size": batch}
             tried[batch] = try_run(planned_run(run, **size), gpus)
@@ -153,19 +152,19 @@ def largest_fit(run: Run, gpus: int, free: int, trial: Trial | None = None) -> F
     slope = (at(second).peak.total - at(first).peak.total) / (second - first)
     largest = max(0, math.floor(first + (free - at(first).peak.total) / slope))
     for batch in sorted((part for part in range(1, min(own, largest) + 1) if own % part == 0), reverse=True):
-        if (found := at(batch)).peak.total <= free:
+        if (fitting := at(batch)).peak.total <= free:
             return Fit(
                 checkpoint_blocks=blocks,
                 largest=largest,
                 device_batch=batch,
-                peak=found.peak.total,
-                operations=found.dearest,
+                peak=fitting.peak.total,
+                operations=fitting.most_operations,
             )
     return Fit(checkpoint_blocks=blocks, largest=0, device_batch=0, peak=0, operations=0.0)
 
 
-def facts(plan: Plan) -> dict[str, Any]:
-    """A plan as plain data; bytes, operations, hours."""
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """Return a plan as plain data: bytes, operations, hours."""
     trial = plan.trial
     return {
         "run": type(plan.run).__name__,
@@ -189,19 +188,19 @@ def facts(plan: Plan) -> dict[str, Any]:
 
 
 def room(name: str) -> int:
-    """Bytes of a card that tensors may take."""
+    """Return the bytes of a card for tensors."""
     return int(ROOM * card(name).gib * 2**30)
 
 
 def _blocks(run: Run) -> int:
-    """Blocks whose activations may be computed again."""
+    """Return the number of blocks that can be checkpointed."""
     if isinstance(run, GeneratorRun):
         return run.model.num_blocks
     return run.model.decoder.num_layers if isinstance(run, TokenizerRun) else 0
 
 
 def _divided(loop: LoopConfig, gpus: int) -> tuple[LoopConfig, list[str]]:
-    """The loop with batches that so many processes can share, and what had to be changed."""
+    """Return the loop with batches that divide over the processes, and the changes as sentences."""
     problems = []
     images, part = loop.global_batch_size, loop.device_batch_size
     if images % gpus:
@@ -222,12 +221,12 @@ def _divided(loop: LoopConfig, gpus: int) -> tuple[LoopConfig, list[str]]:
 
 def _notes(run: Run) -> Iterator[str]:
     if run.loop.compile:
-        yield "planned without loop.compile, which needs less memory; how much less is not known here"
+        yield "planned without loop.compile, which needs less memory by an unknown amount"
     if isinstance(run, RefinerRun) and run.upsampler == "anyup":
-        yield "of AnyUp only its output is counted; its network is torch hub's"
+        yield "for AnyUp only the output is counted, not the network"
     prior = run.prior if isinstance(run, TokenizerRun) and run.loss.needs_prior else None
     if prior is not None and not prior.is_dir():
-        yield f"{prior} is not there; a refiner of the usual sizes is planned"
+        yield f"{prior} does not exist; planned with a refiner of the default sizes"
     yield "evaluation between steps is not planned"
 
 

@@ -1,5 +1,4 @@
-"""A run's own task under fake tensors: shapes without memory, N processes without a network, and frozen
-networks built from their configs without a download."""
+"""Build a run's task under fake tensors, which have shapes and no memory; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -61,15 +60,15 @@ VITS: dict[str, dict[str, Any]] = {
     "facebook/dino-vitb8": _DINO_B | {"patch_size": 8},
     "facebook/dino-vitb16": _DINO_B | {"patch_size": 16},
 }
-"""Published sizes of the ViTs that a discriminator may look through."""
+"""Published sizes of the ViTs that discriminators use."""
 
 
 @contextmanager
 def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
-    """Inside, tensors have shapes and no memory, and this is the first of so many processes.
+    """Enter a context where tensors have shapes and no memory, and this process is rank 0 of `processes`.
 
     Raises:
-        ValueError: the process is one of several already, or the values of a tensor are read.
+        ValueError: a process group exists already, or the values of a tensor are read.
     """
     if distributed.is_initialized():
         raise ValueError("pae plan runs in one process; start it without torchrun and give --gpus")
@@ -90,9 +89,9 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
 
 
 def build_task(run: Run) -> AnyTask:
-    """The task of a run, as its training makes it, inside of `fake_world`."""
+    """Build the task of a run, inside `fake_world`."""
     if isinstance(run, GeneratorRun):
-        return feeding(GeneratorTask(run), run)
+        return with_fake_batches(GeneratorTask(run), run)
     name, trainable = (
         (run.model.encoder, run.model.fusion == "finetune")
         if isinstance(run, TokenizerRun)
@@ -100,21 +99,21 @@ def build_task(run: Run) -> AnyTask:
     )
     encoder = build_encoder(name, trainable=trainable)
     if isinstance(run, TokenizerRun):
-        return feeding(TokenizerTask(run, encoder), run)
-    return feeding(RefinerTask(run, encoder), run)
+        return with_fake_batches(TokenizerTask(run, encoder), run)
+    return with_fake_batches(RefinerTask(run, encoder), run)
 
 
 def build_encoder(name: str, *, trainable: bool = False) -> FrozenEncoder:
-    """A VFM of the table from its published sizes, inside of `fake_world`."""
+    """Build a VFM from its published sizes, inside `fake_world`."""
     encoder: FrozenEncoder = _without_values(lambda: empty_encoder(name, trainable=trainable))
     return encoder
 
 
 def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:
-    """A discriminator whose frozen network has its published sizes and no weights of its own.
+    """Build a discriminator without loading the weights of its frozen network.
 
     Raises:
-        ValueError: the sizes of its source are not known, and it is no local folder.
+        ValueError: the sizes of its source are unknown, and it is no local folder.
     """
     if config.kind == "patch":
         return PatchDiscriminator(config.width, config.num_layers)
@@ -127,7 +126,7 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
             sizes = ViTConfig.from_pretrained(config.source, local_files_only=True)
         except OSError:
             raise ValueError(
-                f"the sizes of loss.discriminator.source {config.source!r} are not known here; give a local "
+                f"the sizes of loss.discriminator.source {config.source!r} are unknown; give a local "
                 f"folder or one of {', '.join(VITS)}"
             ) from None
     backbone = _without_values(lambda: ViTModel(sizes, add_pooling_layer=False))
@@ -135,7 +134,7 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
 
 
 def _without_values(build: Callable[[], Any]) -> Any:
-    """A network of the transformers package without its initial values: it looks at some while it draws."""
+    """Build a network of the transformers package without initialisation, which would read values."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
@@ -143,8 +142,8 @@ def _without_values(build: Callable[[], Any]) -> Any:
 
 
 def empty_prior(run: TokenizerRun) -> FrozenPrior:
-    """The refiner that a run names; where its folder is not there, one of the usual sizes."""
-    assert run.prior is not None  # or it is not asked for
+    """Build the refiner of a run; one of the default sizes if its folder does not exist."""
+    assert run.prior is not None
     spec, (h, w) = encoder_spec(run.model.encoder), run.model.grid_shape
     sizes = RefinerConfig(
         feature_dim=spec.dim,
@@ -158,8 +157,8 @@ def empty_prior(run: TokenizerRun) -> FrozenPrior:
     return FrozenPrior(Refiner(sizes))
 
 
-def feeding(task: T, run: Run) -> T:
-    """The task with batches of the run's shapes, the next of which is there while one is used."""
+def with_fake_batches(task: T, run: Run) -> T:
+    """Give a task batches of the run's shapes. Like a loader, it prepares the next batch early."""
     latents = isinstance(run, GeneratorRun)
 
     def batches(steps: Sequence[int]) -> Iterator[Any]:
@@ -194,7 +193,7 @@ def _image_batch(run: Any, count: int) -> ImageBatch:
 
 
 def _stand_ins() -> list[tuple[Any, str, Any]]:
-    """What stands between a task and values, files or a network: module, name, stand-in."""
+    """Replacements for functions that read values, files or a network: module, name, stand-in."""
     files = SimpleNamespace(fingerprint=lambda: "")
     shared = [
         (module, name, stand_in)
@@ -208,7 +207,7 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
     ]
     return [
         *shared,
-        (nn.Module, "to", lambda module, *_, **__: module),  # all are where and what they should be
+        (nn.Module, "to", lambda module, *_, **__: module),  # device and dtype are correct already
         (tokenizer, "cache_targets", lambda *_, **__: None),
         (tokenizer, "load_perceptual", lambda net, *_: LPIPS("alex" if net == "random" else net)),
         (tokenizer, "build_discriminator", empty_discriminator),
@@ -227,7 +226,7 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
 
 
 def _uncached() -> list[tuple[Any, str, Any]]:
-    """Tables that a network keeps for its next call must not outlive the fake mode."""
+    """Replacements for cached functions, whose fake results must not outlive the mode."""
     from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
     name = "get_patches_center_coordinates"
@@ -235,7 +234,7 @@ def _uncached() -> list[tuple[Any, str, Any]]:
 
 
 def planned_batches(loop: LoopConfig) -> list[range]:
-    """The first and the last device batch of a step: those between them are like the last."""
+    """Return the first and last device batch of a step; those between equal the last."""
     parts = device_batches(loop)
     return [parts[0], parts[-1]] if len(parts) > 1 else parts
 
@@ -252,19 +251,19 @@ def _latents(_: Any, model: GeneratorConfig) -> SimpleNamespace:
 
 def _generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> LatentGenerator:
     model = build_generator(config, checkpoint_blocks=checkpoint_blocks)
-    model.set_statistics = lambda *_: None  # type: ignore[method-assign]  # it looks at their values
+    model.set_statistics = lambda *_: None  # type: ignore[method-assign]  # it reads values
     return model
 
 
 class _Upsampler(nn.Module):
-    """Gives maps of the size that AnyUp gives; its own network is torch hub's, and not built here."""
+    """Return maps of AnyUp's size. The network itself, from torch hub, is not built."""
 
     def forward(self, guide: Tensor, features: Tensor) -> Tensor:
         return interpolate(features, guide.shape[-2:])
 
 
 class _Replicated(DistributedDataParallel):
-    """Averages nothing; its buckets are those of the real one before it orders them anew."""
+    """DDP that averages nothing. It keeps the first order of its buckets."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -273,7 +272,7 @@ class _Replicated(DistributedDataParallel):
 
 
 class _Reducer:
-    """DDP's own, which would copy values where it orders its buckets anew."""
+    """DDP's reducer without the reordering of buckets, which copies values."""
 
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer
@@ -293,7 +292,7 @@ def _done(value: Tensor) -> torch.futures.Future[Tensor]:
 
 @contextmanager
 def _refusing_reads() -> Iterator[None]:
-    """Say where the values of a fake tensor are read: on a GPU the host would wait there."""
+    """Raise a ValueError with the line that reads values of a fake tensor; on a GPU the host would wait."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -315,5 +314,5 @@ def _read_at(error: Exception, operation: str) -> str:
 
 
 def _mesh(device: str, shape: tuple[int, ...]) -> DeviceMesh:
-    with unset_fake_temporarily():  # the ranks are values
+    with unset_fake_temporarily():  # the mesh needs real values
         return init_device_mesh(device, shape)

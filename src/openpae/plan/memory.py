@@ -1,5 +1,4 @@
-"""Memory and operations of what runs under fake tensors: bytes by kind, their peak, and the module at the
-peak."""
+"""Count memory and operations under fake tensors: bytes by kind, their peak, and the module at the peak."""
 
 from __future__ import annotations
 
@@ -26,16 +25,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The moment at which most memory is in use."""
+    """Memory at the moment of the highest total."""
 
     bytes: Mapping[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    """By kind."""
+    """Bytes by kind."""
     at: str = ""
-    """The module that runs, and the pass."""
+    """The running module, and the pass."""
 
     @property
     def total(self) -> int:
-        """Of all kinds."""
+        """Bytes of all kinds."""
         return sum(self.bytes.values())
 
 
@@ -49,20 +48,20 @@ class _Block:
 
 
 class Tracker(TorchDispatchMode):
-    """Follows each tensor of a fake mode as long as it lives, and counts operations.
+    """Count the memory of each living tensor of a fake mode, and operations.
 
-    Tensors made while gradients are recorded are activations, those that checkpointed blocks compute again
-    included; others are temporary. `mark` and `making` name the other kinds.
+    Tensors made while gradients are recorded are activations, also in recomputed blocks. Others are
+    temporary. `mark` and `making` set the other kinds.
 
     Args:
-        mode: the fake mode; tensors of another do not count.
+        mode: the fake mode; tensors of other modes do not count.
         round_to: bytes of the allocator's smallest block; 512 on a GPU.
     """
 
     def __init__(self, mode: FakeTensorMode, round_to: int = 512) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.mode, self.round_to = mode, round_to
-        self.now: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self.in_use: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.total = 0
         self._blocks: dict[int, _Block] = {}
         self._kind: Kind | None = None
@@ -73,30 +72,30 @@ class Tracker(TorchDispatchMode):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the peak and the operations so far. What is in use stays so."""
-        self.peak = Peak(bytes=dict(self.now), at="between steps")
+        """Reset the peak and the operations. Memory in use stays counted."""
+        self.peak = Peak(bytes=dict(self.in_use), at="between steps")
         self._highest = self.total
         self.operations: dict[torch.dtype, int] = {}
-        """Operations of matrix products and convolutions by the type of their numbers."""
+        """Operations of matrix products and convolutions, by dtype."""
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """Say of which kind these tensors are."""
+        """Set the kind of tensors."""
         for tensor in tensors:
             part = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             self._follow(part)
             if (block := self._blocks.get(part.untyped_storage()._cdata)) is not None:
-                self.now[block.kind] -= block.size
-                self.now[kind] += block.size
+                self.in_use[block.kind] -= block.size
+                self.in_use[kind] += block.size
                 block.kind = kind
 
     def name(self, prefix: str, module: nn.Module) -> None:
-        """Name the modules in this one for `Peak.at`."""
+        """Name a module and its submodules for `Peak.at`."""
         for name, part in module.named_modules():
             self._names.setdefault(id(part), f"{prefix}.{name}" if name else prefix)
 
     @contextmanager
     def making(self, kind: Kind) -> Iterator[None]:
-        """Inside, new tensors are of this kind."""
+        """Enter a context where new tensors have this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -149,12 +148,12 @@ class Tracker(TorchDispatchMode):
     def _resize(self, key: int, size: int) -> None:
         block = self._blocks[key]
         size = math.ceil(size / self.round_to) * self.round_to
-        self.now[block.kind] += size - block.size
+        self.in_use[block.kind] += size - block.size
         self.total += size - block.size
         block.size = size
         if self.total > self._highest:
             self._highest = self.total
-            self.peak = Peak(bytes=dict(self.now), at=self._at())
+            self.peak = Peak(bytes=dict(self.in_use), at=self._at())
 
     def _forget(self, key: int) -> None:
         self._resize(key, 0)
@@ -169,10 +168,10 @@ class Tracker(TorchDispatchMode):
     def _at(self) -> str:
         if self._kind is not None:
             return self._kind
-        again = torch._C._current_graph_task_id() >= 0  # in a backward pass
+        in_backward = torch._C._current_graph_task_id() >= 0
         if self._running:
-            return f"{self._running[-1]}, {'computed again' if again else 'forward'}"
-        return f"{self._backward}, backward" if again else "between modules"
+            return f"{self._running[-1]}, {'recomputed' if in_backward else 'forward'}"
+        return f"{self._backward}, backward" if in_backward else "between modules"
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
         if (name := self._names.get(id(module))) is not None:
@@ -204,7 +203,7 @@ def _attention_operations(query: Any, key: Any, value: Any, *_: Any, **__: Any) 
 
 
 def _attention_backward_operations(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    # As PyTorch counts other fused attentions: the scores again, and a product each for dq, dk, dv and ds.
+    # As in PyTorch: the scores are recomputed; dq, dk, dv and ds take one product each.
     return _attention_operations(query, key, value) * 5 // 2
 
 
@@ -216,7 +215,7 @@ _OPERATIONS: dict[Any, Any] = {
 
 
 def partial_method(method: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A function, which a class binds to its instances, that calls `method(plain, instance, ...)`."""
+    """Return a function that calls `method(plain, instance, ...)` when a class binds it."""
 
     def bound(instance: Any, *args: Any, **kwargs: Any) -> Any:
         return method(plain, instance, *args, **kwargs)

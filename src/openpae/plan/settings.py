@@ -1,4 +1,4 @@
-"""Where a run is to be trained, for `pae plan`."""
+"""Settings of `pae plan`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ IMAGENET = 1_281_167
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """Where a run is to be trained."""
+    """The cards to plan for, and how they are used."""
 
     gpus: int = 1
-    """GPUs, one process each."""
+    """Number of GPUs, with one process each."""
     card: str = "h100"
-    """A row of openpae.runtime.cards.CARDS."""
+    """Name of a card in openpae.runtime.cards.CARDS."""
     parallel: Literal["ddp", "fsdp"] | None = None
-    """As loop.parallel; null takes the config's."""
+    """loop.parallel; null takes the value of the config."""
     utilisation: float = 0.4
-    """Share of the card's operations per second that training reaches: an assumption."""
+    """Assumed share of the card's peak operations per second that training reaches."""
     images: int = IMAGENET
-    """Images of the data set, for the size of caches."""
+    """Number of images in the data set, for the size of caches."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--", gpus="[1, inf)", images="[1, inf)", utilisation="(0, 1]")

@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _GIB = 2**30
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The lines of `pae plan`."""
-    yield from _table("where", list(_place(plan)))
-    yield from _table("what a step needs", list(_needs(plan)))
+    """Yield the lines of `pae plan`."""
+    yield from _table("hardware", list(_hardware(plan)))
+    yield from _table("a training step", list(_step(plan)))
     yield from _table(f"memory of a GPU at its peak, in {plan.trial.peak.at}", list(_memory(plan)))
     yield from _table("device batches that fit", [_fit(fit) for fit in plan.fits])
     yield from _table("the run", list(_totals(plan)))
     yield ""
-    yield from (f"wrong: {problem}" for problem in plan.problems)
+    yield from (f"problem: {problem}" for problem in plan.problems)
     yield from (f"note: {note}" for note in plan.notes)
 
 
@@ -28,7 +28,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Iterator[str]:
     yield from (f"  {name:{width}}  {value}" for name, value in rows)
 
 
-def _place(plan: Plan) -> Iterator[tuple[str, str]]:
+def _hardware(plan: Plan) -> Iterator[tuple[str, str]]:
     settings, loop = plan.settings, plan.run.loop
     processes = f" ({loop.parallel})" if settings.gpus > 1 else ""
     yield "GPUs", f"{settings.gpus} x {settings.card}{processes}"
@@ -39,12 +39,12 @@ def _place(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "global batch", f"{loop.global_batch_size:,} images: {each}"
 
 
-def _needs(plan: Plan) -> Iterator[tuple[str, str]]:
+def _step(plan: Plan) -> Iterator[tuple[str, str]]:
     trial = plan.trial
     yield "parameters", f"{trial.trained / 1e6:,.1f} M trained, {trial.frozen / 1e6:,.1f} M frozen"
     yield "operations of an image", f"{sum(trial.operations.values()) / 1e9:,.1f} G, the mean over the run"
-    yield "with every loss", f"{trial.dearest / 1e9:,.1f} G"
-    yield "reads of values", "none: no step waits"
+    yield "with every loss", f"{trial.most_operations / 1e9:,.1f} G"
+    yield "reads of values", "none: no step waits for the GPU"
 
 
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:

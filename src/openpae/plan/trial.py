@@ -1,4 +1,4 @@
-"""Two steps of a run under fake tensors, and what they need."""
+"""Run two steps of a training under fake tensors, and count memory and operations."""
 
 from __future__ import annotations
 
@@ -21,35 +21,34 @@ from openpae.train.settings import GeneratorRun, TokenizerRun
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a process of a run needs for a step at its dearest, when every loss counts."""
+    """Memory and operations of one process in the most expensive step, when all losses are active."""
 
     device_batch: int
     """Images per forward pass."""
     trained: int
-    """Parameters that the optimizers change."""
+    """Number of trained parameters."""
     frozen: int
-    """Parameters of the networks beside them."""
+    """Number of frozen parameters."""
     exported: int
-    """Trained parameters of the model that is exported and averaged."""
+    """Number of trained parameters of the exported model, which is also averaged."""
     peak: Peak
-    """Of the last step, on one device."""
+    """Peak memory of the last step on one device."""
     lasting: Mapping[Kind, int]
-    """Bytes by kind between two steps."""
+    """Bytes in use between two steps, by kind."""
     operations: Mapping[str, float]
-    """Operations of an image by the type of their numbers: the mean over the run where all its phases are
-    tried, else of the last step."""
-    dearest: float
-    """Operations of an image in the last step, of all types."""
+    """Operations per image by dtype: the mean over the run if all phases were run, else of the last step."""
+    most_operations: float
+    """Operations per image in the last step, summed over dtypes."""
 
 
 def planned_run(run: Run, **loop: Any) -> Run:
-    """The run as it is planned: on this machine's fake tensors, without compile, evaluation and files.
+    """Return the config for a trial: on the CPU, without compile, evaluation and files.
 
     Args:
-        run: a run's config.
-        loop: fields of its loop that are to be others.
+        run: config of the run.
+        loop: fields of its loop to replace.
     """
-    # skip: as on a GPU, which is asked for no value. compile: it saves memory, and its steps cannot be faked.
+    # skip reads no values of tensors. Compiled steps cannot run under fake tensors.
     plain: dict[str, Any] = {
         "device": "cpu",
         "compile": False,
@@ -68,20 +67,20 @@ def planned_run(run: Run, **loop: Any) -> Run:
 
 
 def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 512) -> Trial:
-    """Build a run's task, and take two steps of the phase in which all its losses count.
+    """Build a run's task, and run two steps of the phase in which all losses are active.
 
     Args:
-        run: as `planned_run` gives it.
-        gpus: processes that share the global batch.
-        phases: take one of each phase before, for the mean of their operations.
+        run: result of `planned_run`.
+        gpus: number of processes that share the global batch.
+        phases: first run one step of each phase, for the mean number of operations.
         round_to: see `Tracker`.
 
     Raises:
-        ValueError: the config does not fit the number of processes, its networks are not known, or a step
+        ValueError: the config does not fit the number of processes, its networks are unknown, or a step
             reads the values of a tensor.
     """
     with fake_world(gpus) as mode, Tracker(mode, round_to) as tracker:
-        # What is left of building, weights aside, is DDP's buckets, where gradients are kept.
+        # Apart from weights, only DDP's buckets stay after building; they hold gradients.
         with tracker.making("gradients"):
             task = build_task(run)
         networks = _networks(task)
@@ -96,13 +95,13 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
         shares, steps = _phases(run)
         if not phases:
             shares, steps = [1.0], steps[-2:]
-        found: list[Mapping[torch.dtype, int]] = []
+        counts: list[Mapping[torch.dtype, int]] = []
         tracker.reset()
         for state in loop_module.trial_steps(task, run.optim, run.loop, steps):
             if state.ema is not None:
                 tracker.mark("average", state.ema.average.values())
-            found.append(tracker.operations)
-            peak, lasting = tracker.peak, dict(tracker.now)
+            counts.append(tracker.operations)
+            peak, lasting = tracker.peak, dict(tracker.in_use)
             tracker.reset()
         trained = {id(w): w for o in task.optimizers.values() for g in o.param_groups for w in g["params"]}
         return Trial(
@@ -112,19 +111,19 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
             exported=sum(w.numel() for w in state.exported.parameters() if w.requires_grad),
             peak=peak,
             lasting=lasting,
-            operations=_per_image(found, shares, images := len(parts) * len(parts[0])),
-            dearest=sum(found[-1].values()) / images,
+            operations=_per_image(counts, shares, images := len(parts) * len(parts[0])),
+            most_operations=sum(counts[-1].values()) / images,
         )
 
 
 def _networks(task: AnyTask) -> dict[str, nn.Module]:
-    """All networks that a step runs, by the name of their player or of the task's attribute."""
+    """Return all networks of a step, by the name of their player or of the task's attribute."""
     parts = {name: part for name, part in vars(task).items() if isinstance(part, nn.Module)}
     return {name: unwrap(player) for name, player in task.players.items()} | parts
 
 
 def _phases(run: Run) -> tuple[list[float], list[int]]:
-    """Shares of the run with one set of losses each, and the steps to take: one of each, and the dearest."""
+    """Return each phase's share of the run, and the steps to run: one per phase, and the most expensive."""
     starts, every = {0}, 0
     if isinstance(run, TokenizerRun):
         loss, every = run.loss, run.loss.gradients_every
@@ -136,13 +135,16 @@ def _phases(run: Run) -> tuple[list[float], list[int]]:
     known = sorted(start for start in starts if start == 0 or start < run.loop.steps)
     ends = [*known[1:], run.loop.steps]
     steps = [start + 1 if every and start % every == 0 else start for start in known]
-    dearest = math.ceil((known[-1] + 1) / every) * every if every else known[-1] + 1
-    return [(end - start) / run.loop.steps for start, end in zip(known, ends, strict=True)], [*steps, dearest]
+    most_expensive = math.ceil((known[-1] + 1) / every) * every if every else known[-1] + 1
+    return [(end - start) / run.loop.steps for start, end in zip(known, ends, strict=True)], [
+        *steps,
+        most_expensive,
+    ]
 
 
-def _per_image(found: list[Mapping[torch.dtype, int]], shares: list[float], images: int) -> dict[str, float]:
+def _per_image(counts: list[Mapping[torch.dtype, int]], shares: list[float], images: int) -> dict[str, float]:
     mean: dict[str, float] = {}
-    for operations, share in zip(found, shares, strict=False):  # the dearest step stands for itself
+    for operations, share in zip(counts, shares, strict=False):  # without the most expensive step
         for dtype, count in operations.items():
             name = str(dtype).removeprefix("torch.")
             mean[name] = mean.get(name, 0.0) + share * count / images
@@ -150,11 +152,11 @@ def _per_image(found: list[Mapping[torch.dtype, int]], shares: list[float], imag
 
 
 def _mark_gradient(tracker: Tracker, weight: Tensor) -> None:
-    if weight.grad is not None:  # FSDP has taken it already
+    if weight.grad is not None:  # None if FSDP has moved it
         tracker.mark("gradients", [weight.grad])
 
 
 def _count(networks: Mapping[str, nn.Module], trained: Mapping[int, Tensor]) -> int:
-    """Parameters that are not trained. What FSDP has cut into shards is left on the meta device."""
+    """Count the frozen parameters. Parameters that FSDP has sharded stay on the meta device."""
     weights = {id(w): w for network in networks.values() for w in network.parameters() if not w.is_meta}
     return sum(weight.numel() for key, weight in weights.items() if key not in trained)

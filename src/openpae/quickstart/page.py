@@ -1,6 +1,6 @@
-"""The page that `pae quickstart` ends with: pictures, curves, metrics, settings.
+"""The report of `pae quickstart`: pictures, curves, metrics, settings.
 
-No heading claims what the numbers below it could refute: headings are made from the numbers.
+Headings are computed from the measured numbers, so that they never contradict them.
 """
 
 from __future__ import annotations
@@ -33,51 +33,54 @@ _COLUMNS = 8
 _STAGES = ("refiner", "tokenizer", "generator")
 
 _WORDS = {
-    "psnr": ("PSNR ↑", "how close reconstructions are to their pictures, in dB"),
-    "ssim": ("SSIM ↑", "how much of the local structure they keep, up to 1"),
-    "lpips": ("LPIPS ↓", "how different they look to a network, from 0"),
-    "frechet": ("Frechet distance ↓", "how far the set of pictures is from real ones, in VGG16 features"),
-    "kid": ("KID ↓", "the same, by another measure that does not depend on the number of pictures"),
-    "precision": ("precision ↑", "share of the pictures that lie among real ones"),
+    "psnr": ("PSNR ↑", "similarity of a reconstruction to its picture, in dB"),
+    "ssim": ("SSIM ↑", "similarity of the local structure, at most 1"),
+    "lpips": ("LPIPS ↓", "perceptual difference in the features of a network, at least 0"),
+    "frechet": ("Frechet distance ↓", "distance of the set of pictures to real pictures, in VGG16 features"),
+    "kid": ("KID ↓", "another distance, whose mean does not depend on the number of pictures"),
+    "precision": ("precision ↑", "share of these pictures that lie among real ones"),
     "recall": ("recall ↑", "share of real pictures that lie among these"),
-    "class_agreement": ("class agreement ↑", "share whose nearest training picture has the class asked for"),
-    "class_agreement_of_held_out": ("class agreement of real pictures", "the same of held-out pictures"),
-    "frechet_floor": ("real against real", "Frechet distance of real pictures to others, as many as here"),
+    "class_agreement": ("class agreement ↑", "share whose nearest training picture has the requested class"),
+    "class_agreement_of_held_out": ("class agreement of real pictures", "the same for held-out pictures"),
+    "frechet_floor": (
+        "real against real",
+        "Frechet distance between two sets of real pictures of this count",
+    ),
 }
 """Title and meaning of each metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All that a quickstart made."""
+    """Everything that the report shows."""
 
     out: Path
-    """Its folder; the page and its pictures go there."""
+    """Folder of the report and its pictures."""
     seconds: Mapping[str, float]
-    """Time of each stage."""
+    """Seconds of each stage."""
     tokenizer: Autoencoder
-    """With its encoder, in evaluation mode."""
+    """The tokenizer with its encoder, in evaluation mode."""
     held_out: PackedImages
-    """Emoji that training never saw."""
+    """Held-out emoji."""
     record: Mapping[str, Any]
-    """What was measured: reconstruction, samples (where it was), free, recognised."""
+    """The measured values: reconstruction, samples (optional), free (baselines), recognised."""
     samples: Tensor
     """Generated images in [0, 1], (n, 3, H, W)."""
     labels: Tensor
-    """Their classes, (n,)."""
+    """Classes of the samples, (n,)."""
     sampler: SamplerConfig
-    """How they were drawn."""
+    """Sampler of the samples."""
 
 
 def quickstart_report(result: Result, verdict: str = "") -> Path:
-    """Write report.html, reconstructions.png and samples.png into a quickstart's folder.
+    """Write report.html, reconstructions.png and samples.png.
 
     Args:
-        result: of a quickstart with its run folders refiner, tokenizer and generator.
-        verdict: that the result is of no use, and why; the first line of the page.
+        result: result of a quickstart; its folder holds the run folders refiner, tokenizer and generator.
+        verdict: why the result is not usable, as the first line of the page; empty if it is usable.
 
     Returns:
-        The page's path.
+        Path of the page.
     """
     minutes = sum(result.seconds.values()) / 60
     page = _page(
@@ -91,10 +94,9 @@ def quickstart_report(result: Result, verdict: str = "") -> Path:
     page.heading("The numbers")
     page.table(*metrics_table(result.record))
     page.text(
-        "Frechet distances are taken in pooled VGG16 relu5_3 features (512-d), against held-out emoji for "
-        "the reconstructions and against training pictures for the samples. They do not compare with a "
-        "published FID. At such sample counts they are biased upwards: read them beside the distance of "
-        "real to real pictures."
+        "Frechet distances use pooled VGG16 relu5_3 features (512-d). The reference is held-out emoji for "
+        "reconstructions, and training pictures for samples. The distances are not comparable with published "
+        "FIDs. At these sample counts they are biased upwards: compare them with real against real."
     )
     _show_training(page, result.out)
     page.heading("Time and settings")
@@ -102,27 +104,28 @@ def quickstart_report(result: Result, verdict: str = "") -> Path:
     for name in _STAGES:
         page.fold(f"{name}/config.yaml", (result.out / name / "config.yaml").read_text(encoding="utf-8"))
     _fold(page, "sampler", configs.to_dict(result.sampler))
-    facts = {key: value for key, value in result.record["samples"].items() if key not in ("metrics", "kind")}
-    _fold(page, "what the numbers were measured with", facts)
+    samples = result.record["samples"]
+    settings = {key: value for key, value in samples.items() if key not in ("metrics", "kind")}
+    _fold(page, "settings of the measurements", settings)
     page.text(_OPENMOJI)
     page.write(result.out / "report.html")
     return result.out / "report.html"
 
 
 def pretrained_report(result: Result, folder: Path) -> Path:
-    """As `quickstart_report`, of a pretrained pair: pictures, and what was measured of it here and before.
+    """Write the report of pretrained models: pictures, new measurements, and those of the release.
 
     Args:
-        result: of the pair; its samples are not measured.
-        folder: the pair; its evaluation.json files are shown.
+        result: result of the models; its samples are not measured.
+        folder: the models with their evaluation.json files.
 
     Returns:
-        The page's path.
+        Path of the page.
     """
     page = _page(
         "openpae quickstart, pretrained",
-        "A PAE tokenizer and a LightningDiT generator of OpenMoji pictures (64 x 64, nine categories), as "
-        f"they come with the package, in {sum(result.seconds.values()):.0f} seconds.",
+        "A PAE tokenizer and a LightningDiT generator of OpenMoji pictures (64 x 64, nine categories), "
+        f"shipped with the package, in {sum(result.seconds.values()):.0f} seconds.",
         "",
     )
     page.cards(_cards(result.record))
@@ -133,7 +136,7 @@ def pretrained_report(result: Result, folder: Path) -> Path:
         if (folder / part / RECORD).is_file():
             record[name] = read_json(folder / part / RECORD)
     page.table(*metrics_table(record))
-    page.text("Measured when the pair was released; recognised emoji and mean colours were measured here.")
+    page.text("Measured for the release, except recognised emoji and mean colours, which were measured now.")
     _fold(page, "sampler", configs.to_dict(result.sampler))
     page.fold("model card", (folder / README).read_text(encoding="utf-8"))
     page.text(_OPENMOJI)
@@ -142,13 +145,13 @@ def pretrained_report(result: Result, folder: Path) -> Path:
 
 
 def metrics_table(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Header and rows of the table of all metrics: in words, an arrow for better, beside what costs nothing.
+    """Return header and rows of the table of all metrics, with baselines. Arrows point to better values.
 
     Args:
-        record: reconstruction, samples, free and recognised, as far as they were measured.
+        record: reconstruction, samples, free (baselines) and recognised, as far as they were measured.
     """
     free = record.get("free", {})
-    beside = {
+    baselines = {
         ("reconstruction", "psnr"): "mean colour of each patch: {:.2f}".format(free["psnr"]) if free else "",
         ("samples", "frechet"): f"mean picture, repeated: {free['frechet']:.1f}" if "frechet" in free else "",
     }
@@ -159,16 +162,16 @@ def metrics_table(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str,
             error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.2g}"
             value = f"{metric['value']:.4g}{error}"
             over = f"{metric['n']:,} {metric['over']}"
-            rows.append((of, title, value, meaning, beside.get((kind, name), ""), over))
-    if found := record.get("recognised"):
-        for angle, share in found["shares"].items():
+            rows.append((of, title, value, meaning, baselines.get((kind, name), ""), over))
+    if recognised := record.get("recognised"):
+        for angle, share in recognised["shares"].items():
             title = "recognised ↑" if angle == "0" else f"recognised after {angle} degrees ↑"
-            meaning = "share of decodes whose nearest picture in the VFM's features is their own"
-            chance = f"chance: {1 / found['among']:.1%}"
-            rows.append(
-                ("reconstructions", title, f"{share:.0%}", meaning, chance, f"{found['decodes']} emoji")
+            meaning = (
+                "share of decoded pictures whose nearest picture in the VFM's features is their original"
             )
-    return ["of", "metric", "value", "what it says", "beside it", "over"], rows
+            chance, count = f"chance: {1 / recognised['among']:.1%}", f"{recognised['decodes']} emoji"
+            rows.append(("reconstructions", title, f"{share:.0%}", meaning, chance, count))
+    return ["of", "metric", "value", "meaning", "baseline", "over"], rows
 
 
 def _page(title: str, lead: str, verdict: str) -> Page:
@@ -187,14 +190,14 @@ def _cards(record: Mapping[str, Any]) -> dict[str, str]:
         "reconstructions recognised": f"{record['recognised']['shares']['0']:.0%}",
     }
     if "samples" in record:
-        found = record["samples"]["metrics"]
-        cards["Frechet distance, samples"] = f"{found['frechet']['value']:.1f}"
-        cards["real against real"] = f"{found['frechet_floor']['value']:.1f}"
+        metrics = record["samples"]["metrics"]
+        cards["Frechet distance, samples"] = f"{metrics['frechet']['value']:.1f}"
+        cards["real against real"] = f"{metrics['frechet_floor']['value']:.1f}"
     return cards
 
 
 def _show_pictures(page: Page, result: Result) -> None:
-    """Reconstructions, moved latents and samples; the grids are also kept as PNG files."""
+    """Show reconstructions, rotated latents and samples; also save the grids as PNG files."""
     chosen = np.linspace(0, len(result.held_out) - 1, 2 * _COLUMNS).round().astype(np.int64)
     x = result.held_out.shards.gather(chosen).float() / 255
     with torch.no_grad():
@@ -208,20 +211,16 @@ def _show_pictures(page: Page, result: Result) -> None:
     }
     psnr = result.record["reconstruction"]["metrics"]["psnr"]["value"]
     free, shares = result.record["free"]["psnr"], result.record["recognised"]["shares"]
-    page.heading(
-        f"Emoji that training never saw come back at {psnr:.1f} dB; {shares['0']:.0%} are recognised"
-    )
+    page.heading(f"Held-out emoji are reconstructed at {psnr:.1f} dB; {shares['0']:.0%} are recognised")
     page.rows(
         {name: _row(part) for name, part in strips.items()},
         "The colours of a latent are its first three principal components. The mean colour of each patch "
-        f"alone would give {free:.1f} dB.",
+        f"gives {free:.1f} dB.",
     )
     _show_moves(page, result, x[:_COLUMNS], z[:_COLUMNS], y[:_COLUMNS])
     by_class = {name: result.samples[result.labels == k][:_COLUMNS] for k, name in enumerate(CATEGORIES)}
     page.heading(_generated(result.record))
-    page.rows(
-        {name: _row(part) for name, part in by_class.items()}, "Not chosen: the first of each category."
-    )
+    page.rows({name: _row(part) for name, part in by_class.items()}, "Not selected: the first of each class.")
     pictures = {
         "reconstructions.png": image_grid(torch.cat(list(strips.values())), _COLUMNS),
         "samples.png": image_grid(torch.cat(list(by_class.values())), _COLUMNS),
@@ -239,23 +238,23 @@ def _show_moves(page: Page, result: Result, x: Tensor, z: Tensor, y: Tensor) -> 
     with torch.no_grad():
         for angle in angles:
             moved = perturb(z, direction, float(angle), result.tokenizer.config.sphere)
-            strips[f"moved by {angle}°"] = _row(result.tokenizer.decode(moved).clamp(0, 1))
+            strips[f"rotated by {angle}°"] = _row(result.tokenizer.decode(moved).clamp(0, 1))
     moves = ", ".join(f"{shares[angle]:.0%} after {angle} degrees" for angle in angles)
-    page.heading(f"Recognised after a move on the sphere: {moves}")
+    page.heading(f"Recognised after a rotation on the sphere: {moves}")
     page.rows(
         strips,
-        "Decodes of the latent, and of the latent moved along one random direction: what MCR compares. "
-        f"Without a move, {shares['0']:.0%} are recognised.",
+        "Decoded latents, and latents rotated along one random direction, as in MCR. "
+        f"Without a rotation, {shares['0']:.0%} are recognised.",
     )
 
 
 def _generated(record: Mapping[str, Any]) -> str:
     if "samples" not in record:
         return "Generated"
-    found = record["samples"]["metrics"]
+    metrics = record["samples"]["metrics"]
     return (
-        f"Generated, at a Frechet distance of {found['frechet']['value']:.0f}: real pictures are at "
-        f"{found['frechet_floor']['value']:.0f}, the mean picture at {record['free']['frechet']:.0f}"
+        f"Generated, at a Frechet distance of {metrics['frechet']['value']:.0f}: real pictures are at "
+        f"{metrics['frechet_floor']['value']:.0f}, the mean picture at {record['free']['frechet']:.0f}"
     )
 
 
@@ -272,7 +271,7 @@ def _show_training(page: Page, out: Path) -> None:
 def _curves(
     run_dir: Path, player: str, terms: Sequence[str], held_out: Sequence[str]
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Charts of a run's log; terms that it does not have are left out."""
+    """Return charts of a run's log, without terms that it lacks."""
     lines = read_log(run_dir)
 
     def points(key: str) -> list[tuple[float, float]]:
@@ -288,5 +287,5 @@ def _row(images: Tensor) -> Image.Image:
     return image_grid(images, len(images))
 
 
-def _fold(page: Page, title: str, facts: Mapping[str, Any]) -> None:
-    page.fold(title, yaml.safe_dump(dict(facts), sort_keys=False))
+def _fold(page: Page, title: str, data: Mapping[str, Any]) -> None:
+    page.fold(title, yaml.safe_dump(dict(data), sort_keys=False))

@@ -1,4 +1,4 @@
-"""What the quickstart trains, for how long, and what it needs at the least."""
+"""Configs and times of the quickstart's stages."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
 LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 300}
-"""Steps below which nothing of use is expected. The tokenizer's is measured (docs/results.md, "Beginning from
-patches"). Of the generator it is known that 140 steps give noise and 1,060 outlines."""
+"""Fewest steps for a usable result. The tokenizer's value is measured (docs/results.md, "Beginning from
+patches"). For the generator, 140 steps gave noise and 1,060 outlines."""
 
 _AROUND = 650
-"""What is neither training nor rendering (features, latents, samples, metrics), in steps of the tokenizer.
-A quiet 12 minutes had 180 s of it at 0.17 s a step (docs/results.md); shorter ones render and sample less."""
+"""Time of features, latents, samples and metrics, in steps of the tokenizer. An undisturbed run of 12 minutes
+took 180 s for them at 0.17 s per step (docs/results.md); shorter runs sample less."""
 
 _SHARES = {"refiner": 0.04, "tokenizer": 0.6, "generator": 0.95}
-"""Share of the time then left for training that each stage takes."""
+"""Share of the remaining training time for each stage."""
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of a duration such as "200s", "12min" or "2h".
+    """Return the seconds of a duration such as "200s", "12min" or "2h".
 
     Raises:
-        ValueError: not such a text, or less than three minutes.
+        ValueError: the text is no duration, or is less than three minutes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
     if not match:
@@ -46,14 +46,14 @@ def parse_budget(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What the machine can do, and the time that the whole line is given."""
+    """The chosen workers, and the total time in seconds."""
 
     workers: Workers
     seconds: float
 
 
 def least_seconds(speed: Speed) -> float:
-    """Time of the whole line with the fewest steps that are of use."""
+    """Return the total time with the fewest useful steps."""
     tokenizer = _AROUND + LEAST_STEPS["refiner"] + LEAST_STEPS["tokenizer"]
     return tokenizer * speed.tokenizer + LEAST_STEPS["generator"] * speed.generator
 
@@ -61,19 +61,19 @@ def least_seconds(speed: Speed) -> float:
 def settle(
     speeds: list[Speed], budget: float, *, spent: float = 0.0, strict: bool
 ) -> tuple[Timing, list[str]]:
-    """Choose the workers and the time, and say why.
+    """Choose the workers and the total time.
 
     Args:
-        speeds: of all candidates, the quickest first.
-        budget: seconds that were asked for.
-        spent: seconds of them that are gone.
-        strict: refuse where the budget does not pay for the fewest steps.
+        speeds: speeds of all candidates, fastest first.
+        budget: requested total time in seconds.
+        spent: seconds that have passed.
+        strict: raise if the budget is too short for the fewest steps.
 
     Returns:
         The choice, and lines for the terminal.
 
     Raises:
-        ValueError: strict, and the budget is too short.
+        ValueError: strict is set, and the budget is too short.
     """
     lines = [
         f"{speed.workers}: {speed.tokenizer:.2f} s a step of the tokenizer, {speed.generator:.2f} s of the "
@@ -86,7 +86,7 @@ def settle(
         return Timing(workers=best.workers, seconds=budget), lines
     short = (
         f"{LEAST_STEPS['tokenizer']} steps of the tokenizer and {LEAST_STEPS['generator']} of the generator, "
-        f"below which nothing of use comes out, make it about {needed / 60:.0f} min here now"
+        f"the fewest for a usable result, take about {needed / 60:.0f} min on this machine"
     )
     if strict:
         raise ValueError(
@@ -98,59 +98,53 @@ def settle(
 
 
 def read_timing(file: Path) -> Timing | None:
-    """What `write_timing` kept, or None."""
+    """Read the file of `write_timing`; None if there is none."""
     if not file.is_file():
         return None
-    kept = read_json(file)
-    return Timing(workers=Workers(**kept["workers"]), seconds=kept["seconds"])
+    data = read_json(file)
+    return Timing(workers=Workers(**data["workers"]), seconds=data["seconds"])
 
 
 def write_timing(file: Path, timing: Timing, speeds: list[Speed]) -> None:
-    """Keep the choice, so that an interrupted quickstart goes on with it."""
+    """Save the choice for an interrupted quickstart that resumes."""
     write_json(file, dataclasses.asdict(timing) | {"timed": [dataclasses.asdict(speed) for speed in speeds]})
 
 
 def refiner_run(out: Path, seed: int) -> RefinerRun:
-    """The refiner, but for its time."""
+    """Return the refiner's config without its time."""
     run = configs.load(RefinerRun, "refiner/quickstart")
-    return _changed(run, seed, data=_replaced(run.data, images=out / "data" / "train", **_cache(out)))
+    data = dataclasses.replace(run.data, images=out / "data" / "train", feature_cache=out / "features")
+    return _with(run, seed, data=data)
 
 
 def tokenizer_run(out: Path, seed: int) -> TokenizerRun:
-    """The tokenizer, but for its time."""
+    """Return the tokenizer's config without its time."""
     run = configs.load(TokenizerRun, "tokenizer/quickstart")
-    images = {"images": out / "data" / "train", "evaluation": out / "data" / "held-out"}
-    return _changed(run, seed, prior=out / "refiner", data=_replaced(run.data, **images, **_cache(out)))
+    train, held_out = out / "data" / "train", out / "data" / "held-out"
+    data = dataclasses.replace(run.data, images=train, evaluation=held_out, feature_cache=out / "features")
+    return _with(run, seed, prior=out / "refiner", data=data)
 
 
 def generator_run(out: Path, seed: int) -> GeneratorRun:
-    """The generator, but for its time."""
+    """Return the generator's config without its time."""
     run = configs.load(GeneratorRun, "generator/quickstart")
-    latents = {"latents": out / "latents" / "train", "held_out_latents": out / "latents" / "held-out"}
-    return _changed(run, seed, **latents)
+    latents = out / "latents"
+    return _with(run, seed, latents=latents / "train", held_out_latents=latents / "held-out")
 
 
 def timed(run: Run, name: str, left: float, *, trial: bool) -> Run:
-    """The run with its share of the seconds that are left for training.
+    """Give a run its share of the remaining training time.
 
     Args:
-        run: any stage's.
-        name: of the stage.
-        left: seconds left for this stage and those after it.
-        trial: no fewest number of steps.
+        run: config of the stage.
+        name: name of the stage.
+        left: seconds left for this stage and the later ones.
+        trial: allow fewer steps than `LEAST_STEPS`.
     """
     least = 1 if trial else min(LEAST_STEPS[name], run.loop.steps)
     loop = dataclasses.replace(run.loop, seconds=max(1.0, _SHARES[name] * left), least_steps=least)
     return dataclasses.replace(run, loop=loop)
 
 
-def _cache(out: Path) -> dict[str, Any]:
-    return {"feature_cache": out / "features"}
-
-
-def _replaced(part: Any, **changes: Any) -> Any:
-    return dataclasses.replace(part, **changes)
-
-
-def _changed(run: Run, seed: int, **changes: Any) -> Run:
+def _with(run: Run, seed: int, **changes: Any) -> Run:
     return dataclasses.replace(run, loop=dataclasses.replace(run.loop, seed=seed), **changes)

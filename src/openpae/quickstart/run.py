@@ -1,4 +1,4 @@
-"""`pae quickstart`: the whole line, from emoji to generated emoji, in one command and a few CPU minutes."""
+"""`pae quickstart`: all stages, from emoji to generated emoji, in a few CPU minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from openpae.models.tokenizer import Autoencoder
 from openpae.objective.settings import TokenizerLoss
 from openpae.quickstart import plans
 from openpae.quickstart.page import Result, pretrained_report, quickstart_report
-from openpae.quickstart.verdict import advice, free_frechet, free_psnr, problems, recognised
+from openpae.quickstart.verdict import advice, baseline_frechet, baseline_psnr, problems, recognised
 from openpae.quickstart.workers import Workers, run_in, time_workers
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
@@ -46,40 +46,39 @@ from openpae.train.tokenizer import train_tokenizer
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
 SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
-"""How the quickstart samples: few steps, because its generator is as small as its latents."""
-
+"""Sampler of the quickstart."""
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
-"""The pretrained release: a pair for 64-pixel emoji, trained by tools/make_pretrained.py."""
+"""The pretrained tokenizer and generator of 64-pixel emoji, from tools/make_pretrained.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a quickstart came to."""
+    """Outcome of a quickstart."""
 
     report: Path
-    """An HTML file."""
+    """Path of the HTML report."""
     verdict: str = ""
-    """One line, where the result is of no use: why, and what to do."""
+    """One line with the reason and the advice if the result is not usable; else empty."""
 
 
 def run_quickstart(
     out: Path, budget: float, *, seed: int = 0, limit: int | None = None, strict: bool = False
 ) -> Outcome:
-    """Render emoji, train tokenizer and generator, sample, measure, report.
+    """Render emoji, train tokenizer and generator, sample, measure and write the report.
 
-    Every stage leaves its result in `out` and is skipped when that is complete, so the same command goes on
-    after any interruption. Training follows the clock: see `LoopConfig.seconds`.
+    Each stage writes its result into `out` and is skipped if that is complete, so an interrupted quickstart
+    resumes. Training stops by time: see `LoopConfig.seconds`.
 
     Args:
-        out: folder for everything.
-        budget: seconds for all of it. What is left after the preparation goes to training.
-        seed: of weights, data order, noise and rendering.
-        limit: emoji to use on either side of the split, for a trial, which may be of no use; None uses all.
-        strict: refuse a budget that does not pay for the fewest steps; by default it is extended.
+        out: folder for all results.
+        budget: total time in seconds; the time that preparation leaves goes to training.
+        seed: seed of weights, data order, noise and rendering.
+        limit: number of training and of held-out emoji, for a trial; None uses all.
+        strict: raise if the budget is too short for the fewest steps; by default it is extended.
 
     Raises:
-        ValueError: the folder holds another quickstart, or the budget is too short and `strict` is set.
+        ValueError: the folder holds another quickstart, or `strict` is set and the budget is too short.
     """
     clock = _Clock(out, budget)
     _same_plan(out, {"budget": budget, "seed": seed, "limit": limit})
@@ -104,8 +103,8 @@ def run_quickstart(
     with clock.stage("sample and measure"):
         trained = load_tokenizer(out / "tokenizer")
         record, samples, labels = _measure(out, trained, shown, budget, seed)
-    found = problems(record)
-    verdict = advice(found, clock.budget) if found else ""
+    reasons = problems(record)
+    verdict = advice(reasons, clock.budget) if reasons else ""
     result = Result(
         out=out,
         seconds=clock.seconds,
@@ -120,7 +119,7 @@ def run_quickstart(
 
 
 def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencoder:
-    """Cache the latents of pictures in out/latents by the tokenizer of out/tokenizer, which is returned."""
+    """Cache latents of pictures in out/latents; return the tokenizer, which is read from out/tokenizer."""
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, source in pictures.items():
         cache_latents(
@@ -130,32 +129,32 @@ def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencod
             image_size=tokenizer.config.image_shape,
             latent_shape=tokenizer.config.latent_shape,
             tokenizer_fingerprint=identity_of(out / "tokenizer").fingerprint,
-            flips=False,  # letters and flags do not mirror; the renderer has mirrored what may be
+            flips=False,  # the renderer mirrors emoji, except letters and flags
             progress=_line("encoding"),
         )
     return tokenizer
 
 
 def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limit: int | None = None) -> Path:
-    """What a pretrained pair does: held-out emoji and their reconstructions, samples, a report.
+    """Reconstruct held-out emoji and draw samples with pretrained models, and write a report.
 
     Args:
-        out: folder for everything; pictures that are there are not rendered again.
-        folder: the pair, with the subfolders tokenizer and generator.
-        seed: of the noise and of the backgrounds.
-        limit: held-out emoji to use, for a trial; None uses all.
+        out: folder for all results; existing pictures are not rendered again.
+        folder: pretrained models, in the subfolders tokenizer and generator.
+        seed: seed of the noise and of the backgrounds.
+        limit: number of held-out emoji, for a trial; None uses all.
 
     Returns:
-        The report, an HTML file.
+        Path of the HTML report.
 
     Raises:
-        FileNotFoundError: no pair in the folder.
+        FileNotFoundError: the folder holds no pretrained models.
         ValueError: `out` holds the result of another quickstart.
     """
     pipeline = Pipeline.from_pretrained(folder, decode_only=False)
     facts = check_pair(*(folder / part for part in PARTS))
     clock = _Clock(out, math.inf)
-    clock.seconds.clear()  # nothing goes on from an earlier call: only this one's time counts
+    clock.seconds.clear()  # only the time of this call counts
     _same_plan(out, {"pretrained": facts["generator"], "seed": seed, "limit": limit})
     emojis = split_catalog(emoji_catalog())[1][:limit]
     with clock.stage("render emoji"):
@@ -167,7 +166,7 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
             "reconstruction": evaluate_reconstruction(
                 tokenizer, stream, extractor=None, lpips=None, batch_size=64
             ),
-            "free": {"psnr": free_psnr(shown, tokenizer.config.decoder.patch_size)},
+            "free": {"psnr": baseline_psnr(shown, tokenizer.config.decoder.patch_size)},
             "recognised": recognised(tokenizer, shown, TokenizerLoss().mcr_angles),
         }
         write_json(out / "evaluation.json", record)
@@ -188,11 +187,7 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
 
 
 def _same_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Keep what was asked for, or see that it is the same.
-
-    Raises:
-        ValueError: the folder holds a quickstart with another budget, seed or limit.
-    """
+    """Save the plan, or raise a ValueError if the folder holds another budget, seed or limit."""
     file = out / "plan.json"
     if not file.is_file():
         check_outputs(*(out / name for name in _WRITTEN))
@@ -206,11 +201,11 @@ _WRITTEN = (
     *("data", "generator", "latents", "refiner", "tokenizer", "evaluation.json", "report.html"),
     *("reconstructions.png", "samples.npz", "samples.png"),
 )
-"""What a quickstart makes beside its plan.json, without which none of it is a quickstart's."""
+"""Files and folders of a quickstart beside its plan.json."""
 
 
 class _Clock:
-    """Time per stage, kept in stages.json over interruptions."""
+    """Seconds per stage, saved in stages.json."""
 
     def __init__(self, out: Path, budget: float) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -219,7 +214,7 @@ class _Clock:
         self.name, self.start = "", 0.0
 
     def stage(self, name: str) -> _Clock:
-        """A block whose time counts for this stage."""
+        """Enter a context whose time counts for this stage."""
         self.name = name
         return self
 
@@ -233,22 +228,22 @@ class _Clock:
         write_json(self.file, self.seconds)
 
     def left(self) -> float:
-        """Seconds of the budget that remain, in the middle of a stage."""
+        """Return the seconds of the budget that remain, in the middle of a stage."""
         return self.budget - sum(self.seconds.values()) - (time.perf_counter() - self.start)
 
 
-def _line(what: str) -> Callable[[int, int], None]:
-    """Progress as a line that rewrites itself."""
+def _line(label: str) -> Callable[[int, int], None]:
+    """Return a progress callback that rewrites one line."""
 
     def show(done: int, total: int) -> None:
         end = "\n" if done == total else ""
-        print(f"\r  {what}: {done:,} / {total:,}", end=end, file=sys.stderr, flush=True)
+        print(f"\r  {label}: {done:,} / {total:,}", end=end, file=sys.stderr, flush=True)
 
     return show
 
 
 def _timed(out: Path, clock: _Clock, seed: int, *, strict: bool, trial: bool) -> Workers:
-    """Choose the workers and the time of the whole line, or keep what was chosen before."""
+    """Choose the workers and the total time, or read the earlier choice."""
     file = out / "timing.json"
     timing = plans.read_timing(file)
     if timing is None and trial:
@@ -265,14 +260,12 @@ def _timed(out: Path, clock: _Clock, seed: int, *, strict: bool, trial: bool) ->
 
 
 def _planned(out: Path, name: str, clock: _Clock, run: Run, *, trial: bool) -> Run:
-    """The config that the stage's folder holds, or this one with the time that is left for it now."""
+    """Read the config in the stage's folder, or give this one its share of the time left."""
     file = out / name / "config.yaml"
     if file.is_file():
         return configs.load(type(run), file)
-    left = max(
-        10.0, clock.left() - 20 - 0.15 * clock.budget
-    )  # sampling, measuring and the report have theirs
-    return plans.timed(run, name, left, trial=trial)
+    left = clock.left() - 20 - 0.15 * clock.budget  # minus the time of sampling, metrics and report
+    return plans.timed(run, name, max(10.0, left), trial=trial)
 
 
 def _train_refiner(run: RefinerRun, run_dir: Path) -> None:
@@ -286,8 +279,10 @@ def _cache_all(out: Path) -> None:
 def _measure(
     out: Path, tokenizer: Autoencoder, held_out: PackedImages, budget: float, seed: int
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Metrics of reconstructions and samples, beside what costs nothing; and the samples. They are kept in
-    evaluation.json and samples.npz."""
+    """Return metrics of reconstructions, samples and baselines, and the samples with their labels.
+
+    They are saved in evaluation.json and samples.npz.
+    """
     count = max(108, min(1800, int(budget / 2) // 9 * 9))
     labels = balanced_labels(count, len(CATEGORIES))
     samples = _sampled(tokenizer, load_generator(out / "generator"), labels, seed, batch_size=60)
@@ -315,11 +310,11 @@ def _measure(
             reference,
             extractor=extractor,
             batch_size=64,
-            min_samples=2,  # the page shows the floor of so few beside the distance
+            min_samples=2,  # the page shows the floor at this count beside the distance
         ),
         "free": {
-            "psnr": free_psnr(held_out, tokenizer.config.decoder.patch_size),
-            "frechet": free_frechet(pixels, FeatureSet(extractor), reference),
+            "psnr": baseline_psnr(held_out, tokenizer.config.decoder.patch_size),
+            "frechet": baseline_frechet(pixels, FeatureSet(extractor), reference),
         },
         "recognised": recognised(tokenizer, held_out, angles),
     }
@@ -330,7 +325,7 @@ def _measure(
 def _sampled(
     tokenizer: Autoencoder, generator: VelocityModel, labels: torch.Tensor, seed: int, *, batch_size: int
 ) -> torch.Tensor:
-    """A picture for each label, (n, 3, 64, 64) in [0, 1]."""
+    """Draw an image for each label, (n, 3, 64, 64) in [0, 1]."""
     batches, show = [], _line("sampling")
     for images in sample_images(tokenizer, generator, labels, SAMPLER, seed=seed, batch_size=batch_size):
         batches.append(images)

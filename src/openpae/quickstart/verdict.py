@@ -1,4 +1,4 @@
-"""What the quickstart made, held against what costs nothing."""
+"""Compare the result of a quickstart with trivial baselines, which need no training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from openpae.objective.losses import perturb
 
 
 def patch_colours(images: Tensor, patch: int) -> Tensor:
-    """Images (B, 3, H, W) in which every patch shows its mean colour: what a tokenizer must beat."""
+    """Replace each patch of images (B, 3, H, W) by its mean colour: the baseline of reconstructions."""
     return F.interpolate(F.avg_pool2d(images, patch), scale_factor=patch, mode="nearest")
 
 
-def free_psnr(images: PackedImages, patch: int) -> float:
-    """Mean PSNR in dB of `patch_colours` over all images, as `pae evaluate` measures reconstructions."""
+def baseline_psnr(images: PackedImages, patch: int) -> float:
+    """Return the mean PSNR in dB of `patch_colours`, computed as in `pae evaluate`."""
     values = []
     for start in range(0, len(images), 64):
         x = images.shards.gather(torch.arange(start, min(start + 64, len(images))).numpy()).float() / 255
@@ -36,13 +36,13 @@ def free_psnr(images: PackedImages, patch: int) -> float:
     return mean_of("psnr", torch.cat(values), {}).value
 
 
-def free_frechet(images: Tensor, features: FeatureSet, reference: Reference) -> float:
-    """Frechet distance to the reference of a generator that repeats the mean of images (n, 3, H, W).
+def baseline_frechet(images: Tensor, features: FeatureSet, reference: Reference) -> float:
+    """Return the Frechet distance of the mean image, repeated: the baseline of samples.
 
     Args:
-        images: real ones, in [0, 1].
-        features: an empty set, of the reference's extractor.
-        reference: what samples are compared with.
+        images: real images, (n, 3, H, W) in [0, 1].
+        features: an empty set, with the reference's extractor.
+        reference: the reference of the samples.
     """
     features.update(images.mean(dim=0, keepdim=True).repeat(2, 1, 1, 1))
     return frechet_distance(features.pooled.gaussian(), reference.pooled)
@@ -57,20 +57,21 @@ def recognised(
     each: int = 2,
     queries: int = 48,
 ) -> dict[str, Any]:
-    """How many decodes still are the same emoji, of latents as they are and of moved ones.
+    """Measure which share of decoded images is recognised, for exact latents and for rotated ones.
 
-    A decode is recognised where its nearest neighbour among all pictures is the one that it was made from:
-    by the cosine of the VFM's pooled, centred features.
+    An image is recognised if its nearest neighbour among all pictures is its original, by the cosine of the
+    VFM's pooled, centred features.
 
     Args:
-        tokenizer: with its encoder.
-        pictures: held-out emoji, `each` pictures of an emoji in a row; the first of each takes part.
-        angles: moves of the latent along one random direction, in degrees.
-        each: pictures of an emoji.
-        queries: emoji that are decoded.
+        tokenizer: a tokenizer with its encoder.
+        pictures: held-out emoji, `each` consecutive pictures per emoji; the first of each is used.
+        angles: rotations of the latent along one random direction, in degrees.
+        each: pictures per emoji.
+        queries: number of emoji to decode.
 
     Returns:
-        shares: angle as text -> share recognised, "0" for the plain reconstruction; and how many of what.
+        shares: angle as text -> share recognised, "0" for the reconstruction; decodes: number of decoded
+        emoji; among: number of candidates.
     """
     rows = np.arange(0, len(pictures), each)
     chosen = spread(len(rows), min(queries, len(rows)))
@@ -93,31 +94,31 @@ def _pooled(tokenizer: Autoencoder, images: Tensor) -> Tensor:
 
 
 def problems(record: Mapping[str, Any]) -> list[str]:
-    """Why a result is of no use; empty where it beats what costs nothing.
+    """Return the reasons why a result is not usable; empty if it beats both baselines.
 
     Args:
-        record: evaluation.json, with `free` as `free_psnr` and `free_frechet` give it.
+        record: content of evaluation.json; `free` holds the baselines.
     """
-    found, free = [], record["free"]
+    reasons, free = [], record["free"]
     psnr = record["reconstruction"]["metrics"]["psnr"]["value"]
     if not psnr > free["psnr"]:
-        found.append(
+        reasons.append(
             f"the reconstructions are at {psnr:.1f} dB, and the mean colour of each patch alone gives "
             f"{free['psnr']:.1f} dB"
         )
     frechet = record["samples"]["metrics"]["frechet"]["value"]
     if not frechet < free["frechet"]:
-        found.append(
+        reasons.append(
             f"the samples are at a Frechet distance of {frechet:.0f}, and the mean picture, repeated, is at "
             f"{free['frechet']:.0f}"
         )
-    return found
+    return reasons
 
 
-def advice(found: list[str], budget: float) -> str:
-    """The first line of a result that is of no use: that it is, why, and what to do."""
+def advice(reasons: list[str], budget: float) -> str:
+    """Return one line for a result that is not usable: the reasons, and what to do."""
     minutes = max(3, math.ceil(2 * budget / 60))
     return (
-        f"not usable: {'; '.join(found)}. The time was too short for this machine as busy as it was: name a "
-        f"new --out and take --budget {minutes}min, or see what is possible with --pretrained"
+        f"not usable: {'; '.join(reasons)}. The time was too short for this machine and its load: name a new "
+        f"--out and give --budget {minutes}min, or try --pretrained"
     )

@@ -1,4 +1,4 @@
-"""Processes and threads of the quickstart: what they are timed with, and how several work on one stage."""
+"""Choose processes and threads for the quickstart, and run a function in several processes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from openpae.train.settings import GeneratorRun, TokenizerRun
 T = TypeVar("T")
 
 _TIMED, _PATIENCE = 5, 3.0
-"""Steps of a timing, and the seconds after which it makes do with two."""
+"""Steps of a timing, and the seconds after which two steps are enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How many processes share a stage, and the threads of each."""
+    """Number of processes that share a stage, and threads of each."""
 
     processes: int = 1
     threads: int = 1
@@ -50,7 +50,7 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of a training step with these workers."""
+    """Seconds per training step with these workers."""
 
     workers: Workers
     tokenizer: float
@@ -58,9 +58,9 @@ class Speed:
 
 
 def candidates(loop: LoopConfig) -> list[Workers]:
-    """What there is to choose from: one thread, all threads of one process, one process a core.
+    """Return the candidates: one thread, one process with all threads, one process per core.
 
-    The cores are those that this process may use, and no more than torch's threads (OMP_NUM_THREADS).
+    The cores are those that this process may use, at most torch's threads (OMP_NUM_THREADS).
     """
     threads = torch.get_num_threads()
     if torch.cuda.is_available():
@@ -68,14 +68,13 @@ def candidates(loop: LoopConfig) -> list[Workers]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(threads, allowed, 8)
     several = max(n for n in range(1, cores + 1) if loop.global_batch_size % n == 0)
-    found = [Workers(), Workers(threads=cores), Workers(processes=several)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([Workers(), Workers(threads=cores), Workers(processes=several)]))
 
 
 def time_workers(tokenizer: TokenizerRun, generator: GeneratorRun) -> list[Speed]:
-    """A step of both stages with each candidate, the quickest tokenizer first.
+    """Time a training step of both stages with each candidate; return the fastest tokenizer first.
 
-    The steps are those of the runs' models on random numbers: LPIPS and L1, but no loss that joins later.
+    The steps use random inputs, with L1 and LPIPS and without the losses that start later.
     """
     load_perceptual(tokenizer.loss.lpips_net, tokenizer.loss.lpips_weights)  # one process downloads
     speeds = [
@@ -86,14 +85,14 @@ def time_workers(tokenizer: TokenizerRun, generator: GeneratorRun) -> list[Speed
 
 
 def run_in(workers: Workers, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of this package in several processes at once; returns what it gives in this one.
+    """Call a function in several processes at once; return its result in this process, which is rank 0.
 
-    This process is the first of them. The others end with it: their connection to it breaks.
+    The other processes end with this one, because their connection to it breaks.
 
     Args:
-        workers: how many, and the threads of each.
-        function: at the top level of a module.
-        arguments: what it is called with, the same everywhere; they are pickled.
+        workers: number of processes, and threads of each.
+        function: a function at the top level of a module.
+        arguments: its arguments, the same in all processes; they are pickled.
     """
     if workers.processes == 1:
         with _threads(workers.threads):
@@ -133,14 +132,14 @@ def _rank(rank: int) -> dict[str, str]:
 def _follow(
     group: dict[str, str], threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    """What the other processes do."""
+    """Run in each of the other processes."""
     os.environ.update(group)
     torch.set_num_threads(threads)
     try:
         with processes.process_group("cpu"):
             function(*arguments)
     except (Stopped, KeyboardInterrupt):
-        pass  # the first process says so
+        pass  # rank 0 reports it
 
 
 @contextmanager
@@ -168,7 +167,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _seconds_of_steps(tokenizer: TokenizerRun, generator: GeneratorRun) -> dict[str, float]:
-    """Seconds of a step of both, by field of `Speed`."""
+    """Return the seconds per step of both stages, by field of `Speed`."""
     return {
         "tokenizer": _median(_tokenizer_step(tokenizer)),
         "generator": _median(_generator_step(generator)),
@@ -176,7 +175,7 @@ def _seconds_of_steps(tokenizer: TokenizerRun, generator: GeneratorRun) -> dict[
 
 
 def _median(step: Callable[[], None]) -> float:
-    """Median seconds of a few steps after the first; in the first process, for all."""
+    """Return the median seconds of a few steps after a first one. Rank 0 decides how many."""
     step()
     times: list[float] = []
     while processes.broadcast(len(times) < 2 or (len(times) < _TIMED and sum(times) < _PATIENCE)):

@@ -1,4 +1,4 @@
-"""Which metrics of tokenizers go with good samples: rank correlations, bootstrapped over settings."""
+"""Rank correlations of tokenizer metrics with sample quality, bootstrapped over settings."""
 
 from __future__ import annotations
 
@@ -13,59 +13,59 @@ from openpae.study.plan import Plan
 from openpae.study.settings import HIGHER_IS_BETTER
 
 MIN_SETTINGS = 5
-"""Settings from which on a rank correlation is worth a look."""
+"""Fewest settings for a rank correlation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One tokenizer, and how well a generator learns its latents."""
+    """One tokenizer, and the quality of samples from its latents."""
 
     group: str
-    """The tokenizer's setting: seeds of one setting are not independent of each other."""
+    """The tokenizer's setting. Seeds of one setting are not independent."""
     metrics: Mapping[str, float]
     quality: float
-    """Negative distance of samples: higher is better."""
+    """Negative Frechet distance of samples; higher is better."""
 
 
 def points(plan: Plan, names: Sequence[str], quality: str = "gfid") -> list[Point]:
-    """Every tokenizer of these studies that was generated from, once, under their most common judging.
+    """Collect each tokenizer of these studies that has a generator, once.
 
-    The same tokenizer serves several studies and rows; samplers that differ would make distances that do not
-    compare, and of several generators of one tokenizer the first counts.
+    Distances under different evaluation settings are not comparable, so only the most common settings count.
+    Of several generators of one tokenizer the first counts.
 
     Args:
-        plan: what was done.
-        names: of the studies.
-        quality: gfid, or gfid_own; tokenizers without it are left out.
+        plan: an executed plan.
+        names: names of the studies.
+        quality: gfid or gfid_own; tokenizers without it are left out.
     """
-    found: dict[str, Point] = {}
-    judged = [(cell, max(cell.judges)) for cell in plan.cells if cell.judges and cell.study in names]
-    settings = [repr(plan.stages[cell.judges[step]].settings) for cell, step in judged]
+    by_tokenizer: dict[str, Point] = {}
+    evaluated = [(run, max(run.evaluations)) for run in plan.runs if run.evaluations and run.study in names]
+    settings = [repr(plan.stages[run.evaluations[step]].settings) for run, step in evaluated]
     common = max(set(settings), key=settings.count, default="")
-    for (cell, step), own in zip(judged, settings, strict=True):
-        judge, measure = plan.record(cell.judges[step]), plan.record(cell.measure)
-        if own == common and judge and measure and quality in judge["metrics"]:
+    for (run, step), own in zip(evaluated, settings, strict=True):
+        samples, measure = plan.record(run.evaluations[step]), plan.record(run.measure)
+        if own == common and samples and measure and quality in samples["metrics"]:
             metrics = {name: entry["value"] for name, entry in measure["metrics"].items()}
-            value = judge["metrics"][quality]["value"]
-            point = Point(group=f"{cell.study}/{cell.row}", metrics=metrics, quality=-value)
-            found.setdefault(cell.tokenizer, point)
-    return list(found.values())
+            value = samples["metrics"][quality]["value"]
+            point = Point(group=f"{run.study}/{run.row}", metrics=metrics, quality=-value)
+            by_tokenizer.setdefault(run.tokenizer, point)
+    return list(by_tokenizer.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """Rank correlation of a metric's goodness with the quality of samples."""
+    """Rank correlation of a metric with sample quality, and its 95 % interval."""
 
     metric: str
     rho: float
     low: float
     high: float
     over: Mapping[str, tuple[float, float, float]]
-    """Another metric -> how much larger rho is than that one's, and the ends of the 95 % interval."""
+    """Another metric -> difference of both rhos, and the ends of its 95 % interval."""
 
 
 def correlations(
-    found: Sequence[Point],
+    tokenizers: Sequence[Point],
     metrics: Sequence[str],
     *,
     against: Sequence[str] = (),
@@ -74,23 +74,22 @@ def correlations(
 ) -> list[Correlation]:
     """Spearman's rank correlation with 95 % bootstrap intervals (percentiles) over settings.
 
-    Both sides are turned so that larger is better; rho near 1 means that the better metric goes with the
-    better samples. A draw takes whole settings with all their seeds, with replacement.
+    The sign of each metric is changed so that larger is better: rho near 1 means that a better metric goes
+    with better samples. A bootstrap draw takes settings with all their seeds, with replacement.
 
     Args:
-        found: tokenizers; those without a metric are left out for it.
-        metrics: which metrics.
+        tokenizers: points; if some have all metrics, the others are left out.
+        metrics: names of metrics.
         against: metrics whose rho is subtracted, on the same draws.
-        draws: of the bootstrap.
-        seed: of the draws.
+        draws: number of bootstrap draws.
+        seed: seed of the draws.
 
     Returns:
-        Those metrics that all of the tokenizers have; none where there are fewer than five settings, of which
-        an interval would say nothing.
+        One entry for each metric that all points have; none for fewer than five settings.
     """
     names = list(dict.fromkeys([*metrics, *against]))
-    shared = [point for point in found if all(name in point.metrics for name in names)]
-    usable = shared if shared else list(found)
+    shared = [point for point in tokenizers if all(name in point.metrics for name in names)]
+    usable = shared or list(tokenizers)
     groups = sorted({point.group for point in usable})
     if len(groups) < MIN_SETTINGS:
         return []
@@ -131,7 +130,7 @@ def _rank_correlations(columns: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Middle 95 % of draws; those in which a side is constant say nothing."""
+    """Middle 95 % of the draws, without those where a side is constant (NaN)."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -1,4 +1,4 @@
-"""Do a stage once: whoever comes second takes the record of the first."""
+"""Run a stage once: later calls return its record."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from openpae.study import work
 from openpae.study.stage import Stage, StageLayout, settings_of
 
 
-def run_stage(stage: Stage, places: StageLayout, *, commit: str, quiet: bool = False) -> dict[str, Any]:
-    """Do a stage, or take what is there; another process at the same stage is waited for.
+def run_stage(stage: Stage, layout: StageLayout, *, commit: str, quiet: bool = False) -> dict[str, Any]:
+    """Run a stage, or return its record if it is done. Wait for another process at the same stage.
 
-    Under torchrun every process must call it: they share the work of training, caching and judging.
+    Under torchrun every process must call it: they share training, caching and evaluation.
 
     Args:
-        stage: its inputs are done.
-        places: where.
-        commit: which code does it; goes into the record.
-        quiet: no progress bars.
+        stage: a stage whose inputs are done.
+        layout: the folders of stages.
+        commit: version of the code, for the record.
+        quiet: show no progress bars.
 
     Returns:
-        Its record: metrics, seconds (over interruptions), settings.
+        The record: metrics, seconds (summed over interruptions), settings.
 
     Raises:
-        What its library functions raise; `Stopped` among them, after which the same call goes on.
+        Stopped: after a signal; the same call resumes the stage.
     """
-    record = places.record(stage.id)
-    with places.alone(stage.id):
+    record = layout.record(stage.id)
+    with layout.alone(stage.id):
         if (known := processes.on_rank0(lambda: read_json(record) if record.is_file() else None)) is not None:
             return known
-        begun = places.lock(stage.id).with_suffix(".seconds")
+        begun = layout.lock(stage.id).with_suffix(".seconds")
         spent = read_json(begun)["seconds"] if begun.is_file() else 0.0
         start = time.perf_counter()
         try:
-            metrics = work.WORK[stage.kind](stage, places, quiet)
+            metrics = work.WORK[stage.kind](stage, layout, quiet)
         finally:
             seconds = spent + time.perf_counter() - start
             if processes.is_rank0():
@@ -62,7 +62,7 @@ def run_stage(stage: Stage, places: StageLayout, *, commit: str, quiet: bool = F
             write_json(record, result)
             begun.unlink()
             if stage.kind in ("refiner", "tokenizer", "generator"):
-                forget_training(places.folder(stage.id))
+                forget_training(layout.folder(stage.id))
 
         processes.on_rank0(close)
     return result

@@ -1,4 +1,4 @@
-"""The report of studies: the paper's numbers beside ours, a verdict per claim, curves and correlations."""
+"""The report of studies: results beside the paper's, a verdict per claim, curves and correlations."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ TITLES = {
     "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD", "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID",
     "precision": "precision", "recall": "recall",
 }  # fmt: skip
-"""What a table calls each metric; FD is an FID only in features of Inception."""
+"""Titles of the metrics. FD is an FID only in Inception features."""
 
 _TABLE = ("ssc", "lpc", "gsq", "erank", "psnr", "rfid", "gfid", "gfid_own", "kid")
 _QUALITIES = ("gfid", "gfid_own")
-"""The paper speaks of the first alone: the second has no verdicts."""
+"""The paper makes claims about gfid only: gfid_own has no verdicts."""
 _DIGITS = {"psnr": 2, "rfid": 2, "gfid": 2, "gfid_own": 2, "ifid": 2}
 
 
 def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str) -> Page:
-    """One section per study, then the correlations over all of their tokenizers.
+    """Return a page with a section per study, and the correlations over all their tokenizers.
 
     Args:
-        plan: what was to be done.
-        studies: those that the page is about.
-        results: their numbers, as far as they are there.
-        command: how it was called.
+        plan: the plan.
+        studies: the studies to show.
+        results: their results, from `collect`.
+        command: command line of the study.
     """
-    cells = [cell for cell in plan.cells if cell.study in {study.name for study in studies}]
+    runs = [run for run in plan.runs if run.study in {study.name for study in studies}]
     done = {(one.study, one.row, one.seed) for one in results}
-    tokenizers = {cell.tokenizer for cell in cells if (cell.study, cell.row, cell.seed) in done}
+    tokenizers = {run.tokenizer for run in runs if (run.study, run.row, run.seed) in done}
     title = studies[0].title if len(studies) == 1 else "What matters for a diffusion-friendly latent space?"
     page = Page(
         title,
-        f"{len(done)} of {len(cells)} runs are done: {len(tokenizers)} tokenizers, each measured, and where "
+        f"{len(done)} of {len(runs)} runs are done: {len(tokenizers)} tokenizers, each measured, and where "
         "a generator belongs to it, sampled from. The paper (arXiv:2605.07915) trained on ImageNet at 256 "
         "pixels; its numbers stand in brackets. Compare the order of rows, not the numbers: images, sizes, "
         "encoder and the features of the distances differ.",
     )
-    said = [found.verdict for study in studies for _, found in decided(study, results)]
-    if said:
+    verdicts = [comparison.verdict for study in studies for _, comparison in decided(study, results)]
+    if verdicts:
         always = ("shown", "not shown", "contradicted")
-        counts = {name: said.count(name) for name in get_args(Verdict)}
+        counts = {name: verdicts.count(name) for name in get_args(Verdict)}
         page.cards({f"claims {name}": str(n) for name, n in counts.items() if n or name in always})
     for study in studies:
         _show_study(page, plan, study, results, alone=len(studies) == 1)
@@ -66,19 +66,14 @@ def study_page(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
 
 
 def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Comparison]]:
-    """Each claim of a study with what our numbers say of it."""
+    """Pair each claim of a study with its comparison."""
     pairs = []
     changes = {row.name: row.set for row in study.rows}
     for claim in study.claims:
         names = claim.better, claim.worse
         better, worse = (finals(results, study.name, name, claim.metric) for name in names)
-        found = compare(
-            better,
-            worse,
-            higher=claim.metric in HIGHER_IS_BETTER,
-            paired=all(item.startswith("judge.") for name in names for item in changes[name]),
-        )
-        pairs.append((claim, found))
+        paired = all(item.startswith("judge.") for name in names for item in changes[name])
+        pairs.append((claim, compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER, paired=paired)))
     return pairs
 
 
@@ -88,7 +83,7 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
         page.text(study.text)
     header, rows = numbers(study, results)
     if not rows:
-        page.text("Nothing of it is done yet.")
+        page.text("No run is done yet.")
         return
     page.table(header, rows)
     floor = [one.value for one in results if one.study == study.name and one.metric == "gfid_floor"]
@@ -97,15 +92,18 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
             f"gFD of real images to real images, at the samples' count or half of the reference: "
             f"{mean_error(floor)[0]:.2f}."
         )
-    _show_claims(page, study, results)
-    _show_speed(page, study, results)
+    if study.claims:
+        page.table(*verdicts(study, results))
+    header, rows = speed(study, results)
+    if rows:
+        page.table(header, rows)
     _show_plots(page, study, results)
     _show_samples(page, plan, study)
 
 
 def _heading(name: str, study: Study, results: Sequence[Result]) -> str:
-    """The name, and how many of the study's claims the numbers below show and contradict."""
-    verdicts = [found.verdict for _, found in decided(study, results)]
+    """Return the name and the counts of claims that are shown and contradicted."""
+    verdicts = [comparison.verdict for _, comparison in decided(study, results)]
     shown, against = verdicts.count("shown"), verdicts.count("contradicted")
     if not verdicts:
         return name
@@ -113,7 +111,7 @@ def _heading(name: str, study: Study, results: Sequence[Result]) -> str:
 
 
 def numbers(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a study's table: means and standard errors over seeds; no rows if none is done."""
+    """Return header and rows of a study's results: means and standard errors over seeds."""
     present = [
         metric
         for metric in _TABLE
@@ -141,53 +139,49 @@ def _number(metric: str, mean: float, error: float | None) -> str:
     return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def _show_claims(page: Page, study: Study, results: Sequence[Result]) -> None:
-    if study.claims:
-        page.table(*verdicts(study, results))
-
-
 def verdicts(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of a study's claims."""
+    """Return header and rows of a study's claims."""
     rows = [
-        [claim.text, f"{TITLES[claim.metric]}: {claim.better} better than {claim.worse}", *_told(found)]
-        for claim, found in decided(study, results)
+        [
+            claim.text,
+            f"{TITLES[claim.metric]}: {claim.better} better than {claim.worse}",
+            *_comparison(comparison),
+        ]
+        for claim, comparison in decided(study, results)
     ]
     return ["the paper says", "tested as", "gain ± standard error", "95 % interval", "verdict"], rows
 
 
-def _told(found: Comparison) -> list[str]:
-    gain = "-" if math.isnan(found.gain) else f"{found.gain:+.4g}"
-    error = "" if found.stderr is None else f" ± {found.stderr:.2g}"
-    interval = "" if found.low is None else f"{found.low:+.3g} to {found.high:+.3g}"
-    return [gain + error, interval, found.verdict + (f": {found.reason}" if found.reason else "")]
+def _comparison(comparison: Comparison) -> list[str]:
+    gain = "-" if math.isnan(comparison.gain) else f"{comparison.gain:+.4g}"
+    error = "" if comparison.stderr is None else f" ± {comparison.stderr:.2g}"
+    interval = "" if comparison.low is None else f"{comparison.low:+.3g} to {comparison.high:+.3g}"
+    return [gain + error, interval, _verdict(comparison)]
 
 
-def _show_speed(page: Page, study: Study, results: Sequence[Result]) -> None:
-    header, rows = speed(study, results)
-    if rows:
-        page.table(header, rows)
+def _verdict(comparison: Comparison) -> str:
+    return comparison.verdict + (f": {comparison.reason}" if comparison.reason else "")
 
 
 def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of how many times earlier a row is where another one ends; no rows if none asks."""
+    """Return header and rows of the speed-ups of the row `faster`; no rows without such a row."""
     rows = []
     faster = study.faster
     for row in study.rows if faster else ():
         fast, slow = (curves(results, study.name, str(name), "gfid") for name in (faster, row.name))
-        if row.name == faster or (found := speed_up(fast, slow)) is None:
+        if row.name == faster or (gain := speed_up(fast, slow)) is None:
             continue
         factors = ", ".join(
-            f"{'≥ ' if seed in found.at_least else ''}{factor:.1f}" if factor else "never"
-            for seed, factor in found.factors.items()
+            f"{'≥ ' if seed in gain.at_least else ''}{factor:.1f}" if factor else "never"
+            for seed, factor in gain.factors.items()
         )
-        what = found.comparison
-        low, high = ("-" if end is None else f"{math.exp(end):.1f}" for end in (what.low, what.high))
-        told = what.verdict + (f": {what.reason}" if what.reason else "")
-        rows.append([row.name, TITLES["gfid"], factors, f"{low} to {high}", told])
+        ends = gain.comparison.low, gain.comparison.high
+        low, high = ("-" if end is None else f"{math.exp(end):.1f}" for end in ends)
+        rows.append([row.name, TITLES["gfid"], factors, f"{low} to {high}", _verdict(gain.comparison)])
     header = [
-        f"{study.faster} ends where this row ends",
+        f"{study.faster} reaches the final value of this row",
         "in",
-        "so many times earlier (by seed)",
+        "how many times earlier (by seed)",
         "95 % interval of the geometric mean",
         "is it earlier?",
     ]
@@ -197,10 +191,10 @@ def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list
 def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
     drawn: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row, metric in itertools.product(study.rows, _QUALITIES):
-        found = curves(results, study.name, row.name, metric)
-        if found and max(map(len, found.values())) > 1:
+        lines = curves(results, study.name, row.name, metric)
+        if lines and max(map(len, lines.values())) > 1:
             title = f"{TITLES[metric]} of samples, mean over seeds"
-            drawn.setdefault(title, {})[row.name] = _mean_curve(found)
+            drawn.setdefault(title, {})[row.name] = _mean_curve(lines)
     if drawn:
         page.charts(drawn, "steps of the generator", log=True)
     swept = [row for row in study.rows if row.x is not None]
@@ -219,16 +213,16 @@ def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
         _show_radar(page, study, results)
 
 
-def _mean_curve(found: Mapping[int, Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
+def _mean_curve(lines: Mapping[int, Sequence[tuple[int, float]]]) -> list[tuple[float, float]]:
     values: dict[int, list[float]] = {}
-    for line in found.values():
+    for line in lines.values():
         for step, value in line:
             values.setdefault(step, []).append(value)
     return [(step, mean_error(values[step])[0]) for step in sorted(values)]
 
 
 def _show_radar(page: Page, study: Study, results: Sequence[Result]) -> None:
-    """Each axis from the worst row (a tenth) to the best one (1)."""
+    """Scale each axis from the worst row (0.1) to the best row (1)."""
     scores: dict[str, list[float | None]] = {row.name: [] for row in study.rows}
     for metric in study.radar:
         means = {
@@ -244,57 +238,52 @@ def _show_radar(page: Page, study: Study, results: Sequence[Result]) -> None:
     page.radar(
         [TITLES[metric] for metric in study.radar],
         scores,
-        "Each axis runs from the worst of these rows (near the centre) to the best (at the rim).",
+        "Each axis runs from the worst row (near the centre) to the best row (at the rim).",
     )
 
 
 def _show_samples(page: Page, plan: Plan, study: Study) -> None:
     strips: dict[str, Image.Image] = {}
-    for cell in plan.cells:
-        if cell.study == study.name and cell.judges and cell.row not in strips:
-            file = plan.places.folder(cell.judges[max(cell.judges)]) / "samples.png"
+    for run in plan.runs:
+        if run.study == study.name and run.evaluations and run.row not in strips:
+            file = plan.layout.folder(run.evaluations[max(run.evaluations)]) / "samples.png"
             if file.is_file():
                 with Image.open(file) as image:
-                    strips[cell.row] = image.convert("RGB")
+                    strips[run.row] = image.convert("RGB")
     if strips:
-        page.rows(strips, "Samples of each row: the same noise and classes everywhere, not chosen.")
+        page.rows(strips, "Samples of each row, not selected: all rows have the same noise and classes.")
 
 
 def _show_correlations(page: Page, plan: Plan, names: Sequence[str]) -> None:
     tables = {quality: points(plan, names, quality) for quality in _QUALITIES}
-    if not any(ranks(found, quality)[1] for quality, found in tables.items()):
+    if not any(ranks(tokenizers, quality)[1] for quality, tokenizers in tables.items()):
         return
-    page.heading("Which measure of a tokenizer tells how well a generator will do?")
+    page.heading("Which tokenizer metric predicts the quality of samples?")
     page.text(
-        "Spearman's rank correlation over all tokenizers, with 95 % bootstrap intervals over settings. Both "
-        "sides are turned so that larger is better: 1 means that the better measure always goes with the "
-        "better samples. The paper says that geometry (SSC, LPC, GSQ) does so and reconstruction (PSNR, rFD) "
-        "does not: shown, if the interval lies above 0; contradicted, if below; of eRank it "
-        "claims nothing. gFD holds the error of the "
-        "decoder too, so where that is large it follows rFD; own gFD, the distance to the tokenizer's own "
-        "reconstructions, does not, but grows with their spread: it favours a tokenizer whose images are all "
-        "alike."
+        "Spearman's rank correlation over all tokenizers, with 95 % bootstrap intervals over settings. The "
+        "signs are changed so that larger is better: 1 means that a better metric always goes with better "
+        "samples. The paper claims that geometry (SSC, LPC, GSQ) predicts the quality of samples and that "
+        "reconstruction (PSNR, rFD) does not. A claim is shown if the interval lies above 0, contradicted if "
+        "it lies below. The paper claims nothing about eRank. gFD includes the error of the decoder: if "
+        "that is large, gFD follows rFD. Own gFD is the distance to the tokenizer's own reconstructions. It "
+        "leaves that error out, but grows with their spread: it favours a tokenizer whose images are alike."
     )
-    for quality, found in tables.items():
-        header, rows = ranks(found, quality)
+    for quality, tokenizers in tables.items():
+        header, rows = ranks(tokenizers, quality)
         if rows:
             page.table(header, rows)
-            page.charts(_dots(found, quality), "the measure", dots=True)
+            page.charts(_dots(tokenizers, quality), "metric", dots=True)
 
 
-def ranks(found: Sequence[Point], quality: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of rank correlations; no rows of too few settings."""
-    settings = len({point.group for point in found})
-    what = f"with {TITLES[quality]}: {len(found)} tokenizers, {settings} settings"
-    header = [what, "rank correlation", "95 % interval", "more than PSNR's", "more than rFD's", "verdict"]
-    return header, _correlation_rows(found, quality)
-
-
-def _correlation_rows(found: Sequence[Point], quality: str) -> list[list[str]]:
-    judged = ("gfid", "gfid_own", "kid", "precision", "recall")
-    metrics = [name for name in get_args(MetricName) if name not in judged]
+def ranks(tokenizers: Sequence[Point], quality: str) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the rank correlations; no rows for too few settings."""
+    settings = len({point.group for point in tokenizers})
+    title = f"with {TITLES[quality]}: {len(tokenizers)} tokenizers, {settings} settings"
+    header = [title, "rank correlation", "95 % interval", "minus PSNR's", "minus rFD's", "verdict"]
+    of_samples = ("gfid", "gfid_own", "kid", "precision", "recall")
+    metrics = [name for name in get_args(MetricName) if name not in of_samples]
     rows = []
-    for one in correlations(found, metrics, against=("psnr", "rfid")):
+    for one in correlations(tokenizers, metrics, against=("psnr", "rfid")):
         claimed = quality == "gfid" and one.metric in ("ssc", "lpc", "gsq")
         verdict = verdict_of(one.low, one.high) if claimed else "-"
         over = [
@@ -304,33 +293,33 @@ def _correlation_rows(found: Sequence[Point], quality: str) -> list[list[str]]:
         rows.append(
             [TITLES[one.metric], f"{one.rho:+.2f}", f"{one.low:+.2f} to {one.high:+.2f}", *over, verdict]
         )
-    return rows
+    return header, rows
 
 
-def _dots(found: Sequence[Point], quality: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _dots(tokenizers: Sequence[Point], quality: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
     drawn = {}
     for name in ("ssc", "lpc", "gsq", "erank", "psnr", "rfid"):
-        if line := [(p.metrics[name], -p.quality) for p in found if name in p.metrics]:
+        if line := [(p.metrics[name], -p.quality) for p in tokenizers if name in p.metrics]:
             drawn[f"{TITLES[name]} and {TITLES[quality]}"] = {"tokenizers": line}
     return drawn
 
 
 def _show_method(page: Page, plan: Plan, studies: Sequence[Study], command: str) -> None:
-    page.heading("How it was measured")
+    page.heading("Method")
     page.text(
-        "A gain is the difference of the means over seeds, turned so that positive is what the paper says. "
-        "Its 95 % interval is Welch's t interval. A claim is shown where the interval lies above 0, "
-        "contradicted where it lies below 0, and not shown otherwise; with one seed it only agrees or "
-        "disagrees. Rows that share tokenizer and generator are compared seed by seed (paired t interval). "
-        "Each claim is decided by itself: of claims without any effect one in forty is called shown and one "
-        "in forty contradicted, and with two or three seeds many true ones are not shown. Intervals hold the "
-        "seeds alone: all runs see the same images, and refiner and raw targets are made once."
+        "A gain is the difference of the means over seeds. It is positive if it has the sign that the paper "
+        "claims. Its 95 % interval is Welch's t interval. A claim is shown if the interval lies above 0, "
+        "contradicted if it lies below 0, and not shown otherwise. With one seed the result only agrees or "
+        "disagrees. Rows that share tokenizer and generator are compared per seed (paired t interval). The "
+        "claims are tested separately: of claims without any effect, one in forty is shown and one in forty "
+        "contradicted. With two or three seeds many true claims are not shown. The intervals cover the "
+        "seeds only: all runs use the same images, and refiner and raw targets are made once."
     )
     seconds, code = cost(plan, [study.name for study in studies])
     facts = {
         "command": command,
         "code": ", ".join(code) or "-",
-        "time of the rows": f"{seconds / 3600:.2f} h, each stage once; without what all rows share",
+        "time of the rows": f"{seconds / 3600:.2f} h, each stage once, without stages that all rows share",
     }
     page.table(["", ""], list(facts.items()))
     for study in studies:
@@ -339,36 +328,34 @@ def _show_method(page: Page, plan: Plan, studies: Sequence[Study], command: str)
             f"setup of {study.name}: {study.setup}", yaml.safe_dump(configs.to_dict(setup), sort_keys=False)
         )
         page.fold(f"study {study.name}", yaml.safe_dump(configs.to_dict(study), sort_keys=False))
-    page.fold("folders below OUT/stages", "\n".join(_place(cell) for cell in plan.cells))
+    page.fold("folders below OUT/stages", "\n".join(_folders(run) for run in plan.runs))
 
 
-def _place(cell: Run) -> str:
-    judged = f", {cell.judges[max(cell.judges)]}" if cell.judges else ""
-    return (
-        f"{cell.study} / {cell.row} / seed {cell.seed}: {', '.join(cell.own[:1])}, {cell.generator}{judged}"
-    )
+def _folders(run: Run) -> str:
+    evaluation = f", {run.evaluations[max(run.evaluations)]}" if run.evaluations else ""
+    return f"{run.study} / {run.row} / seed {run.seed}: {', '.join(run.own[:1])}, {run.generator}{evaluation}"
 
 
 def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], command: str) -> str:
-    """What `study_page` shows, without its pictures.
+    """Return the tables of `study_page` as Markdown.
 
     Args:
-        plan: what was planned; its records are read.
-        studies: those to show.
-        results: their numbers, from `collect`.
-        command: how it was called.
+        plan: the plan; its records are read.
+        studies: the studies to show.
+        results: their results, from `collect`.
+        command: command line of the study.
     """
     parts = []
     for study in studies:
         header, rows = numbers(study, results)
         parts += [f"## {markdown(study.title)}", _filled(without_html(study.text))]
-        parts.append(_table(header, rows) if rows else "Nothing of it is done yet.")
+        parts.append(_table(header, rows) if rows else "No run is done yet.")
         for header, rows in (verdicts(study, results), speed(study, results)):
             parts.append(_table(header, rows) if rows else "")
     names = [study.name for study in studies]
     tables = [ranks(points(plan, names, quality), quality) for quality in ("gfid", "gfid_own")]
     if any(rows for _, rows in tables):
-        parts.append("## Rank correlations with the quality of samples")
+        parts.append("## Rank correlations with sample quality")
         parts += [_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
     how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."

@@ -1,4 +1,4 @@
-"""From studies to the stages that they need: each is named by what it is made of, so none is done twice."""
+"""The stages that studies need. Equal stages have equal ids, so each runs once."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ from openpae.train.settings import GeneratorRun, TokenizerRun
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A row with a seed, and the stages that its numbers come from."""
+    """A row with one seed, and the stages of its results."""
 
     study: str
     row: str
     seed: int
     tokenizer: str
-    """Id of a stage, or of a root for a tokenizer that is not trained here."""
+    """Id of a stage, or of a root if the tokenizer is not trained here."""
     measure: str
     generator: str | None
-    judges: Mapping[int, str]
-    """Step of the generator -> id."""
+    evaluations: Mapping[int, str]
+    """Step of the generator -> id of the stage that evaluates its samples."""
     own: tuple[str, ...]
-    """Ids of the stages made for this cell, without those shared by all rows (images, features, targets)."""
+    """Ids of the stages of this run, without those that all rows share (images, features, targets)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that a call of `pae study` does."""
+    """All stages of a call of `pae study`."""
 
     studies: tuple[Study, ...]
     stages: Mapping[str, Stage]
-    """By id, inputs before what needs them."""
-    cells: tuple[Run, ...]
-    places: StageLayout
+    """By id, inputs before the stages that use them."""
+    runs: tuple[Run, ...]
+    layout: StageLayout
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """What a stage left when it was done; None where it is not."""
-        file = self.places.record(name)
+        """Return the record of a stage; None if it is not done."""
+        file = self.layout.record(name)
         return read_json(file) if file.is_file() else None
 
 
 def own_data(studies: Sequence[Study]) -> StudyData:
-    """The images that the studies name themselves.
+    """Return the images that the studies name.
 
     Raises:
-        FileNotFoundError: they are not where the studies say.
-        ValueError: the studies name none, or not the same.
+        FileNotFoundError: the images do not exist.
+        ValueError: the studies name no images, or different ones.
     """
     setups = {study.setup: configs.load(StudySetup, study.setup) for study in studies}
     for name, setup in setups.items():
@@ -95,21 +95,21 @@ def make_plan(
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> Plan:
-    """The stages of studies over one set of images.
+    """Plan the stages of studies over one set of images.
 
-    Seed by seed, so that an interrupted study has a whole table sooner.
+    The order is seed by seed, so that an interrupted study has a full table sooner.
 
     Args:
-        studies: of different names.
-        data: where the images are.
+        studies: studies with different names.
+        data: paths of the images.
         out: folder for all results.
-        changes: to all rows, over their own: STAGE.FIELD=VALUE.
-        rows: take only these rows; none takes all.
-        seeds: in place of the studies' own.
+        changes: changes to all rows, after their own: STAGE.FIELD=VALUE.
+        rows: names of rows to run; empty runs all.
+        seeds: seeds that replace the studies' own.
 
     Raises:
-        FileNotFoundError: no images.
-        ValueError, TypeError: settings that are wrong or do not fit each other; the message names the row.
+        FileNotFoundError: there are no images.
+        ValueError, TypeError: settings are wrong or do not fit each other; the message names the row.
     """
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
@@ -125,29 +125,30 @@ def make_plan(
         for seed in study.seeds:
             for row in study.rows:
                 if not rows or row.name in rows:
-                    draft.add_cell(study, setup, row, resolved[row.name], seed)
+                    draft.add_run(study, setup, row, resolved[row.name], seed)
     return Plan(
         studies=tuple(chosen),
         stages=draft.stages,
-        cells=tuple(draft.cells),
-        places=StageLayout(out=draft.out, roots=draft.roots),
+        runs=tuple(draft.runs),
+        layout=StageLayout(out=draft.out, roots=draft.roots),
     )
 
 
 def snapshots(run: GeneratorRun) -> list[int]:
-    """The steps of which a generator's run keeps a checkpoint for good, and the last one."""
+    """Return the steps whose checkpoints a generator's run keeps, and the last step."""
     every, last = run.loop.keep_every, run.loop.steps
     return [*range(every, last, every), last] if every else [last]
 
 
 class _Draft:
-    """A plan that grows."""
+    """A plan under construction."""
 
     def __init__(self, data: StudyData, out: Path) -> None:
         self.data, self.out = data, out
         self.stages: dict[str, Stage] = {}
-        self.cells: list[Run] = []
+        self.runs: list[Run] = []
         self.roots: dict[str, str] = {}
+        self.label = ""
         names, others = (open_images(path).classes for path in (data.images, data.held_out))
         check_images_agree(data.images, names, data.held_out, others)
         self.classes = len(names)
@@ -157,60 +158,55 @@ class _Draft:
         self.label_maps = self._label_maps()
         self.reference = self._reference()
 
-    def add_cell(self, study: Study, setup: StudySetup, row: StudyRow, parts: Resolved, seed: int) -> None:
-        what = f"{study.name}: {row.name}, seed {seed}"
+    def add_run(self, study: Study, setup: StudySetup, row: StudyRow, parts: Resolved, seed: int) -> None:
+        self.label = f"{study.name}: {row.name}, seed {seed}"
         size = parts.tokenizer.model.image_size
-        train = self._images(self.images, setup, size, setup.every, what)
-        held_out = self._images(self.held_out, setup, size, 1, what)
+        train = self._images(self.images, setup, size, setup.every)
+        held_out = self._images(self.held_out, setup, size, 1)
         features = None
         if row.tokenizer_from is not None:
             tokenizer = self._root("external", row.tokenizer_from, row.tokenizer_from)
         else:
-            run = dataclasses.replace(
-                parts.tokenizer, loop=dataclasses.replace(parts.tokenizer.loop, seed=seed)
-            )
-            features = self._features(run, train, what)
-            prior = self._prior(setup, row, parts, train, features, what)
+            config = configs.changed(parts.tokenizer, {"loop.seed": seed})
+            features = self._features(config, train)
+            prior = self._prior(setup, row, parts, train, features)
             if prior is None:
-                run = dataclasses.replace(run, prior=None)
-            evaluation = None if run.data.evaluation is None else held_out
+                config = dataclasses.replace(config, prior=None)
+            evaluation = None if config.data.evaluation is None else held_out
             inputs = {"images": train, "features": features, "prior": prior, "held-out": evaluation}
-            tokenizer = self._add("tokenizer", run, inputs, what)
+            tokenizer = self._add("tokenizer", config, inputs)
         measure = self._add(
             "measure",
             MeasureStage(settings=parts.measure, image_size=size),
             {"tokenizer": tokenizer, "held-out": held_out, **self.label_maps},
-            what,
         )
-        generator, judges, own = None, {}, [tokenizer, measure]
+        generator, evaluations, own = None, {}, [tokenizer, measure]
         if row.generate:
-            self._check_classes(parts.generator, what)
-            # Cached features without those of the mirror images cannot give the latents of these.
+            self._check_classes(parts.generator)
+            # The latents of mirror images need the features of mirror images.
             cached = features if parts.tokenizer.data.augment == "flip" or not setup.flips else None
             latents = self._add(
                 "latents",
                 LatentSettings(image_size=size, flips=setup.flips),
                 {"tokenizer": tokenizer, "images": train, "features": cached},
-                what,
             )
-            trained = dataclasses.replace(
-                parts.generator, loop=dataclasses.replace(parts.generator.loop, seed=seed)
-            )
-            generator = self._add("generator", trained, {"latents": latents}, what)
-            own_reference = self._own_reference(parts.judge, size, tokenizer, latents, what)
+            trained = configs.changed(parts.generator, {"loop.seed": seed})
+            generator = self._add("generator", trained, {"latents": latents})
+            own_reference = self._own_reference(parts.judge, size, tokenizer, latents)
             against = {
-                "reference": self._real_reference(parts.judge, size, train, what),
+                "reference": self._real_reference(parts.judge, size, train),
                 "own-reference": own_reference,
             }
-            judges = self._judges(trained, parts.judge, size, tokenizer, generator, against, what)
-            own += [latents, generator, *([own_reference] if own_reference else []), *judges.values()]
-        cell = Run(
+            evaluations = self._evaluations(trained, parts.judge, size, tokenizer, generator, against)
+            own += [latents, generator, *([own_reference] if own_reference else []), *evaluations.values()]
+        run = Run(
             study=study.name, row=row.name, seed=seed, tokenizer=tokenizer, measure=measure,
-            generator=generator, judges=judges, own=tuple(name for name in own if name in self.stages),
+            generator=generator, evaluations=evaluations,
+            own=tuple(name for name in own if name in self.stages),
         )  # fmt: skip
-        self.cells.append(cell)
+        self.runs.append(run)
 
-    def _judges(
+    def _evaluations(
         self,
         run: GeneratorRun,
         settings: JudgeSettings,
@@ -218,31 +214,28 @@ class _Draft:
         tokenizer: str,
         generator: str,
         against: Mapping[str, str | None],
-        what: str,
     ) -> dict[int, str]:
         steps = snapshots(run) if settings.curve else [run.loop.steps]
-        # The same result, whoever asks; the numbers of real images are the references'.
+        # These fields do not change the samples; the references hold the counts of real images.
         plain = dataclasses.replace(settings, curve=False, reference_images=None, own_images=0)
         inputs = {"tokenizer": tokenizer, "generator": generator, **against}
         return {
-            step: self._add("judge", JudgeStage(settings=plain, step=step, image_size=size), inputs, what)
+            step: self._add("judge", JudgeStage(settings=plain, step=step, image_size=size), inputs)
             for step in steps
         }
 
-    def _real_reference(self, settings: JudgeSettings, size: int, train: str, what: str) -> str:
+    def _real_reference(self, settings: JudgeSettings, size: int, train: str) -> str:
         root = self.reference or train
         if root in self.roots and Path(self.roots[root]).is_file():
             return root
         features = self._reference_settings(settings, size, settings.reference_images)
-        return self._add("reference", features, {"images": root}, what)
+        return self._add("reference", features, {"images": root})
 
-    def _own_reference(
-        self, settings: JudgeSettings, size: int, tokenizer: str, latents: str, what: str
-    ) -> str | None:
+    def _own_reference(self, settings: JudgeSettings, size: int, tokenizer: str, latents: str) -> str | None:
         if not settings.own_images:
             return None
         features = self._reference_settings(settings, size, settings.own_images)
-        return self._add("own-reference", features, {"tokenizer": tokenizer, "latents": latents}, what)
+        return self._add("own-reference", features, {"tokenizer": tokenizer, "latents": latents})
 
     def _reference_settings(self, settings: JudgeSettings, size: int, count: int | None) -> ReferenceSettings:
         return ReferenceSettings(
@@ -252,12 +245,12 @@ class _Draft:
             count=count,
         )
 
-    def _images(self, root: str, setup: StudySetup, size: int, every: int, what: str) -> str:
+    def _images(self, root: str, setup: StudySetup, size: int, every: int) -> str:
         if not setup.pack:
             return root
-        return self._add("pack", PackSettings(size=size, every=every), {"images": root}, what)
+        return self._add("pack", PackSettings(size=size, every=every), {"images": root})
 
-    def _features(self, run: TokenizerRun, train: str, what: str) -> str | None:
+    def _features(self, run: TokenizerRun, train: str) -> str | None:
         if run.data.feature_cache is None:
             return None
         settings = FeatureSettings(
@@ -267,10 +260,10 @@ class _Draft:
             patch_size=run.model.decoder.patch_size,
             flips=run.data.augment == "flip",
         )
-        return self._add("features", settings, {"images": train}, what)
+        return self._add("features", settings, {"images": train})
 
     def _prior(
-        self, setup: StudySetup, row: StudyRow, parts: Resolved, train: str, features: str | None, what: str
+        self, setup: StudySetup, row: StudyRow, parts: Resolved, train: str, features: str | None
     ) -> str | None:
         if not parts.tokenizer.loss.needs_prior:
             return None
@@ -285,16 +278,16 @@ class _Draft:
                 patch_size=model.decoder.patch_size,
                 count=setup.raw_count,
             )
-            return self._add("raw-targets", raw, {"images": train}, what)
-        # A refiner without cached features would look at other crops than a tokenizer with them.
+            return self._add("raw-targets", raw, {"images": train})
+        # Without cached features a refiner sees other crops than a tokenizer with them.
         cached = features if parts.refiner.data.feature_cache is not None else None
-        return self._add("refiner", parts.refiner, {"images": train, "features": cached}, what)
+        return self._add("refiner", parts.refiner, {"images": train, "features": cached})
 
     def _label_maps(self) -> dict[str, str]:
         images, maps = self.data.label_images, self.data.label_maps
         if images is None or maps is None:
             return {}
-        content = _file_facts(maps if maps.is_dir() else maps.with_suffix(""))
+        content = _listing(maps if maps.is_dir() else maps.with_suffix(""))
         return {
             "label-images": self._root("label-images", _content(images), images),
             "label-maps": self._root("label-maps", content, maps),
@@ -309,45 +302,46 @@ class _Draft:
         content = file_hash(path) if path.is_file() else _content(path)
         return self._root("reference", content, path)
 
-    def _check_classes(self, run: GeneratorRun, what: str) -> None:
+    def _check_classes(self, run: GeneratorRun) -> None:
         if run.model.num_classes != self.classes:
             raise ValueError(
-                f"{what}: generator.model.num_classes is {run.model.num_classes}, but {self.data.images} has "
-                f"{self.classes} classes; pass --set generator.model.num_classes={self.classes}"
+                f"{self.label}: generator.model.num_classes is {run.model.num_classes}, but "
+                f"{self.data.images} has {self.classes} classes; pass "
+                f"--set generator.model.num_classes={self.classes}"
             )
 
-    def _root(self, role: str, content: str, where: str | Path) -> str:
+    def _root(self, role: str, content: str, source: str | Path) -> str:
         name = f"{role}-{short_hash(content)}"
-        self.roots[name] = str(where.resolve()) if isinstance(where, Path) else where
+        self.roots[name] = str(source.resolve()) if isinstance(source, Path) else source
         return name
 
-    def _add(self, kind: StageKind, settings: Any, inputs: Mapping[str, str | None], what: str) -> str:
+    def _add(self, kind: StageKind, settings: Any, inputs: Mapping[str, str | None]) -> str:
         given = tuple((role, name) for role, name in inputs.items() if name is not None)
-        stage = Stage(kind, settings, given, what)
+        stage = Stage(kind, settings, given, self.label)
         self.stages.setdefault(stage.id, stage)
         return stage.id
 
 
 def resolve_rows(study: Study, changes: Sequence[str] = ()) -> dict[str, Resolved]:
-    """Name of each row -> its configs, seen to fit each other before anything runs.
+    """Map the name of each row to its configs, and check that they fit each other.
 
     Args:
-        study: whose rows.
-        changes: to all rows, over their own: STAGE.FIELD=VALUE.
+        study: a study.
+        changes: changes to all rows, after their own: STAGE.FIELD=VALUE.
 
     Raises:
-        ValueError, TypeError: a change that cannot be made, or configs that do not fit; names the row.
+        ValueError, TypeError: a change is invalid, or the configs do not fit; the message names the row.
     """
     setup = configs.load(StudySetup, study.setup)
-    found = {}
+    configs_of = {}
     for row in study.rows:
         at = f"{study.name}: {row.name}"
         try:
-            found[row.name] = resolve(setup, [*study.set, *row.set, *changes])
+            configs_of[row.name] = resolve(setup, [*study.set, *row.set, *changes])
         except (ValueError, TypeError) as error:
             raise type(error)(f"{at}: {error}") from None
-        _check_fit(at, row, found[row.name])
-    return found
+        _check_fit(at, row, configs_of[row.name])
+    return configs_of
 
 
 def _check_fit(at: str, row: StudyRow, parts: Resolved) -> None:
@@ -371,20 +365,20 @@ def _check_fit(at: str, row: StudyRow, parts: Resolved) -> None:
         pairs["image_size"] = (refiner.image_size, tokenizer.model.image_size, "refiner")
         if None not in (refiner.data.feature_cache, tokenizer.data.feature_cache):
             pairs["data.augment"] = (refiner.data.augment, tokenizer.data.augment, "refiner")
-    for what, (other, own, whose) in pairs.items():
+    for label, (other, own, whose) in pairs.items():
         if other != own:
             raise ValueError(
-                f"{at}: the {whose}'s {what} is {other}, the tokenizer's {own}; change both in the row's set"
+                f"{at}: the {whose}'s {label} is {other}, the tokenizer's {own}; change both in the row's set"
             )
 
 
 def _content(path: Path) -> str:
-    """The part of a fingerprint that all versions know: the results of older studies stay valid."""
+    """Return the part of a fingerprint that all versions have, so that older studies stay valid."""
     return open_images(path).fingerprint().partition(".")[0]
 
 
-def _file_facts(folder: Path) -> str:
-    """Names and sizes of the PNGs of a folder of label maps."""
+def _listing(folder: Path) -> str:
+    """Return names and sizes of the PNGs in a folder of label maps."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of label maps at {folder}")
     files = sorted(folder.rglob("*.png"))

@@ -1,4 +1,4 @@
-"""How long a plan takes here: from stages that are done, or from the same stages rehearsed at small sizes."""
+"""Estimate how long a plan takes, from finished stages or from small trial runs of the same stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 TRAINING = (RefinerRun, TokenizerRun, GeneratorRun)
 _STEPS, _IMAGES = (4, 12), (16, 48)
-"""The two sizes of a rehearsal: optimizer steps, and images or samples."""
+"""The two sizes of a trial run: optimizer steps, and images or samples."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,56 +38,56 @@ class Estimate:
 
     seconds: float
     rehearsed: bool
-    """From a rehearsal, not from stages that are done."""
+    """Whether it comes from a trial run and not from finished stages."""
 
 
 def estimates(
-    plan: Plan, *, rehearse: bool = False, tell: Callable[[str], None] = lambda _: None
+    plan: Plan, *, rehearse: bool = False, log: Callable[[str], None] = lambda _: None
 ) -> dict[str, Estimate]:
-    """Seconds of the stages of a plan that are not done, as far as they can be told.
+    """Estimate the seconds of the stages that are not done.
 
-    Stages of one kind that differ in seed, steps and inputs alone count as equally quick. Of each kind that
-    is done somewhere below OUT the mean time per unit is taken (per step, or per stage).
+    Stages of one kind that differ only in seed, steps and inputs are assumed to be equally fast. Their time
+    per unit (step, or stage) is the mean over the finished stages below OUT.
 
     Args:
-        plan: what is to be done.
-        rehearse: run the others in a temporary folder at two small sizes each, and go on along the straight
-            line through both times. It also shows that every stage runs. Otherwise they are left out.
-        tell: is told what is rehearsed.
+        plan: the plan.
+        rehearse: run the other stages at two small sizes in a temporary folder, and extrapolate linearly.
+            This also shows that every stage runs. By default they are left out.
+        log: called with a line for each trial run.
     """
-    open_stages = [stage for stage in plan.stages.values() if not plan.places.record(stage.id).is_file()]
-    rates = _rates(plan.places.out / "stages")
+    open_stages = [stage for stage in plan.stages.values() if not plan.layout.record(stage.id).is_file()]
+    rates = _rates(plan.layout.out / "stages")
     known = {
         stage.id: Estimate(seconds=rates[key] * _steps(stage.settings), rehearsed=False)
         for stage in open_stages
-        if (key := _likeness(stage.kind, settings_of(stage.settings), dict(stage.inputs))) in rates
+        if (key := _speed_key(stage.kind, settings_of(stage.settings), dict(stage.inputs))) in rates
     }
     if rehearse and (left := [stage for stage in open_stages if stage.id not in known]):
         with tempfile.TemporaryDirectory(prefix="pae-study-") as scratch:
-            known |= _Rehearsal(plan, Path(scratch), tell).estimates(left)
+            known |= _Rehearsal(plan, Path(scratch), log).estimates(left)
     return known
 
 
 def _rates(folder: Path) -> dict[str, float]:
-    """Seconds per step (or per stage, where there are no steps) of the kinds of stages that are done."""
+    """Return seconds per step (or per stage without steps) for each kind of finished stage."""
     times: dict[str, list[float]] = {}
     for file in sorted(folder.glob("*.json")):
         record = read_json(file)
-        key = _likeness(record["stage"], record["settings"], record["inputs"])
+        key = _speed_key(record["stage"], record["settings"], record["inputs"])
         times.setdefault(key, []).append(
             record["seconds"] / record["settings"].get("loop", {}).get("steps", 1)
         )
     return {key: mean(values) for key, values in times.items()}
 
 
-def _likeness(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Equal for stages that take equally long per unit."""
+def _speed_key(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return a key that is equal for stages with equal time per unit."""
     plain = json.loads(json.dumps(settings))
     plain.pop("step", None)
     if "loop" in plain:
         for name in ("seed", "steps", "save_every", "keep_last", "keep_every", "log_every"):
             plain["loop"].pop(name, None)
-    # Of the caches the number of images counts, which the input holds.
+    # The time of a cache depends on the number of images, which the input determines.
     images = inputs.get("images") if "loop" not in plain else None
     return json.dumps([kind, plain, images], sort_keys=True)
 
@@ -101,27 +101,27 @@ def _sizes(stage: Stage) -> tuple[int, int]:
 
 
 class _Rehearsal:
-    """Small copies of stages, in a folder of their own."""
+    """Trial runs: small copies of stages in a temporary folder."""
 
-    def __init__(self, plan: Plan, scratch: Path, tell: Callable[[str], None]) -> None:
-        self.plan, self.tell = plan, tell
-        self.places = dataclasses.replace(plan.places, out=scratch)
+    def __init__(self, plan: Plan, scratch: Path, log: Callable[[str], None]) -> None:
+        self.plan, self.log = plan, log
+        self.layout = dataclasses.replace(plan.layout, out=scratch)
 
     def estimates(self, stages: Iterable[Stage]) -> dict[str, Estimate]:
-        """Of stages that were never done here."""
+        """Estimate stages from trial runs."""
         lines: dict[str, tuple[float, float]] = {}
-        found = {}
+        seconds = {}
         for stage in stages:
-            key = _likeness(stage.kind, settings_of(stage.settings), dict(stage.inputs))
+            key = _speed_key(stage.kind, settings_of(stage.settings), dict(stage.inputs))
             if key not in lines:
-                self.tell(f"rehearsing {stage.kind}: {stage.label}")
+                self.log(f"rehearsing {stage.kind}: {stage.label}")
                 lines[key] = self._line(stage)
             start, slope = lines[key]
-            found[stage.id] = Estimate(seconds=start + slope * self._units(stage), rehearsed=True)
-        return found
+            seconds[stage.id] = Estimate(seconds=start + slope * self._units(stage), rehearsed=True)
+        return seconds
 
     def _line(self, stage: Stage) -> tuple[float, float]:
-        """Seconds at no units, and per unit."""
+        """Return the seconds at zero units, and per unit."""
         small, large = _sizes(stage)
         self._small(stage, large)  # so that no input is made while the stage is timed
         self._small(stage, small)
@@ -132,11 +132,11 @@ class _Rehearsal:
         return max(0.0, second - slope * large), slope
 
     def _do(self, stage: Stage, units: int) -> dict[str, Any]:
-        return run_stage(self._small(stage, units), self.places, commit="", quiet=True)
+        return run_stage(self._small(stage, units), self.layout, commit="", quiet=True)
 
     def _small(self, stage: Stage, units: int) -> Stage:
-        """A small copy of a stage, whose inputs are done."""
-        # Of cached features and latents there are as many as images.
+        """Return a small copy of a stage whose inputs are done."""
+        # Cached features and latents have one row per image.
         cached = isinstance(stage.settings, FeatureSettings | LatentSettings)
         inputs = tuple(
             (role, self._id(name, units if cached and role != "tokenizer" else None))
@@ -145,16 +145,16 @@ class _Rehearsal:
         return dataclasses.replace(stage, settings=self._shrunk(stage, units), inputs=inputs)
 
     def _id(self, name: str, units: int | None) -> str:
-        """Id of a root, or of a small copy of a stage, which is done when this returns."""
-        if name in self.places.roots:
+        """Return the id of a root, or run a small copy of a stage and return its id."""
+        if name in self.layout.roots:
             return name
         stage = self.plan.stages[name]
         small = self._small(stage, units or _sizes(stage)[1])
-        run_stage(small, self.places, commit="", quiet=True)
+        run_stage(small, self.layout, commit="", quiet=True)
         return small.id
 
     def _shrunk(self, stage: Stage, units: int) -> Any:
-        """The settings of a stage at another size."""
+        """Return the settings of a stage at another size."""
         settings = stage.settings
         if isinstance(settings, TRAINING):
             loop = dataclasses.replace(
@@ -172,18 +172,18 @@ class _Rehearsal:
             every = settings.every * max(1, self._images(stage) // units)
             return dataclasses.replace(settings, every=every, count=units)
         if isinstance(settings, MeasureStage):
-            whole = settings.settings
-            share = units / whole.metrics.count
+            full = settings.settings
+            share = units / full.metrics.count
             metrics = dataclasses.replace(
-                whole.metrics, count=units, lpc_count=max(1, round(whole.metrics.lpc_count * share))
+                full.metrics, count=units, lpc_count=max(1, round(full.metrics.lpc_count * share))
             )
-            labels = max(1, round(whole.label_count * share))
+            labels = max(1, round(full.label_count * share))
             return dataclasses.replace(
-                settings, settings=dataclasses.replace(whole, metrics=metrics, label_count=labels)
+                settings, settings=dataclasses.replace(full, metrics=metrics, label_count=labels)
             )
         if isinstance(settings, JudgeStage):
-            judge = dataclasses.replace(settings.settings, samples=units)
-            return dataclasses.replace(settings, settings=judge, step=_STEPS[1])
+            fewer = dataclasses.replace(settings.settings, samples=units)
+            return dataclasses.replace(settings, settings=fewer, step=_STEPS[1])
         if isinstance(settings, LatentSettings | RawSettings | ReferenceSettings):
             return dataclasses.replace(settings, count=units)
         return settings
@@ -202,12 +202,12 @@ class _Rehearsal:
         return self._images(stage)
 
     def _images(self, stage: Stage) -> int:
-        """Images of a stage's source; packed ones after `every`."""
+        """Return the number of images of a stage's source, after `every`."""
         inputs = dict(stage.inputs)
         if "images" not in inputs:  # reconstructions of latents
             return self._images(self.plan.stages[inputs["latents"]])
         name = inputs["images"]
-        if name in self.plan.places.roots:
+        if name in self.plan.layout.roots:
             every = stage.settings.every if isinstance(stage.settings, PackSettings) else 1
-            return len(range(0, len(open_images(self.plan.places.folder(name))), every))
+            return len(range(0, len(open_images(self.plan.layout.folder(name))), every))
         return self._images(self.plan.stages[name])

@@ -1,4 +1,4 @@
-"""`pae study`: do the stages of a plan, in one process or several, and write what came out."""
+"""Run the stages of a plan in one or more processes, and write tables and reports."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from openpae.study.table import collect, write_table
 Log = Callable[[str], None]
 
 
-def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Log = print) -> list[str]:
-    """Do every stage that is not done, then write tables and reports; also where it is stopped.
+def run_plan(plan: Plan, *, workers: int = 1, command: str = "", log: Log = print) -> list[str]:
+    """Run every stage that is not done, then write tables and reports, also after a signal.
 
-    A stage whose training is not finite is told and left out with what needs it; all others go on.
+    A stage with non-finite training fails. The stages that need it are left out; the others run.
 
     Args:
-        plan: what to do.
-        workers: processes. Each has its share of the threads, and a GPU of its own where there are several.
-        command: how it was called; the report repeats it.
-        tell: is told what is done.
+        plan: the plan.
+        workers: number of processes; they divide the threads, and the GPUs if there are several.
+        command: command line for the report.
+        log: called with a line for each stage.
 
     Returns:
-        What failed, in words.
+        One message for each stage that failed.
 
     Raises:
-        Stopped, KeyboardInterrupt: told to stop; tables and reports are written, the same command goes on.
-        ValueError: several workers under torchrun.
-        OSError: a process died, of want of memory for one.
+        Stopped, KeyboardInterrupt: after a signal; tables and reports are written, the same call resumes.
+        ValueError: there are several workers under torchrun.
+        OSError: a process died, for example out of memory.
     """
     if workers > 1 and processes.world_size() > 1:
         raise ValueError(
             f"workers must be 1 under torchrun, whose processes share each stage, got {workers}; "
             "take one of both"
         )
-    board = _Board(plan, tell, workers)
+    board = _Board(plan, log, workers)
     try:
         if workers == 1:
             _one_by_one(plan, board)
@@ -69,14 +69,13 @@ def run_plan(plan: Plan, *, workers: int = 1, command: str = "", tell: Log = pri
 
 
 def write_results(plan: Plan, command: str) -> list[Path]:
-    """Tables and reports of what is done: a folder per study, and for several studies one of all; the
-    reports."""
+    """Write tables and a report for each study, and for all studies together; return the reports."""
     groups: dict[str, tuple[Study, ...]] = {study.name: (study,) for study in plan.studies}
     if len(plan.studies) > 1:
         groups["all"] = plan.studies
     pages = []
     for name, studies in groups.items():
-        folder = plan.places.out / name
+        folder = plan.layout.out / name
         folder.mkdir(parents=True, exist_ok=True)
         results = collect(plan, [study.name for study in studies])
         write_table(results, folder / "results.csv")
@@ -90,16 +89,16 @@ def write_results(plan: Plan, command: str) -> list[Path]:
 
 
 def describe_plan(plan: Plan, known: Mapping[str, Estimate], workers: int) -> str:
-    """The plan as text: what is done, what is to be done, and how long it takes."""
-    open_stages = [stage for stage in plan.stages.values() if not plan.places.record(stage.id).is_file()]
+    """Return the plan as text: the state or the estimated time of each stage, and the total time."""
+    open_stages = [stage for stage in plan.stages.values() if not plan.layout.record(stage.id).is_file()]
     lines = [f"{len(plan.stages)} stages, {len(plan.stages) - len(open_stages)} of them done"]
     for stage in plan.stages.values():
-        if plan.places.record(stage.id).is_file():
-            told = "done"
+        if plan.layout.record(stage.id).is_file():
+            state = "done"
         else:
             estimate = known.get(stage.id)
-            told = "?" if estimate is None else _duration(estimate.seconds)
-        lines.append(f"  {told:>8}  {stage.id:30} {stage.label}")
+            state = "?" if estimate is None else _duration(estimate.seconds)
+        lines.append(f"  {state:>8}  {stage.id:30} {stage.label}")
     seconds = sum(estimate.seconds for estimate in known.values())
     rehearsed = sum(estimate.rehearsed for estimate in known.values())
     lines.append(
@@ -110,19 +109,19 @@ def describe_plan(plan: Plan, known: Mapping[str, Estimate], workers: int) -> st
 
 
 class _Board:
-    """What is done, what failed, and how long it still takes."""
+    """The finished and failed stages, and the time left."""
 
-    def __init__(self, plan: Plan, tell: Log, workers: int) -> None:
-        self.plan, self.tell, self.workers = plan, tell, workers
+    def __init__(self, plan: Plan, log: Log, workers: int) -> None:
+        self.plan, self.log, self.workers = plan, log, workers
         self.failed: dict[str, str] = {}
-        # The first process looks for all: what is done must not change between two glances.
+        # Rank 0 looks for all ranks, so that all see the same stages as done.
         self.done = processes.on_rank0(
-            lambda: {name for name in plan.stages if plan.places.record(name).is_file()}
+            lambda: {name for name in plan.stages if plan.layout.record(name).is_file()}
         )
         self.commit = version()
 
     def ready(self, running: Sequence[str] = ()) -> Iterator[Stage]:
-        """Stages whose inputs are done, in the order of the plan."""
+        """Yield the stages whose inputs are done, in the order of the plan."""
         for name, stage in self.plan.stages.items():
             if name in self.done or name in self.failed or name in running:
                 continue
@@ -131,32 +130,32 @@ class _Board:
                 yield stage
 
     def finished(self, stage: Stage, record: Mapping[str, Any]) -> None:
-        """Count a stage, and tell how long the others take."""
+        """Count a stage, and log the time left."""
         self.done.add(stage.id)
         if not processes.is_rank0():
             return
         left = estimates(self.plan)
         waiting = len(self.plan.stages) - len(self.done)
-        untold = waiting - len(left)
+        unknown = waiting - len(left)
         seconds = sum(estimate.seconds for estimate in left.values()) / self.workers
         rest = f"; about {_duration(seconds)} left" if left else ""
-        rest += f"; {untold} stages not yet timed" if untold > 0 else ""
-        self.tell(
+        rest += f"; {unknown} stages not yet timed" if unknown > 0 else ""
+        self.log(
             f"[{len(self.done)}/{len(self.plan.stages)}] {stage.kind} ({stage.label}): "
             f"{_duration(record['seconds'])}{rest}"
         )
 
     def fail(self, stage: Stage, error: FloatingPointError) -> None:
-        """Leave a stage out."""
+        """Mark a stage as failed."""
         self.failed[stage.id] = str(error)
         if processes.is_rank0():
-            self.tell(f"failed: {stage.kind} ({stage.label}): {error}")
+            self.log(f"failed: {stage.kind} ({stage.label}): {error}")
 
 
 def _one_by_one(plan: Plan, board: _Board) -> None:
     while (stage := next(board.ready(), None)) is not None:
         try:
-            record = run_stage(stage, plan.places, commit=board.commit, quiet=not sys.stderr.isatty())
+            record = run_stage(stage, plan.layout, commit=board.commit, quiet=not sys.stderr.isatty())
         except FloatingPointError as error:
             board.fail(stage, error)
         else:
@@ -172,7 +171,7 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
         ProcessPoolExecutor(
             workers,
             mp_context=context,
-            initializer=_settle,
+            initializer=_init_worker,
             initargs=(context.Value("i", 0), threads, _devices()),
         ) as pool,
     ):
@@ -181,7 +180,7 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
             if not caught:
                 waiting = list(board.ready([stage.id for stage in running.values()]))[:free]
                 for stage in waiting:
-                    running[pool.submit(_work, stage, plan.places, board.commit)] = stage
+                    running[pool.submit(_work, stage, plan.layout, board.commit)] = stage
             if not running:
                 break
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -194,7 +193,7 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
                             f"a process died at {stage.kind} ({stage.label}); if memory ran out, take fewer "
                             "--workers; the same command goes on"
                         ) from None
-                    continue  # it was told to stop before it could listen
+                    continue  # the signal came before its handler was set
                 if "stopped" in record:
                     caught.append(signal.SIGINT)
                 elif "failed" in record:
@@ -205,26 +204,26 @@ def _in_processes(plan: Plan, board: _Board, workers: int) -> None:
         raise KeyboardInterrupt
 
 
-def _work(stage: Stage, places: StageLayout, commit: str) -> dict[str, Any]:
-    """A stage in a process of its own; what ends it early comes back as a value."""
+def _work(stage: Stage, layout: StageLayout, commit: str) -> dict[str, Any]:
+    """Run a stage in a worker process; return an early end as a value."""
     try:
-        _hear_stop(True)
-        return run_stage(stage, places, commit=commit, quiet=True)
-    except (Stopped, KeyboardInterrupt):  # its folder is sound, whenever it comes: the same call goes on
+        _accept_sigint(True)
+        return run_stage(stage, layout, commit=commit, quiet=True)
+    except (Stopped, KeyboardInterrupt):  # the folder stays valid: the same call resumes
         return {"stopped": True}
     except FloatingPointError as error:
         return {"failed": str(error)}
     finally:
-        _hear_stop(False)
+        _accept_sigint(False)
 
 
-def _hear_stop(now: bool) -> None:
-    """Let SIGINT through, one that has waited too, or let it wait: idle processes must not die of Ctrl-C."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK if now else signal.SIG_BLOCK, {signal.SIGINT})
+def _accept_sigint(accept: bool) -> None:
+    """Unblock SIGINT, or block it: Ctrl-C must not kill idle workers. A blocked SIGINT arrives later."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK if accept else signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def _settle(counter: Any, threads: int, devices: Sequence[str]) -> None:
-    """Give a new process its threads and its GPU."""
+def _init_worker(counter: Any, threads: int, devices: Sequence[str]) -> None:
+    """Set the threads and the GPU of a new worker."""
     with counter.get_lock():
         number = counter.value
         counter.value += 1
@@ -234,18 +233,18 @@ def _settle(counter: Any, threads: int, devices: Sequence[str]) -> None:
 
 
 def _devices() -> list[str]:
-    """Names of the GPUs as the CUDA library knows them."""
+    """Return the names of the GPUs for CUDA_VISIBLE_DEVICES."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return chosen.split(",") if chosen else [str(i) for i in range(torch.cuda.device_count())]
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Catch SIGINT and SIGTERM: no new stage is begun. SIGTERM is handed on, as a terminal does Ctrl-C."""
+    """Record SIGINT and SIGTERM, so that no new stage starts. Pass SIGTERM on to the workers as SIGINT."""
     caught: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if caught and signum == signal.SIGINT:  # the second time means now
+        if caught and signum == signal.SIGINT:  # the second Ctrl-C stops at once
             raise KeyboardInterrupt
         caught.append(signum)
         if signum == signal.SIGTERM:

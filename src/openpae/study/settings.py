@@ -1,4 +1,4 @@
-"""What a study is: rows of changes to three presets, seeds, and the paper's claims about the rows."""
+"""Configs of a study: rows of changes to three presets, seeds, and the paper's claims about the rows."""
 
 from __future__ import annotations
 
@@ -22,42 +22,27 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 T = TypeVar("T")
 
 MetricName = Literal[
-    "ssc",
-    "lpc",
-    "gsq",
-    "erank",
-    "psnr",
-    "ssim",
-    "lpips",
-    "rfid",
-    "ifid",
-    "gfid",
-    "gfid_own",
-    "kid",
-    "precision",
-    "recall",
-]
-"""rfid, ifid and gfid are Frechet distances of reconstructions, of decoded mixtures of neighbours, and of
-samples to real images, gfid_own of samples to the tokenizer's own reconstructions of them, in the features of
-the study's extractor; they are FIDs where that is Inception. A tokenizer that reconstructs badly spoils gfid
-for any generator; gfid_own leaves that error out, but grows with the spread of the reconstructions: it
-favours a tokenizer whose images are all alike."""
+    "ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "rfid", "ifid", "gfid", "gfid_own", "kid",
+    "precision", "recall",
+]  # fmt: skip
+"""rfid, ifid and gfid are Frechet distances to real images: of reconstructions, of decoded mixtures of
+neighbours, and of samples. gfid_own is the distance of samples to the tokenizer's reconstructions. All are in
+the features of the study's extractor; they are FIDs if that is Inception. gfid includes the error of the
+decoder. gfid_own does not, but it favours a tokenizer whose images are alike."""
 
-_OWN = frozenset(
-    {"data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer"}
-) | {
-    "loop.seed",
+_OWN = frozenset((
+    "data.images", "prior", "latents", "held_out_latents", "evaluation_images", "tokenizer", "loop.seed",
     "loop.device",
-}
-"""Fields of runs that a study fills in."""
+))  # fmt: skip
+"""Fields of runs that a study sets."""
 
 HIGHER_IS_BETTER: frozenset[str] = frozenset({"ssc", "gsq", "erank", "psnr", "ssim", "precision", "recall"})
-"""Of the others, the lower value is the better one."""
+"""For the other metrics, lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
-    """How the latent space of every tokenizer is measured, on held-out images."""
+    """Settings of the measurements of each tokenizer, on held-out images."""
 
     metrics: MeasureConfig = field(default_factory=MeasureConfig)
     """Counts and settings of the metrics."""
@@ -66,11 +51,11 @@ class MeasureSettings:
     extractor: ExtractorName = "vgg16"
     """Features of rfid and ifid."""
     extractor_weights: Path | None = None
-    """inception: its weights file; dinov2: a local folder in place of the hub's."""
+    """Weights file of inception, or local folder of dinov2."""
     label_count: int = 200
-    """Images with label maps to take for SSC, evenly spread."""
+    """Number of images with label maps for SSC, evenly spread."""
     ignore: int | None = None
-    """Label that does not count, such as that of unlabelled pixels."""
+    """Label to ignore, such as the label of unlabelled pixels."""
 
     def __post_init__(self) -> None:
         check_fields(self, "measure.", label_count="[1, inf)")
@@ -78,28 +63,31 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """How the samples of every generator are evaluated, against training images or the given reference."""
+    """Settings of the evaluation of samples, against training images or the given reference.
+
+    The YAML key is `judge`. Stage ids contain the class name, so it stays.
+    """
 
     samples: int = 50_000
-    """Class-balanced samples, with the same noise for every generator."""
+    """Number of class-balanced samples. Every generator gets the same noise."""
     curve: bool = False
-    """Evaluate every checkpoint that the generator's loop keeps for good (`loop.keep_every`), for the curve
-    over steps. Otherwise only the last one is evaluated."""
+    """Evaluate every checkpoint that the loop keeps (`loop.keep_every`), for a curve over steps. By default
+    only the last checkpoint is evaluated."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """How they are drawn."""
+    """Sampler of the samples."""
     extractor: ExtractorName = "vgg16"
     """Features of gfid, kid, precision and recall."""
     extractor_weights: Path | None = None
-    """inception: its weights file; dinov2: a local folder in place of the hub's."""
+    """Weights file of inception, or local folder of dinov2."""
     reference_images: int | None = None
-    """Images to compare with, evenly spread; null takes all."""
+    """Number of images in the reference, evenly spread; null takes all."""
     own_images: int = 0
-    """Training images, evenly spread, whose reconstructions the samples are also compared with: gfid_own. 0
-    leaves it out."""
+    """Number of training images, evenly spread, whose reconstructions are the reference of gfid_own. 0 leaves
+    gfid_own out."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the networks."""
     batch_size: int = 64
-    """Samples at once; changes no number beyond rounding."""
+    """Samples per batch; changes results only by rounding."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -112,18 +100,18 @@ class JudgeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyData:
-    """Where the images of a study are."""
+    """Paths of the images of a study."""
 
     images: Path
     """Training images: one subfolder per class."""
     held_out: Path
-    """Other images of the same classes: tokenizers are measured on them."""
+    """Other images of the same classes, for measuring tokenizers."""
     label_images: Path | None = None
-    """Images with label maps, for SSC; None leaves it out."""
+    """Images with label maps, for SSC; None leaves SSC out."""
     label_maps: Path | None = None
-    """Their maps: index PNGs or a COCO panoptic JSON."""
+    """Their label maps: index PNGs or a COCO panoptic JSON."""
     reference: Path | None = None
-    """What samples are compared with: an npz in ADM's layout, or images; None takes the training images."""
+    """Images, or an npz in ADM's layout, to compare samples with; None takes the training images."""
 
     def __post_init__(self) -> None:
         if (self.label_images is None) != (self.label_maps is None):
@@ -132,7 +120,7 @@ class StudyData:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySetup:
-    """What all rows of a study share: a size."""
+    """Presets and settings that all rows of a study share."""
 
     refiner: str
     """Preset or file of the refiner."""
@@ -141,19 +129,19 @@ class StudySetup:
     generator: str
     """Preset or file of the generator."""
     data: StudyData | None = None
-    """The images that it is meant for; the command can name others."""
+    """Default images; the command can name others."""
     pack: bool = True
-    """Decode and centre-crop all images once. Random crops need the originals: false then."""
+    """Decode and centre-crop all images once. Random crops need false."""
     every: int = 1
     """Take every n-th training image; above 1 it needs `pack`."""
     raw_count: int = 2000
-    """Training images to which raw targets (PCA) are fitted."""
+    """Number of training images for fitting raw targets (PCA)."""
     flips: bool = True
-    """Keep the latents of mirror images too."""
+    """Also cache the latents of mirror images."""
     measure: MeasureSettings = field(default_factory=MeasureSettings)
-    """How tokenizers are measured."""
+    """Measurement of tokenizers."""
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    """How samples are evaluated."""
+    """Evaluation of samples."""
 
     def __post_init__(self) -> None:
         check_fields(self, every="[1, inf)", raw_count="[1, inf)")
@@ -163,7 +151,7 @@ class StudySetup:
 
 @dataclass(frozen=True, kw_only=True)
 class Reported:
-    """The paper's numbers of a row (ImageNet 256); null where it gives none."""
+    """Results of a row in the paper (ImageNet 256); null where it gives none."""
 
     ssc: float | None = None
     """SSC."""
@@ -187,15 +175,15 @@ class StudyRow:
     """Changes to the presets: STAGE.FIELD=VALUE with STAGE refiner, tokenizer, generator, measure or `judge`,
     such as tokenizer.loss.ssr=0.0; the value as YAML."""
     targets: Literal["refined", "pca", "random"] = "refined"
-    """Targets of SSR and SCR: a trained refiner's, or raw ones (Table 2b)."""
+    """Targets of SSR and SCR: from a trained refiner, or raw (Table 2b)."""
     tokenizer_from: str | None = None
-    """A tokenizer that is not trained here, as `pae profile` names one: diffusers:OWNER/NAME, a folder."""
+    """A tokenizer that is not trained here, named as in `pae profile`: diffusers:OWNER/NAME or a folder."""
     generate: bool = True
-    """Train a generator and evaluate its samples; otherwise the tokenizer is only measured."""
+    """Train a generator and evaluate its samples; false only measures the tokenizer."""
     x: float | None = None
-    """Place on the axis of a sweep."""
+    """Position on the axis of a sweep."""
     paper: Reported = field(default_factory=Reported)
-    """The paper's numbers."""
+    """The paper's results."""
 
     def __post_init__(self) -> None:
         if self.tokenizer_from and any(item.startswith(("tokenizer.", "refiner.")) for item in self.set):
@@ -207,7 +195,7 @@ class StudyRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the paper says of two rows."""
+    """A claim of the paper about two rows."""
 
     text: str
     """The claim in words."""
@@ -221,40 +209,40 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A grid of runs: every row with every seed, and what the paper says of them."""
+    """A grid of runs, every row with every seed, and the paper's claims."""
 
     name: str
-    """Name of its folder of results, and in tables: letters, digits, - and _."""
+    """Name in tables and of the results folder: letters, digits, - and _."""
     title: str
     """Title of its section in the report."""
     text: str = ""
-    """A few sentences below the title: what the paper did, and what is different here."""
+    """Text below the title: what the paper did, and the differences here."""
     setup: str
     """Preset or file of the `StudySetup`."""
     set: tuple[str, ...] = ()
     """Changes to all rows, before their own."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of initial weights, data order, augmentation and noise of tokenizer and generator. Refiner and
-    raw targets are made once for all of them."""
+    """Seeds of initial weights, data order, augmentation and noise of tokenizer and generator. All seeds
+    share refiner and raw targets."""
     rows: tuple[StudyRow, ...]
-    """The settings that are compared."""
+    """The settings to compare."""
     claims: tuple[Claim, ...] = ()
-    """Each gets a verdict."""
+    """Claims to test."""
     faster: str | None = None
-    """Row that is said to reach the others' final quality in fewer steps; needs `judge.curve`."""
+    """Row that is claimed to reach the final quality of the others in fewer steps; needs `judge.curve`."""
     x_label: str = ""
     """Label of the axis of a sweep."""
     radar: tuple[MetricName, ...] = ()
-    """Axes of a radar plot of the rows; none draws none."""
+    """Axes of a radar plot of the rows; empty draws no plot."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name) or self.name == "stages":
             raise ValueError(f"name must be letters, digits, - and _, and not 'stages', got {self.name!r}")
         if not self.rows or not self.seeds:
             raise ValueError("a study needs at least one row and one seed")
-        for what, values in (("rows", [row.name for row in self.rows]), ("seeds", self.seeds)):
+        for label, values in (("rows", [row.name for row in self.rows]), ("seeds", self.seeds)):
             if twice := [value for value, times in Counter(values).items() if times > 1]:
-                raise ValueError(f"{what} must differ, got {twice[0]!r} more than once")
+                raise ValueError(f"{label} must differ, got {twice[0]!r} more than once")
         names = {row.name for row in self.rows}
         named = [name for claim in self.claims for name in (claim.better, claim.worse)]
         for name in [*named, *([self.faster] if self.faster else [])]:
@@ -264,7 +252,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """The configs of one row: presets with all changes applied."""
+    """The configs of one row, with all changes applied."""
 
     refiner: RefinerRun
     tokenizer: TokenizerRun
@@ -278,14 +266,14 @@ def _short(change: str) -> str:
 
 
 def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
-    """The presets of a setup with changes applied, the later ones over the earlier.
+    """Apply changes to the presets of a setup; a later change overrides an earlier one.
 
     Raises:
-        ValueError, TypeError: a change that is no STAGE.FIELD=VALUE, an unknown field, a wrong value.
+        ValueError, TypeError: a change is not STAGE.FIELD=VALUE, or names an unknown field or a wrong value.
     """
     parts: dict[str, Any] = {
         "refiner": configs.load(RefinerRun, setup.refiner),
-        # The plan puts each row's own targets there, or none.
+        # A placeholder: the plan sets the prior of each row.
         "tokenizer": replace(configs.load(TokenizerRun, setup.tokenizer), prior=Path("targets")),
         "generator": configs.load(GeneratorRun, setup.generator),
         "measure": setup.measure,
@@ -293,8 +281,8 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
     }
     wanted: dict[str, dict[str, Any]] = {name: {} for name in parts}
     for change in changes:
-        where, equals, text = change.partition("=")
-        stage, dot, name = where.strip().partition(".")
+        field_name, equals, text = change.partition("=")
+        stage, dot, name = field_name.strip().partition(".")
         if not (equals and dot and stage in parts):
             raise ValueError(
                 f"a change must be STAGE.FIELD=VALUE with STAGE one of {', '.join(parts)}, got "
@@ -304,7 +292,7 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
             raise ValueError(f"{_short(change)} cannot be changed: a study sets {name} itself")
         try:
             wanted[stage][name] = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:  # depth, a wrong date or number
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # too deep, or a wrong date or number
             raise ValueError(
                 f"the value of {_short(change)} is not YAML: {' '.join(str(error).split())}"
             ) from None
@@ -312,6 +300,6 @@ def resolve(setup: StudySetup, changes: Sequence[str]) -> Resolved:
 
 
 def reported(row: StudyRow) -> dict[str, float]:
-    """The paper's numbers of a row that it gives."""
+    """Return the results of a row that the paper gives."""
     values = {part.name: getattr(row.paper, part.name) for part in fields(row.paper)}
     return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What the stages of one process share: networks, label maps, features of real images, each made once."""
+"""Networks, label maps and features of real images that the stages of a process share, each made once."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from openpae.models.lpips_weights import load_perceptual
 
 @functools.cache
 def perceptual(net: PerceptualNet, device: torch.device) -> LPIPS:
-    """LPIPS."""
+    """Load LPIPS."""
     return load_perceptual(net).to(device)
 
 
 @functools.cache
 def extractor(name: ExtractorName, weights: Path | None, device: torch.device) -> FeatureExtractor:
-    """A feature extractor."""
-    found = load_extractor(name, weights)
-    if isinstance(found, nn.Module):
-        found.to(device)
-    return found
+    """Load a feature extractor."""
+    network = load_extractor(name, weights)
+    if isinstance(network, nn.Module):
+        network.to(device)
+    return network
 
 
 @functools.cache
 def segmented(images: Path, maps: Path, size: int, count: int, ignore: int | None) -> Segmented:
-    """Images with label maps, for SSC."""
+    """Read images with label maps, for SSC."""
     return read_segmented(images, maps, size=size, count=count, ignore=ignore)
 
 
@@ -51,7 +51,7 @@ def measured_features(
     config: MeasureConfig,
     device: torch.device,
 ) -> FeatureSet:
-    """Features of the images on which tokenizers are measured."""
+    """Compute features of the images on which tokenizers are measured."""
     source = open_images(images)
     stream = real_images(source, size, rows=chosen_rows(source, config.count))
     return features_of(stream, extractor(name, weights, device), config.batch_size)
@@ -59,5 +59,5 @@ def measured_features(
 
 @functools.cache
 def reference(file: Path, name: ExtractorName, weights: Path | None, device: torch.device) -> Reference:
-    """What samples are compared with, from an npz file."""
+    """Read the reference of samples from an npz file."""
     return read_reference(file, extractor(name, weights, device))

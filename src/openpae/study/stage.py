@@ -1,4 +1,4 @@
-"""A stage of a study: one piece of work, named by everything that its result depends on."""
+"""A stage of a study. Its id is a hash of everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -18,33 +18,24 @@ from openpae.runtime import processes
 from openpae.study.settings import JudgeSettings, MeasureSettings
 
 StageKind = Literal[
-    "pack",
-    "features",
-    "refiner",
-    "raw-targets",
-    "tokenizer",
-    "measure",
-    "latents",
-    "generator",
-    "reference",
-    "own-reference",
-    "judge",
-]
+    "pack", "features", "refiner", "raw-targets", "tokenizer", "measure", "latents", "generator", "reference",
+    "own-reference", "judge",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackSettings:
-    """Packed images."""
+    """Settings of packed images."""
 
     size: int
     every: int = 1
     count: int | None = None
-    """The first so many of these; None takes all."""
+    """Number of images from the first on; None takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """Cached VFM features of packed images."""
+    """Settings of cached VFM features."""
 
     encoder: str
     encoder_source: str | None
@@ -55,7 +46,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RawSettings:
-    """Raw targets."""
+    """Settings of raw targets."""
 
     projection: Literal["pca", "random"]
     latent_dim: int
@@ -68,7 +59,7 @@ class RawSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureStage:
-    """One tokenizer measured."""
+    """Settings of the measurement of a tokenizer."""
 
     settings: MeasureSettings
     image_size: int
@@ -76,30 +67,29 @@ class MeasureStage:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings:
-    """Cached latents of the training images."""
+    """Settings of cached latents of the training images."""
 
     image_size: int
     flips: bool
     count: int | None = None
-    """The first so many images; None takes all."""
+    """Number of images from the first on; None takes all."""
     batch_size: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSettings:
-    """What samples are compared with: real images, or a tokenizer's reconstructions of them, in the features
-    of an extractor."""
+    """Settings of a reference for samples: features of real images, or of their reconstructions."""
 
     extractor: ExtractorName
     extractor_weights: Path | None
     image_size: int
     count: int | None
-    """So many of the images, evenly spread; None takes all."""
+    """Number of images, evenly spread; None takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeStage:
-    """One checkpoint of a generator judged."""
+    """Settings of the evaluation of a generator's checkpoint. Stage ids contain the class name."""
 
     settings: JudgeSettings
     step: int
@@ -108,46 +98,46 @@ class JudgeStage:
 
 @dataclass(frozen=True)
 class Stage:
-    """One piece of work whose result is a folder."""
+    """One piece of work with a folder as its result."""
 
     kind: StageKind
     settings: Any
-    """A config; its paths are placeholders, since where things are is no part of what they are."""
+    """A config. Its paths are placeholders: locations do not change the id."""
     inputs: tuple[tuple[str, str], ...]
     """Role -> id of another stage, or of a root."""
     label: str = field(compare=False)
-    """For people: the first row that needs it."""
+    """Name for messages: the first row that needs the stage."""
 
     @property
     def id(self) -> str:
-        """Kind and 16 hexadecimal digits over settings and inputs: the name of its folder."""
+        """Kind and a hash of settings and inputs; the name of the stage's folder."""
         content = json.dumps([self.kind, settings_of(self.settings), sorted(self.inputs)], sort_keys=True)
         return f"{self.kind}-{short_hash(content)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLayout:
-    """Where stages have their folders."""
+    """The folders of stages."""
 
     out: Path
     roots: Mapping[str, str]
-    """Id -> a path of the user's, or the text of a tokenizer that is not trained here."""
+    """Id -> path given by the user, or name of a tokenizer that is not trained here."""
 
     def folder(self, name: str) -> Path:
-        """The folder of a stage or root."""
+        """Return the folder of a stage or root."""
         return Path(self.roots[name]) if name in self.roots else self.out / "stages" / name
 
     def record(self, name: str) -> Path:
-        """The file that says that a stage is done."""
+        """Return the record of a stage; the file exists once the stage is done."""
         return self.out / "stages" / f"{name}.json"
 
     def lock(self, name: str) -> Path:
-        """The file that a process holds while it works on a stage."""
+        """Return the lock file of a stage."""
         return self.out / "stages" / ".locks" / name
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Hold the lock of a stage for the block; under torchrun the first process holds it for all."""
+        """Hold the lock of a stage; under torchrun rank 0 holds it for all processes."""
         lock = FileLock(self.lock(name))
 
         def acquire() -> None:
@@ -162,7 +152,7 @@ class StageLayout:
 
 
 def settings_of(settings: Any) -> Any:
-    """What a config says that can change a result: all but where files are and where it runs."""
+    """Return the fields of a config that can change a result: all but paths and device."""
     if dataclasses.is_dataclass(settings):
         return {"kind": type(settings).__name__} | {
             part.name: settings_of(getattr(settings, part.name))
@@ -176,5 +166,5 @@ def settings_of(settings: Any) -> Any:
 
 
 def short_hash(content: str) -> str:
-    """16 hexadecimal digits of SHA-256."""
+    """Return the first 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(content.encode()).hexdigest()[:16]

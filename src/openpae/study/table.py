@@ -1,4 +1,4 @@
-"""The numbers of a study, and what can be said of differences, orders and curves with few seeds."""
+"""The results of a study as a table: collect, write, select."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from openpae.study.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One line of the table."""
+    """One row of results.csv."""
 
     study: str
     row: str
     seed: int
     metric: str
     step: int | None
-    """Of the generator, for the metrics of its samples."""
+    """Step of the generator; None for metrics of the tokenizer."""
     value: float
     stderr: float | None
-    """Within this run, over images or repeats; None where the metric gives none."""
+    """Standard error within this run, over images or repeats; None where the metric has none."""
     seconds: float
-    """Of all stages that were done for this row and seed, without those that all rows share."""
+    """Seconds of the stages of this row and seed, without the stages that all rows share."""
     commit: str
-    """Version and commit of the code that measured it."""
+    """Version and commit of the code."""
 
 
 def collect(plan: Plan, names: Sequence[str]) -> list[Result]:
-    """The numbers of the studies with these names, as far as they are there."""
-    found = []
-    for cell in plan.cells:
-        if cell.study not in names:
+    """Collect the results of the studies with these names, as far as they are done."""
+    results = []
+    for run in plan.runs:
+        if run.study not in names:
             continue
-        records = {name: plan.record(name) for name in {cell.measure, *cell.own, *cell.judges.values()}}
-        seconds = sum(record["seconds"] for name in cell.own if (record := records[name]))
-        for name, step in [(cell.measure, None), *((judge, step) for step, judge in cell.judges.items())]:
+        records = {name: plan.record(name) for name in {run.measure, *run.own, *run.evaluations.values()}}
+        seconds = sum(record["seconds"] for name in run.own if (record := records[name]))
+        for name, step in [(run.measure, None), *((name, step) for step, name in run.evaluations.items())]:
             if not (record := records[name]):
                 continue
-            found += [
+            results += [
                 Result(
-                    study=cell.study, row=cell.row, seed=cell.seed, metric=metric, step=step,
+                    study=run.study, row=run.row, seed=run.seed, metric=metric, step=step,
                     value=entry["value"], stderr=entry["stderr"], seconds=seconds, commit=record["commit"],
                 )
                 for metric, entry in record["metrics"].items()
             ]  # fmt: skip
-    return found
+    return results
 
 
 def write_table(results: Sequence[Result], path: Path) -> None:
-    """Write results as CSV, whole or not at all; a standard error or step that is not there is empty."""
+    """Write results as CSV, atomically. A missing standard error or step is empty."""
     with (
         atomic_file(path) as partial,
         partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -66,33 +66,32 @@ def write_table(results: Sequence[Result], path: Path) -> None:
 
 
 def finals(results: Sequence[Result], study: str, row: str, metric: str) -> dict[int, float]:
-    """Seed -> value of a metric, of the generator's last judged step where it has one."""
-    found: dict[int, tuple[int, float]] = {}
+    """Map each seed to the value of a metric at the last evaluated step."""
+    last: dict[int, tuple[int, float]] = {}
     for one in results:
         if (one.study, one.row, one.metric) == (study, row, metric):
             step = one.step or 0
-            if one.seed not in found or step > found[one.seed][0]:
-                found[one.seed] = step, one.value
-    return {seed: value for seed, (_, value) in found.items()}
+            if one.seed not in last or step > last[one.seed][0]:
+                last[one.seed] = step, one.value
+    return {seed: value for seed, (_, value) in last.items()}
 
 
 def curves(
     results: Sequence[Result], study: str, row: str, metric: str
 ) -> dict[int, list[tuple[int, float]]]:
-    """Seed -> (step, value) in order."""
-    found: dict[int, list[tuple[int, float]]] = {}
+    """Map each seed to its (step, value) pairs in order of steps."""
+    by_seed: dict[int, list[tuple[int, float]]] = {}
     for one in results:
         if (one.study, one.row, one.metric) == (study, row, metric) and one.step is not None:
-            found.setdefault(one.seed, []).append((one.step, one.value))
-    return {seed: sorted(points) for seed, points in found.items()}
+            by_seed.setdefault(one.seed, []).append((one.step, one.value))
+    return {seed: sorted(points) for seed, points in by_seed.items()}
 
 
 def cost(plan: Plan, names: Sequence[str]) -> tuple[float, list[str]]:
-    """Seconds of the stages made for the rows of these studies, each once, and versions of all code used.
+    """Return the seconds of the rows' own stages, each counted once, and the code versions of all stages.
 
-    Images, features, refiner and reference, which rows of several studies share, are not in the time; their
-    code is among the versions.
+    The seconds leave out the stages that all rows share: images, features, refiner and reference.
     """
-    own = {name for cell in plan.cells if cell.study in names for name in cell.own}
+    own = {name for run in plan.runs if run.study in names for name in run.own}
     seconds = sum(record["seconds"] for name in own if (record := plan.record(name)))
     return seconds, sorted({record["commit"] for name in plan.stages if (record := plan.record(name))})

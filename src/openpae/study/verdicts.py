@@ -1,4 +1,4 @@
-"""What the numbers of a study say of a claim: intervals, verdicts, needed seeds, speed-ups."""
+"""Verdicts on claims from the results of a study: intervals, needed seeds, speed-ups."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Verdict = Literal["shown", "not shown", "contradicted", "agrees", "disagrees"]
-"""The last two are of one seed: which way the numbers point, without an error bar."""
-
+"""The last two are for one seed: the sign of the difference, without an error bar."""
 
 MOST_SEEDS = 100
-"""Seeds a row above which it does not matter how many it would take."""
+"""Largest number of seeds per row that `needed_seeds` tries."""
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error, s / sqrt(n); one value has no error."""
+    """Return the mean and its standard error, s / sqrt(n); the error of one value is None."""
     array = np.asarray(values, dtype=np.float64)
     error = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
     return float(array.mean()), error
@@ -27,15 +26,16 @@ def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much better one row is than another."""
+    """Difference between two rows, and its verdict."""
 
     gain: float
-    """Difference of the means, positive where the first row is better."""
+    """Difference of the means; positive if the first row is better."""
     stderr: float | None
-    """Of the difference; None where a row has one seed."""
+    """Standard error of the difference; None if a row has one seed."""
     low: float | None
-    """Ends of its 95 % interval (Welch's t)."""
+    """Lower end of the 95 % interval (Welch's t)."""
     high: float | None
+    """Upper end."""
     verdict: Verdict
     reason: str
 
@@ -43,7 +43,7 @@ class Comparison:
 def compare(
     better: Mapping[int, float], worse: Mapping[int, float], *, higher: bool, paired: bool = False
 ) -> Comparison:
-    """Decide whether a row is better than another (Welch's t interval of the difference of their means).
+    """Decide whether one row is better than another (Welch's t interval of the difference of the means).
 
         gain +- t_{0.975, v} sqrt(s_a^2 / n_a + s_b^2 / n_b)
 
@@ -51,10 +51,10 @@ def compare(
     seed has no interval: it agrees or disagrees.
 
     Args:
-        better: seed -> value of the row that is said to be better.
-        worse: of the other.
+        better: seed -> value, of the row that is claimed to be better.
+        worse: seed -> value, of the other row.
         higher: whether higher values are better.
-        paired: rows share their models seed by seed, so the interval is that of the differences of a seed.
+        paired: both rows use the same models, so the differences per seed give the interval.
     """
     if paired:
         better, worse = ({seed: row[seed] for seed in better if seed in worse} for row in (better, worse))
@@ -79,7 +79,7 @@ def compare(
 
 
 def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
-    """Welch's 95 % interval of mean(a) - mean(b); a single point where neither row varies."""
+    """Welch's 95 % interval of mean(a) - mean(b); a single point if neither row varies."""
     from scipy.stats import ttest_ind
 
     gain = float(a.mean() - b.mean())
@@ -90,7 +90,7 @@ def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[
 
 
 def needed_seeds(gain: float, spread: float, *, more_than: int = 1) -> str:
-    """Seeds per row with which a t test at 5 % finds a true difference four times in five: "about 7".
+    """Seeds per row that give a t test at 5 % a power of 80 %, as text: "about 7".
 
     Power of the two-sided t test of two rows of n: noncentral t with 2 n - 2 degrees of freedom and
     noncentrality gain / spread sqrt(n / 2).
@@ -114,12 +114,12 @@ def _of_one_seed(gain: float) -> Comparison:
 
 
 def verdict_of(low: float, high: float) -> Verdict:
-    """What a 95 % interval of a gain says: does it lie above 0, below, or across?"""
+    """Verdict on a 95 % interval of a gain: above 0, below 0, or across 0."""
     return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
 
 
 def _decided(gains: Sequence[float]) -> Comparison:
-    """Whether gains, one per seed, lie above 0 (one-sample t interval)."""
+    """Decide whether gains, one per seed, lie above 0 (one-sample t interval)."""
     gain, error = mean_error(gains)
     if error is None:
         return _of_one_seed(gain)
@@ -132,15 +132,14 @@ def _decided(gains: Sequence[float]) -> Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedUp:
-    """How many times earlier a row reaches the quality with which another one ends."""
+    """How many times fewer steps a row needs for the final quality of another row."""
 
     factors: Mapping[int, float]
-    """Seed -> steps of the slow row over steps of the fast one until that quality; 0 where it never gets
-    there."""
+    """Seed -> steps of the slow row / steps of the fast row at that quality; 0 if it is never reached."""
     at_least: frozenset[int]
-    """Seeds whose fast row was as good at its first judged step already: a lower bound."""
+    """Seeds that reach it at the first evaluated step, so that the factor is a lower bound."""
     comparison: Comparison
-    """Of the logarithms of the factors with 0."""
+    """Comparison of the logarithms of the factors with 0."""
 
 
 def speed_up(
@@ -149,15 +148,15 @@ def speed_up(
     *,
     higher: bool = False,
 ) -> SpeedUp | None:
-    """The convergence factor of Fig. 1, seed by seed; between judged steps the curve is a straight line.
+    """Convergence factor of Fig. 1 per seed; curves are linear between evaluated steps.
 
     Args:
-        fast: seed -> (step, value), in order.
-        slow: the same of the row that is said to be slower.
+        fast: seed -> (step, value) pairs in order.
+        slow: the same for the row that is claimed to be slower.
         higher: whether higher values are better.
 
     Returns:
-        None where no seed has both curves.
+        None if no seed has both curves.
     """
     factors, at_least = {}, set()
     for seed in sorted(fast.keys() & slow.keys()):
@@ -178,7 +177,7 @@ def speed_up(
 
 
 def first_reach(curve: Sequence[tuple[int, float]], goal: float, *, higher: bool) -> float | None:
-    """First step at which a curve is as good as `goal`, straight between its points; None if never."""
+    """First step at which a curve reaches `goal`, linear between its points; None if never."""
     sign = 1.0 if higher else -1.0
     before: tuple[int, float] | None = None
     for step, value in curve:

@@ -1,4 +1,4 @@
-"""What each kind of stage does. Each goes on where it was interrupted."""
+"""The work of each kind of stage. Each function resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from openpae.data.packing import pack_images
 from openpae.data.pixels import image_grid
 from openpae.data.shards import Shards
 from openpae.eval.evaluate import evaluate_samples
-from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import features_of
 from openpae.eval.image_stream import Batch, ImageStream, real_images, sampled_images
 from openpae.eval.reference import reference_of, save_reference
@@ -54,32 +53,32 @@ Metrics = dict[str, dict[str, Any]]
 """Name -> value and stderr."""
 
 REFERENCE = "reference.npz"
-"""File of a reference in its stage's folder."""
+"""Name of the reference in its stage's folder."""
 
 SHOWN = 10
-"""Samples that the report shows of a generator."""
+"""Number of samples of a generator in the report."""
 
 
 class StageFolders:
     """The folders of a stage and of its inputs."""
 
-    def __init__(self, stage: Stage, places: StageLayout) -> None:
-        self.folder = places.folder(stage.id)
-        self.inputs = {role: places.folder(name) for role, name in stage.inputs}
+    def __init__(self, stage: Stage, layout: StageLayout) -> None:
+        self.folder = layout.folder(stage.id)
+        self.inputs = {role: layout.folder(name) for role, name in stage.inputs}
         external = dict(stage.inputs).get("tokenizer", "")
-        self.external = places.roots.get(external)
+        self.external = layout.roots.get(external)
 
 
-def _pack(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, settings = StageFolders(stage, places), _settings(stage, PackSettings)
+def _pack(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, layout), _settings(stage, PackSettings)
     source = open_images(at.inputs["images"])
     rows = range(0, len(source), settings.every)[: settings.count]
     processes.on_rank0(lambda: pack_images(Subset(source, rows), at.folder, size=settings.size))
     return {}
 
 
-def _features(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, settings = StageFolders(stage, places), _settings(stage, FeatureSettings)
+def _features(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, layout), _settings(stage, FeatureSettings)
     device = pick_device("auto")
     encoder = load_encoder(settings.encoder, settings.encoder_source)
     prepare = EncoderInput(encoder.spec, settings.patch_size).to(device)
@@ -98,8 +97,8 @@ def _features(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     return {}
 
 
-def _refiner(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, run = StageFolders(stage, places), _settings(stage, RefinerRun)
+def _refiner(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, run = StageFolders(stage, layout), _settings(stage, RefinerRun)
     data = dataclasses.replace(
         run.data, images=at.inputs["images"], feature_cache=at.inputs.get("features"), evaluation=None
     )
@@ -107,8 +106,8 @@ def _refiner(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     return {}
 
 
-def _raw_targets(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, settings = StageFolders(stage, places), _settings(stage, RawSettings)
+def _raw_targets(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, layout), _settings(stage, RawSettings)
 
     def fit() -> None:
         if not at.folder.exists():
@@ -128,11 +127,11 @@ def _raw_targets(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     return {}
 
 
-def _tokenizer(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, run = StageFolders(stage, places), _settings(stage, TokenizerRun)
+def _tokenizer(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, run = StageFolders(stage, layout), _settings(stage, TokenizerRun)
     features, prior = at.inputs.get("features"), at.inputs.get("prior")
     if features is not None and prior is not None:
-        _cache_targets(prior, features, places)
+        _cache_targets(prior, features, layout)
     data = dataclasses.replace(
         run.data, images=at.inputs["images"], feature_cache=features, evaluation=at.inputs.get("held-out")
     )
@@ -141,11 +140,11 @@ def _tokenizer(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     return {}
 
 
-def _cache_targets(prior: Path, features: Path, places: StageLayout) -> None:
-    """Make the cache that the tokenizer's training would make; here one process does and the others wait."""
+def _cache_targets(prior: Path, features: Path, layout: StageLayout) -> None:
+    """Make the targets' cache before training, in one process; the others wait."""
     name = identity_of(prior).fingerprint
     folder = features.with_name(f"{features.name}-{name}")
-    with places.alone(folder.name):
+    with layout.alone(folder.name):
         targets = load_prior(prior)
         cache_targets(
             targets.to(pick_device("auto")),
@@ -157,8 +156,8 @@ def _cache_targets(prior: Path, features: Path, places: StageLayout) -> None:
         )
 
 
-def _measure(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, part = StageFolders(stage, places), _settings(stage, MeasureStage)
+def _measure(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, part = StageFolders(stage, layout), _settings(stage, MeasureStage)
     settings, device = part.settings, pick_device("auto")
     segmented = None
     if "label-maps" in at.inputs:
@@ -196,8 +195,8 @@ def _measure(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     }
 
 
-def _latents(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, settings = StageFolders(stage, places), _settings(stage, LatentSettings)
+def _latents(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, layout), _settings(stage, LatentSettings)
     device = pick_device("auto")
     source: ImageSource = open_images(at.inputs["images"])
     if settings.count is not None and settings.count < len(source):
@@ -232,8 +231,8 @@ def _latents(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     return {}
 
 
-def _generator(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, run = StageFolders(stage, places), _settings(stage, GeneratorRun)
+def _generator(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, run = StageFolders(stage, layout), _settings(stage, GeneratorRun)
     run = dataclasses.replace(
         run, latents=at.inputs["latents"], held_out_latents=None, tokenizer=None, evaluation_images=None
     )
@@ -241,18 +240,17 @@ def _generator(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     return {}
 
 
-def _reference(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, settings = StageFolders(stage, places), _settings(stage, ReferenceSettings)
+def _reference(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, layout), _settings(stage, ReferenceSettings)
     source = open_images(at.inputs["images"])
     rows = None if settings.count is None else spread(len(source), settings.count)
     stream = real_images(source, settings.image_size, rows=rows)
-    judge = shared.extractor(settings.extractor, settings.extractor_weights, pick_device("auto"))
-    _keep_reference(stream, judge, at.folder)
+    _keep_reference(stream, settings, at.folder)
     return {}
 
 
-def _own_reference(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, settings = StageFolders(stage, places), _settings(stage, ReferenceSettings)
+def _own_reference(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, settings = StageFolders(stage, layout), _settings(stage, ReferenceSettings)
     device = pick_device("auto")
     latents, tokenizer = Shards(at.inputs["latents"], kind="latents"), _decoder(at, device)
     rows = spread(len(latents), settings.count or len(latents))
@@ -262,7 +260,7 @@ def _own_reference(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
         for start in range(0, len(own), size):
             part = own[start : start + size]
             chosen = rows[list(part)]
-            z = latents.gather(chosen, np.zeros_like(chosen)).to(device)  # the images, not their mirrors
+            z = latents.gather(chosen, np.zeros_like(chosen)).to(device)  # 0: not mirrored
             with torch.no_grad():
                 yield Batch(tokenizer.decode(z.float()).clamp(0, 1).float(), part)
 
@@ -273,23 +271,23 @@ def _own_reference(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
         preprocessing="decoded, clamped to [0, 1]",
         batches=batches,
     )
-    judge = shared.extractor(settings.extractor, settings.extractor_weights, device)
-    _keep_reference(stream, judge, at.folder)
+    _keep_reference(stream, settings, at.folder)
     return {}
 
 
-def _keep_reference(stream: ImageStream, judge: FeatureExtractor, folder: Path) -> None:
-    found = reference_of(features_of(stream, judge), stream.name, stream.preprocessing)
+def _keep_reference(stream: ImageStream, settings: ReferenceSettings, folder: Path) -> None:
+    extractor = shared.extractor(settings.extractor, settings.extractor_weights, pick_device("auto"))
+    reference = reference_of(features_of(stream, extractor), stream.name, stream.preprocessing)
 
     def save() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_reference(found, folder / REFERENCE)
+        save_reference(reference, folder / REFERENCE)
 
     processes.on_rank0(save)
 
 
-def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
-    at, part = StageFolders(stage, places), _settings(stage, JudgeStage)
+def _evaluate_samples(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
+    at, part = StageFolders(stage, layout), _settings(stage, JudgeStage)
     settings, device = part.settings, pick_device("auto")
     folder = checkpoint_path(at.inputs["generator"], part.step)
     generator = load_generator(folder).to(device)
@@ -304,7 +302,6 @@ def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
         facts={"labels": "class-balanced", "step": part.step},
     )
     name, weights = settings.extractor, settings.extractor_weights
-    judge = shared.extractor(name, weights, device)
     shown: list[Tensor] = []
     own = at.inputs.get("own-reference")
     others = {} if own is None else {"own": shared.reference(own / REFERENCE, name, weights, device)}
@@ -319,9 +316,9 @@ def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     record = evaluate_samples(
         dataclasses.replace(stream, batches=batches),
         reference,
-        extractor=judge,
+        extractor=shared.extractor(name, weights, device),
         batch_size=settings.batch_size,
-        min_samples=2,  # the report shows the floor of so few beside the distance
+        min_samples=2,  # the report shows the floor at this count beside the distance
         others=others,
     )
 
@@ -349,18 +346,18 @@ WORK: Mapping[StageKind, Callable[[Stage, StageLayout, bool], Metrics]] = {
     "generator": _generator,
     "reference": _reference,
     "own-reference": _own_reference,
-    "judge": _judge,
+    "judge": _evaluate_samples,
 }
-"""Each needs its stage, the places, and whether to be quiet; under torchrun every process calls it."""
+"""Kind -> function of (stage, layout, quiet). Under torchrun every process calls it."""
 
 
 def _settings(stage: Stage, kind: type[configs.T]) -> configs.T:
-    assert isinstance(stage.settings, kind)  # the plan made it so
+    assert isinstance(stage.settings, kind)
     return stage.settings
 
 
 def _begun(run: configs.T, folder: Path) -> configs.T:
-    """The same run; one that was begun before OUT was moved learns its new paths."""
+    """Update the paths in the config of a run that began before OUT was moved."""
     if processes.is_rank0() and (folder / "config.yaml").is_file():
         configs.save(run, folder / "config.yaml")
     return run
@@ -375,5 +372,5 @@ def _decoder(at: StageFolders, device: torch.device) -> Any:
         return load_tokenizer(at.inputs["tokenizer"], decode_only=True).to(device)
     space = _space(at, device)
     if space.decode is None:
-        raise ValueError(f"{at.external} has no decoder, so its samples cannot be seen; set generate: false")
+        raise ValueError(f"{at.external} has no decoder, so it cannot decode samples; set generate: false")
     return space

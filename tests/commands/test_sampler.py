@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from openpae import config as configs
-from openpae.commands.sample import SamplerChoice
+from openpae.commands.sampler import SamplerChoice
 from openpae.sampling.settings import SamplerConfig
 
 FLAGS: dict[str, Any] = {
@@ -27,18 +27,18 @@ def test_every_setting_of_the_sampler_has_its_flag_here() -> None:
 def test_a_flag_changes_its_setting_and_no_other(name: str, preset: str) -> None:
     base = configs.load(SamplerConfig, f"sampler/{preset}")
     assert getattr(base, name) != FLAGS[name]
-    found = SamplerChoice(preset=preset, **{name: FLAGS[name]}).config()
-    assert found == replace(base, **{name: FLAGS[name]})
+    config = SamplerChoice(preset=preset, **{name: FLAGS[name]}).config()
+    assert config == replace(base, **{name: FLAGS[name]})
 
 
 def test_all_flags_together() -> None:
-    found = SamplerChoice(**FLAGS).config()
-    assert found == replace(configs.load(SamplerConfig, "sampler/official-250"), **FLAGS)
+    config = SamplerChoice(**FLAGS).config()
+    assert config == replace(configs.load(SamplerConfig, "sampler/official-250"), **FLAGS)
 
 
 def test_a_preset_that_was_tuned_is_so_until_its_guidance_is_changed(tmp_path: Any) -> None:
     tuned = SamplerConfig(steps=5, guidance=1.3, tuned_on="something")
     configs.save(tuned, tmp_path / "best.yaml")
     for name, value in FLAGS.items():
-        found = SamplerChoice(preset=str(tmp_path / "best.yaml"), **{name: value}).config()
-        assert found.tuned_on == (None if name.startswith("guidance") else "something"), name
+        config = SamplerChoice(preset=str(tmp_path / "best.yaml"), **{name: value}).config()
+        assert config.tuned_on == (None if name.startswith("guidance") else "something"), name
