@@ -26,7 +26,7 @@ COMMANDS = re.findall(r"^pae (.*)$", BLOCKS, re.M)
 def test_the_python_runs_on_what_the_quickstart_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole quickstart on a few emoji, with two seconds of training a stage, then the README's ten lines on its result."""
+    """The whole quickstart on a few emoji, two seconds a stage, then the README's ten lines on its result."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "SAMPLER", replace(run.SAMPLER, steps=3))
     timed = plans.timed
