@@ -18,7 +18,8 @@ import torch
 import tyro
 
 from openpae import config as configs
-from openpae.data.images import ImageFolder, PackedImages, Subset, pack_images
+from openpae.data.images import ImageFolder, PackedImages, Subset
+from openpae.data.packing import pack_images
 from openpae.eval.reconstruction import psnr
 from openpae.geometry.metrics import global_semantic_quality, latent_perturbation_consistency
 from openpae.models.layers import to_tokens

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae.data.images import PackedImages
-from openpae.data.shards import Layout, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout
 from openpae.data.training import TrainingImages
 from openpae.eval.frechet import frechet_distance, gaussian_of
 from openpae.eval.reconstruction import ssim

@@ -24,7 +24,8 @@ import torch
 import tyro
 from torch import distributed, multiprocessing
 
-from openpae.data.shards import Layout, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import LightningDiTConfig

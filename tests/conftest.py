@@ -9,8 +9,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from hypothesis import settings
 from PIL import Image, ImageDraw
 
 from openpae.data.caches import cache_latents
-from openpae.data.images import ImageFolder, PackedImages, pack_images
+from openpae.data.images import ImageFolder, PackedImages
+from openpae.data.packing import pack_images
+from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
 from openpae.models.configs import DecoderConfig, LightningDiTConfig, PAEConfig
 from openpae.models.dit import LightningDiT
@@ -26,6 +29,8 @@ from openpae.models.encoders import encoder_fingerprint
 from openpae.models.saved import write_tokenizer
 from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.storage.model_folder import identity_of
+from openpae.train.settings import GeneratorRun, TokenizerRun
+from tests.engine.runs import L1_ONLY, LOOP, OPTIM
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -120,6 +125,27 @@ def latents(tokenizer_folder: Path, packed: PackedImages, tmp_path_factory: pyte
         batch_size=2,
         per_shard=4,
     )
+
+
+@pytest.fixture
+def tokenizer_run(tiny_config: PAEConfig, image_folder: Path) -> TokenizerRun:
+    """Random crops from files, L1 + LPIPS, accumulation, clipping, schedule and EMA."""
+    data = ImageData(images=image_folder, evaluation=image_folder, evaluation_images=3, resize=36)
+    loss = replace(L1_ONLY, lpips=1.0)
+    return TokenizerRun(model=tiny_config, data=data, loss=loss, optim=OPTIM, loop=LOOP)
+
+
+@pytest.fixture
+def generator_run(tiny_dit_config: LightningDiTConfig, latents: Shards) -> GeneratorRun:
+    model = replace(tiny_dit_config, class_dropout=0.3)
+    return GeneratorRun(
+        model=model, latents=latents.folder, held_out_latents=latents.folder, optim=OPTIM, loop=LOOP
+    )
+
+
+@pytest.fixture
+def runs(tokenizer_run: TokenizerRun, generator_run: GeneratorRun) -> dict[str, Any]:
+    return {"tokenizer": tokenizer_run, "generator": generator_run}
 
 
 def shaken(model: M) -> M:

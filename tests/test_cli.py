@@ -179,7 +179,7 @@ def test_latents_of_another_tokenizer_do_not_mix(
         (["train-tokenizer", "tokenizer/big", "out"], ("no config file or preset 'tokenizer/big'",
         "dinov2-l-d32")),
         (["train-tokenizer", "generator/tiny", "out"], ("of kind 'GeneratorRun'", "TokenizerRun")),
-        (["evaluate", "images"], ("nothing to judge: give samples, tokenizer",)),
+        (["evaluate", "images"], ("nothing to evaluate: give samples, tokenizer",)),
         (["quickstart", "--budget", "soon"], ("12min", "'soon'")),
         (["quickstart", "--budget", "3s"], ("at least 3min",)),
         (["sample", "no", "where", "out"], ("no model at no",)),

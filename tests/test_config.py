@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -310,3 +312,50 @@ def test_a_config_that_can_not_be_written_leaves_the_old_one(
         configs.save(Inner(steps=4), tmp_path / "a.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
     assert configs.load(Inner, tmp_path / "a.yaml") == Inner()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    share: float | None = 0.5
+    count: int = 1
+    betas: tuple[float, ...] = (0.9, 0.95)
+    free: float = 0.0
+    name: str = "x"
+
+    def __post_init__(self) -> None:
+        configs.check_fields(self, "n.", share="(0, 1]", count="[1, 65536]", betas="[0, 1)")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"share": 1.0},
+        {"share": math.nextafter(0, 1)},
+        {"share": None},
+        {"count": 1},
+        {"count": 65536},
+        {"betas": (0.0, math.nextafter(1, 0))},
+        {"betas": ()},
+        {"free": -1e308},
+    ],
+)
+def test_the_closed_ends_of_an_interval_are_allowed(fields: dict[str, Any]) -> None:
+    assert Numbers(**fields) == Numbers(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"share": 0.0}, "n.share must lie in (0, 1], got 0.0"),
+        ({"share": math.nextafter(1, 2)}, "n.share must lie in (0, 1], got 1.0000000000000002"),
+        ({"count": 0}, "n.count must be >= 1, got 0"),
+        ({"count": 65537}, "n.count must be <= 65536, got 65537"),
+        ({"betas": (0.9, 1.0)}, "n.betas must lie in [0, 1), got (0.9, 1.0)"),
+        ({"share": math.nan}, "n.share must be a finite number, got nan"),
+        ({"free": math.inf}, "n.free must be a finite number, got inf"),
+        ({"free": math.nan}, "n.free must be a finite number, got nan"),
+    ],
+)
+def test_numbers_outside_of_their_interval_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Numbers(**fields)

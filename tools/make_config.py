@@ -46,12 +46,13 @@ PARTS = (
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring behind each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    """The docstring behind each field of a dataclass and of its bases."""
     docs = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[union-attr]
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[union-attr]
     return docs
 
 

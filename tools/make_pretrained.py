@@ -1,6 +1,6 @@
 """Train the pretrained release and write it: OpenMoji tokenizer and generator, card, metrics, pictures.
 
-An interrupted call goes on. The presets need some twenty hours of one core. The shipped pair is of the
+An interrupted call goes on. The presets need some thirty hours of one core. The shipped pair is of the
 presets refiner, tokenizer and generator/openmoji, three pictures of each emoji, two and a half hours.
 
     python tools/make_pretrained.py --work runs/openmoji --out pretrained/openmoji --pictures docs
@@ -142,16 +142,14 @@ def train(work: Path) -> None:
     )
     run = dataclasses.replace(run, prior=work / "refiner", data=data)
     train_tokenizer(run, work / "tokenizer")
-    train_tokenizer(
-        dataclasses.replace(run, loss=dataclasses.replace(run.loss, mcr=0.0)), work / "tokenizer-no-mcr"
-    )
-
     cache_pictures(work, images)
     generator = configs.load(GeneratorRun, f"generator/{PRESET}")
     generator = dataclasses.replace(
         generator, latents=work / "latents" / "train", held_out_latents=work / "latents" / "held-out"
     )
     train_generator(generator, work / "generator")
+    without = dataclasses.replace(run, loss=dataclasses.replace(run.loss, mcr=0.0))
+    train_tokenizer(without, work / "tokenizer-no-mcr")
 
 
 def release(work: Path, out: Path, pictures: Path) -> None:

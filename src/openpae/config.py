@@ -1,4 +1,4 @@
-"""Frozen dataclasses from YAML and back, strictly: nothing is ignored, converted or filled in silently."""
+"""Strict conversion between YAML and frozen dataclasses: no key is ignored and no value is converted."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ T = TypeVar("T")
 
 PRESETS = Path(__file__).parent / "configs"
 _LARGEST = 2**16
-"""Bytes of a config file; a larger one is something else, and would be parsed for minutes."""
+"""Largest size in bytes of a config file; parsing larger ones could take minutes."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 5, 5
 
 
 def added(default: Any) -> Any:
-    """A field that older configs do not have. At its default it changes nothing, and what names a run by its
-    config (a stage of a study) leaves it out: old folders keep their names."""
+    """A field that older configs lack, and whose default keeps their behaviour.
+
+    Names of study folders leave it out at its default, so old folders keep their names.
+    """
     return dataclasses.field(default=default, metadata={"added": True})
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], at: str = "") -> T:
-    """Build a config from plain data, as YAML gives it.
+    """Build a config from the plain data of a YAML file.
 
     Args:
         cls: a frozen dataclass whose fields are bool, int, float, str, Path, Literal, a tuple of those,
-            another config, or one of these | None. A field can also take one of several configs: its key
-            `kind` then names which, by default the first.
+            another config, or one of these | None. In a field for one of several configs, the key `kind`
+            names the class; the default is the first.
         data: one key per field; fields with a default may be left out.
-        at: where in the file `data` stands ("optim"), for messages.
+        at: path of `data` in the file ("optim"), for messages.
 
     Raises:
-        ValueError: an unknown or missing key, or a value that the config itself refuses.
-        TypeError: a value of the wrong type; nothing is converted but int to float and text to Path.
+        ValueError: a key is unknown or missing, or the config refuses a value.
+        TypeError: a value has the wrong type; only int to float and str to Path are converted.
     """
     if not isinstance(data, Mapping):
         raise TypeError(
@@ -78,27 +80,27 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def changed(config: T, changes: dict[str, Any], at: str = "") -> T:
-    """A config with some fields changed: `changed(run, {"loss.ssr": 0.2, "loop.seed": 1})`.
+    """A copy of a config with some fields changed: `changed(run, {"loss.ssr": 0.2, "loop.seed": 1})`.
 
     Args:
         config: any frozen config.
-        changes: dotted path of a field -> its new value, as YAML gives it.
-        at: where the config stands in a larger one; errors name it.
+        changes: dotted path of a field -> its new value as plain data.
+        at: path of the config in a larger one, for messages.
 
     Raises:
-        ValueError, TypeError: an unknown field, or as `from_dict`.
+        ValueError, TypeError: a field is unknown, or see `from_dict`.
     """
     if not changes:
         return config
     data = to_dict(config)
-    for where, value in changes.items():
-        *parents, name = where.split(".")
+    for path, value in changes.items():
+        *parents, name = path.split(".")
         inner = data
         for parent in parents:
             if not isinstance(inner.get(parent), dict):
                 known = ", ".join(sorted(inner))
                 raise ValueError(
-                    f"unknown key {at}.{where}; {parent!r} is none of {known}, or holds no fields"
+                    f"unknown key {at}.{path}; {parent!r} is none of {known}, or holds no fields"
                 )
             inner = inner[parent]
         inner[name] = value
@@ -106,21 +108,21 @@ def changed(config: T, changes: dict[str, Any], at: str = "") -> T:
 
 
 def load(cls: type[T], path: str | Path) -> T:
-    """Read a config file: its first key `kind` names the class, the others are the fields.
+    """Read a config file. Its key `kind` names the class, the others are the fields.
 
     Args:
-        cls: the config that the caller can use.
+        cls: the expected class.
         path: a YAML file, or the name of a preset such as "tokenizer/dinov2-l-d32".
 
     Raises:
         FileNotFoundError: neither a file nor a preset.
-        ValueError, TypeError: not YAML, another kind, or any fault that `from_dict` finds.
+        ValueError, TypeError: not YAML, another kind, or see `from_dict`.
     """
     return load_one_of([cls], path)
 
 
 def load_one_of(classes: Sequence[type[T]], path: str | Path) -> T:
-    """As `load`, where the caller can use configs of several classes."""
+    """`load` for a config of one of several classes."""
     file = find(path)
     data = read_yaml(file)
     kind = data.pop("kind", None)
@@ -135,11 +137,11 @@ def load_one_of(classes: Sequence[type[T]], path: str | Path) -> T:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a config as YAML that `load` reads back, whole or not at all.
+    """Write a config atomically as YAML for `load`.
 
     Raises:
-        TypeError: the config has a field `kind`, the key that names its class in the file.
-        OSError: there is no room, or no right, to write it.
+        TypeError: the config has a field `kind`, which is the key for its class.
+        OSError: the file cannot be written.
     """
     data = to_dict(config)
     if "kind" in data:
@@ -148,7 +150,7 @@ def save(config: Any, path: Path) -> None:
     path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.unlink(missing_ok=True)  # of a kill, or a link that somebody has put there
+        partial.unlink(missing_ok=True)  # left by a kill, or a link with this name
         with partial.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
@@ -160,10 +162,10 @@ def save(config: Any, path: Path) -> None:
 
 
 def find(path: str | Path) -> Path:
-    """The file behind a path or the name of a preset.
+    """The file of a path or of a preset's name.
 
     Raises:
-        FileNotFoundError: neither; the message lists the presets.
+        FileNotFoundError: neither exists; the message lists the presets.
     """
     if Path(path).is_file():
         return Path(path)
@@ -177,8 +179,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ValueError: the file is not YAML, holds a key twice, or holds something else than a mapping; or it is
-            too large to be a config.
+        ValueError: the file is too large, not YAML, no mapping, or holds a key twice.
     """
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} must be a file, got a folder, a pipe or a device")
@@ -187,7 +188,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     content = file.read_bytes()
     try:
         data = yaml.load(content.decode("utf-8"), Loader=_UniqueKeyLoader)
-    except Exception as error:  # a wrong tag, date or depth leads PyYAML to any of them
+    except Exception as error:  # PyYAML raises any error at a wrong tag, date or depth
         raise ValueError(f"{file} is not valid YAML: {_abridged(str(error))}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold keys and values, got {_type_name(data)}")
@@ -195,15 +196,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
-    """Refuse numbers outside of their interval. Every number of a config must be finite, named here or not.
+    """Check the numbers of a config in its `__post_init__`. Every number must be finite, named here or not.
 
     Args:
-        config: a dataclass, in its `__post_init__`. None passes; of a tuple, every item is checked.
-        at: what stands before a field's name in a message ("optim.").
-        allowed: intervals by field, such as "[1, inf)" or "(0, 1]".
+        config: a dataclass. Values other than numbers pass; every item of a tuple is checked.
+        at: prefix of field names in messages ("optim.").
+        allowed: field -> interval, such as "[1, inf)" or "(0, 1]".
 
     Raises:
-        ValueError: a number that does not lie in its interval, or NaN.
+        ValueError: a number is not finite, or outside of its interval.
     """
     for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
         for number in value if isinstance(value, tuple) else (value,):
@@ -211,16 +212,9 @@ def check_fields(config: Any, at: str = "", /, **allowed: str) -> None:
 
 
 def check_number(name: str, number: Any, interval: str, shown: Any = None) -> None:
-    """Refuse a number outside of its interval; what is no number passes.
+    """Raise ValueError for a number outside of an interval such as "[1, inf)". Other types pass.
 
-    Args:
-        name: for the message.
-        number: to be checked.
-        interval: such as "[1, inf)"; NaN and infinity lie in none.
-        shown: what the message shows in place of the number.
-
-    Raises:
-        ValueError: see above.
+    NaN and infinity are in no interval. The message shows `name`, and `shown` in place of the number.
     """
     low, high = map(float, interval[1:-1].split(","))
     if not isinstance(number, int | float) or low < number < high:
@@ -229,7 +223,7 @@ def check_number(name: str, number: Any, interval: str, shown: Any = None) -> No
         return
     if not math.isfinite(number):
         wanted = "be a finite number"
-    elif high < 1000:  # a larger bound is there to catch mistakes, and says nothing of the usual values
+    elif high < 1000:  # a larger bound only catches mistakes
         wanted = f"lie in {interval}"
     elif number <= low:
         wanted = f"be {'>=' if interval[0] == '[' else '>'} {low:g}"
@@ -239,7 +233,7 @@ def check_number(name: str, number: Any, interval: str, shown: Any = None) -> No
 
 
 def differences(old: Any, new: Any) -> list[str]:
-    """Where two configs of one class differ, one "optim.lr: 0.1 -> 0.2" per field."""
+    """Fields that differ between two configs of one class, as "optim.lr: 0.1 -> 0.2"."""
     a, b = _flatten(to_dict(old)), _flatten(to_dict(new))
     absent = "(absent)"
     return [
@@ -250,7 +244,7 @@ def differences(old: Any, new: Any) -> list[str]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
+    """Raises an error at equal keys, where PyYAML keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
@@ -300,7 +294,7 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     if type(value) is not hint:
         message = f"{at} must be {hint.__name__}, got {_shown(value)} ({_type_name(value)})"
         if hint in (int, float) and isinstance(value, str) and (number := _number(value)) is not None:
-            # YAML 1.1 wants a dot in the mantissa: 2e-4 is text, 2.0e-4 a number.
+            # YAML 1.1 requires a dot in the mantissa: 2e-4 is text, 2.0e-4 a number.
             if hint is float:
                 message += f"; in YAML write {yaml.safe_dump(number).split()[0]}"
             elif number.is_integer():
@@ -310,7 +304,7 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
 
 
 def _configs_of(hint: Any) -> list[type]:
-    """The configs among which a field of this type chooses; fewer than two where it does not choose."""
+    """The config classes in a union type; fewer than two if the field has no choice."""
     args = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else ()
     return [arg for arg in args if isinstance(arg, type) and dataclasses.is_dataclass(arg)]
 
@@ -357,15 +351,15 @@ def _name(key: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: short, though a few aliases of a file can stand for billions of values."""
+    """A short form of a value for messages; YAML aliases can make a value huge."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python prints no integer of more than 4,300 digits
         return f"a very large {_type_name(value)}"
 
 
 def _abridged(message: str) -> str:
-    """One line with both ends of a message: PyYAML repeats a name whole, and says last where it stands."""
+    """One line with both ends of a message: PyYAML repeats long names and gives the position last."""
     line = " ".join(message.split())
     return line if len(line) <= 400 else f"{line[:200]} ... {line[-200:]}"
 

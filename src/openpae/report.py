@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file that can be mailed, with its pictures and charts inside."""
+"""Self-contained HTML pages with embedded pictures and charts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from openpae.runtime.escape import chart
-from openpae.storage.files import whole_file
+from openpae.storage.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,15 +86,15 @@ document.addEventListener("keydown", event => {
   document.querySelectorAll("img.large").forEach(image => image.classList.remove("large"));
 });
 """
-"""A click enlarges a picture to the window; another one, or Escape, puts it back."""
+"""A click enlarges a picture to the window; another click or Escape restores it."""
 
 
 class Page:
-    """A page that grows from top to bottom.
+    """A page; each method appends an element.
 
     Args:
         title: heading and window title.
-        lead: one or two sentences below it.
+        lead: one or two sentences below the heading.
     """
 
     def __init__(self, title: str, lead: str) -> None:
@@ -102,15 +102,15 @@ class Page:
         self.parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
 
     def heading(self, text: str) -> None:
-        """Begin a section."""
+        """Add the heading of a section."""
         self.parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Add a paragraph."""
         self.parts.append(f"<p>{html.escape(text)}</p>")
 
     def cards(self, values: Mapping[str, str]) -> None:
-        """Large numbers side by side: what they are -> the number."""
+        """Add large numbers side by side: label -> number."""
         cards = (
             f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
             for name, value in values.items()
@@ -118,13 +118,13 @@ class Page:
         self.parts.append(f'<div class="cards">{"".join(cards)}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of text; on a narrow screen each row becomes a block of lines."""
+        """Add a table of text. On a narrow screen each row becomes a block of lines."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join(f"<tr>{''.join(map(_cell, header, row))}</tr>" for row in rows)
         self.parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def picture(self, image: Image.Image, caption: str, scale: int = 1) -> None:
-        """A picture with its caption, drawn `scale` times as large as it is."""
+        """Add a picture with a caption, enlarged by `scale`."""
         alt = html.escape(caption, quote=True)
         self.parts.append(
             f'<figure><img src="{_data_url(image)}" width="{image.width * scale}" alt="{alt}">'
@@ -132,7 +132,7 @@ class Page:
         )
 
     def rows(self, pictures: Mapping[str, Image.Image], caption: str) -> None:
-        """Pictures of one width below each other, each with its name to the left."""
+        """Add pictures of one width below each other: name -> picture."""
         cells = "".join(
             f"<span>{html.escape(name)}</span>"
             f'<img src="{_data_url(image)}" alt="{html.escape(name, quote=True)}">'
@@ -150,26 +150,28 @@ class Page:
         log: bool = False,
         dots: bool = False,
     ) -> None:
-        """Line charts side by side: title -> name of the line -> points (x, y); log scales the y axis, dots
-        leaves out the lines between the points."""
+        """Add charts side by side: title -> name of a line -> points (x, y).
+
+        `log` makes the y axis logarithmic. `dots` draws points without lines.
+        """
         drawn = (_line_chart(title, lines, x_label, log, dots) for title, lines in charts.items() if lines)
         self.parts.append(f'<div class="charts">{"".join(drawn)}</div>')
 
     def radar(self, axes: Sequence[str], scores: Mapping[str, Sequence[float | None]], caption: str) -> None:
-        """A radar plot: name of a shape -> its score on each axis, in [0, 1], None where it has none."""
+        """Add a radar plot: name of a shape -> its score on each axis, in [0, 1] or None."""
         self.parts.append(
             f'<figure class="radar">{_radar_chart(axes, scores)}'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
     def fold(self, summary: str, text: str) -> None:
-        """Preformatted text behind a click."""
+        """Add preformatted text that a click opens."""
         self.parts.append(
             f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
         )
 
     def write(self, path: Path) -> None:
-        """Write the page, whole or not at all."""
+        """Write the page atomically."""
         page = (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -177,7 +179,7 @@ class Page:
             + "\n".join(self.parts)
             + f"\n<script>{_SCRIPT}</script></body></html>\n"
         )
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
@@ -197,7 +199,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 PALETTE = ("#3b6fd4", "#d9822b", "#2f9e6e", "#b5458f", "#7a5cc9", "#c0392b", "#16869c", "#8a6d1f")
-"""Colours of lines and shapes, in their order; they repeat after the last."""
+"""Colours of lines and shapes in order, repeated after the last."""
 
 
 def _line_chart(
@@ -207,7 +209,7 @@ def _line_chart(
     log: bool = False,
     dots: bool = False,
 ) -> str:
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # not pyplot, which has global state
 
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.add_subplot()
@@ -256,5 +258,5 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    # Without matplotlib's metadata, so that the page names no other server.
+    # Without metadata, which names other servers.
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)

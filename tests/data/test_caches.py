@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features
-from openpae.data.images import BrokenImage, ImageFolder, PackedImages, pack_images
+from openpae.data.decode import BrokenImage
+from openpae.data.images import ImageFolder, PackedImages
+from openpae.data.packing import pack_images
 from openpae.data.shards import Shards
 from openpae.data.training import TrainingImages, TrainingLatents
 from openpae.models.saved import load_tokenizer
@@ -252,7 +254,7 @@ def test_cached_features_must_fit_images_encoder_and_augmentation(
     features = features_of(model, packed, tmp_path / "one", flips=False)
     with pytest.raises(ValueError, match="lack the mirrored images; cache them with flips"):
         TrainingImages(packed, size=32, seed=0, augment="flip", features=features)
-    with pytest.raises(ValueError, match="know no random crops"):
+    with pytest.raises(ValueError, match="do not fit random crops"):
         TrainingImages(packed, size=32, seed=0, augment="crop", resize=40, features=features)
     with pytest.raises(ValueError, match="need packed images"):
         TrainingImages(ImageFolder(image_folder), size=32, seed=0, features=features)

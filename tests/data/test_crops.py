@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.data.images import center_crop
+from openpae.data.crops import center_crop
 from openpae.data.label_maps import read_segmented
 
 CASES = [

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from openpae.data.images import SEEN, ImageFolder, Subset, pack_images
+from openpae.data.fingerprints import SAMPLED_BYTES
+from openpae.data.images import ImageFolder, Subset
+from openpae.data.packing import pack_images
 from openpae.storage.files import fingerprints_agree
 
-SIZE = 5 * SEEN
+SIZE = 5 * SAMPLED_BYTES
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def change(file: Path, place: int) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-@pytest.mark.parametrize("place", [0, SEEN - 1, SIZE // 2, SIZE - SEEN, SIZE - 1])
+@pytest.mark.parametrize("place", [0, SAMPLED_BYTES - 1, SIZE // 2, SIZE - SAMPLED_BYTES, SIZE - 1])
 def test_a_replaced_file_of_the_same_size_is_seen_at_its_ends_and_in_the_middle(
     folder: Path, place: int
 ) -> None:
@@ -44,10 +46,10 @@ def test_a_replaced_file_of_the_same_size_is_seen_at_its_ends_and_in_the_middle(
 
 
 def test_what_lies_between_is_seen_where_it_is_asked_for(folder: Path) -> None:
-    before, whole = ImageFolder(folder).fingerprint(), ImageFolder(folder, whole=True).fingerprint()
-    change(folder / "1.bmp", SEEN)
+    before, whole = ImageFolder(folder).fingerprint(), ImageFolder(folder, full_hash=True).fingerprint()
+    change(folder / "1.bmp", SAMPLED_BYTES)
     assert ImageFolder(folder).fingerprint() == before
-    after = ImageFolder(folder, whole=True).fingerprint()
+    after = ImageFolder(folder, full_hash=True).fingerprint()
     assert not fingerprints_agree(whole, after)
     assert fingerprints_agree(before, after)
     assert fingerprints_agree(after, before)
@@ -56,7 +58,15 @@ def test_what_lies_between_is_seen_where_it_is_asked_for(folder: Path) -> None:
 def test_a_copy_has_the_same_fingerprint_whatever_its_times(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     os.utime(copy / "0.bmp", (1, 1))
-    assert ImageFolder(copy, whole=True).fingerprint() == ImageFolder(folder, whole=True).fingerprint()
+    first, second = (ImageFolder(path, full_hash=True) for path in (folder, copy))
+    assert first.fingerprint() == second.fingerprint()
+
+
+@pytest.mark.parametrize("full_hash", [False, True])
+def test_a_file_that_cannot_be_read_is_left_to_whoever_decodes_it(folder: Path, full_hash: bool) -> None:
+    os.symlink("/proc/self/mem", folder / "9.bmp")
+    parts = ImageFolder(folder, full_hash=full_hash).fingerprint().split(".")
+    assert [len(part) for part in parts] == [16] * (3 if full_hash else 2)
 
 
 def test_rows_of_a_folder_agree_as_the_folder_does(folder: Path) -> None:

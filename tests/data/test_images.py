@@ -14,16 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from openpae.data.images import (
-    BrokenImage,
-    ImageFolder,
-    PackedImages,
-    center_crop,
-    open_images,
-    pack_images,
-    read_image,
-    resize_to_cover,
-)
+from openpae.data.crops import center_crop, resize_to_cover
+from openpae.data.decode import BrokenImage, read_image
+from openpae.data.images import ImageFolder, PackedImages, open_images
+from openpae.data.packing import pack_images
 from openpae.data.settings import ImageData
 from openpae.data.training import TrainingImages, raise_on_broken
 from tests.conftest import kill_points

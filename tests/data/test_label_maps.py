@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.data.label_maps import read_segmented, render_segmented
+from openpae.data.label_maps import read_segmented
+from openpae.data.scenes import render_segmented
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_unfit_maps_are_named(city: Path) -> None:
     with pytest.raises(ValueError, match=r"3\.png must have the size of 3\.bmp, 32 x 32, got 9 x 9"):
         read_segmented(city / "images", city / "masks", size=16)
     Image.new("RGB", (32, 32)).save(city / "masks/3.png")
-    with pytest.raises(ValueError, match=r"3.png .* one whole number per pixel .* got mode RGB"):
+    with pytest.raises(ValueError, match=r"3.png .* one integer per pixel .* got mode RGB"):
         read_segmented(city / "images", city / "masks", size=16)
     Image.new("L", (9, 9)).save(city / "masks/4.png")
     with pytest.raises(FileNotFoundError, match=r"no image for the label map .*4\.png"):

@@ -14,7 +14,8 @@ from PIL import Image
 from openpae.commands.describe import describe
 from openpae.data.caches import cache_latents
 from openpae.data.classes import class_list
-from openpae.data.images import ImageFolder, pack_images
+from openpae.data.images import ImageFolder
+from openpae.data.packing import pack_images
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
 from openpae.data.training import open_training

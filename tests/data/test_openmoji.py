@@ -12,17 +12,15 @@ from PIL import Image
 
 from openpae.data import backgrounds
 from openpae.data.openmoji import (
-    BACKGROUND,
     CATEGORIES,
     Emoji,
-    _Placement,
-    compose_scene,
+    Placement,
     emoji_catalog,
     render_dataset,
     render_picture,
-    render_scene,
     split_catalog,
 )
+from openpae.data.scenes import BACKGROUND, compose_scene, render_scene
 
 SQUARE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><path fill="{}" d="{}"/></svg>'
 
@@ -121,8 +119,8 @@ def test_dataset_is_the_pictures_in_order(emojis: list[Emoji]) -> None:
 def test_front_tile_owns_the_overlap() -> None:
     background = Image.new("RGB", (32, 32), (200, 200, 200))
     red, blue = (
-        (tile(255, 0, 0), _Placement(2, 2, 16, 16, False)),
-        (tile(0, 0, 255), _Placement(10, 10, 16, 16, False)),
+        (tile(255, 0, 0), Placement(2, 2, 16, 16, False)),
+        (tile(0, 0, 255), Placement(10, 10, 16, 16, False)),
     )
     scene = compose_scene(background, [red, blue], [3, 5])
     assert scene.classes.tolist() == [BACKGROUND, 3, 5]
@@ -140,8 +138,8 @@ def test_hidden_tiles_get_no_id() -> None:
     """Ids stay gapless: a tile wholly behind another is in neither the segments nor the classes."""
     background = Image.new("RGB", (32, 32))
     hidden, front = (
-        (tile(1, 1, 1), _Placement(4, 4, 8, 8, False)),
-        (tile(9, 9, 9), _Placement(2, 2, 20, 20, False)),
+        (tile(1, 1, 1), Placement(4, 4, 8, 8, False)),
+        (tile(9, 9, 9), Placement(2, 2, 20, 20, False)),
     )
     scene = compose_scene(background, [hidden, front], [0, 7])
     assert scene.classes.tolist() == [BACKGROUND, 7]
@@ -149,14 +147,14 @@ def test_hidden_tiles_get_no_id() -> None:
 
 
 def test_a_scene_without_free_pixels_keeps_background_as_id_0() -> None:
-    scene = compose_scene(Image.new("RGB", (16, 16)), [(tile(9, 9, 9), _Placement(0, 0, 16, 16, False))], [2])
+    scene = compose_scene(Image.new("RGB", (16, 16)), [(tile(9, 9, 9), Placement(0, 0, 16, 16, False))], [2])
     assert scene.classes.tolist() == [BACKGROUND, 2]
     assert scene.segments.unique().tolist() == [1]
 
 
 def test_half_transparent_pixels_go_to_who_covers_most() -> None:
     thin, thick = tile(9, 9, 9, alpha=100), tile(9, 9, 9, alpha=150)
-    placed = [(thin, _Placement(0, 0, 8, 8, False)), (thick, _Placement(8, 8, 8, 8, False))]
+    placed = [(thin, Placement(0, 0, 8, 8, False)), (thick, Placement(8, 8, 8, 8, False))]
     scene = compose_scene(Image.new("RGB", (16, 16)), placed, [0, 1])
     assert scene.classes.tolist() == [BACKGROUND, 1]
     assert (scene.segments[:8, :8] == 0).all()

@@ -82,8 +82,8 @@ class Squares(Dataset[list[int]]):
 def test_worker_processes_keep_the_order_and_ignore_interrupts() -> None:
     """Ctrl-C reaches workers too; the loop finishes its step, so they must go on."""
     sampler = StepBatches(range(2, 8), 2, [range(1), range(1, 2)])
-    alone = [batch[1:] for batch in read_batches(Squares(), sampler, 0, pin=False, what="numbers")]
-    batches = read_batches(Squares(), sampler, 1, pin=False, what="numbers")
+    alone = [batch[1:] for batch in read_batches(Squares(), sampler, 0, pin=False, label="numbers")]
+    batches = read_batches(Squares(), sampler, 1, pin=False, label="numbers")
     first = next(batches)
     assert first[0] != os.getpid()
     for stop in STOP_SIGNALS:

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from openpae.data.images import read_image
+from openpae.data.decode import read_image
 from openpae.data.label_maps import read_segmented
 from tests.data.icc import write_png
 

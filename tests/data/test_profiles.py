@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from openpae.data.colour import UnreadProfile
-from openpae.data.images import ImageFolder, read_image
+from openpae.data.decode import read_image
+from openpae.data.images import ImageFolder
 from openpae.data.label_maps import read_segmented
 from openpae.data.order import StepBatches
 from openpae.data.training import TrainingImages, image_batches

@@ -56,7 +56,7 @@ def run_out_of_memory() -> None:
 
 def read(happens: Callable[[], None], workers: int = 1, **options: Any) -> list[Batch]:
     sampler = StepBatches(range(6), 4, [range(4)])
-    return list(read_batches(Spoiled(happens), sampler, workers, pin=False, what="latents", **options))
+    return list(read_batches(Spoiled(happens), sampler, workers, pin=False, label="latents", **options))
 
 
 @pytest.mark.parametrize(

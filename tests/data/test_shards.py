@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openpae.data.shards import Layout, Part, Shards, ShardWriter
+from openpae.data.shard_writer import Part, ShardWriter
+from openpae.data.shards import Layout, Shards
 from openpae.storage.files import read_json, write_json
 from tests.conftest import kill_points
 

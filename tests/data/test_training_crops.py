@@ -6,7 +6,8 @@ from typing import Literal
 import pytest
 import torch
 
-from openpae.data.images import ImageFolder, PackedImages, Subset, pack_images
+from openpae.data.images import ImageFolder, PackedImages, Subset
+from openpae.data.packing import pack_images
 from openpae.data.training import TrainingImages
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from openpae.data.caches import cache_latents
-from openpae.data.images import BrokenImage, PackedImages
+from openpae.data.decode import BrokenImage
+from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
 from openpae.engine.journal import read_log
 from openpae.engine.loop import fit

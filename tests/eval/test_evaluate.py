@@ -1,4 +1,4 @@
-"""Evaluations as a user runs them, offline and inside training: one function, one record."""
+"""Evaluation offline and inside training: one function, one record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openpae.data.images import PackedImages, Subset
 from openpae.data.shards import Shards
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
-from openpae.eval.image_stream import drawn_images, real_images, tensor_images
+from openpae.eval.image_stream import real_images, sampled_images, tensor_images
 from openpae.eval.reference import Reference, open_reference, save_reference
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
@@ -29,7 +29,7 @@ from openpae.train.settings import GeneratorRun, TokenizerRun
 from openpae.train.tokenizer import TokenizerTask
 
 COMMON = {"value_range", "device", "processes", "versions", "kind", "metrics", "image_size"}
-JUDGED = {
+DISTANCE = {
     *("undefined", "samples", "samples_sha256", "duplicates", "extractor", "extractor_weights"),
     *("reference", "reference_sha256", "reference_n", "reference_preprocessing"),
 }
@@ -45,7 +45,7 @@ def reference(packed: PackedImages, extractor: FeatureExtractor) -> Reference:
     return open_reference(packed.shards.folder, extractor)
 
 
-def test_a_reconstruction_says_what_its_numbers_stand_on(
+def test_the_record_of_reconstructions_is_complete(
     tiny_pae: PAE, packed: PackedImages, extractor: FeatureExtractor
 ) -> None:
     lpips = load_perceptual("random")
@@ -57,7 +57,7 @@ def test_a_reconstruction_says_what_its_numbers_stand_on(
         min_samples=2,
         facts={"tokenizer": "abc"},
     )
-    assert record.keys() == COMMON | JUDGED | {"images", "data", "lpips", "lpips_weights", "tokenizer"}
+    assert record.keys() == COMMON | DISTANCE | {"images", "data", "lpips", "lpips_weights", "tokenizer"}
     assert (record["images"], record["samples"], record["reference_n"]) == (10, 10, 10)
     assert (record["reference"], record["tokenizer"]) == ("drawn", "abc")
     assert record["data"] == packed.fingerprint()
@@ -66,15 +66,15 @@ def test_a_reconstruction_says_what_its_numbers_stand_on(
     assert "centre crop to 32 x 32" in record["reference_preprocessing"]
     assert {"torch", "openpae", "python"} <= record["versions"].keys()
     assert {"psnr", "ssim", "lpips", "frechet"} <= record["metrics"].keys()
-    json.dumps(record)  # as it stands
+    json.dumps(record)
 
 
-def test_samples_say_what_their_numbers_stand_on(reference: Reference, extractor: FeatureExtractor) -> None:
+def test_the_record_of_samples_is_complete(reference: Reference, extractor: FeatureExtractor) -> None:
     facts = {"seed": 3, "nfe": 20, "labels": "class-balanced", "tokenizer": "t", "generator": "g"}
     samples = tensor_images(torch.rand(6, 3, 32, 32), name="six", facts=facts)
     record = evaluate_samples(samples, reference, extractor=extractor, min_samples=2)
     sampling = {"samples_from", "samples_preprocessing", "tokenizer", "generator", "sampler"}
-    assert record.keys() == COMMON | JUDGED | sampling
+    assert record.keys() == COMMON | DISTANCE | sampling
     assert (record["tokenizer"], record["generator"], record["samples_from"]) == ("t", "g", "six")
     assert record["sampler"] == {"seed": 3, "nfe": 20, "labels": "class-balanced"}
     assert record["metrics"].keys() == {"frechet", "kid", "precision", "recall", "frechet_floor"}
@@ -82,23 +82,19 @@ def test_samples_say_what_their_numbers_stand_on(reference: Reference, extractor
     json.dumps(record)
 
 
-def test_samples_that_their_record_does_not_tell_of_are_refused(
-    reference: Reference, extractor: FeatureExtractor
-) -> None:
+def test_a_record_of_other_samples_is_refused(reference: Reference, extractor: FeatureExtractor) -> None:
     images = torch.rand(6, 3, 32, 32)
-    found = evaluate_samples(tensor_images(images), reference, extractor=extractor, min_samples=2)
-    told = {"samples_sha256": found["samples_sha256"]}
-    again = evaluate_samples(
-        tensor_images(images.flip(0), facts=told), reference, extractor=extractor, min_samples=2
-    )
-    assert again["samples_sha256"] == told["samples_sha256"]  # whatever their order
-    with pytest.raises(ValueError, match="the record beside other tells of other samples"):
-        evaluate_samples(
-            tensor_images(1 - images, name="other", facts=told), reference, extractor=extractor, min_samples=2
-        )
+    record = evaluate_samples(tensor_images(images), reference, extractor=extractor, min_samples=2)
+    facts = {"samples_sha256": record["samples_sha256"]}
+    flipped = tensor_images(images.flip(0), facts=facts)
+    again = evaluate_samples(flipped, reference, extractor=extractor, min_samples=2)
+    assert again["samples_sha256"] == facts["samples_sha256"]  # the order does not matter
+    other = tensor_images(1 - images, name="other", facts=facts)
+    with pytest.raises(ValueError, match="the record beside other describes other samples"):
+        evaluate_samples(other, reference, extractor=extractor, min_samples=2)
 
 
-def test_few_and_duplicated_samples_are_warned_of(reference: Reference, extractor: FeatureExtractor) -> None:
+def test_few_samples_and_duplicates_give_a_warning(reference: Reference, extractor: FeatureExtractor) -> None:
     images = torch.rand(6, 3, 32, 32)
     with pytest.warns(UserWarning, match="only 6 samples"):
         evaluate_samples(tensor_images(images), reference, extractor=extractor)
@@ -119,7 +115,7 @@ def test_samples_of_another_size_are_refused_before_any_work(
         evaluate_samples(samples, reference, extractor=extractor)
 
 
-def test_the_batch_size_does_not_move_a_metric(
+def test_the_batch_size_changes_rounding_only(
     tiny_pae: PAE, packed: PackedImages, extractor: FeatureExtractor
 ) -> None:
     one, many = (
@@ -149,7 +145,7 @@ def test_a_subset_is_other_data(packed: PackedImages) -> None:
 
 
 @pytest.fixture
-def judged_run(tokenizer_folder: Path, packed: PackedImages, latents: Shards) -> GeneratorRun:
+def evaluated_run(tokenizer_folder: Path, packed: PackedImages, latents: Shards) -> GeneratorRun:
     return dataclasses.replace(
         configs.load(GeneratorRun, "generator/tiny"),
         latents=latents.folder,
@@ -161,15 +157,15 @@ def judged_run(tokenizer_folder: Path, packed: PackedImages, latents: Shards) ->
     )
 
 
-def test_training_judges_samples_as_the_command_does(
-    judged_run: GeneratorRun, reference: Reference, extractor: FeatureExtractor, tmp_path: Path
+def test_training_evaluates_samples_as_the_command_does(
+    evaluated_run: GeneratorRun, reference: Reference, extractor: FeatureExtractor, tmp_path: Path
 ) -> None:
-    task = GeneratorTask(judged_run)
+    task = GeneratorTask(evaluated_run)
     task.run_dir = tmp_path
     inside = task.evaluate(30)
-    assert task.judge is not None
-    samples = drawn_images(
-        task.judge.tokenizer, task.model, balanced_labels(6, 2), judged_run.sampler, size=32
+    assert task.evaluator is not None
+    samples = sampled_images(
+        task.evaluator.tokenizer, task.model, balanced_labels(6, 2), evaluated_run.sampler, size=32
     )
     offline = evaluate_samples(samples, reference, extractor=extractor, min_samples=2)
     assert inside["frechet"] == pytest.approx(offline["metrics"]["frechet"]["value"], rel=1e-6)
@@ -179,17 +175,17 @@ def test_training_judges_samples_as_the_command_does(
     assert len(record["tokenizer"]) == 16
 
 
-def test_training_takes_a_reference_that_was_saved(
-    judged_run: GeneratorRun, reference: Reference, tmp_path: Path
+def test_training_takes_a_saved_reference(
+    evaluated_run: GeneratorRun, reference: Reference, tmp_path: Path
 ) -> None:
     save_reference(reference, tmp_path / "reference.npz")
-    kept = dataclasses.replace(judged_run, evaluation_images=tmp_path / "reference.npz")
+    kept = dataclasses.replace(evaluated_run, evaluation_images=tmp_path / "reference.npz")
     torch.testing.assert_close(
-        GeneratorTask(kept).evaluate(0), GeneratorTask(judged_run).evaluate(0), rtol=1e-6, atol=1e-6
+        GeneratorTask(kept).evaluate(0), GeneratorTask(evaluated_run).evaluate(0), rtol=1e-6, atol=1e-6
     )
 
 
-def test_training_a_tokenizer_leaves_a_record(packed: PackedImages, tmp_path: Path) -> None:
+def test_training_a_tokenizer_writes_a_record(packed: PackedImages, tmp_path: Path) -> None:
     run = configs.load(TokenizerRun, "tokenizer/tiny")
     folder = packed.shards.folder
     data = dataclasses.replace(run.data, images=folder, evaluation=folder, evaluation_images=6)
@@ -203,7 +199,7 @@ def test_training_a_tokenizer_leaves_a_record(packed: PackedImages, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:eRank of 6 images")
-def test_training_a_tokenizer_measures_what_is_asked_for(packed: PackedImages) -> None:
+def test_training_a_tokenizer_measures_geometry_and_distances(packed: PackedImages) -> None:
     run = configs.load(TokenizerRun, "tokenizer/tiny")
     folder = packed.shards.folder
     data = dataclasses.replace(run.data, images=folder, evaluation=folder, evaluation_images=6)
@@ -217,14 +213,14 @@ def test_training_a_tokenizer_measures_what_is_asked_for(packed: PackedImages) -
         *("lpc", "gsq", "erank"),
     }
     space = pae_space(task.model, "same", "")
-    judged = Subset(packed, [0, 2, 4, 5, 7, 9])
+    held_out = Subset(packed, [0, 2, 4, 5, 7, 9])
     config = MeasureConfig(count=6, lpc_count=1)
-    found = measure_tokenizer(space, judged, size=32, lpips=task.lpips, config=config).metrics
+    expected = measure_tokenizer(space, held_out, size=32, lpips=task.lpips, config=config).metrics
     for name in ("lpc", "gsq", "erank", "psnr"):
-        assert metrics[name] == pytest.approx(found[name].value, rel=1e-4), name
+        assert metrics[name] == pytest.approx(expected[name].value, rel=1e-4), name
 
 
-def test_training_refuses_to_judge_with_another_tokenizer(
+def test_training_refuses_to_evaluate_with_another_tokenizer(
     tmp_path: Path, tiny_pae: PAE, packed: PackedImages, latents: Shards
 ) -> None:
     from openpae.models.saved import write_tokenizer
@@ -240,7 +236,7 @@ def test_training_refuses_to_judge_with_another_tokenizer(
         GeneratorTask(run).evaluate(0)
 
 
-def test_half_a_judge_is_refused() -> None:
+def test_a_tokenizer_without_evaluation_images_is_refused() -> None:
     run = configs.load(GeneratorRun, "generator/tiny")
     with pytest.raises(ValueError, match="both, or neither"):
         dataclasses.replace(run, tokenizer=Path("somewhere"))

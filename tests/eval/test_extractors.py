@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def inception() -> InceptionFeatures:
-    """The network with random weights at which its activations neither vanish nor explode."""
+    """The network with random weights that keep activations in range."""
     network = Inception2015()
     generator = torch.Generator().manual_seed(0)
     for name, value in network.state_dict().items():
@@ -58,8 +58,8 @@ def test_resize_equals_tensorflow_1_written_out(height: int, width: int, size: i
             a = x[top, left] + (x[top, right] - x[top, left]) * (c - left)
             b = x[bottom, left] + (x[bottom, right] - x[bottom, left]) * (c - left)
             expected[i, j] = a + (b - a) * (r - top)
-    found = resize_bilinear_tf1(image, size)[0, 0]
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-6)
+    resized = resize_bilinear_tf1(image, size)[0, 0]
+    torch.testing.assert_close(resized, torch.from_numpy(expected), rtol=0, atol=1e-6)
 
 
 def test_inception_has_the_size_and_names_of_the_published_weights(inception: InceptionFeatures) -> None:
@@ -78,20 +78,22 @@ def test_inception_features_are_pool_3_mixed_6_conv_and_unbiased_logits(inceptio
         network.Mixed_6d.branch1x1.register_forward_hook(lambda *a: seen.update(conv=a[2])),
         network.Mixed_7c.register_forward_hook(lambda *a: seen.update(last=a[2])),
     ]
-    found = inception.features(pictures())
+    features = inception.features(pictures())
     for hook in hooks:
         hook.remove()
-    assert found.spatial is not None
-    assert found.logits is not None
-    torch.testing.assert_close(found.pooled, seen["last"].flatten(2).mean(2))
-    assert found.spatial.shape == (2, 2023)
-    assert torch.equal(found.spatial.view(2, 17, 17, 7)[:, 3, 5], seen["conv"][:, :7, 3, 5])  # channels last
-    torch.testing.assert_close(found.logits, found.pooled @ network.fc.weight.T)
+    assert features.spatial is not None
+    assert features.logits is not None
+    torch.testing.assert_close(features.pooled, seen["last"].flatten(2).mean(2))
+    assert features.spatial.shape == (2, 2023)
+    assert torch.equal(
+        features.spatial.view(2, 17, 17, 7)[:, 3, 5], seen["conv"][:, :7, 3, 5]
+    )  # channels last
+    torch.testing.assert_close(features.logits, features.pooled @ network.fc.weight.T)
     assert inception.name == INCEPTION
     assert not inception.train().network.training
 
 
-def test_inception_sees_the_256_levels_of_files(inception: InceptionFeatures) -> None:
+def test_inception_rounds_to_256_levels(inception: InceptionFeatures) -> None:
     images = quantize(pictures(1)).float() / 255
     shifted = (images + 0.4 / 255).clamp(0, 1)
     assert torch.equal(inception.features(images).pooled, inception.features(shifted).pooled)
@@ -111,14 +113,14 @@ def test_inception_weights_load_strictly(inception: InceptionFeatures, tmp_path:
         load_inception(tmp_path / "none.pth")
 
 
-def test_inception_weights_come_from_the_hub_where_none_are_named(
+def test_inception_weights_are_downloaded_by_default(
     inception: InceptionFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    asked: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
 
     def no_way(url: str, target: str, hash_prefix: str) -> None:
-        asked.append((url, hash_prefix))
+        requests.append((url, hash_prefix))
         raise URLError("no way there")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_way)
@@ -126,16 +128,16 @@ def test_inception_weights_come_from_the_hub_where_none_are_named(
         FileNotFoundError, match=r"no way there.*pt_inception.*--extractor-weights FILE, or .*vgg16"
     ):
         load_extractor("inception")
-    ((url, prefix),) = asked
+    ((url, prefix),) = requests
     assert (url.startswith("https://github.com/mseitzer/pytorch-fid/"), prefix) == (True, "6726825d")
     torch.save(
         inception.network.state_dict(), tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     )
-    assert load_inception().weights == inception.weights  # as an earlier download left it
-    assert len(asked) == 1
+    assert load_inception().weights == inception.weights  # from an earlier download
+    assert len(requests) == 1
 
 
-def test_extractors_say_what_they_need(tmp_path: Path) -> None:
+def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be left out, got .*; inception and dinov2 take them"):
         load_extractor("vgg16", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
@@ -145,7 +147,7 @@ def test_extractors_say_what_they_need(tmp_path: Path) -> None:
 
 
 class Head(nn.Module):
-    """Shows what an extractor feeds its network."""
+    """Returns the input of an extractor's network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,9 +177,9 @@ def test_efficientnet_gives_its_pooled_head() -> None:
     assert extractor.features(pictures(size=64)).pooled.shape == (2, 1280)
 
 
-def test_vgg_passes_images_as_they_are() -> None:
+def test_vgg_passes_images_unchanged() -> None:
     images = pictures()
-    extractor = VggFeatures(Head())
+    extractor = VggFeatures(Head())  # type: ignore[arg-type]
     torch.testing.assert_close(extractor.features(images).pooled, images.mean(dim=(2, 3)))
     assert len(extractor.weights) == 16
 

@@ -32,10 +32,10 @@ def test_frechet_distance_of_axis_aligned_gaussians_has_a_closed_form() -> None:
     """Commuting covariances: |m|^2 + sum (sqrt a - sqrt b)^2, in any rotated frame."""
     a, b, m = torch.rand(9).double(), torch.rand(9).double(), torch.randn(9).double()
     r = rotation(9)
-    found = frechet_distance(
+    distance = frechet_distance(
         gaussian(r @ m, r @ a.diag() @ r.T), gaussian(torch.zeros_like(m), r @ b.diag() @ r.T)
     )
-    assert found == pytest.approx(float(m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()), rel=1e-9)
+    assert distance == pytest.approx(float(m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()), rel=1e-9)
 
 
 def test_frechet_distance_equals_the_textbook_with_sqrtm() -> None:
@@ -43,8 +43,8 @@ def test_frechet_distance_equals_the_textbook_with_sqrtm() -> None:
     sx, sy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = scipy.linalg.sqrtm(sx @ sy).real
     literal = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(sx + sy - 2 * root)
-    found = frechet_distance(gaussian_of(torch.from_numpy(x)), gaussian_of(torch.from_numpy(y)))
-    assert found == pytest.approx(literal, rel=1e-8)
+    distance = frechet_distance(gaussian_of(torch.from_numpy(x)), gaussian_of(torch.from_numpy(y)))
+    assert distance == pytest.approx(literal, rel=1e-8)
 
 
 def test_frechet_distance_ignores_rotation_and_shift_and_is_quadratic_in_scale() -> None:
@@ -80,8 +80,8 @@ def test_ill_conditioned_covariances_keep_their_distance() -> None:
     b = a.flip(0)
     r = rotation(50)
     zero = torch.zeros(50).double()
-    found = frechet_distance(gaussian(zero, r @ a.diag() @ r.T), gaussian(zero, r @ b.diag() @ r.T))
-    assert found == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), rel=1e-6)
+    distance = frechet_distance(gaussian(zero, r @ a.diag() @ r.T), gaussian(zero, r @ b.diag() @ r.T))
+    assert distance == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 300])
@@ -90,21 +90,21 @@ def test_statistics_do_not_depend_on_the_batch_size(batch: int) -> None:
     moments = Moments(block=32)
     for part in x.split(batch):
         moments.update(part)
-    found = moments.gaussian()
+    fitted = moments.gaussian()
     expected = np.cov(x.double().numpy(), rowvar=False)
-    torch.testing.assert_close(found.covariance, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.mean, x.double().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(fitted.covariance, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fitted.mean, x.double().mean(0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 40, 100])
 def test_statistics_of_two_processes_are_those_of_one(cut: int) -> None:
     x = features(100)
-    whole, first, second = Moments(block=16), Moments(block=16), Moments(block=16)
-    for moments, rows in ((whole, x), (first, x[:cut]), (second, x[cut:])):
+    total, first, second = Moments(block=16), Moments(block=16), Moments(block=16)
+    for moments, rows in ((total, x), (first, x[:cut]), (second, x[cut:])):
         moments.update(rows)
     first.merge(second)
     torch.testing.assert_close(
-        first.gaussian().covariance, whole.gaussian().covariance, rtol=1e-11, atol=1e-12
+        first.gaussian().covariance, total.gaussian().covariance, rtol=1e-11, atol=1e-12
     )
     assert first.n == 100
     assert second.n == 100 - cut
@@ -156,11 +156,11 @@ def test_a_covariance_that_cholesky_refuses_is_factored_by_its_eigenvectors() ->
 
 def test_covariance_is_symmetric_and_equals_numpys_far_from_zero() -> None:
     x = features(700).double() + 1e4
-    found = gaussian_of(x)
-    assert torch.equal(found.covariance, found.covariance.T)
+    fitted = gaussian_of(x)
+    assert torch.equal(fitted.covariance, fitted.covariance.T)
     blocks = Moments(block=64)
     for part in x.split(50):
         blocks.update(part)
     expected = np.cov(x.numpy(), rowvar=False)
-    for covariance in (found.covariance, blocks.gaussian().covariance):
+    for covariance in (fitted.covariance, blocks.gaussian().covariance):
         np.testing.assert_allclose(covariance.numpy(), expected, rtol=1e-9, atol=1e-9)

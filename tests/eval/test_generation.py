@@ -1,4 +1,4 @@
-"""Evaluation of generated images in one pass, and its references: properties, files, edges, errors."""
+"""Evaluation of generated images in one pass, and references: properties, files, edge cases, errors."""
 
 import warnings
 from pathlib import Path
@@ -46,70 +46,73 @@ def pictures(n: int, seed: int = 0, size: int = 16) -> Tensor:
 
 
 def feature_set(images: Tensor, extractor: PixelFeatures | None = None, batch: int = 16) -> FeatureSet:
-    found = FeatureSet(extractor or PixelFeatures())
+    features = FeatureSet(extractor or PixelFeatures())
     for part in images.split(batch):
-        found.update(part)
-    return found
+        features.update(part)
+    return features
 
 
-def test_same_samples_same_metrics_whatever_the_batches_and_processes() -> None:
+def test_metrics_do_not_depend_on_batches_and_processes() -> None:
     real, fake = pictures(64), pictures(50, seed=1)
     reference = reference_of(feature_set(real), "real")
-    whole = Evaluation(PixelFeatures(), reference, CONFIG)
-    whole.update(fake)
+    together = Evaluation(PixelFeatures(), reference, CONFIG)
+    together.update(fake)
     first, second = (Evaluation(PixelFeatures(), reference, CONFIG) for _ in range(2))
     for start in range(0, 50, 10):  # two processes take turns, as samplers do
         first.update(fake[start : start + 5], torch.arange(start, start + 5))
         second.update(fake[start + 5 : start + 10], torch.arange(start + 5, start + 10))
     first.merge(second.samples)
-    one, two = whole.compute(), first.compute()
-    assert one.metrics.keys() == {
+    (one, _), (two, _) = together.compute(), first.compute()
+    assert one.keys() == {
         "frechet", "spatial_frechet", "inception_score", "kid", "precision", "recall",
     }  # fmt: skip
-    for name, estimate in one.metrics.items():
-        assert two.metrics[name].value == pytest.approx(estimate.value, rel=1e-5), name
-    assert one.samples_sha256 == two.samples_sha256
-    assert (one.n, one.duplicates, one.image_size, one.reference_n) == (50, 0, (16, 16), 64)
+    for name, estimate in one.items():
+        assert two[name].value == pytest.approx(estimate.value, rel=1e-5), name
+    samples = together.samples
+    assert samples.sha256() == first.samples.sha256()
+    assert (samples.n, samples.duplicates(), samples.image_size, reference.pooled.n) == (50, 0, (16, 16), 64)
 
 
 def measure_a_share(rank: int, store: str, out: str) -> None:
-    """What one of two processes does: measure every second image, let the first report."""
+    """One of two processes: measure every second image. Rank 0 saves the result."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = FeatureSet(PixelFeatures())
+    shared = FeatureSet(PixelFeatures())
     mine = torch.arange(rank, 50, 2)
-    found.update(pictures(50)[mine], mine.tolist())
-    found.gather()
+    shared.update(pictures(50)[mine], mine.tolist())
+    shared.gather()
     if rank == 0:
-        torch.save({"features": found.features(), "covariance": found.pooled.gaussian().covariance}, out)
+        torch.save({"features": shared.features(), "covariance": shared.pooled.gaussian().covariance}, out)
     distributed.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_give_the_features_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(measure_a_share, (str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=2)
-    found, alone = torch.load(tmp_path / "out.pt"), feature_set(pictures(50))
-    torch.testing.assert_close(found["features"], alone.features())
-    torch.testing.assert_close(found["covariance"], alone.pooled.gaussian().covariance, rtol=1e-5, atol=1e-5)
+    shared, alone = torch.load(tmp_path / "out.pt"), feature_set(pictures(50))
+    torch.testing.assert_close(shared["features"], alone.features())
+    torch.testing.assert_close(shared["covariance"], alone.pooled.gaussian().covariance, rtol=1e-5, atol=1e-5)
 
 
 def test_evaluation_is_the_sum_of_its_functions() -> None:
     real = feature_set(pictures(64))
     evaluation = Evaluation(PixelFeatures(), reference_of(real, "real"), CONFIG)
     evaluation.update(pictures(50, seed=1))
-    found = evaluation.compute().metrics
+    metrics, _ = evaluation.compute()
     x, y = evaluation.samples.features(), real.features()
-    assert found["frechet"].value == pytest.approx(frechet_distance(gaussian_of(x), gaussian_of(y)), rel=1e-6)
-    assert found["kid"] == kid(x, y, subsets=3, subset_size=20)
-    assert (found["precision"], found["recall"]) == precision_recall(x, y)
+    assert metrics["frechet"].value == pytest.approx(
+        frechet_distance(gaussian_of(x), gaussian_of(y)), rel=1e-6
+    )
+    assert metrics["kid"] == kid(x, y, subsets=3, subset_size=20)
+    assert (metrics["precision"], metrics["recall"]) == precision_recall(x, y)
     spatial = [
         torch.nn.functional.adaptive_avg_pool2d((p * 255).round() / 255, 8).flatten(1)[:, :10]
         for p in (pictures(50, seed=1), pictures(64))
     ]
     literal = frechet_distance(*(gaussian_of(s) for s in spatial))
-    assert found["spatial_frechet"].value == pytest.approx(literal, rel=1e-5)
+    assert metrics["spatial_frechet"].value == pytest.approx(literal, rel=1e-5)
 
 
-def test_samples_are_measured_as_they_would_be_saved() -> None:
+def test_samples_are_rounded_as_in_saved_files() -> None:
     fake = (pictures(20) * 255).round() / 255
     plain, noisy = feature_set(fake), feature_set((fake + 0.3 / 255).clamp(0, 1))
     assert torch.equal(plain.features(), noisy.features())
@@ -118,14 +121,14 @@ def test_samples_are_measured_as_they_would_be_saved() -> None:
 def test_reference_file_reads_back(tmp_path: Path) -> None:
     reference = reference_of(feature_set(pictures(30)), "thirty")
     save_reference(reference, tmp_path / "reference.npz")
-    found = read_reference(tmp_path / "reference.npz", PixelFeatures())
-    assert torch.equal(found.pooled.covariance, reference.pooled.covariance)
-    assert found.spatial is not None
-    assert found.features is not None
+    saved = read_reference(tmp_path / "reference.npz", PixelFeatures())
+    assert torch.equal(saved.pooled.covariance, reference.pooled.covariance)
+    assert saved.spatial is not None
+    assert saved.features is not None
     assert reference.features is not None
-    assert torch.equal(found.features, reference.features)
-    assert (found.name, found.sha256, found.pooled.n) == ("thirty", reference.sha256, 30)
-    assert found.image_size == (16, 16)
+    assert torch.equal(saved.features, reference.features)
+    assert (saved.name, saved.sha256, saved.pooled.n) == ("thirty", reference.sha256, 30)
+    assert saved.image_size == (16, 16)
     with pytest.raises(ValueError, match=r"pixels with weights seed-0, but .* pixels with seed-1"):
         read_reference(tmp_path / "reference.npz", PixelFeatures(seed=1))
 
@@ -141,19 +144,19 @@ def test_a_saved_reference_gives_the_same_numbers(count: int, tmp_path: Path) ->
             PixelFeatures(), reference, EvaluationConfig(min_samples=2, kid_subset_size=5)
         )
         evaluation.merge(features_of(tensor_images(pictures(20, seed=1)), PixelFeatures(), 7))
-        results.append(evaluation.compute())
-    assert results[0].metrics.keys() >= {"frechet", "spatial_frechet", "kid", "precision", "recall"}
-    for name, estimate in results[0].metrics.items():
-        assert results[1].metrics[name].value == pytest.approx(estimate.value, rel=1e-9), name
-    assert results[0].reference_sha256 == results[1].reference_sha256
+        results.append(evaluation.compute()[0])
+    assert results[0].keys() >= {"frechet", "spatial_frechet", "kid", "precision", "recall"}
+    for name, estimate in results[0].items():
+        assert results[1][name].value == pytest.approx(estimate.value, rel=1e-9), name
+    assert fresh.sha256 == kept.sha256
 
 
 @pytest.fixture
 def adm(tmp_path: Path) -> dict[str, np.ndarray]:
     images = (pictures(30) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
-    found = feature_set(pictures(90, seed=3))
-    assert found.spatial is not None
-    pooled, spatial = found.pooled.gaussian(), found.spatial.gaussian()
+    features = feature_set(pictures(90, seed=3))
+    assert features.spatial is not None
+    pooled, spatial = features.pooled.gaussian(), features.spatial.gaussian()
     return {
         "arr_0": images,
         "mu": pooled.mean.numpy(), "sigma": pooled.covariance.numpy(),
@@ -165,14 +168,14 @@ def test_adm_file_gives_statistics_from_its_arrays_and_features_from_its_images(
     adm: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "adm.npz", **adm)
-    found = read_reference(tmp_path / "adm.npz", PixelFeatures(INCEPTION), batch_size=7)
-    assert torch.equal(found.pooled.mean, torch.from_numpy(adm["mu"]))
-    assert found.spatial is not None
-    assert torch.equal(found.spatial.covariance, torch.from_numpy(adm["sigma_s"]))
-    assert found.features is not None
-    torch.testing.assert_close(found.features, feature_set(pictures(30)).features())
+    reference = read_reference(tmp_path / "adm.npz", PixelFeatures(INCEPTION), batch_size=7)
+    assert torch.equal(reference.pooled.mean, torch.from_numpy(adm["mu"]))
+    assert reference.spatial is not None
+    assert torch.equal(reference.spatial.covariance, torch.from_numpy(adm["sigma_s"]))
+    assert reference.features is not None
+    torch.testing.assert_close(reference.features, feature_set(pictures(30)).features())
     with pytest.raises(
-        ValueError, match="statistics of inception-2015, which say nothing in the features of pix"
+        ValueError, match="statistics of inception-2015, which do not compare with features of pix"
     ):
         read_reference(tmp_path / "adm.npz", PixelFeatures())
 
@@ -185,34 +188,34 @@ def test_adm_statistics_alone_leave_three_metrics_undefined(
     extractor = PixelFeatures(INCEPTION)
     evaluation = Evaluation(extractor, read_reference(tmp_path / "adm.npz", extractor), CONFIG)
     evaluation.update(pictures(40))
-    found = evaluation.compute()
-    assert found.metrics.keys() == {"frechet", "spatial_frechet", "inception_score"}
-    assert found.undefined.keys() == {"kid", "precision", "recall"}
-    assert "statistics only" in found.undefined["kid"]
-    assert found.reference_n is None
+    metrics, undefined = evaluation.compute()
+    assert metrics.keys() == {"frechet", "spatial_frechet", "inception_score"}
+    assert undefined.keys() == {"kid", "precision", "recall"}
+    assert "statistics only" in undefined["kid"]
+    assert evaluation.reference.pooled.n is None
 
 
 def test_npz_of_images_alone_is_a_reference_for_any_extractor(
     adm: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "images.npz", adm["arr_0"])
-    found = read_reference(tmp_path / "images.npz", PixelFeatures(), batch_size=8)
+    reference = read_reference(tmp_path / "images.npz", PixelFeatures(), batch_size=8)
     same = reference_of(feature_set(pictures(30)), "x")
-    torch.testing.assert_close(found.pooled.covariance, same.pooled.covariance)
-    assert found.sha256 == same.sha256
+    torch.testing.assert_close(reference.pooled.covariance, same.pooled.covariance)
+    assert reference.sha256 == same.sha256
 
 
-def test_too_small_sets_are_told_not_filled_in() -> None:
+def test_sets_that_are_too_small_leave_metrics_undefined() -> None:
     reference = reference_of(feature_set(pictures(64)), "real")
     evaluation = Evaluation(PixelFeatures(), reference, EvaluationConfig(min_samples=2))
     evaluation.update(pictures(3))
-    found = evaluation.compute()
-    assert found.undefined["kid"] == "3 images are fewer than kid_subset_size = 1000"
-    assert found.undefined["precision"] == "3 images have no neighbour 3"
-    assert "splits = 10" in found.undefined["inception_score"]
+    _, undefined = evaluation.compute()
+    assert undefined["kid"] == "3 images are fewer than kid_subset_size = 1000"
+    assert undefined["precision"] == "3 images have no neighbour 3"
+    assert "splits = 10" in undefined["inception_score"]
 
 
-def test_few_and_duplicated_samples_are_warned_of() -> None:
+def test_few_samples_and_duplicates_give_a_warning() -> None:
     reference = reference_of(feature_set(pictures(64)), "real")
     evaluation = Evaluation(PixelFeatures(), reference, EvaluationConfig(kid_subset_size=20))
     images = pictures(30)
@@ -222,11 +225,12 @@ def test_few_and_duplicated_samples_are_warned_of() -> None:
     evaluation.update(images[:10])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert evaluation.compute().duplicates == 10
+        evaluation.compute()
+    assert evaluation.samples.duplicates() == 10
     assert any("10 of 40 samples equal an earlier one" in str(w.message) for w in caught)
 
 
-def test_black_images_are_warned_of() -> None:
+def test_black_images_give_a_warning() -> None:
     with pytest.warns(UserWarning, match="divided by 255 twice"):
         FeatureSet(PixelFeatures()).update(pictures(4) / 255)
 
@@ -243,16 +247,16 @@ def test_floor_of_real_images_is_that_of_two_sets_without_a_common_image() -> No
             root = sqrtm(covariances[0] @ covariances[1]).real
             shift = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
             values.append(shift + np.trace(covariances[0] + covariances[1] - 2 * root))
-        found = frechet_floor(real, n, seed=5)
-        assert found.value == pytest.approx(np.mean(values), rel=1e-4)
-        assert found.std == pytest.approx(np.std(values, ddof=1), rel=1e-3)
-        assert found.settings["samples"] == n
+        floor = frechet_floor(real, n, seed=5)
+        assert floor.value == pytest.approx(np.mean(values), rel=1e-4)
+        assert floor.std == pytest.approx(np.std(values, ddof=1), rel=1e-3)
+        assert floor.settings["samples"] == n
     with pytest.raises(ValueError, match=r"between 2 and 200 \(half of 400 images\), got 201"):
         frechet_floor(real, 201)
 
 
 def test_images_out_of_shape_or_range_are_refused() -> None:
-    found = FeatureSet(PixelFeatures())
+    features = FeatureSet(PixelFeatures())
     cases = [
         (pictures(2) * 2 - 1, r"must lie in \[0, 1\], got values from -"),
         (pictures(2) * 255, r"divide \[0, 255\] by 255"),
@@ -262,16 +266,16 @@ def test_images_out_of_shape_or_range_are_refused() -> None:
     ]
     for images, message in cases:
         with pytest.raises(ValueError, match=message):
-            found.update(images)
-    assert found.n == 0
-    found.update(pictures(2))
+            features.update(images)
+    assert features.n == 0
+    features.update(pictures(2))
     with pytest.raises(ValueError, match=r"one size, got \(8, 8\) after \(16, 16\)"):
-        found.update(pictures(2, size=8))
+        features.update(pictures(2, size=8))
     with pytest.raises(ValueError, match="each of the 2 images, got 1 numbers"):
-        found.update(pictures(2), [3])
+        features.update(pictures(2), [3])
 
 
-def test_evaluation_refuses_what_does_not_belong_together() -> None:
+def test_samples_and_references_that_do_not_fit_are_refused() -> None:
     reference = reference_of(feature_set(pictures(20)), "real")
     with pytest.raises(ValueError, match=r"pixels with weights seed-0, but .* by pixels with seed-1"):
         Evaluation(PixelFeatures(seed=1), reference, CONFIG)

@@ -1,4 +1,4 @@
-"""The search finds the best, spends what it says, goes on where it was, and says what it was tuned on."""
+"""The search finds the best candidate, keeps its budget, can be resumed, and records what it tuned on."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ SAMPLER = SamplerConfig(steps=2)
 
 
 def test_candidates_are_all_pairs_and_no_guidance_once() -> None:
-    found = SearchConfig(scales=(1.0, 2.0), starts=(0.0, 0.4), ends=(0.3, 1.0)).candidates(SAMPLER)
-    assert found == [(1.0, 0.0, 1.0), (2.0, 0.0, 0.3), (2.0, 0.0, 1.0), (2.0, 0.4, 1.0)]
+    candidates = SearchConfig(scales=(1.0, 2.0), starts=(0.0, 0.4), ends=(0.3, 1.0)).candidates(SAMPLER)
+    assert candidates == [(1.0, 0.0, 1.0), (2.0, 0.0, 0.3), (2.0, 0.0, 1.0), (2.0, 0.4, 1.0)]
 
 
 @pytest.mark.parametrize("halving", [2, 3])
-def test_the_best_is_found_and_the_rounds_cost_alike(halving: int) -> None:
-    """Against a curve with chance on top that shrinks as samples grow, as that of a distance does."""
+def test_the_search_returns_the_best_and_rounds_cost_the_same(halving: int) -> None:
+    """On a known curve with noise that shrinks with the number of samples, as for a Frechet distance."""
     candidates: list[Candidate] = [(w, s, 1.0) for w in (1.5, 2.0, 2.5, 3.0, 4.0) for s in (0.0, 0.2, 0.4)]
     draws = np.random.default_rng(0)
     spent: Counter[int] = Counter()
 
-    def judge(candidate: Candidate, samples: int) -> float:
+    def distance(candidate: Candidate, samples: int) -> float:
         spent[samples] += 1
         scale, start, _ = candidate
         truth = (scale - 2.5) ** 2 + 4 * (start - 0.2) ** 2
         return truth + 100 / samples + draws.normal() / samples**0.5
 
-    assert successive_halving(candidates, judge, samples=1000, halving=halving) == (2.5, 0.2, 1.0)
+    assert successive_halving(candidates, distance, samples=1000, halving=halving) == (2.5, 0.2, 1.0)
     assert spent[1000] == 15
     numbers = sorted(spent)
     assert numbers == [1000 * halving**round for round in range(len(numbers))]
-    for samples, judged in spent.items():
-        assert judged * samples <= 15 * 1000 * 1.4  # rounding up leaves a little more
+    for samples, count in spent.items():
+        assert count * samples <= 15 * 1000 * 1.4  # rounding up leaves a little more
 
 
-def test_of_equal_candidates_the_first_wins_and_one_needs_no_judge() -> None:
+def test_of_equal_candidates_the_first_wins_and_one_needs_no_distance() -> None:
     candidates: list[Candidate] = [(2.0, 0.0, 1.0), (3.0, 0.0, 1.0), (4.0, 0.0, 1.0)]
     assert successive_halving(candidates, lambda c, n: 1.0, samples=2, halving=2) == candidates[0]
     assert successive_halving(candidates[:1], lambda c, n: 1 / 0, samples=2, halving=2) == candidates[0]
@@ -72,15 +72,15 @@ def reference(extractor: FeatureExtractor) -> Reference:
 
 
 @pytest.fixture
-def judge(tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference) -> SampleEvaluator:
+def evaluator(tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference) -> SampleEvaluator:
     return SampleEvaluator(
         tiny_pae, tiny_dit, SAMPLER,
         extractor=extractor, reference=reference, search=SEARCH, num_classes=2, batch_size=3,
     )  # fmt: skip
 
 
-def test_a_judge_measures_the_samples_that_would_be_drawn(
-    judge: SampleEvaluator, tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference
+def test_an_evaluator_measures_the_samples_of_sample_images(
+    evaluator: SampleEvaluator, tiny_pae: PAE, tiny_dit: LightningDiT, extractor: Any, reference: Reference
 ) -> None:
     from openpae.eval.frechet import frechet_distance
 
@@ -89,62 +89,62 @@ def test_a_judge_measures_the_samples_that_would_be_drawn(
     for images in sample_images(tiny_pae, tiny_dit, balanced_labels(8, 2), config, batch_size=8):
         features.update(images)
     expected = frechet_distance(features.pooled.gaussian(), reference.pooled)
-    assert judge((2.0, 0.5, 1.0), 8) == pytest.approx(expected, rel=1e-3)
-    assert judge.seen[(2.0, 0.5, 1.0)].n == 8
+    assert evaluator((2.0, 0.5, 1.0), 8) == pytest.approx(expected, rel=1e-3)
+    assert evaluator.seen[(2.0, 0.5, 1.0)].n == 8
 
 
 def test_a_candidate_that_goes_on_adds_to_its_samples(
-    judge: SampleEvaluator, tiny_dit: LightningDiT, monkeypatch: pytest.MonkeyPatch
+    evaluator: SampleEvaluator, tiny_dit: LightningDiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
     tiny_dit.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    first = judge((1.0, 0.0, 1.0), 4)
+    first = evaluator((1.0, 0.0, 1.0), 4)
     assert sum(rows) == 4 * 2
-    assert judge((1.0, 0.0, 1.0), 4) == first
-    grown = judge((1.0, 0.0, 1.0), 8)
+    assert evaluator((1.0, 0.0, 1.0), 4) == first
+    grown = evaluator((1.0, 0.0, 1.0), 8)
     assert sum(rows) == 8 * 2
     fresh = SampleEvaluator(
-        judge.tokenizer, judge.generator, SAMPLER,
-        extractor=judge.evaluation.samples.extractor, reference=judge.evaluation.reference,
+        evaluator.tokenizer, evaluator.generator, SAMPLER,
+        extractor=evaluator.evaluation.samples.extractor, reference=evaluator.evaluation.reference,
         search=SEARCH, num_classes=2, batch_size=3,
     )  # fmt: skip
     assert fresh((1.0, 0.0, 1.0), 8) == grown  # a resumed search draws in the same steps: equal to the bit
 
 
-def test_half_precision_is_for_drawing_not_for_measuring(
-    judge: SampleEvaluator, tiny_dit: LightningDiT, extractor: Any, monkeypatch: pytest.MonkeyPatch
+def test_bf16_is_for_sampling_not_for_features(
+    evaluator: SampleEvaluator, tiny_dit: LightningDiT, extractor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[bool]] = {"draws": set(), "measures": set()}
+    seen: dict[str, set[bool]] = {"sampling": set(), "features": set()}
     measure = extractor.features
 
     def watched(images: torch.Tensor) -> Any:
-        seen["measures"].add(torch.is_autocast_enabled("cpu"))
+        seen["features"].add(torch.is_autocast_enabled("cpu"))
         return measure(images)
 
     monkeypatch.setattr(extractor, "features", watched)
-    tiny_dit.register_forward_pre_hook(lambda *_: seen["draws"].add(torch.is_autocast_enabled("cpu")))
-    judge.precision = "bf16"
-    judge((2.0, 0.0, 1.0), 8)
-    assert seen == {"draws": {True}, "measures": {False}}
+    tiny_dit.register_forward_pre_hook(lambda *_: seen["sampling"].add(torch.is_autocast_enabled("cpu")))
+    evaluator.precision = "bf16"
+    evaluator((2.0, 0.0, 1.0), 8)
+    assert seen == {"sampling": {True}, "features": {False}}
 
 
-def test_the_record_says_what_was_tuned_on(judge: SampleEvaluator, tmp_path: Path) -> None:
+def test_the_record_says_what_was_tuned_on(evaluator: SampleEvaluator, tmp_path: Path) -> None:
     lines: list[str] = []
-    record = search_guidance(tmp_path, judge, facts={"generator": "abc"}, tell=lines.append)
+    record = search_guidance(tmp_path, evaluator, facts={"generator": "abc"}, log=lines.append)
     assert json.loads((tmp_path / "search.json").read_text()) == record
     assert "tuned on the Frechet distance" in record["note"]
     assert "biased" in record["note"]
     assert "another seed" in record["note"]
     assert record["generator"] == "abc"
-    assert record["reference_sha256"] == judge.evaluation.reference.sha256
+    assert record["reference_sha256"] == evaluator.evaluation.reference.sha256
     counts = Counter(row["samples"] for row in record["measured"])
     finals = [row for row in record["measured"] if row["samples"] == 16]
-    (free,) = (row for row in finals if row["guidance"] == 1)  # measured at the end, if not before
+    (unguided,) = (row for row in finals if row["guidance"] == 1)  # measured at the end, if not before
     assert counts == {4: 5, 8: 3, 16: len(finals)}
-    assert len(finals) == 2 + (free not in finals[:2])
+    assert len(finals) == 2 + (unguided not in finals[:2])
     assert len(lines) == 8 + len(finals)
     last = min(finals[:2], key=lambda row: row["frechet"])
-    assert bool(record["verdict"]) == (last is not free and last["frechet"] >= free["frechet"])
+    assert bool(record["verdict"]) == (last is not unguided and last["frechet"] >= unguided["frechet"])
     best = configs.load(SamplerConfig, tmp_path / "best.yaml")
     assert (best.guidance, best.guidance_start) == (last["guidance"], last["guidance_start"])
     assert (best.solver, best.steps) == ("euler", 2)
@@ -153,9 +153,9 @@ def test_the_record_says_what_was_tuned_on(judge: SampleEvaluator, tmp_path: Pat
     assert record["best"] == configs.to_dict(best)
 
 
-def test_an_interrupted_search_goes_on_and_finds_the_same(judge: SampleEvaluator, tmp_path: Path) -> None:
-    whole = search_guidance(tmp_path / "whole", judge, facts={})
-    judge.seen.clear()
+def test_a_resumed_search_gives_the_same_record(evaluator: SampleEvaluator, tmp_path: Path) -> None:
+    complete = search_guidance(tmp_path / "complete", evaluator, facts={})
+    evaluator.seen.clear()
     lines: list[str] = []
 
     def stop(line: str) -> None:
@@ -164,15 +164,15 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(judge: SampleEvaluator
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search_guidance(tmp_path / "part", judge, facts={}, tell=stop)
+        search_guidance(tmp_path / "part", evaluator, facts={}, log=stop)
     assert json.loads((tmp_path / "part" / "search.json").read_text())["best"] is None
     assert not (tmp_path / "part" / "best.yaml").exists()
-    judge.seen.clear()
+    evaluator.seen.clear()
     again: list[str] = []
-    assert search_guidance(tmp_path / "part", judge, facts={}, tell=again.append) == whole
-    assert len(again) == len(whole["measured"]) - 6
+    assert search_guidance(tmp_path / "part", evaluator, facts={}, log=again.append) == complete
+    assert len(again) == len(complete["measured"]) - 6
     with pytest.raises(ValueError, match=r"holds another search: another precision \(None there, bf16 now\)"):
-        search_guidance(tmp_path / "part", judge, facts={"precision": "bf16"})
+        search_guidance(tmp_path / "part", evaluator, facts={"precision": "bf16"})
 
 
 def test_samples_of_another_size_than_the_reference_are_refused(
@@ -180,12 +180,12 @@ def test_samples_of_another_size_than_the_reference_are_refused(
 ) -> None:
     real = FeatureSet(extractor)
     real.update(torch.rand(4, 3, 40, 40))
-    judge = SampleEvaluator(
+    evaluator = SampleEvaluator(
         tiny_pae, tiny_dit, SAMPLER,
         extractor=extractor, reference=reference_of(real, "large"), search=SEARCH, num_classes=2,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"size of the reference, \(40, 40\), got \(32, 32\)"):
-        judge((2.0, 0.0, 1.0), 4)
+        evaluator((2.0, 0.0, 1.0), 4)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_samples_of_another_size_than_the_reference_are_refused(
         ({"scales": ()}, "scales must hold at least one value"),
     ],
 )
-def test_settings_that_can_not_be_are_named(changes: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SearchConfig(**changes)
 
@@ -210,14 +210,14 @@ def test_a_search_of_one_is_refused() -> None:
 
 @pytest.mark.parametrize(("offset", "usable"), [(-1.0, True), (0.0, False), (1.0, False)])
 def test_guidance_that_is_no_better_than_none_is_not_usable(
-    judge: SampleEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float, usable: bool
+    evaluator: SampleEvaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: float, usable: bool
 ) -> None:
-    """Distances made up: none has 5, each guidance so much more or less."""
-    judge.search = replace(SEARCH, scales=(2.0, 3.0))  # none does not compete
+    """With fixed distances: 5 without guidance, 5 + offset with it."""
+    evaluator.search = replace(SEARCH, scales=(2.0, 3.0))  # without the candidate of no guidance
     monkeypatch.setattr(
         SampleEvaluator, "__call__", lambda _, candidate, count: 5.0 + offset * (candidate[0] != 1)
     )
-    record = search_guidance(tmp_path, judge, facts={})
+    record = search_guidance(tmp_path, evaluator, facts={})
     assert (record["verdict"] == "") == usable
     if not usable:
         assert record["verdict"].startswith("not usable: no guidance is at 5.0000")

@@ -1,4 +1,4 @@
-"""A search measures with the weak generator that it is given, and goes on only with its own settings."""
+"""A search uses its weak generator and seed, and goes on with equal settings only."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_the_weak_generator_and_the_seed_reach_the_samples(parts: dict[str, Any]
     config = replace(SAMPLER, guidance=3.0, guidance_start=0.0)
     distances = []
     for guide in (weak, None):
-        found = FeatureSet(parts["extractor"])
+        features = FeatureSet(parts["extractor"])
         labels = balanced_labels(4, 2)
         for images in sample_images(
             parts["tokenizer"], parts["generator"], labels, config, seed=seed, batch_size=4, weak=guide
         ):
-            found.update(images)
-        distances.append(frechet_distance(found.pooled.gaussian(), parts["reference"].pooled))
+            features.update(images)
+        distances.append(frechet_distance(features.pooled.gaussian(), parts["reference"].pooled))
     assert abs(distances[0] / distances[1] - 1) > 0.01
     assert evaluator((3.0, 0.0, 1.0), 4) == pytest.approx(distances[0], rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""Every option of an evaluation reaches what is measured: the numbers are those of doing it by hand."""
+"""Every option of an evaluation takes effect: the numbers equal those of the library by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from openpae.data.images import ImageFolder, center_crop
+from openpae.data.crops import center_crop
+from openpae.data.images import ImageFolder
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import frechet_distance
@@ -89,7 +90,7 @@ def distance(
     """Of seven samples, drawn with the library."""
     model, guide = load_generator(generators[0]), load_generator(generators[1]) if weak else None
     config = SamplerConfig(steps=3, guidance=2.0, guidance_start=0.0)
-    found, real = FeatureSet(load_extractor("random")), FeatureSet(load_extractor("random"))
+    fake, real = FeatureSet(load_extractor("random")), FeatureSet(load_extractor("random"))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         labels = balanced_labels(7, 2)
         images = list(
@@ -97,9 +98,9 @@ def distance(
                 load_tokenizer(tokenizer), model, labels, config, seed=seed, weak=guide, batch_size=7
             )
         )
-    found.update(torch.cat(images).float())
+    fake.update(torch.cat(images).float())
     real.update(packed.shards.gather(np.arange(10)).float() / 255)
-    return frechet_distance(found.pooled.gaussian(), real.pooled.gaussian())
+    return frechet_distance(fake.pooled.gaussian(), real.pooled.gaussian())
 
 
 @pytest.mark.parametrize(
@@ -119,13 +120,13 @@ def test_how_samples_are_drawn(
         options = replace(options, autoguidance=generators[1])
     elif name == "precision":
         options = replace(options, precision=value)
-    record = run_evaluation(packed.shards.folder, run, CPU, drawing=options)
+    record = run_evaluation(packed.shards.folder, run, CPU, options=options)
     assert record is not None
     wanted = {"seed": 5 if name == "seed" else 0, "weak": name == "autoguidance", "bf16": name == "precision"}
     expected = distance(tokenizer_folder, generators, packed, **wanted)  # type: ignore[arg-type]
     plain = distance(tokenizer_folder, generators, packed, seed=0, weak=False, bf16=False)
-    found = record["metrics"]["frechet"]["value"]
-    assert found == pytest.approx(expected, rel=1e-3)
+    measured = record["metrics"]["frechet"]["value"]
+    assert measured == pytest.approx(expected, rel=1e-3)
     if name in ("seed", "autoguidance"):
-        assert abs(found / plain - 1) > 0.01
+        assert abs(measured / plain - 1) > 0.01
     assert record["sampler"]["precision"] == ("bf16" if name == "precision" else "fp32")

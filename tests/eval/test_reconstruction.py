@@ -1,4 +1,4 @@
-"""PSNR, SSIM, LPIPS of pairs of images: properties, references, edges, errors."""
+"""PSNR, SSIM, LPIPS of pairs of images: properties, references, edge cases, errors."""
 
 import math
 
@@ -34,13 +34,13 @@ def test_ssim_is_one_for_a_copy_and_symmetric() -> None:
     torch.testing.assert_close(ssim(images, images), torch.ones(4).double())
     torch.testing.assert_close(ssim(images, noisy), ssim(noisy, images))
     assert (ssim(images, noisy) < 0.999).all()
-    assert (ssim(images, 1 - images) < 0).all()  # the negative has the structure upside down
+    assert (ssim(images, 1 - images) < 0).all()  # a negative inverts the structure
 
 
 def test_ssim_equals_the_formula_of_scikit_image() -> None:
     """Gaussian filters as scipy has them (truncated at radius 5), borders cut, then the mean."""
     images, noisy = pair(n=2)
-    for x, y, found in zip(images.double().numpy(), noisy.double().numpy(), ssim(images, noisy), strict=True):
+    for x, y, value in zip(images.double().numpy(), noisy.double().numpy(), ssim(images, noisy), strict=True):
         planes = []
         for a, b in zip(x, y, strict=True):
             blur = lambda z: scipy.ndimage.gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]  # noqa: E731
@@ -48,18 +48,18 @@ def test_ssim_equals_the_formula_of_scikit_image() -> None:
             va, vb, cab = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
             c1, c2 = 0.01**2, 0.03**2
             planes.append((2 * ma * mb + c1) * (2 * cab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
-        assert float(found) == pytest.approx(np.mean(planes), rel=1e-9)
+        assert float(value) == pytest.approx(np.mean(planes), rel=1e-9)
 
 
 def test_metrics_do_not_depend_on_batches_and_their_order() -> None:
     images, noisy = pair(n=9)
-    whole, parts = ReconstructionMetrics(distance), ReconstructionMetrics(distance)
-    whole.update(images, noisy)
-    for rows in ([1, 3, 5, 7], [0, 2], [4, 6, 8]):  # as two processes would take them
+    together, parts = ReconstructionMetrics(distance), ReconstructionMetrics(distance)
+    together.update(images, noisy)
+    for rows in ([1, 3, 5, 7], [0, 2], [4, 6, 8]):  # the shares of two processes
         parts.update(images[rows], noisy[rows], rows)
-    for name, values in whole.per_image().items():
+    for name, values in together.per_image().items():
         torch.testing.assert_close(parts.per_image()[name], values)
-    one, two = whole.compute(), parts.compute()
+    one, two = together.compute(), parts.compute()
     assert one.keys() == {"psnr", "ssim", "lpips"}
     for name, estimate in one.items():
         assert two[name].value == pytest.approx(estimate.value, rel=1e-6)
@@ -67,16 +67,16 @@ def test_metrics_do_not_depend_on_batches_and_their_order() -> None:
     assert "lpips" not in ReconstructionMetrics().values
 
 
-def test_metrics_are_those_of_saved_files() -> None:
+def test_metrics_equal_those_of_saved_files() -> None:
     images, noisy = pair()
     metrics = ReconstructionMetrics(distance)
     metrics.update(images, noisy)
     x, y = quantize(images).float() / 255, quantize(noisy).float() / 255
     torch.testing.assert_close(metrics.per_image()["psnr"], psnr(x, y))
     torch.testing.assert_close(metrics.per_image()["lpips"], distance(x, y).double())
-    found = metrics.compute()["psnr"]
-    assert found.stderr == pytest.approx(float(psnr(x, y).std()) / 2)
-    assert found.settings == {"quantized": True}
+    estimate = metrics.compute()["psnr"]
+    assert estimate.stderr == pytest.approx(float(psnr(x, y).std()) / 2)
+    assert estimate.settings == {"quantized": True}
 
 
 def test_quantize_rounds_to_the_nearest_level() -> None:
@@ -88,15 +88,15 @@ def test_mean_of_exact_copies_is_infinite_without_an_error_bar() -> None:
     images, _ = pair()
     metrics = ReconstructionMetrics()
     metrics.update(images, images)
-    found = metrics.compute()["psnr"]
-    assert math.isinf(found.value)
-    assert found.stderr is None
+    estimate = metrics.compute()["psnr"]
+    assert math.isinf(estimate.value)
+    assert estimate.stderr is None
 
 
 def test_estimates() -> None:
-    found = mean_of("psnr", torch.tensor([1.0, 3.0]), {})
-    assert (found.value, found.stderr) == (2, pytest.approx(1))
-    assert str(found) == "psnr 2 +- 1 (2 images)"
+    estimate = mean_of("psnr", torch.tensor([1.0, 3.0]), {})
+    assert (estimate.value, estimate.stderr) == (2, pytest.approx(1))
+    assert str(estimate) == "psnr 2 +- 1 (2 images)"
     assert mean_of("psnr", torch.tensor([1.0]), {}).stderr is None
     assert str(Estimate(name="frechet", value=1.25, n=9)) == "frechet 1.25 (9 images)"
     x = torch.randn(12).double()

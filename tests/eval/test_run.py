@@ -1,4 +1,4 @@
-"""`pae evaluate`: every kind of sample and reference, on one process and on two, and what it refuses."""
+"""`pae evaluate`: every kind of sample and reference, on one process and on two, and its errors."""
 
 from __future__ import annotations
 
@@ -95,18 +95,18 @@ def test_every_kind_of_reference_gives_the_same_distance(
     run("evaluate", image_folder, "--save-reference", saved, "--size", "32", *FAST)
     assert "reference in" in capsys.readouterr().out
     assert not (tmp_path / "evaluation.json").exists()
-    found = []
+    records = []
     for number, reference in enumerate([image_folder, packed.shards.folder, tmp_path / "adm.npz", saved]):
         run("evaluate", reference, "--samples", npz, *FAST, "--out", tmp_path / f"{number}.json")
         record = json.loads((tmp_path / f"{number}.json").read_text())
         assert (record["reference_n"], record["samples"]) == (10, 9)
-        found.append(record)
-    for record in found[1:]:
-        assert record["reference_sha256"] == found[0]["reference_sha256"]
-        for name, metric in found[0]["metrics"].items():
+        records.append(record)
+    for record in records[1:]:
+        assert record["reference_sha256"] == records[0]["reference_sha256"]
+        for name, metric in records[0]["metrics"].items():
             assert record["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-6), name
-    assert found[2]["reference_preprocessing"] == "as stored"
-    assert found[3]["reference_preprocessing"] == found[0]["reference_preprocessing"]
+    assert records[2]["reference_preprocessing"] == "as stored"
+    assert records[3]["reference_preprocessing"] == records[0]["reference_preprocessing"]
 
 
 def test_statistics_alone_leave_metrics_undefined(
@@ -124,7 +124,7 @@ def test_statistics_alone_leave_metrics_undefined(
     assert "holds statistics of inception-2015" in message
 
 
-def test_a_sampler_is_judged_without_files_and_says_how_it_drew(
+def test_a_generator_is_evaluated_without_files_and_its_sampler_is_recorded(
     tokenizer_folder: Path, generator_folder: Path, packed: PackedImages, tmp_path: Path
 ) -> None:
     pair = ["--tokenizer", tokenizer_folder, "--generator", generator_folder]
@@ -170,7 +170,7 @@ def test_a_weak_generator_guides_and_is_named(
 
 
 def one_of_two(rank: int, port: int, arguments: list[str], said: Path) -> None:
-    """What torchrun would start, forked, so that nothing is imported anew."""
+    """One process as torchrun starts it, but forked, so that no module is imported again."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
@@ -180,7 +180,7 @@ def one_of_two(rank: int, port: int, arguments: list[str], said: Path) -> None:
 
 
 def on_two(tmp_path: Path, *arguments: str | Path) -> str:
-    """Run a command on two processes; what they said."""
+    """Run a command on two processes and return their output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -198,12 +198,12 @@ def on_two(tmp_path: Path, *arguments: str | Path) -> str:
     return "".join(file.read_text() for file in said)
 
 
-def judged_by(judged: str, npz: Path, tokenizer: Path, generator: Path) -> list[str | Path]:
+def options_for(kind: str, npz: Path, tokenizer: Path, generator: Path) -> list[str | Path]:
     return {
         "samples": ["--samples", npz],
         "sampler": ["--tokenizer", tokenizer, "--generator", generator, *SAMPLED],
         "tokenizer": ["--tokenizer", tokenizer, "--lpips", "random"],
-    }[judged]
+    }[kind]
 
 
 def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -216,14 +216,14 @@ def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize(("judged", "count"), [("samples", 9), ("sampler", 11), ("tokenizer", 10)])
+@pytest.mark.parametrize(("kind", "count"), [("samples", 9), ("sampler", 11), ("tokenizer", 10)])
 def test_two_processes_and_other_batches_give_the_numbers_of_one(
-    judged: str, count: int, npz: Path, tokenizer_folder: Path, generator_folder: Path, image_folder: Path,
+    kind: str, count: int, npz: Path, tokenizer_folder: Path, generator_folder: Path, image_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """Through the command itself; the counts are no multiples of batches times processes."""
-    what = judged_by(judged, npz, tokenizer_folder, generator_folder)
-    common = ["evaluate", image_folder, *what, *FAST]
+    options = options_for(kind, npz, tokenizer_folder, generator_folder)
+    common = ["evaluate", image_folder, *options, *FAST]
     run(*common, "--batch-size", "4", "--out", tmp_path / "one.json")
     said = on_two(tmp_path, *common, "--batch-size", "3", "--out", tmp_path / "two.json")
     assert said.count("record in") == 1
@@ -231,12 +231,12 @@ def test_two_processes_and_other_batches_give_the_numbers_of_one(
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["samples"] == two["samples"] == count
     check_same(one, two)
-    if judged == "samples":
+    if kind == "samples":
         assert one["samples_sha256"] == two["samples_sha256"]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_training_on_two_processes_is_judged_as_on_one(
+def test_training_on_two_processes_evaluates_as_on_one(
     tokenizer_folder: Path, packed: PackedImages, latents: Shards, tmp_path: Path
 ) -> None:
     images = packed.shards.folder
@@ -248,10 +248,10 @@ def test_training_on_two_processes_is_judged_as_on_one(
         "--tokenizer",
         tokenizer_folder,
     ]
-    judged = ["--evaluation-images", images, "--evaluation-samples", "7", "--extractor", "random"]
+    evaluation = ["--evaluation-images", images, "--evaluation-samples", "7", "--extractor", "random"]
     loop = ["--loop.steps", "2", "--loop.global-batch-size", "4", "--sampler.steps", "2"]
-    run(*common[:2], tmp_path / "one", *common[2:], *judged, *loop)
-    on_two(tmp_path, *common[:2], tmp_path / "two", *common[2:], *judged, *loop)
+    run(*common[:2], tmp_path / "one", *common[2:], *evaluation, *loop)
+    on_two(tmp_path, *common[:2], tmp_path / "two", *common[2:], *evaluation, *loop)
     one, two = (
         json.loads((tmp_path / name / "evaluations" / "step-00000002.json").read_text())
         for name in ("one", "two")
@@ -330,12 +330,12 @@ def test_not_square_samples_need_a_reference_of_their_size(levels: np.ndarray, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nothing to judge: give samples, tokenizer, or tokenizer and generator"),
-        ({"samples": Path("s"), "tokenizer": Path("t")}, "samples are judged as they are"),
+        ({}, "nothing to evaluate: give samples, tokenizer, or tokenizer and generator"),
+        ({"samples": Path("s"), "tokenizer": Path("t")}, "samples need no tokenizer and no generator"),
         ({"generator": Path("g"), "sample_count": 5}, "generator needs tokenizer"),
         ({"generator": Path("g"), "tokenizer": Path("t")}, "and sample_count"),
         ({"tokenizer": Path("t"), "sample_count": 5}, "generator is missing"),
-        ({"samples": Path("s"), "count": 5}, "a reference of samples is taken whole"),
+        ({"samples": Path("s"), "count": 5}, "samples need the full reference"),
         ({"tokenizer": Path("t"), "save_reference": Path("r")}, "compared with their own originals"),
         ({"samples": Path("s"), "min_samples": 1}, "min_samples must be >= 2, got 1"),
         ({"samples": Path("s"), "lpips_weights": "w"}, "which compares reconstructions alone"),

@@ -35,9 +35,9 @@ def test_inception_score_equals_its_definition() -> None:
     for i in range(5):
         part = p[i * 103 // 5 : (i + 1) * 103 // 5]
         scores.append(np.exp(np.mean([np.sum(q * np.log(q / part.mean(0))) for q in part])))
-    found = inception_score(logits, splits=5)
-    assert found.value == pytest.approx(np.mean(scores), rel=1e-9)
-    assert found.std == pytest.approx(np.std(scores), rel=1e-9)
+    estimate = inception_score(logits, splits=5)
+    assert estimate.value == pytest.approx(np.mean(scores), rel=1e-9)
+    assert estimate.std == pytest.approx(np.std(scores), rel=1e-9)
 
 
 def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
@@ -50,34 +50,34 @@ def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
         within = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(m) for j in range(m) if i != j)
         across = sum(kernel(p, q) for p in a for q in b)
         values.append(within / (m * (m - 1)) - 2 * across / m**2)
-    found = kid(x, y, subsets=4, subset_size=m, seed=7)
-    assert found.value == pytest.approx(np.mean(values), rel=1e-9)
-    assert found.std == pytest.approx(np.std(values), rel=1e-9)
+    estimate = kid(x, y, subsets=4, subset_size=m, seed=7)
+    assert estimate.value == pytest.approx(np.mean(values), rel=1e-9)
+    assert estimate.std == pytest.approx(np.std(values), rel=1e-9)
 
 
-def test_kid_of_float32_features_errs_by_no_more_than_the_rounding_of_its_products() -> None:
+def test_the_error_of_kid_in_float32_is_bounded_by_the_rounding_of_its_products() -> None:
     """Each of the F products and sums of x . y / F rounds once; the cube triples the relative error."""
     width = 64
     x, y = features(300, width).relu(), features(300, width, seed=1).relu()  # x . y has no cancellation
     exact = kid(x.double(), y.double(), subsets=3, subset_size=200).value
     largest = float((torch.cat([x, y]).double() @ torch.cat([x, y]).double().T / width + 1).max() ** 3)
     unit = torch.finfo(torch.float32).eps / 2
-    found = kid(x, y, subsets=3, subset_size=200).value
-    assert abs(found - exact) <= 4 * largest * 3 * (width + 4) * unit
+    value = kid(x, y, subsets=3, subset_size=200).value
+    assert abs(value - exact) <= 4 * largest * 3 * (width + 4) * unit
 
 
 def test_kid_has_no_bias_where_the_frechet_distance_has() -> None:
     """Two samples of one distribution: KID is zero within its error, the Frechet distance is not."""
     x, y = features(600), features(600, seed=1)
-    found = kid(x, y, subsets=40, subset_size=100)
-    assert found.std is not None
-    assert abs(found.value) < found.std
+    estimate = kid(x, y, subsets=40, subset_size=100)
+    assert estimate.std is not None
+    assert abs(estimate.value) < estimate.std
     assert frechet_distance(gaussian_of(x[:40]), gaussian_of(y[:40])) > 1
 
 
 def test_precision_and_recall_equal_their_definition() -> None:
     x, y = features(90, 4), features(110, 4, shift=1.0, seed=1)
-    found = precision_recall(x, y, k=3, block=32)
+    shares = precision_recall(x, y, k=3, block=32)
     a, b = x.double().numpy(), y.double().numpy()
 
     def covered(points: np.ndarray, centres: np.ndarray) -> float:
@@ -85,13 +85,13 @@ def test_precision_and_recall_equal_their_definition() -> None:
         distances = np.array([[np.linalg.norm(p - c) for c in centres] for p in points])
         return np.mean((distances <= radii).any(axis=1))
 
-    assert found[0].value == pytest.approx(covered(a, b), rel=1e-4)
-    assert found[1].value == pytest.approx(covered(b, a), rel=1e-4)
-    assert 0.1 < found[0].value < 0.95
-    assert found == precision_recall(x, y, k=3, block=1000)
+    assert shares[0].value == pytest.approx(covered(a, b), rel=1e-4)
+    assert shares[1].value == pytest.approx(covered(b, a), rel=1e-4)
+    assert 0.1 < shares[0].value < 0.95
+    assert shares == precision_recall(x, y, k=3, block=1000)
 
 
-def test_precision_and_recall_tell_the_two_ways_to_fail_apart() -> None:
+def test_precision_and_recall_separate_two_failures() -> None:
     y = features(200, 4)
     y[100:] += 1000
     same = precision_recall(y, y)
@@ -127,4 +127,4 @@ def test_precision_and_recall_do_not_depend_on_the_blocks() -> None:
     ]
     assert 0 < min(expected) < max(expected) < 1
     for block in (1, 7, 16, 100):
-        assert [found.value for found in precision_recall(x, y, k=k, block=block)] == pytest.approx(expected)
+        assert [share.value for share in precision_recall(x, y, k=k, block=block)] == pytest.approx(expected)

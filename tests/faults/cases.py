@@ -329,12 +329,12 @@ CASES: tuple[Case, ...] = (
     folder(
         "a link that leads nowhere",
         lambda: os.symlink("/not/mounted", "images/eels"),
-        "images/eels is a link that leads nowhere; mend or remove it",
+        "images/eels is a link that leads nowhere; repair or remove it",
     ),
     folder(
         "a link to itself",
         lambda: os.symlink("eels", "images/eels"),
-        "images/eels is a link that leads nowhere; mend or remove it",
+        "images/eels is a link that leads nowhere; repair or remove it",
     ),
     folder(
         "a class that leads back to the folder",

@@ -17,9 +17,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from openpae.data import images as module
-from openpae.data.images import BrokenImage, ImageFolder, center_crop, pack_images, read_image
+from openpae.data import images, packing
+from openpae.data.crops import center_crop
+from openpae.data.decode import BrokenImage, read_image
+from openpae.data.images import ImageFolder
 from openpae.data.label_maps import read_segmented
+from openpae.data.packing import pack_images
 
 
 def png(width: int, height: int, depth: int, color: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
@@ -224,7 +227,7 @@ def test_links_that_lead_nowhere_are_named(folder: Path) -> None:
     for name in ("eel", "dog/2.png"):
         os.symlink(folder / "gone", folder / name)
         with pytest.raises(
-            FileNotFoundError, match=f"{name} is a link that leads nowhere; mend or remove it"
+            FileNotFoundError, match=f"{name} is a link that leads nowhere; repair or remove it"
         ):
             ImageFolder(folder)
         (folder / name).unlink()
@@ -308,7 +311,7 @@ def test_packing_holds_few_images_at_once(folder: Path, monkeypatch: pytest.Monk
     for number in range(300):
         Image.new("L", (1, 1), number % 256).save(folder / "dog" / f"{number:03d}.png")
     source, lock, read, written, most = ImageFolder(folder), threading.Lock(), 0, 0, 0
-    decode, part = module.read_image, module.Part
+    decode, part = images.read_image, packing.Part
 
     def reading(path: Path) -> Image.Image:
         nonlocal read, most
@@ -323,8 +326,8 @@ def test_packing_holds_few_images_at_once(folder: Path, monkeypatch: pytest.Monk
             written += 1
         return part(**content)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "read_image", reading)
-    monkeypatch.setattr(module, "Part", writing)
+    monkeypatch.setattr(images, "read_image", reading)
+    monkeypatch.setattr(packing, "Part", writing)
     assert len(pack_images(source, folder.parent / "packed", size=4, per_shard=1000)) == 302
     assert most <= 66
 

@@ -17,16 +17,17 @@ import torch
 from safetensors.torch import save_file
 
 from openpae.commands.describe import describe
-from openpae.data.images import ImageFolder, pack_images
+from openpae.data.images import ImageFolder
+from openpae.data.packing import pack_images
 from openpae.data.shards import Shards
 from openpae.engine import loop as loop_module
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import LightningDiTConfig
-from openpae.storage.files import DiskFull, told_if_full, whole_file, whole_folder, write_json
+from openpae.storage.files import DiskFull, atomic_file, atomic_folder, explain_disk_full, write_json
 from openpae.storage.model_folder import checkpoint_steps
 from openpae.train.generator import train_generator
 from openpae.train.settings import GeneratorRun
-from tests.engine.test_loop import curve, same, state_of
+from tests.engine.runs import curve, same, state_of
 from tests.faults.children import run_in_child
 
 NUMBERS = {"a": torch.arange(20_000.0), "b": torch.arange(3.0)}
@@ -57,11 +58,11 @@ def test_whoever_writes_the_error_is_one_and_the_old_content_stays(
     (folder / "a").write_text("old")
 
     def write_file() -> None:
-        with whole_file(file) as partial:
+        with atomic_file(file) as partial:
             WRITERS[writer](partial)
 
     def write_folder() -> None:
-        with whole_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             (partial / "first").touch()
             WRITERS[writer](partial / "a")
 
@@ -81,13 +82,13 @@ def test_whoever_writes_the_error_is_one_and_the_old_content_stays(
 
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
     def fail() -> None:
-        with whole_file(tmp_path / "a") as partial:
+        with atomic_file(tmp_path / "a") as partial:
             torch.save(NUMBERS, partial)
             raise RuntimeError("unexpected pos 832 vs 790")
 
     ended = run_in_child(fail, largest_file=10_000_000)
     assert ended.error == "RuntimeError: unexpected pos 832 vs 790"
-    with pytest.raises(PermissionError), whole_folder(tmp_path / "b"):
+    with pytest.raises(PermissionError), atomic_folder(tmp_path / "b"):
         raise PermissionError(errno.EACCES, "Permission denied")
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +106,7 @@ def test_the_systems_three_numbers_are_known(tmp_path: Path, code: int) -> None:
 
     with (
         pytest.raises(DiskFull, match=r"no room for .*a: .* took 0 bytes and"),
-        told_if_full(tmp_path / "a"),
+        explain_disk_full(tmp_path / "a"),
     ):
         torch.save(NUMBERS, Full())  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpae.commands.describe import describe
-from tests.engine.test_loop import same, state_of
+from tests.engine.runs import same, state_of
 from tests.faults.running import run, workspace
 
 FOLDERS = ["packed", "latents", "tokenizer", "generator", "generator-run"]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from openpae.data.images import BrokenImage, center_crop, read_image
+from openpae.data.crops import center_crop
+from openpae.data.decode import BrokenImage, read_image
 
 
 def encoded() -> dict[str, bytes]:

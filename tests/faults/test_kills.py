@@ -27,14 +27,14 @@ from openpae.models.dit import LightningDiT
 from openpae.models.saved import load_tokenizer
 from openpae.models.tokenizer import PAE
 from openpae.objective.settings import TokenizerLoss
-from openpae.sampling.sample_set import SampleSet, draw_samples
+from openpae.sampling.sample_set import SampleSet, write_samples
 from openpae.sampling.sampler import balanced_labels
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import checkpoint_path, checkpoint_steps, identity_of
 from openpae.train.generator import train_generator
 from openpae.train.settings import GeneratorRun, TokenizerRun
 from openpae.train.tokenizer import train_tokenizer
-from tests.engine.test_loop import curve, same, state_of
+from tests.engine.runs import curve, same, state_of
 from tests.faults.children import run_in_child
 
 LOOP = LoopConfig(
@@ -191,4 +191,4 @@ def test_drawing_samples(
         elif (folder / "parts").exists():
             sound_shards(folder / "parts")
 
-    survive(tmp_path, lambda out: draw_samples(out, samples, tiny_pae, tiny_dit), kills, sound)
+    survive(tmp_path, lambda out: write_samples(out, samples, tiny_pae, tiny_dit), kills, sound)

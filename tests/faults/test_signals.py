@@ -18,7 +18,8 @@ import pytest
 
 from openpae import config as configs
 from openpae.data.caches import cache_latents
-from openpae.data.images import ImageFolder, PackedImages, pack_images
+from openpae.data.images import ImageFolder, PackedImages
+from openpae.data.packing import pack_images
 from openpae.data.settings import ImageData
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents

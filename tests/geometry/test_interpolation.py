@@ -1,4 +1,4 @@
-"""Interpolated Frechet distance: limits, literal re-derivations, draws, errors."""
+"""Interpolated Frechet distance: edge cases, values by definition, draws, errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from openpae.models.layers import slerp
 
 
 class Pixels:
-    """Features that are the pixels themselves."""
+    """An extractor that returns the pixels."""
 
     name, weights = "pixels", "none"
 
@@ -43,19 +43,21 @@ def test_slerp_keeps_length_and_halves_the_angle() -> None:
     torch.testing.assert_close(to_a, to_b)
     torch.testing.assert_close(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, 1.0), b)
-    torch.testing.assert_close(slerp(a, 3 * a, 0.5), 2 * a)  # one line: no angle to go along
+    torch.testing.assert_close(slerp(a, 3 * a, 0.5), 2 * a)  # parallel: linear interpolation
 
 
-def test_nearest_partner_is_found_by_hand(latents: Tensor) -> None:
-    found = latent_partners(latents, block=5)
+def test_the_nearest_partner_has_the_largest_cosine(latents: Tensor) -> None:
+    partners = latent_partners(latents, block=5)
     x = latents.flatten(1).double().numpy()
     for i, row in enumerate(x):
         cosines = [
             -math.inf if j == i else row @ other / np.linalg.norm(row) / np.linalg.norm(other)
             for j, other in enumerate(x)
         ]
-        assert found[i] == int(np.argmax(cosines))
-    assert torch.equal(latent_partners(latents, pool=latents), torch.arange(12))  # a pool may hold the same
+        assert partners[i] == int(np.argmax(cosines))
+    assert torch.equal(
+        latent_partners(latents, pool=latents), torch.arange(12)
+    )  # the pool may hold the same latents
 
 
 def test_partner_is_drawn_among_candidates_by_distance() -> None:
@@ -65,26 +67,26 @@ def test_partner_is_drawn_among_candidates_by_distance() -> None:
     weights = np.exp([-0.0, -0.005, -2.0])  # mean squared distances of the three of nearest direction
     expected = weights / weights.sum()
     assert np.allclose(np.bincount(drawn, minlength=4) / 2000, [*expected, 0], atol=0.03)
-    # An image draws the same whatever stands around it.
+    # The draw of an image does not depend on the other images.
     assert torch.equal(latent_partners(latents[:9], pool=pool, candidates=3, block=2), drawn[:9])
 
 
-def test_interpolated_frechet_is_that_of_the_decoded_midpoints(latents: Tensor) -> None:
+def test_interpolated_frechet_is_the_distance_of_decoded_midpoints(latents: Tensor) -> None:
     real = FeatureSet(Pixels())
     images = (decode(latents) * 255).round() / 255
     real.update(images)
-    found = interpolated_frechet(latents, decode, real, batch_size=5)
+    estimate = interpolated_frechet(latents, decode, real, batch_size=5)
     between = decode(slerp(latents, latents[latent_partners(latents)], 0.5))
     literal = frechet_distance(
         gaussian_of((between * 255).round().flatten(1) / 255), gaussian_of(images.flatten(1))
     )
-    assert found.value == pytest.approx(literal, rel=1e-6)
-    assert (found.n, found.settings["pool"], found.settings["extractor"]) == (12, 12, "pixels")
+    assert estimate.value == pytest.approx(literal, rel=1e-6)
+    assert (estimate.n, estimate.settings["pool"], estimate.settings["extractor"]) == (12, 12, "pixels")
     itself = interpolated_frechet(latents, decode, real, pool=latents)  # the nearest is the image itself
     assert itself.value == pytest.approx(0, abs=1e-9)
 
 
-def test_unfit_pools_are_refused(latents: Tensor) -> None:
+def test_pools_that_do_not_fit_are_refused(latents: Tensor) -> None:
     with pytest.raises(ValueError, match="between 1 and the 11 latents of the pool, got 12"):
         latent_partners(latents, candidates=12)
     with pytest.raises(ValueError, match=r"must hold latents \(4, 2, 2\), got \(3, 2, 2\)"):

@@ -1,4 +1,4 @@
-"""Every setting of a measurement reaches its metric, which equals a call of the library with the same."""
+"""Every setting of a measurement reaches its metric: values equal library calls with the same settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lpips() -> LPIPS:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
-    """18 images of six classes, which their colours tell apart now and then."""
+    """18 images of six classes with overlapping colours."""
     root = tmp_path_factory.mktemp("six")
     draws = np.random.default_rng(0)
     for number in range(18):
@@ -88,15 +88,15 @@ def everything(source: ImageFolder, lpips: LPIPS) -> dict[str, Any]:
     }
 
 
-def test_nothing_is_at_its_default() -> None:
+def test_no_setting_has_its_default() -> None:
     assert all(getattr(CONFIG, part.name) != part.default for part in fields(MeasureConfig))
 
 
-def test_every_metric_is_the_librarys_with_these_settings(
+def test_metrics_equal_library_calls_with_these_settings(
     source: ImageFolder, lpips: LPIPS, everything: dict[str, Any]
 ) -> None:
     images, real = everything["images"].float() / 255, everything["real"]
-    found = measure_tokenizer(
+    metrics = measure_tokenizer(
         SPACE, source, size=32, segmented=everything["segmented"], lpips=lpips, real=real, config=CONFIG
     ).metrics
     z, labels = encode(images[ROWS]), torch.tensor([row // 3 for row in ROWS])
@@ -115,12 +115,12 @@ def test_every_metric_is_the_librarys_with_these_settings(
         "interpolated_frechet": interpolated_frechet(z, decode, real, seed=5),
     }
     for name, estimate in expected.items():
-        assert found[name].value == pytest.approx(estimate.value, rel=1e-4), name
-        assert (found[name].stderr or 0) == pytest.approx(estimate.stderr or 0, rel=1e-3), name
-        assert found[name].n == estimate.n, name
-    assert found["lpips"].value == pytest.approx(lpips(y, images[ROWS]).mean().item(), rel=1e-4)
+        assert metrics[name].value == pytest.approx(estimate.value, rel=1e-4), name
+        assert (metrics[name].stderr or 0) == pytest.approx(estimate.stderr or 0, rel=1e-3), name
+        assert metrics[name].n == estimate.n, name
+    assert metrics["lpips"].value == pytest.approx(lpips(y, images[ROWS]).mean().item(), rel=1e-4)
     distance = frechet_distance(decoded.pooled.gaussian(), real.pooled.gaussian())
-    assert found["frechet"].value == pytest.approx(distance, rel=1e-3)
+    assert metrics["frechet"].value == pytest.approx(distance, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_every_metric_is_the_librarys_with_these_settings(
         ("count", 18, "gsq"),
     ],
 )
-def test_another_value_gives_another_number(
+def test_another_setting_gives_another_value(
     source: ImageFolder, lpips: LPIPS, everything: dict[str, Any], name: str, value: Any, metric: str
 ) -> None:
-    """The comparison above would see each of these dropped."""
+    """So the test above would fail if one of these were ignored."""
     options = {"size": 32, "segmented": everything["segmented"], "lpips": lpips}
     one, other = (
         measure_tokenizer(SPACE, source, config=config, **options).metrics[metric]  # type: ignore[arg-type]
@@ -148,8 +148,7 @@ def test_another_value_gives_another_number(
     assert (one.value, one.stderr) != pytest.approx((other.value, other.stderr), rel=1e-3)
 
 
-def test_the_record_of_a_run_says_what_was_asked_for(source: ImageFolder, tmp_path: Path) -> None:
-
+def test_the_record_holds_every_setting(source: ImageFolder, tmp_path: Path) -> None:
     run = ProfileRun(
         images=source.root,
         out=tmp_path / "out",

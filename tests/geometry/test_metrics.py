@@ -1,4 +1,4 @@
-"""SSC, LPC, GSQ, eRank: invariances, literal re-derivations, edges, errors."""
+"""SSC, LPC, GSQ, eRank: invariances, values by definition, edge cases, errors."""
 
 import math
 
@@ -76,14 +76,14 @@ def test_ssc_equals_scikit_learns_spectral_clustering_and_a_literal_nmi(sigma: f
     for latent, label in zip(latents, labels[:, ::4, ::4].flatten(1).numpy(), strict=True):
         clustering = SpectralClustering(len(np.unique(label)), affinity="precomputed", random_state=0)
         values.append(literal_nmi(label, clustering.fit_predict(literal_affinity(latent, sigma))))
-    found = spatial_structure_consistency(latents, labels, sigma=sigma)
-    assert found.value == pytest.approx(np.mean(values), abs=1e-6)
-    assert found.stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-6)
-    assert 0.05 < found.value < 0.95
+    estimate = spatial_structure_consistency(latents, labels, sigma=sigma)
+    assert estimate.value == pytest.approx(np.mean(values), abs=1e-6)
+    assert estimate.stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-6)
+    assert 0.05 < estimate.value < 0.95
 
 
-def test_ssc_sees_angles_only() -> None:
-    """Neither a rotation of the channels nor a scale of a token moves a cosine."""
+def test_ssc_depends_on_angles_only() -> None:
+    """Neither a rotation of the channels nor the scale of a token changes a cosine."""
     latents, labels = scenes(noise=2.0)
     base = spatial_structure_consistency(latents, labels)
     scaled = rotate(latents) * (0.5 + torch.rand(3, 1, 6, 6))
@@ -93,7 +93,7 @@ def test_ssc_sees_angles_only() -> None:
 def test_ssc_is_one_for_tokens_that_follow_the_segments_and_low_for_noise() -> None:
     latents, labels = scenes(noise=0.01)
     assert spatial_structure_consistency(latents, labels).value == pytest.approx(1)
-    renamed = labels * 7 + 3  # the names of segments mean nothing
+    renamed = labels * 7 + 3  # only equality of labels counts
     assert spatial_structure_consistency(latents, renamed).value == pytest.approx(1)
     noise = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0))
     assert spatial_structure_consistency(noise, labels).value < 0.5
@@ -102,8 +102,8 @@ def test_ssc_is_one_for_tokens_that_follow_the_segments_and_low_for_noise() -> N
 def test_ssc_drops_and_counts_images_of_one_segment() -> None:
     latents, labels = scenes()
     labels[1] = 4
-    found = spatial_structure_consistency(latents, labels)
-    assert (found.n, found.settings["dropped"]) == (2, 1)
+    estimate = spatial_structure_consistency(latents, labels)
+    assert (estimate.n, estimate.settings["dropped"]) == (2, 1)
     with pytest.raises(ValueError, match="at least two segments on its grid, got none in 1"):
         spatial_structure_consistency(latents[1:2], labels[1:2])
 
@@ -112,14 +112,16 @@ def test_majority_labels_count_pixels() -> None:
     labels = torch.tensor([[[5, 5, 2, 2], [5, 1, 3, 3], [0, 0, 0, 0], [0, 0, 0, 7]]])
     assert majority_labels(labels, 2, 2).tolist() == [[[5, 2], [0, 0]]]  # 2 ties with 3
     assert majority_labels(labels, 2, 2, ignore=5).tolist() == [[[1, 2], [0, 0]]]
-    assert majority_labels(labels, 2, 2, ignore=0).tolist() == [[[5, 2], [0, 7]]]  # nothing else to see there
+    assert majority_labels(labels, 2, 2, ignore=0).tolist() == [
+        [[5, 2], [0, 7]]
+    ]  # one cell has no other label
     generator = torch.Generator().manual_seed(0)
     maps = torch.randint(0, 3, (2, 12, 20), generator=generator)
-    for image, found in zip(maps, majority_labels(maps, 3, 4), strict=True):
+    for image, grid in zip(maps, majority_labels(maps, 3, 4), strict=True):
         for i in range(3):
             for j in range(4):
                 cell = image[4 * i : 4 * i + 4, 5 * j : 5 * j + 5].flatten()
-                assert found[i, j] == cell.bincount().argmax()
+                assert grid[i, j] == cell.bincount().argmax()
 
 
 def decode(z: Tensor) -> Tensor:
@@ -143,17 +145,17 @@ def test_lpc_equals_its_definition() -> None:
                 plus, minus = (distance(decode((z + s * step)[None]), decode(z[None])) for s in (1, -1))
                 total += weights[rho] * float(plus + minus) / 2 / 2
         values.append(total)
-    found = latent_perturbation_consistency(latents, decode, distance, directions=2, seed=3)
-    assert found.value == pytest.approx(np.mean(values), rel=1e-5)
-    assert found.stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(5), rel=1e-5)
-    assert found.settings == {"directions": 2, "radii": "0.1 0.5 1.0 2.0", "seed": 3}
+    estimate = latent_perturbation_consistency(latents, decode, distance, directions=2, seed=3)
+    assert estimate.value == pytest.approx(np.mean(values), rel=1e-5)
+    assert estimate.stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(5), rel=1e-5)
+    assert estimate.settings == {"directions": 2, "radii": "0.1 0.5 1.0 2.0", "seed": 3}
 
 
 def test_lpc_of_a_constant_decoder_is_zero() -> None:
-    found = latent_perturbation_consistency(
+    estimate = latent_perturbation_consistency(
         torch.randn(3, 4, 3, 3), lambda z: torch.full((len(z), 3, 6, 6), 0.5), distance
     )
-    assert (found.value, found.stderr) == (0, 0)
+    assert (estimate.value, estimate.stderr) == (0, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 9, 20, 1000])
@@ -165,14 +167,14 @@ def test_lpc_does_not_depend_on_the_batch_size(batch_size: int) -> None:
         seen.append(len(z))
         return decode(z)
 
-    found = latent_perturbation_consistency(latents, watched, distance, batch_size=batch_size)
+    estimate = latent_perturbation_consistency(latents, watched, distance, batch_size=batch_size)
     base = latent_perturbation_consistency(latents, decode, distance)
-    assert found.value == pytest.approx(base.value, rel=1e-5)
+    assert estimate.value == pytest.approx(base.value, rel=1e-5)
     assert max(seen) <= batch_size
     assert sum(seen) == 4 * 9
 
 
-def test_directions_are_unit_seeded_and_the_images_own() -> None:
+def test_directions_have_unit_norm_and_depend_on_seed_and_image() -> None:
     z = torch.randn(4, 3, 3)
     u = unit_directions(z, 3, seed=1, image=2)
     torch.testing.assert_close(u.flatten(1).norm(dim=1), torch.ones(3))
@@ -202,11 +204,11 @@ def test_gsq_equals_its_definition() -> None:
     for i in range(len(x)):
         others = [j for j in range(len(x)) if j != i]
         hits.append(labels[max(others, key=lambda j: x[i] @ x[j])] == labels[i])
-    found = global_semantic_quality(latents, labels)
-    assert found.value == pytest.approx(np.mean(hits))
-    assert found.stderr == pytest.approx(np.std(hits, ddof=1) / math.sqrt(40))
-    assert 0.2 < found.value < 1
-    assert (found.over, found.settings["classes"]) == ("images", 5)
+    estimate = global_semantic_quality(latents, labels)
+    assert estimate.value == pytest.approx(np.mean(hits))
+    assert estimate.stderr == pytest.approx(np.std(hits, ddof=1) / math.sqrt(40))
+    assert 0.2 < estimate.value < 1
+    assert (estimate.over, estimate.settings["classes"]) == ("images", 5)
 
 
 def test_gsq_is_one_for_separated_classes_and_ignores_rotation_shift_and_scale() -> None:
@@ -219,21 +221,21 @@ def test_gsq_is_one_for_separated_classes_and_ignores_rotation_shift_and_scale()
 
 def test_gsq_draws_classes_by_the_seed() -> None:
     latents, labels = clusters(12, 6, 2.0)
-    found = global_semantic_quality(latents, labels, classes=4, repeats=5)
-    assert (found.n, found.over, found.settings["classes"], found.settings["known_classes"]) == (
+    estimate = global_semantic_quality(latents, labels, classes=4, repeats=5)
+    assert (estimate.n, estimate.over, estimate.settings["classes"], estimate.settings["known_classes"]) == (
         5, "repeats", 4, 12,
     )  # fmt: skip
-    assert found == global_semantic_quality(latents, labels, classes=4, repeats=5)
-    assert found.value > global_semantic_quality(latents, labels).value  # fewer classes are easier
-    assert found.std is not None
-    assert found.std > 0
+    assert estimate == global_semantic_quality(latents, labels, classes=4, repeats=5)
+    assert estimate.value > global_semantic_quality(latents, labels).value  # fewer classes are easier
+    assert estimate.std is not None
+    assert estimate.std > 0
 
 
 def test_gsq_warns_of_classes_with_one_image() -> None:
     latents, labels = clusters(3, 4, 0.01)
     with pytest.warns(UserWarning, match="2 of 3 classes hold one image"):
-        found = global_semantic_quality(latents[3:9], labels[3:9])
-    assert found.value == pytest.approx(4 / 6)
+        estimate = global_semantic_quality(latents[3:9], labels[3:9])
+    assert estimate.value == pytest.approx(4 / 6)
 
 
 def test_nearest_neighbours_do_not_depend_on_blocks() -> None:
@@ -246,10 +248,10 @@ def test_effective_rank_equals_its_definition() -> None:
     x = latents.double().numpy().mean(axis=(2, 3))
     s = np.sqrt(np.linalg.eigvalsh(x.T @ x))
     p = s / s.sum()
-    found = effective_rank(latents)
-    assert found.value == pytest.approx(math.exp(entropy(p)) / 5, rel=1e-5)
-    assert found.stderr is not None
-    assert 0 < found.stderr < 0.1
+    estimate = effective_rank(latents)
+    assert estimate.value == pytest.approx(math.exp(entropy(p)) / 5, rel=1e-5)
+    assert estimate.stderr is not None
+    assert 0 < estimate.stderr < 0.1
     assert singular_values(latents).tolist() == pytest.approx(sorted(s, reverse=True), rel=1e-5)
 
 

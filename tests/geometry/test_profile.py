@@ -1,4 +1,4 @@
-"""Measuring tokenizers and the page that compares them: numbers, what is not defined, both files, errors."""
+"""`pae profile`: metrics, undefined metrics, record, page, errors."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def maps(image_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "maps"
 
 
-def test_metrics_are_those_of_the_library(
+def test_metrics_equal_those_of_the_library(
     tokenizer_folder: Path, image_folder: Path, segmented: Segmented, lpips: LPIPS
 ) -> None:
     source, config = ImageFolder(image_folder), MeasureConfig(batch_size=4)
     space, ticks = open_tokenizer(str(tokenizer_folder)), []
     real = features_of(real_images(source, 32), load_extractor("random"), config.batch_size)
-    found = measure_tokenizer(
+    result = measure_tokenizer(
         space, source, size=32, segmented=segmented, lpips=lpips, real=real, config=config, tick=ticks.append
     )
-    assert (found.metrics.keys(), found.undefined, found.latent_shape) == (EVERY_METRIC, {}, (8, 4, 4))
+    assert (result.metrics.keys(), result.undefined, result.latent_shape) == (EVERY_METRIC, {}, (8, 4, 4))
     assert sum(ticks) == work_of(source, segmented, config) == 30
     model = load_tokenizer(tokenizer_folder)
     with torch.no_grad():
@@ -86,11 +86,11 @@ def test_metrics_are_those_of_the_library(
         "erank": effective_rank(z).value,
     }
     for name, value in literal.items():
-        assert found.metrics[name].value == pytest.approx(value, rel=1e-5), name
-    torch.testing.assert_close(found.pooled, z.mean(dim=(2, 3)))
+        assert result.metrics[name].value == pytest.approx(value, rel=1e-5), name
+    torch.testing.assert_close(result.pooled, z.mean(dim=(2, 3)))
 
 
-def test_batch_size_changes_no_number(
+def test_the_batch_size_changes_rounding_only(
     tokenizer_folder: Path, image_folder: Path, segmented: Segmented, lpips: LPIPS
 ) -> None:
     source, space = ImageFolder(image_folder), open_tokenizer(str(tokenizer_folder))
@@ -108,20 +108,20 @@ def test_batch_size_changes_no_number(
         assert ten[name].value == pytest.approx(estimate.value, rel=1e-4, abs=1e-6), name
 
 
-def test_what_can_not_be_defined_says_why(tmp_path: Path, packed: Any, segmented: Segmented) -> None:
-    packed = PackedImages(packed.shards.folder)  # of its own: the fixture serves other tests
+def test_undefined_metrics_have_a_reason(tmp_path: Path, packed: Any, segmented: Segmented) -> None:
+    packed = PackedImages(packed.shards.folder)  # a copy: other tests use the fixture
     packed.labels = np.zeros(len(packed), np.int64)
     flat = Segmented(name="flat", images=segmented.images, labels=0 * segmented.labels, ignore=None)
-    found = measure_tokenizer(open_tokenizer("encoder:random-tiny/8"), packed, size=32, segmented=flat)
-    assert found.metrics.keys() == {"erank"}
-    assert found.undefined.keys() == EVERY_METRIC - {"erank"}
-    assert found.undefined["lpc"].startswith("random-tiny (VFM) has no decoder")
-    assert found.undefined["ssc"] == "no label map has two segments on the 4 x 4 latent grid"
-    assert "one subfolder per class" in found.undefined["gsq"]
+    result = measure_tokenizer(open_tokenizer("encoder:random-tiny/8"), packed, size=32, segmented=flat)
+    assert result.metrics.keys() == {"erank"}
+    assert result.undefined.keys() == EVERY_METRIC - {"erank"}
+    assert result.undefined["lpc"].startswith("random-tiny (VFM) has no decoder")
+    assert result.undefined["ssc"] == "no label map has two segments on the 4 x 4 latent grid"
+    assert "one subfolder per class" in result.undefined["gsq"]
 
 
 class Outline(HTMLParser):
-    """Headings, numbers of pictures, and whether anything would be fetched from elsewhere."""
+    """Headings and number of pictures of a page; asserts that it loads nothing from elsewhere."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -198,27 +198,27 @@ def test_profile_of_one_tokenizer_without_maps(tokenizer_folder: Path, packed: A
         size=32,
         measure=MeasureConfig(count=6, lpc_count=1),
     )
-    (found,) = run_profile([str(tokenizer_folder)], run)
-    assert found.undefined.keys() == {"ssc", "frechet", "interpolated_frechet"}
+    (result,) = run_profile([str(tokenizer_folder)], run)
+    assert result.undefined.keys() == {"ssc", "frechet", "interpolated_frechet"}
     headings = Outline((tmp_path / "profile.html").read_text()).headings
     assert "At a glance" not in headings
     assert "Clusters of the tokens beside the label maps" not in headings
 
 
-def test_tokenizers_of_one_name_are_told_apart(
+def test_tokenizers_of_one_name_are_named_by_their_texts(
     tokenizer_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     texts = ["encoder:random-tiny/8", "encoder:random-tiny/16"]
     run = ProfileRun(images=image_folder, out=tmp_path, size=32, lpips="random", extractor="none")
-    found = run_profile(texts, run)
-    assert [one.name for one in found] == texts
+    results = run_profile(texts, run)
+    assert [one.name for one in results] == texts
 
 
-def test_contradictions_are_refused_at_the_door(image_folder: Path, maps: Path, tmp_path: Path) -> None:
+def test_contradictory_options_are_refused(image_folder: Path, maps: Path, tmp_path: Path) -> None:
     bare = ["encoder:random-tiny"]
     for options, message in (
         ({"scenes": 3, "label_maps": maps}, "either label_maps or scenes"),
-        ({"ignore": 3}, "label_maps, which were not given"),
+        ({"ignore": 3}, "belong to label_maps, which is missing"),
         ({"label_count": 0}, "label_count must be >= 1, got 0"),
         ({"extractor": "none", "extractor_weights": maps}, "extractor none takes no extractor_weights"),
     ):
@@ -246,7 +246,7 @@ def measured(**values: float) -> Measured:
     )
 
 
-def test_radar_puts_the_best_on_the_rim() -> None:
+def test_the_radar_divides_each_axis_by_the_best() -> None:
     axes = radar_scores([measured(ssc=0.2, lpc=0.5, psnr=30), measured(ssc=0.4, lpc=0.2), measured(lpc=1.4)])
     assert axes == {"SSC": [0.5, 1.0, None], "1 - LPC": [pytest.approx(0.625), 1.0, 0.0]}
     assert radar_scores([measured(gsq=0.0)]) == {"GSQ": [0.0]}  # nothing to divide by

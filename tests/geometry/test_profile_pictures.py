@@ -1,4 +1,4 @@
-"""The pictures of `pae profile`: which row, in which order; and what its charts show."""
+"""The pictures of `pae profile`: contents and order of rows and charts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import LatentSpace
 
 RADII = (-2, -1, -0.5, -0.1, 0, 0.1, 0.5, 1, 2)
-"""Of LPC's moves (Eq. 10), in the order of the strip."""
+"""rho of LPC's moves (Eq. 10), in the order of the strip."""
 
 
 class Pages:
-    """Takes what would be written."""
+    """Collects the rows and charts of a page."""
 
     def __init__(self) -> None:
         self.shown: dict[str, Any] = {}
@@ -38,7 +38,7 @@ class Pages:
 
 
 def space(**parts: Any) -> LatentSpace:
-    """Latents are 4 x 4 means of the image, and decodes enlarge them."""
+    """A tokenizer whose latents are 8 x 8 means of the image; its decoder enlarges them."""
     plain: dict[str, Any] = {
         "name": "means", "kind": "python", "fingerprint": "0", "image_size": 32,
         "encode": lambda x: torch.nn.functional.avg_pool2d(x, 8),
@@ -48,7 +48,7 @@ def space(**parts: Any) -> LatentSpace:
 
 
 def test_moves_rise_from_minus_two_to_two() -> None:
-    """A decoder that notes its latents: z + rho |z| u for rho in order, u drawn for (seed, image)."""
+    """The decoder collects its latents: z + rho |z| u for rho in order, u drawn for (seed, image)."""
     seen: list[Tensor] = []
 
     def decode(z: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def test_moves_rise_from_minus_two_to_two() -> None:
         torch.testing.assert_close(strip.double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_a_chart_of_singular_values_begins_at_one() -> None:
-    """Shares of the largest, not of the sum; the last stands at 1 of the axis."""
+def test_singular_values_are_divided_by_the_largest() -> None:
+    """The rank axis runs from 0 to 1."""
     measured = Measured(
         name="a", fingerprint="0", latent_shape=(3, 4, 4), metrics={}, undefined={},
         pooled=torch.zeros(5, 3), spectrum=torch.tensor([8.0, 4.0, 1.0]),
@@ -77,8 +77,8 @@ def test_a_chart_of_singular_values_begins_at_one() -> None:
     assert lines["a"] == [(0, 1), (0.5, 0.5), (1, 0.125)]
 
 
-def test_rows_are_named_as_what_they_show() -> None:
-    """The image, its latents, its reconstruction: means are reconstructed as themselves."""
+def test_rows_show_image_latents_and_reconstruction() -> None:
+    """Images of one colour equal their reconstructions."""
     images = torch.zeros(2, 3, 32, 32)
     images[0, 0], images[1, 2] = 1, 1  # red, blue
     page = Pages()
@@ -91,7 +91,7 @@ def test_rows_are_named_as_what_they_show() -> None:
 
 
 def test_clusters_take_the_colours_of_their_segments_and_void_stays_white() -> None:
-    """Latents that follow the map give the map's own picture."""
+    """Latents that follow the map give the picture of the map."""
     labels = torch.zeros(1, 32, 32, dtype=torch.int64)
     labels[:, :, 16:], labels[:, 24:] = 5, 9
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -100,16 +100,16 @@ def test_clusters_take_the_colours_of_their_segments_and_void_stays_white() -> N
     page = Pages()
     profile_page._show_segments(page, [space()], segmented, MeasureConfig())  # type: ignore[arg-type]
     assert list(page.shown) == ["image", "label map", "means"]
-    truth, found = (np.asarray(page.shown[name].convert("RGB")) for name in ("label map", "means"))
+    truth, clusters = (np.asarray(page.shown[name].convert("RGB")) for name in ("label map", "means"))
     side = truth.shape[0]
     places = [(side // 4, side // 4), (side // 4, 3 * side // 4), (side - 2, side // 2)]
-    assert [found[place].tolist() for place in places] == [truth[place].tolist() for place in places]
-    assert found[places[2]].tolist() == [255, 255, 255]
-    assert found[places[0]].tolist() != found[places[1]].tolist()
+    assert [clusters[place].tolist() for place in places] == [truth[place].tolist() for place in places]
+    assert clusters[places[2]].tolist() == [255, 255, 255]
+    assert clusters[places[0]].tolist() != clusters[places[1]].tolist()
 
 
 def test_neighbours_are_in_the_order_of_their_cosine(image_folder: Any) -> None:
-    """The query first; then by the cosine of centred pooled latents, here of angles that are known."""
+    """The query, then the others by the cosine of centred pooled latents, from known angles."""
     source = ImageFolder(image_folder)
     angles = torch.tensor([0.0, 3.0, 0.1, 2.0, 0.3, 2.5, 0.7, 1.2, 4.0, 5.0])
     pooled = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -120,11 +120,11 @@ def test_neighbours_are_in_the_order_of_their_cosine(image_folder: Any) -> None:
     order: list[list[int]] = []
     shown = profile_page._shown
 
-    def noting(source: Any, members: Any, size: Any) -> Tensor:
+    def collect(source: Any, members: Any, size: Any) -> Tensor:
         order.append(list(members))
         return shown(source, members, size)
 
-    profile_page._shown = noting  # type: ignore[assignment]
+    profile_page._shown = collect  # type: ignore[assignment]
     try:
         profile_page._show_neighbours(Pages(), [measured], source, np.arange(10), 32)  # type: ignore[arg-type]
     finally:

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind behind one protocol: what they promise, where they come from, errors."""
+"""Tokenizers of every kind behind one protocol: values, checks, errors."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_openpae_folder_encodes_and_decodes_as_the_model(tokenizer_folder: Path,
     check_tokenizer(space, images)
 
 
-def test_encoder_features_are_those_the_tokenizer_sees(tokenizer_folder: Path, images: Tensor) -> None:
+def test_encoder_features_equal_those_of_the_tokenizer(tokenizer_folder: Path, images: Tensor) -> None:
     space = open_tokenizer("encoder:random-tiny/8")
     features = load_tokenizer(tokenizer_folder).features(images)  # (B, N, D) on the same 4 x 4 grid
     torch.testing.assert_close(space.encode(images).flatten(2).mT, features)
     assert space.decode is None
     assert (space.image_size, space.latent_shape(32)) == (128, (48, 4, 4))
     assert open_tokenizer("encoder:random-tiny").latent_shape(32) == (48, 2, 2)
-    assert load_encoder("random-tiny").spec.stride == 8  # so both had to be resized or not by the patch
+    assert load_encoder("random-tiny").spec.stride == 8  # the patch size of the text decides the resize
     check_tokenizer(space, images)
     with pytest.raises(ValueError, match=r"multiples of 8, got \(1, 3, 36, 36\)"):
         space.latent_shape(36)
@@ -106,7 +106,7 @@ def test_diffusers_model_gives_the_mode_of_its_posterior(name: str, tmp_path: Pa
         torch.testing.assert_close(space.decode(z), decoded.clamp(0, 1))
         check_tokenizer(space, images)
         assert not space.decode(z).requires_grad
-    # A folder with a diffusers config needs no prefix, and the same weights have the same name.
+    # A folder with a diffusers config needs no prefix. Equal weights have equal fingerprints.
     assert open_tokenizer(str(tmp_path / name)).fingerprint == space.fingerprint
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
@@ -142,7 +142,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 @needs_diffusers
-def test_diffusers_rae_takes_images_as_they_are(tmp_path: Path, images: Tensor) -> None:
+def test_diffusers_rae_takes_images_in_0_to_1(tmp_path: Path, images: Tensor) -> None:
     import diffusers
 
     config = {
@@ -200,7 +200,7 @@ def test_a_video_autoencoder_is_refused_by_name(tmp_path: Path, images: Tensor) 
         open_tokenizer(str(tmp_path)).encode(images)
 
 
-def test_unknown_tokenizers_say_what_is_known(tmp_path: Path) -> None:
+def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"kind of tokenizer 'difusers' .* openpae, diffusers, encoder, python"
     ):
@@ -227,17 +227,19 @@ def test_unknown_tokenizers_say_what_is_known(tmp_path: Path) -> None:
             r"latents \(B, C, h, w\) for B = 3, got torch.float32 \(3, 3072\)",
         ),
         ({"encode": lambda x: x / 0}, "NaN or infinity"),
-        ({"encode": lambda x: torch.rand(len(x), 2, 4, 4)}, "other latents when asked again"),
+        ({"encode": lambda x: torch.rand(len(x), 2, 4, 4)}, "other latents in a second call"),
         (
             {"decode": lambda z: z.repeat(1, 1, 2, 2)},
             r"images \(3, 3, 8, 8\) of \(3, 3, 32, 32\).*made for \(32\)",
         ),
         ({"decode": lambda z: 3 + torch.zeros(3, 3, 32, 32)}, r"images decoded by test must lie in \[0, 1\]"),
-        ({"decode": lambda z: torch.rand(3, 3, 32, 32)}, "other images when asked again"),
+        ({"decode": lambda z: torch.rand(3, 3, 32, 32)}, "other images in a second call"),
     ],
     ids=["shape", "finite", "noise", "size", "range", "dropout"],
 )
-def test_broken_promises_are_seen(changes: dict[str, Any], message: str, images: Tensor) -> None:
+def test_tokenizers_that_break_the_protocol_are_refused(
+    changes: dict[str, Any], message: str, images: Tensor
+) -> None:
     check_tokenizer(space_of(), images)
     with pytest.raises(ValueError, match=message):
         check_tokenizer(space_of(**changes), images)

@@ -1,4 +1,4 @@
-"""Pixels without a label have no part in any number: values written out with scikit-learn."""
+"""Pixels with the ignored label do not count: SSC against scikit-learn."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ VOID = 9
 
 
 def scene() -> tuple[Tensor, Tensor]:
-    """A latent of 6 x 6 tokens, and a map of 4 x 4 pixels a cell: two segments, void rows and corner."""
+    """A latent of 6 x 6 tokens, and a map with 4 x 4 pixels per cell: two segments, void rows and corner."""
     labels = torch.zeros(6, 6, dtype=torch.int64)
     labels[:, 3:] = 4
     labels[:2] = VOID
     labels[5, 4:] = VOID
     tokens = torch.randn(6, 6, 8, generator=torch.Generator().manual_seed(1))
     tokens[..., 0] += 1.2 * (labels == 4)
-    tokens[:2, :, 1] += 9  # the void is a cluster of its own
+    tokens[:2, :, 1] += 9  # the void forms a third cluster
     return tokens.permute(2, 0, 1)[None], labels.repeat_interleave(4, 0).repeat_interleave(4, 1)[None]
 
 
 def literal(latent: Tensor, cells: np.ndarray) -> float:
-    """NMI over the cells that count, of as many clusters as they have segments."""
+    """NMI over the cells that count, with as many clusters as segments."""
     z = latent.flatten(1).T.double()
     z = z / z.norm(dim=1, keepdim=True)
     affinity = torch.exp(z @ z.T / 0.1).fill_diagonal_(0).numpy()
@@ -47,33 +47,35 @@ def literal(latent: Tensor, cells: np.ndarray) -> float:
     return float(normalized_mutual_info_score(cells[counted], clusters[counted], average_method="geometric"))
 
 
-def test_ssc_counts_neither_the_cells_nor_the_segment_of_the_void() -> None:
+def test_ssc_counts_neither_cells_nor_segment_of_the_void() -> None:
     latents, labels = scene()
     expected = literal(latents[0], labels[0, ::4, ::4].flatten().numpy())
-    found = spatial_structure_consistency(latents, labels, ignore=VOID)
-    assert found.value == pytest.approx(expected, abs=1e-6)
-    assert found.settings["ignore"] == VOID
-    assert not math.isclose(found.value, spatial_structure_consistency(latents, labels).value, abs_tol=0.02)
+    estimate = spatial_structure_consistency(latents, labels, ignore=VOID)
+    assert estimate.value == pytest.approx(expected, abs=1e-6)
+    assert estimate.settings["ignore"] == VOID
+    assert not math.isclose(
+        estimate.value, spatial_structure_consistency(latents, labels).value, abs_tol=0.02
+    )
 
 
 def test_an_image_of_one_segment_and_the_void_is_dropped() -> None:
     latents, labels = scene()
     one = labels.masked_fill(labels == 4, 0)
-    found = spatial_structure_consistency(
+    estimate = spatial_structure_consistency(
         torch.cat([latents, latents]), torch.cat([one, labels]), ignore=VOID
     )
-    assert (found.n, found.settings["dropped"]) == (1, 1)
+    assert (estimate.n, estimate.settings["dropped"]) == (1, 1)
 
 
-def test_void_pixels_do_not_vote_unless_a_cell_has_no_other() -> None:
+def test_a_cell_is_void_only_if_all_its_pixels_are() -> None:
     cell = torch.tensor([[[VOID, VOID, VOID, 3], [VOID, VOID, VOID, VOID]]])
     assert majority_labels(cell, 1, 2, ignore=VOID).tolist() == [[[VOID, 3]]]
     assert majority_labels(cell, 2, 1, ignore=VOID).tolist() == [[[3], [VOID]]]
     assert majority_labels(cell, 1, 2).tolist() == [[[VOID, VOID]]]
 
 
-def test_a_measurement_passes_the_void_label_on(tmp_path: Path) -> None:
-    """From the label maps on disk to the number."""
+def test_a_measurement_ignores_the_void_label(tmp_path: Path) -> None:
+    """From label maps on disk to the value."""
     latents, labels = scene()
     for folder in ("images", "maps"):
         (tmp_path / folder).mkdir()
@@ -84,8 +86,8 @@ def test_a_measurement_passes_the_void_label_on(tmp_path: Path) -> None:
         encode=lambda x: latents.expand(len(x), -1, -1, -1),
     )  # fmt: skip
     segmented = read_segmented(tmp_path / "images", tmp_path / "maps", size=24, ignore=VOID)
-    found = measure_tokenizer(
+    measured = measure_tokenizer(
         space, ImageFolder(tmp_path / "images"), size=24, segmented=segmented, config=MeasureConfig()
     )
     expected = spatial_structure_consistency(latents, labels, ignore=VOID).value
-    assert found.metrics["ssc"].value == pytest.approx(expected, abs=1e-9)
+    assert measured.metrics["ssc"].value == pytest.approx(expected, abs=1e-9)

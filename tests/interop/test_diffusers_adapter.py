@@ -150,9 +150,9 @@ def test_scripts_may_cast_it(vae: Any, tmp_path: Path) -> None:
     assert torch.equal(vae.encode(images).latents, latents)
     for model in (vae, half):
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        found = model.encode(images.to(torch.bfloat16)).latents
-        assert found.dtype == torch.bfloat16
-        assert 0 < (found.float() - latents).abs().mean() < 0.03
+        rounded = model.encode(images.to(torch.bfloat16)).latents
+        assert rounded.dtype == torch.bfloat16
+        assert 0 < (rounded.float() - latents).abs().mean() < 0.03
         sample = model.decode(latents.to(torch.bfloat16)).sample
         assert sample.dtype == torch.bfloat16
         assert 0 < (sample.float() - decoded).abs().mean() < 0.05

@@ -24,9 +24,9 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript",
 @torch.no_grad()
 def test_a_generator_is_exported(tiny_dit: LightningDiT, tmp_path: Path) -> None:
     tiny_dit.set_statistics(torch.arange(8.0), torch.arange(1.0, 9.0))
-    found = export.export_model(tiny_dit, tmp_path / "out", "torch-export")
-    assert found.keys() == {"velocity"}
-    assert found["velocity"] <= 1e-4
+    differences = export.export_model(tiny_dit, tmp_path / "out", "torch-export")
+    assert differences.keys() == {"velocity"}
+    assert differences["velocity"] <= 1e-4
     graph = torch.export.load(tmp_path / "out" / "velocity.pt2").module()
     x, t, labels = torch.randn(7, 8, 4, 4), torch.rand(7), torch.arange(7) % 3
     torch.testing.assert_close(graph(x, t, labels), tiny_dit(x, t, labels), rtol=0, atol=1e-4)
@@ -44,8 +44,8 @@ def test_a_generator_is_exported(tiny_dit: LightningDiT, tmp_path: Path) -> None
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_tokenizer_is_exported(tiny_pae: PAE, tmp_path: Path) -> None:
-    found = export.export_model(tiny_pae, tmp_path / "out", "torch-export")
-    assert found.keys() == {"encode", "decode"}
+    differences = export.export_model(tiny_pae, tmp_path / "out", "torch-export")
+    assert differences.keys() == {"encode", "decode"}
     encode, decode = (
         torch.export.load(tmp_path / "out" / f"{name}.pt2").module() for name in ("encode", "decode")
     )

@@ -1,4 +1,4 @@
-"""Latent caches of other programs become ours, row by row."""
+"""Latent caches of other programs are converted row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adversaries: functions of weights and input alone, which leave what is frozen alone."""
+"""The discriminators depend on weights and input alone, and do not change frozen modules."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_device_batches_give_the_gradients_of_one_batch(make: Make) -> None:
             (discriminator_hinge(net(r), net(f)) / parts).backward()
         return [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
-    whole, parts = gradients(1), gradients(2)
-    assert len(whole) == len([p for p in net.parameters() if p.requires_grad])
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    full, parts = gradients(1), gradients(2)
+    assert len(full) == len([p for p in net.parameters() if p.requires_grad])
+    torch.testing.assert_close(parts, full, rtol=1e-4, atol=1e-6)
 
 
 @BOTH
@@ -105,14 +105,14 @@ def test_resumed_training_equals_uninterrupted_training(make: Make) -> None:
         net = make().train()
         return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
 
-    (whole, whole_optimizer), (first, first_optimizer), (second, second_optimizer) = start(), start(), start()
-    train(whole, whole_optimizer, range(4))
+    (full, full_optimizer), (first, first_optimizer), (second, second_optimizer) = start(), start(), start()
+    train(full, full_optimizer, range(4))
     train(first, first_optimizer, range(2))
     second.load_state_dict(first.state_dict())
     second_optimizer.load_state_dict(first_optimizer.state_dict())
     train(second, second_optimizer, range(2, 4))
     saved = second.state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in whole.state_dict().items())
+    assert all(torch.equal(value, saved[name]) for name, value in full.state_dict().items())
 
 
 @BOTH
@@ -283,9 +283,9 @@ def test_augmentation_follows_the_rows_of_the_engine() -> None:
     """The draws of a device batch are those of its rows of the global batch."""
     images = torch.rand(4, 3, 16, 16)
     device = torch.device("cpu")
-    whole = Draws(0, 7, range(4), 4, device).uniform("augment", AUGMENT_DRAWS)
+    full = Draws(0, 7, range(4), 4, device).uniform("augment", AUGMENT_DRAWS)
     part = Draws(0, 7, range(2, 4), 4, device).uniform("augment", AUGMENT_DRAWS)
-    torch.testing.assert_close(diff_augment(images, whole)[2:], diff_augment(images[2:], part))
+    torch.testing.assert_close(diff_augment(images, full)[2:], diff_augment(images[2:], part))
 
 
 def test_augmentation_passes_gradients() -> None:

@@ -1,4 +1,4 @@
-"""What a step computes once for both players: what is frozen of a discriminator, and its spectral norms."""
+"""A step computes frozen features and spectral norms once for both losses."""
 
 import pytest
 import torch

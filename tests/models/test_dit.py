@@ -38,7 +38,7 @@ def test_class_time_and_place_change_the_velocity(tiny_dit: LightningDiT) -> Non
         assert (by_time[a] - by_time[b]).abs().max() > 1e-3
     moved = tiny_dit(x[:1].roll(1, dims=-1), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long))
     still = by_time[1:2].roll(1, dims=-1)
-    assert (moved - still).abs().max() > 1e-3  # positions are told apart
+    assert (moved - still).abs().max() > 1e-3  # positions differ
 
 
 def test_samples_of_a_batch_do_not_meet(tiny_dit: LightningDiT) -> None:
@@ -141,7 +141,7 @@ def test_half_precision_changes_little(tiny_dit_config: LightningDiTConfig, qk_n
         ({"class_dropout": 1.5}, r"class_dropout must lie in \[0, 1\], got 1.5"),
     ],
 )
-def test_sizes_that_can_not_be_are_named(
+def test_impossible_sizes_are_named(
     tiny_dit_config: LightningDiTConfig, changes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -199,7 +199,7 @@ def test_checkpointed_blocks_change_no_bit_of_a_gradient(tiny_dit: LightningDiT,
 
 
 def test_checkpointed_blocks_keep_less(tiny_dit_config: LightningDiTConfig) -> None:
-    """What waits for the backward pass shrinks with every block, and only where a gradient is asked for."""
+    """Memory held for the backward pass shrinks with every block, and only where gradients are enabled."""
     model = shaken(LightningDiT(replace(tiny_dit_config, num_layers=4)))
     x, t, labels = torch.randn(3, *tiny_dit_config.latent_shape), torch.rand(3), torch.arange(3)
 

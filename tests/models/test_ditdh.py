@@ -1,4 +1,5 @@
-"""DiT-DH: RAE's architecture by an independent derivation, its sizes, and what LightningDiT has as well."""
+"""DiT-DH: RAE's architecture by an independent derivation, its sizes, and the behaviour shared with
+LightningDiT."""
 
 from __future__ import annotations
 
@@ -98,11 +99,11 @@ class Reference:
 def test_the_model_is_what_rae_describes(model: DiTDH) -> None:
     """Their t is our 1 - t; their velocity points from data to noise, so a release comes in with a minus."""
     x, t, labels = torch.randn(3, *TINY.latent_shape), torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 2, 3])
-    ours = model(x, t, labels).detach().double().numpy()
+    velocity = model(x, t, labels).detach().double().numpy()
     reference = Reference(model)
     for row in range(3):
         expected = reference(x[row].double().numpy(), 1 - t[row].item(), int(labels[row]))
-        np.testing.assert_allclose(ours[row], expected, atol=2e-5)
+        np.testing.assert_allclose(velocity[row], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(("size", "layers", "width", "heads"), [("s", 12, 384, 6), ("xl", 28, 1152, 16)])
@@ -202,7 +203,7 @@ def test_statistics_of_another_shape_are_refused(model: DiTDH) -> None:
         ({"patch_size": 3}, "patch_size must divide grid_size, got 3 and 4"),
     ],
 )
-def test_sizes_that_can_not_be_are_named(changes: dict[str, object], message: str) -> None:
+def test_impossible_sizes_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(
             TINY,

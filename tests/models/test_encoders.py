@@ -117,8 +117,8 @@ def test_weights_of_a_folder_give_the_packages_own_features(small_dinov2: None, 
     model = transformers.Dinov2WithRegistersModel.from_pretrained(dinov2_folder).eval()
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        whole = model(pixels).last_hidden_state[:, 5:]
-        expected = (whole - model.layernorm.bias) / model.layernorm.weight
+        tokens = model(pixels).last_hidden_state[:, 5:]
+        expected = (tokens - model.layernorm.bias) / model.layernorm.weight
     encoder = load_encoder("small", str(dinov2_folder))
     torch.testing.assert_close(encoder(pixels), expected, atol=1e-4, rtol=1e-4)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -161,19 +161,19 @@ def test_a_source_for_an_encoder_that_takes_none_is_refused() -> None:
         load_encoder("random-tiny", "some/folder")
 
 
-def test_weights_that_can_not_be_had_are_named(small_dinov2: None, tmp_path: Path) -> None:
+def test_unavailable_weights_are_named(small_dinov2: None, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no weights of Dinov2With.* at .*empty.*encoder_source"):
         load_encoder("small", str(tmp_path / "empty"))
 
 
 def test_weights_of_another_model_are_refused(small_dinov2: None, tmp_path: Path) -> None:
-    """transformers would fill what is missing with random numbers and only warn."""
+    """transformers would fill missing weights with random numbers and warn."""
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
     )
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    tiny_dinov2().save_pretrained(tmp_path)  # its config says it is what it is not
+    tiny_dinov2().save_pretrained(tmp_path)  # its config names another class
     with pytest.raises(ValueError, match=r"do not fit Dinov2WithRegistersModel: .*embeddings"):
         load_encoder("small", str(tmp_path))
 
@@ -182,3 +182,8 @@ def test_weights_of_another_size_are_refused(dinov2_folder: Path) -> None:
     """The folder's own config decides the size, so that nothing else would notice."""
     with pytest.raises(ValueError, match="are of width 24, but the encoder's row says 384"):
         load_encoder("dinov2-s", str(dinov2_folder))
+
+
+def test_that_mlp_has_no_other_home() -> None:
+    with pytest.raises(ValueError, match=r"MLP whose weights only a released tokenizer holds; import one"):
+        load_encoder("internvit-300m-mlp", "anywhere")

@@ -1,4 +1,4 @@
-"""LPIPS: a frozen distance, computed as published whatever the names its weights come under."""
+"""LPIPS: a frozen distance, computed as published, from weights under every known name."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_names_of_lpips_and_torchvision_load_the_same(net: Any) -> None:
 @pytest.mark.parametrize("net", NETS)
 def test_usual_files_load_the_same(net: Any, tmp_path: Path) -> None:
     """torchvision's file (with its classifier, and in the old format too) beside the package's heads, and the
-    package's whole state dict in one file."""
+    package's complete state dict in one file."""
     features, heads = torchvision_features(net), random_heads(net)
     plain = {f"features.{key}": value for key, value in features.state_dict().items()}
     expected = lpips_from_state(net, plain | heads).state_dict()
@@ -111,11 +111,11 @@ def test_usual_files_load_the_same(net: Any, tmp_path: Path) -> None:
         classifier = {"classifier.0.weight": torch.zeros(1)}
         torch.save(plain | classifier, tmp_path / name, _use_new_zipfile_serialization=zipped)
         torch.save(heads, tmp_path / f"{net}.pth")
-        found = load_lpips(net, tmp_path).state_dict()
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
-    save_file(plain | heads, tmp_path / "whole.safetensors")
-    found = load_perceptual(net, tmp_path / "whole.safetensors").state_dict()
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+        loaded = load_lpips(net, tmp_path).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+    save_file(plain | heads, tmp_path / "complete.safetensors")
+    loaded = load_perceptual(net, tmp_path / "complete.safetensors").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())
     with pytest.raises(ValueError, match="network 'random' has no weights to load"):
         load_perceptual("random", tmp_path)
     shutil.copy(tmp_path / f"{net}.pth", tmp_path / f"{net}-again.pth")

@@ -1,4 +1,4 @@
-"""Constants of the outside world, against other packages that have them or as their authors publish them."""
+"""Published constants, against other packages or as their authors publish them."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_every_vfm_gets_the_pixels_that_it_was_trained_with(
     assert rows
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     for name, spec in rows.items():
-        found = EncoderInput(spec, spec.stride)(images[:, :, : spec.stride, : spec.stride])
+        pixels = EncoderInput(spec, spec.stride)(images[:, :, : spec.stride, : spec.stride])
         patch = images[:, :, : spec.stride, : spec.stride]
         expected = (patch - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(pixels, expected.double(), rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_lpips_scales_as_its_authors_do() -> None:

@@ -105,8 +105,8 @@ def test_pca_agrees_with_numpy_and_needs_one_pass() -> None:
         np.testing.assert_allclose(targets.basis.numpy(), directions, atol=2e-5)
     z = centred @ directions
     z /= np.sqrt((z**2).mean(axis=1, keepdims=True) + 1e-6)
-    ours = fit_pca([features], 4).project(features).flatten(0, 1)
-    np.testing.assert_allclose(ours.numpy(), z, atol=2e-3)  # 1000 in float32 has an error of 6e-5
+    targets = fit_pca([features], 4).project(features).flatten(0, 1)
+    np.testing.assert_allclose(targets.numpy(), z, atol=2e-3)  # 1000 in float32 has an error of 6e-5
 
 
 def test_pca_keeps_what_spans_few_directions() -> None:
@@ -209,8 +209,8 @@ def nearest(image: Tensor, grid: Tensor) -> Tensor:
 def test_reference_features_against_numpy(upsampler: Any, kind: str) -> None:
     features, images = torch.randn(2, 3 * 5, 6), torch.rand(2, 3, 12, 20)
     expected = naive_reference(features, images, 3, 5, kind)
-    ours = reference_features(features, images, 3, 5, upsampler)
-    np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
+    targets = reference_features(features, images, 3, 5, upsampler)
+    np.testing.assert_allclose(targets.numpy(), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("upsampler", ["bilinear", "jbu", nearest])
@@ -245,12 +245,12 @@ def test_bilateral_weights_are_local_and_sum_to_one() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, images = torch.randn(2, 16, 6), torch.rand(2, 3, 16, 16)
-    whole = reference_features(features, images, 4, 4, "jbu")
+    in_one_pass = reference_features(features, images, 4, 4, "jbu")
     monkeypatch.setattr(upsampling, "_CHUNK", 2 * 16 * 16 * 3)  # 3 rows at a time, the last chunk has one
-    torch.testing.assert_close(reference_features(features, images, 4, 4, "jbu"), whole)
+    torch.testing.assert_close(reference_features(features, images, 4, 4, "jbu"), in_one_pass)
 
 
-def test_low_pass_takes_away_what_the_grid_can_not_hold() -> None:
+def test_low_pass_removes_frequencies_beyond_the_grid() -> None:
     """A wave of one cell would be sampled as a constant; the blur removes its share of it, and no mean."""
     wave = torch.cos(2 * math.pi * (torch.arange(32) + 0.5) / 8).expand(1, 1, 32, 32)
     sharp = low_pass_down(wave, 4, 4, LowPassConfig(strength=0))

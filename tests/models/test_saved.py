@@ -56,9 +56,9 @@ def test_a_saved_tokenizer_comes_back_to_the_bit(tiny_pae: PAE, tmp_path: Path) 
 
 def test_decoding_alone_needs_no_encoder(tokenizer_folder: Path) -> None:
     z = torch.randn(1, 8, 4, 4)
-    whole, half = load_tokenizer(tokenizer_folder), load_tokenizer(tokenizer_folder, decode_only=True)
+    full, half = load_tokenizer(tokenizer_folder), load_tokenizer(tokenizer_folder, decode_only=True)
     assert half.encoder is None
-    assert torch.equal(half.decode(z), whole.decode(z))
+    assert torch.equal(half.decode(z), full.decode(z))
 
 
 def test_a_finetuned_encoder_is_saved_with_its_tokenizer(tiny_config: PAEConfig, tmp_path: Path) -> None:
@@ -114,7 +114,9 @@ def test_a_finetuned_encoder_is_fetched_from_nowhere(tmp_path: Path, monkeypatch
         loaded.save_pretrained(tmp_path / "saved")
         assert torch.equal(load_tokenizer(tmp_path / "saved").encode(images), model.encode(images))
         assert all(parameter.requires_grad for parameter in loaded.encoder.parameters())  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="loaded without its own encoder; load it whole to save it"):
+    with pytest.raises(
+        ValueError, match="loaded without its own encoder; load it with its encoder to save it"
+    ):
         load_tokenizer(tmp_path / "saved", decode_only=True).save_pretrained(tmp_path / "half")
 
 
@@ -171,9 +173,9 @@ def test_a_field_that_a_later_version_adds_keeps_old_folders_readable(folder: Pa
     state = load_file(folder / "model.safetensors")
     older = {key: value for key, value in configs.read_yaml(file).items() if key != "sphere"}
     made_with = identity_of(folder).made_with
-    from openpae.storage.model_folder import _print_of
+    from openpae.storage.model_folder import _fingerprint_of
 
-    identity = {"fingerprint": _print_of(state, older, made_with), "made_with": made_with}
+    identity = {"fingerprint": _fingerprint_of(state, older, made_with), "made_with": made_with}
     save_file(state, folder / "model.safetensors", metadata=identity)
     file.write_text(
         "".join(line for line in file.read_text().splitlines(True) if not line.startswith("sphere"))
@@ -238,9 +240,9 @@ def test_another_encoder_than_in_training_is_refused(tokenizer_folder: Path) -> 
     assert torch.isfinite(load_tokenizer(tokenizer_folder, encoder).encode(torch.rand(1, 3, 32, 32))).all()
     with torch.no_grad():
         encoder.backbone.cls_token.add_(1)  # type: ignore[operator, union-attr]
-    found = encoder_fingerprint(encoder)
+    actual = encoder_fingerprint(encoder)
     with pytest.raises(
-        ValueError, match=rf"encoder of fingerprint {expected}.*now has {found}.*encoder_source"
+        ValueError, match=rf"encoder of fingerprint {expected}.*now has {actual}.*encoder_source"
     ):
         load_tokenizer(tokenizer_folder, encoder)
 

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from openpae import config as configs
 from openpae.cli import main
 from openpae.data.caches import cache_latents
-from openpae.data.images import ImageFolder, PackedImages, center_crop, pack_images, resize_to_cover
+from openpae.data.crops import center_crop, resize_to_cover
+from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.label_maps import read_segmented
+from openpae.data.packing import pack_images
 from openpae.data.pixels import pca_pictures, thumbnails
 from openpae.data.training import TrainingImages
 from openpae.eval.image_stream import source_batches
@@ -34,7 +36,7 @@ from openpae.models.saved import load_generator, load_tokenizer, write_tokenizer
 from openpae.models.tokenizer import PAE, build_tokenizer
 from openpae.sampling.sampler import sample_images
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.files import whole_folder
+from openpae.storage.files import atomic_folder
 from openpae.storage.model_folder import identity_of
 from openpae.train.generator import train_generator
 from openpae.train.refiner import train_refiner
@@ -93,7 +95,7 @@ def test_pack_takes_a_width(image_folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_random_crops_have_the_shape_and_reach_every_edge(tmp_path: Path) -> None:
-    """They are cut from what covers a box of the crop's own shape, whose shorter side is `resize`."""
+    """They are cut from an image that covers a box of the crop's shape with shorter side `resize`."""
     places = np.stack(np.meshgrid(np.arange(48), np.arange(32)), axis=-1).astype(np.uint8)  # column, row
     image = np.concatenate([places, np.zeros((32, 48, 1), dtype=np.uint8)], axis=-1)
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -114,9 +116,9 @@ def test_label_maps_are_cut_as_their_images(tmp_path: Path) -> None:
     grey = np.repeat(np.arange(60, dtype=np.uint8)[None], 40, axis=0)
     Image.fromarray(np.repeat(grey[..., None], 3, axis=2)).save(tmp_path / "images" / "a.png")
     Image.fromarray(grey).save(tmp_path / "maps" / "a.png")
-    found = read_segmented(tmp_path / "images", tmp_path / "maps", size=(40, 50))
-    assert found.images.shape == (1, 3, 40, 50)
-    assert torch.equal(found.images[:, 0].long(), found.labels)
+    pair = read_segmented(tmp_path / "images", tmp_path / "maps", size=(40, 50))
+    assert pair.images.shape == (1, 3, 40, 50)
+    assert torch.equal(pair.images[:, 0].long(), pair.labels)
 
 
 # The tokenizer
@@ -234,7 +236,7 @@ def test_a_generator_takes_other_grids_through_interpolated_positions() -> None:
         ask(LightningDiT(replace(WIDE_DIT, patch_size=2)), torch.randn(1, 8, 5, 6))
 
 
-# All of it
+# All stages
 
 
 def test_wide_images_go_through_every_stage(wide: PackedImages, tmp_path: Path) -> None:
@@ -293,11 +295,8 @@ def test_wide_images_go_through_every_stage(wide: PackedImages, tmp_path: Path) 
         quiet=True,
     )
     generator = load_generator(tmp_path / "generator")
-    images = torch.cat(
-        list(
-            sample_images(tokenizer, generator, torch.tensor([0, 1, 0]), SamplerConfig(steps=2), seed=0),
-        )
-    )
+    labels = torch.tensor([0, 1, 0])
+    images = torch.cat([*sample_images(tokenizer, generator, labels, SamplerConfig(steps=2), seed=0)])
     assert images.shape == (3, 3, *WIDE)
 
 
@@ -308,7 +307,7 @@ def test_a_wide_latent_space_is_measured_and_drawn(
     """Pictures keep their proportions: 32 x 40 and 4 x 5 on the page."""
     model = build_tokenizer(replace(tiny_config, image_width=40))
     assert model.encoder is not None
-    with whole_folder(tmp_path / "wide") as folder:
+    with atomic_folder(tmp_path / "wide") as folder:
         write_tokenizer(folder, model.state_dict(), model.config, encoder_fingerprint(model.encoder))
     run = ProfileRun(
         images=image_folder, out=tmp_path / "out", lpips="random", extractor="none", measure=MeasureConfig()
@@ -321,11 +320,11 @@ def test_a_wide_latent_space_is_measured_and_drawn(
     assert "10 images of 32 x 40 pixels" in (tmp_path / "out/profile.html").read_text(encoding="utf-8")
     assert thumbnails(torch.rand(2, 3, 32, 48), 24).shape == (2, 3, 16, 24)
     assert pca_pictures(torch.randn(2, 8, 4, 6), 24).shape == (2, 3, 16, 24)
-    with pytest.raises(ValueError, match="scenes are square, but images of 32 x 40 are asked for"):
+    with pytest.raises(ValueError, match="scenes are square, but the images have 32 x 40 pixels"):
         run_profile([str(tmp_path / "wide")], replace(run, scenes=2))
 
 
-# What does not fit
+# Impossible sizes
 
 
 @pytest.mark.parametrize(
@@ -338,7 +337,7 @@ def test_a_wide_latent_space_is_measured_and_drawn(
         (lambda: RefinerConfig(grid_width=0), "grid_width must be >= 1, got 0"),
     ],
 )
-def test_sizes_that_can_not_be_are_named(make: object, message: str) -> None:
+def test_impossible_sizes_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
 

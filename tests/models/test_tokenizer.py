@@ -63,13 +63,13 @@ def test_every_stage_agrees_with_the_golden_file() -> None:
     features = model.features(images)
     modulated = model.modulator(model.preprocess(images), features)
     latents = model.encode(images)
-    found = {
+    stages = {
         "features": features,
         "modulated": modulated,
         "latents": latents,
         "reconstruction": model.decode(latents),
     }
-    for name, value in found.items():
+    for name, value in stages.items():
         torch.testing.assert_close(value, tensors[f"io.{name}"], rtol=0, atol=1e-5, msg=name)
 
 
@@ -279,7 +279,7 @@ def test_colours_are_restored_by_the_encoders_mean_and_std(tiny_pae: PAE) -> Non
         ),
     ],
 )
-def test_images_that_can_not_be_encoded_are_refused(tiny_pae: PAE, images: Tensor, message: str) -> None:
+def test_unsuitable_images_are_refused(tiny_pae: PAE, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_pae.encode(images)
 
@@ -317,9 +317,7 @@ def test_any_module_with_a_spec_can_be_the_encoder(tiny_config: PAEConfig) -> No
         ({"modulator_layers": -1}, "modulator_layers must be >= 0, got -1"),
     ],
 )
-def test_sizes_that_can_not_be_are_named(
-    tiny_config: PAEConfig, changes: dict[str, int], message: str
-) -> None:
+def test_impossible_sizes_are_named(tiny_config: PAEConfig, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(tiny_config, **changes)
 
@@ -332,7 +330,7 @@ def test_sizes_that_can_not_be_are_named(
         ({"num_heads": 3}, "got 3 heads for a width of 32"),
     ],
 )
-def test_decoder_sizes_that_can_not_be_are_named(changes: dict[str, int], message: str) -> None:
+def test_impossible_decoder_sizes_are_named(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecoderConfig(**({"hidden_dim": 32, "num_heads": 2} | changes))
 
@@ -342,11 +340,3 @@ def test_the_encoder_of_a_config_is_loaded_with_it(tiny_config: PAEConfig) -> No
     images = torch.rand(1, 3, 32, 32)
     expected = load_encoder("random-tiny")(model.preprocess(images))
     assert torch.equal(model.features(images), expected)
-
-
-def test_a_local_start_changes_both_projectors_and_the_pixels_alone(tiny_config: PAEConfig) -> None:
-    model = build_tokenizer(tiny_config)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    model.start_local()
-    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed == {"projector.attn.qkv.weight", "deprojector.attn.qkv.weight", "decoder.to_pixels.weight"}

@@ -49,7 +49,7 @@ def evaluate(rows: Tensor, batch_size: int, *, gather: bool = False) -> dict[str
         evaluation.gather()
     if gather and distributed.get_rank():
         return {}
-    return {name: estimate.value for name, estimate in evaluation.compute().metrics.items()}
+    return {name: estimate.value for name, estimate in evaluation.compute()[0].items()}
 
 
 def evaluate_a_share(rank: int, store: str, out: str) -> None:

@@ -1,4 +1,4 @@
-"""Walks: their ends are what they say, and every step between is as long as the next."""
+"""Interpolation: its ends are the given images or samples, and its steps have equal angles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from openpae.sampling.settings import SamplerConfig
 
 
 def watched(tokenizer: PAE, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The latents that the tokenizer is asked to decode."""
+    """Collects the latents that the tokenizer decodes."""
     seen: list[Tensor] = []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda z: seen.append(z) or decode(z))
@@ -26,17 +26,17 @@ def watched(tokenizer: PAE, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("frames", [2, 5])
-def test_a_walk_between_images_runs_from_one_reconstruction_to_the_other(tiny_pae: PAE, frames: int) -> None:
+def test_images_are_interpolated_between_their_reconstructions(tiny_pae: PAE, frames: int) -> None:
     first, last = torch.rand(2, 3, 32, 32)
-    walk = interpolate_images(tiny_pae, first, last, frames, batch_size=2)
-    assert walk.shape == (frames, 3, 32, 32)
+    images = interpolate_images(tiny_pae, first, last, frames, batch_size=2)
+    assert images.shape == (frames, 3, 32, 32)
     with torch.no_grad():
         ends = tiny_pae.reconstruct(torch.stack([first, last]))
-    torch.testing.assert_close(walk[[0, -1]], ends, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images[[0, -1]], ends, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sphere", ["token", "sample"])
-def test_it_stays_on_the_sphere_and_keeps_its_pace(
+def test_latents_stay_on_the_sphere_at_equal_angles(
     tiny_pae: PAE, monkeypatch: pytest.MonkeyPatch, sphere: str
 ) -> None:
     object.__setattr__(
@@ -54,23 +54,23 @@ def test_it_stays_on_the_sphere_and_keeps_its_pace(
 
 
 @pytest.mark.parametrize("solver", ["euler", "multistep"])
-def test_a_walk_between_seeds_runs_from_one_sample_to_the_other(
+def test_seeds_are_interpolated_between_their_samples(
     tiny_pae: PAE, tiny_dit: LightningDiT, solver: Any
 ) -> None:
     config = SamplerConfig(solver=solver, steps=4, guidance=2.0)
-    walk = interpolate_seeds(tiny_pae, tiny_dit, config, seeds=(3, 8), label=1, frames=4, batch_size=3)
-    assert walk.shape == (4, 3, 32, 32)
+    images = interpolate_seeds(tiny_pae, tiny_dit, config, seeds=(3, 8), label=1, frames=4, batch_size=3)
+    assert images.shape == (4, 3, 32, 32)
     noise = torch.cat([initial_noise(seed, [0], (8, 4, 4)) for seed in (3, 8)])
     with torch.no_grad():
         ends = tiny_pae.decode(sample_latents(tiny_dit, torch.tensor([1, 1]), noise, config)).clamp(0, 1)
-    torch.testing.assert_close(walk[[0, -1]], ends, atol=1e-4, rtol=1e-4)
-    assert (walk[1] - walk[2]).abs().max() > 1e-4
+    torch.testing.assert_close(images[[0, -1]], ends, atol=1e-4, rtol=1e-4)
+    assert (images[1] - images[2]).abs().max() > 1e-4
 
 
-def test_the_noise_on_the_way_is_as_strong_as_at_the_ends(
+def test_interpolated_noise_keeps_its_length(
     tiny_pae: PAE, tiny_dit: LightningDiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A generator that has learned nothing returns the noise; its length must not sag between the ends."""
+    """A generator with zero velocity returns the noise. Its length must not shrink between the ends."""
     torch.nn.init.zeros_(tiny_dit.to_velocity.weight)
     torch.nn.init.zeros_(tiny_dit.to_velocity.bias)
     seen = watched(tiny_pae, monkeypatch)
@@ -81,8 +81,8 @@ def test_the_noise_on_the_way_is_as_strong_as_at_the_ends(
     assert lengths.mean() == pytest.approx(math.sqrt(128), rel=0.15)
 
 
-def test_what_can_not_be_walked_is_named(tiny_pae: PAE, tiny_dit: LightningDiT) -> None:
-    with pytest.raises(ValueError, match="at least 2 frames, its ends, got 1"):
+def test_one_frame_and_the_sde_are_refused(tiny_pae: PAE, tiny_dit: LightningDiT) -> None:
+    with pytest.raises(ValueError, match="frames must be at least 2, the two ends, got 1"):
         interpolate_images(tiny_pae, *torch.rand(2, 3, 32, 32), frames=1)
     with pytest.raises(ValueError, match="frames would jump"):
         interpolate_seeds(tiny_pae, tiny_dit, SamplerConfig(solver="sde"), seeds=(0, 1), label=0, frames=3)

@@ -1,4 +1,4 @@
-"""Classes to images in one call, from a pair that belongs together."""
+"""Pipeline: classes to images in one call, with a tokenizer and a generator of its latents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from openpae.storage.model_folder import checkpoint_path, identity_of
 
 @pytest.fixture
 def pair(tiny_dit: LightningDiT, tokenizer_folder: Path, tmp_path: Path) -> Path:
-    """As the quickstart leaves it: two run folders beside other things."""
+    """Two run folders beside other files, as `pae quickstart` writes them."""
     folder = tmp_path / "pair"
     shutil.copytree(tokenizer_folder, checkpoint_path(folder / "tokenizer", 4))
     target = checkpoint_path(folder / "generator", 4)
@@ -30,7 +30,7 @@ def pair(tiny_dit: LightningDiT, tokenizer_folder: Path, tmp_path: Path) -> Path
     return folder
 
 
-def test_it_draws_what_sampling_draws(pair: Path) -> None:
+def test_its_images_are_those_of_sample_images(pair: Path) -> None:
     pipeline = Pipeline.from_pretrained(pair)
     images = pipeline(class_labels=[1, 0, 2], steps=3, seed=5, output="tensor")
     labels, config = torch.tensor([1, 0, 2]), SamplerConfig(steps=3)
@@ -44,7 +44,7 @@ def test_it_draws_what_sampling_draws(pair: Path) -> None:
     np.testing.assert_array_equal(levels, (images * 255).round().permute(0, 2, 3, 1).numpy())
 
 
-def test_an_image_depends_on_its_seed_place_and_class_alone(pair: Path) -> None:
+def test_an_image_depends_on_its_seed_index_and_class_alone(pair: Path) -> None:
     pipeline = Pipeline.from_pretrained(pair).to("cpu")
     all_at_once = pipeline([0, 1, 1], steps=2, output="tensor")
     one_by_one = pipeline([0, 1, 0], steps=2, output="tensor", batch_size=1)
@@ -53,7 +53,7 @@ def test_an_image_depends_on_its_seed_place_and_class_alone(pair: Path) -> None:
     assert not torch.allclose(all_at_once, pipeline([0, 1, 1], steps=2, seed=1, output="tensor"), atol=1e-3)
 
 
-def test_a_pair_must_be_whole_and_belong_together(pair: Path, tiny_pae: PAE, tmp_path: Path) -> None:
+def test_a_pair_must_be_complete_and_belong_together(pair: Path, tiny_pae: PAE, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     write_tokenizer(tmp_path / "other", tiny_pae.state_dict(), tiny_pae.config, "0" * 16)
     with pytest.raises(ValueError, match="decode with the tokenizer that the generator was trained with"):
@@ -79,7 +79,7 @@ def test_a_saved_pair_still_belongs_together(pair: Path, tmp_path: Path, precisi
     assert "Pipeline.from_pretrained" in (tmp_path / "saved" / "README.md").read_text()
 
 
-def test_what_can_not_be_drawn_is_refused(pair: Path) -> None:
+def test_invalid_arguments_are_refused(pair: Path) -> None:
     pipeline = Pipeline.from_pretrained(pair)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
         pipeline([3], steps=1)

@@ -1,4 +1,4 @@
-"""Samples on disk: every format holds the same, whatever interrupts, and the record is theirs."""
+"""Samples on disk: formats, resumption and the record."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from openpae.eval.features import FeatureSet
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import PAE
 from openpae.sampling import sample_set as sample_set_module
-from openpae.sampling.sample_set import SampleSet, draw_samples
+from openpae.sampling import sampler as sampler_module
+from openpae.sampling.sample_set import SampleSet, write_samples
 from openpae.sampling.sampler import balanced_labels, sample_batches, sample_images
 from openpae.sampling.settings import FILES, Format, SamplerConfig
 from tests.conftest import kill_points
 
-Draw = Callable[..., dict[str, Any]]
+Write = Callable[..., dict[str, Any]]
 
 
 def sample_set(**changes: Any) -> SampleSet:
@@ -37,23 +38,23 @@ def sample_set(**changes: Any) -> SampleSet:
 
 
 @pytest.fixture
-def draw(tiny_pae: PAE, tiny_dit: LightningDiT) -> Draw:
-    def drawn(out: Path, samples: SampleSet | None = None, **more: Any) -> dict[str, Any]:
-        return draw_samples(out, samples or sample_set(), tiny_pae, tiny_dit, **more)
+def write(tiny_pae: PAE, tiny_dit: LightningDiT) -> Write:
+    def run(out: Path, samples: SampleSet | None = None, **more: Any) -> dict[str, Any]:
+        return write_samples(out, samples or sample_set(), tiny_pae, tiny_dit, **more)
 
-    return drawn
+    return run
 
 
 @pytest.fixture
 def levels(tiny_pae: PAE, tiny_dit: LightningDiT) -> Tensor:
-    """The same five straight from the sampler, (5, 3, 32, 32) uint8."""
+    """The same five samples from the sampler, (5, 3, 32, 32) uint8."""
     samples = sample_set()
     batches = sample_images(tiny_pae, tiny_dit, samples.labels, samples.sampler, seed=3, batch_size=2)
     return quantize(torch.cat(list(batches)))
 
 
-def test_an_npz_is_what_numpy_would_have_written(draw: Draw, levels: Tensor, tmp_path: Path) -> None:
-    draw(tmp_path / "out")
+def test_an_npz_equals_that_of_numpy(write: Write, levels: Tensor, tmp_path: Path) -> None:
+    write(tmp_path / "out")
     np.savez(tmp_path / "theirs.npz", levels.permute(0, 2, 3, 1).numpy(), balanced_labels(5, 2).numpy())
     assert (tmp_path / "out" / "samples.npz").read_bytes() == (tmp_path / "theirs.npz").read_bytes()
     with np.load(tmp_path / "out" / "samples.npz") as file:
@@ -61,8 +62,8 @@ def test_an_npz_is_what_numpy_would_have_written(draw: Draw, levels: Tensor, tmp
         assert file["arr_1"].tolist() == [0, 1, 0, 1, 0]
 
 
-def test_a_folder_of_pngs_holds_the_same(draw: Draw, levels: Tensor, tmp_path: Path) -> None:
-    draw(tmp_path, sample_set(format="png"))
+def test_a_folder_of_pngs_holds_the_same(write: Write, levels: Tensor, tmp_path: Path) -> None:
+    write(tmp_path, sample_set(format="png"))
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == [f"{index:06d}.png" for index in range(5)]
     for index, name in enumerate(names):
@@ -70,24 +71,24 @@ def test_a_folder_of_pngs_holds_the_same(draw: Draw, levels: Tensor, tmp_path: P
             assert np.array_equal(np.asarray(image), levels[index].permute(1, 2, 0).numpy())
 
 
-def test_tensors_hold_the_same(draw: Draw, levels: Tensor, tmp_path: Path, tiny_dit: LightningDiT) -> None:
-    draw(tmp_path / "images", sample_set(format="safetensors"))
-    found = load_file(tmp_path / "images" / "samples.safetensors")
-    assert torch.equal(found["images"], levels)
-    assert found["labels"].tolist() == [0, 1, 0, 1, 0]
-    draw(tmp_path / "latents", sample_set(format="latents"))
-    found = load_file(tmp_path / "latents" / "latents.safetensors")
+def test_tensors_hold_the_same(write: Write, levels: Tensor, tmp_path: Path, tiny_dit: LightningDiT) -> None:
+    write(tmp_path / "images", sample_set(format="safetensors"))
+    tensors = load_file(tmp_path / "images" / "samples.safetensors")
+    assert torch.equal(tensors["images"], levels)
+    assert tensors["labels"].tolist() == [0, 1, 0, 1, 0]
+    write(tmp_path / "latents", sample_set(format="latents"))
+    tensors = load_file(tmp_path / "latents" / "latents.safetensors")
     samples = sample_set()
     rows = [range(0, 2), range(2, 4), range(4, 5)]
     z = torch.cat(list(sample_batches(tiny_dit, samples.labels, samples.sampler, rows, seed=3)))
-    assert torch.equal(found["latents"], z)
-    assert found["labels"].dtype == torch.int64
+    assert torch.equal(tensors["latents"], z)
+    assert tensors["labels"].dtype == torch.int64
     assert not (tmp_path / "latents" / "grid.png").exists()
 
 
-def test_the_record_says_how_they_were_made(draw: Draw, levels: Tensor, tmp_path: Path) -> None:
-    """And names the samples by the hash that an evaluation gives them."""
-    record = draw(tmp_path)
+def test_the_record_is_complete(write: Write, levels: Tensor, tmp_path: Path) -> None:
+    """Its hash of the samples is that of an evaluation."""
+    record = write(tmp_path)
     assert json.loads((tmp_path / "samples.json").read_text()) == record
     expected = {
         "count": 5, "labels": "class-balanced", "seed": 3, "solver": "sde", "steps": 2, "shift": 0.4,
@@ -115,27 +116,27 @@ def extractor_of_nothing() -> Any:
 
 
 def test_an_adaptive_solver_has_no_steps_to_record() -> None:
-    told = sample_set(sampler=SamplerConfig(solver="rk45", tolerance=1e-3)).as_record()
-    assert told["tolerance"] == 1e-3
-    assert told["nfe"] is None
-    assert not {"steps", "shift"} & told.keys()
+    record = sample_set(sampler=SamplerConfig(solver="rk45", tolerance=1e-3)).as_record()
+    assert record["tolerance"] == 1e-3
+    assert record["nfe"] is None
+    assert not {"steps", "shift"} & record.keys()
 
 
 @pytest.mark.parametrize("kind", ["npz", pytest.param("png", marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_changes_nothing(draw: Draw, tmp_path: Path, kind: Format) -> None:
-    """Killed before every change to the folder in turn, and called again: the files are those of an
-    undisturbed call, and until samples.json is there nothing looks finished."""
+def test_a_kill_at_any_moment_changes_nothing(write: Write, tmp_path: Path, kind: Format) -> None:
+    """Kill before each change to the folder in turn, and call again: the files equal those of an
+    uninterrupted call, and no folder looks complete before samples.json exists."""
     sampler = SamplerConfig(steps=1, guidance=1.0)
     samples = sample_set(format=kind, sampler=sampler, labels=balanced_labels(3, 2))
-    draw(tmp_path / "whole", samples)
+    write(tmp_path / "complete", samples)
     out = tmp_path / "out"
     deaths = 0
-    for _ in kill_points(lambda: draw(out, samples), tmp_path):
+    for _ in kill_points(lambda: write(out, samples), tmp_path):
         deaths += 1
         before = (out / "samples.json").is_file()
-        draw(out, samples)
-        assert contents(out) == contents(tmp_path / "whole")
-        if before:  # what was complete is left alone
+        write(out, samples)
+        assert contents(out) == contents(tmp_path / "complete")
+        if before:  # a complete folder stays unchanged
             assert not (out / "parts").exists()
         shutil.rmtree(out)
     assert deaths > 15
@@ -147,8 +148,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_an_interrupted_call_draws_only_what_is_missing(
-    draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_call_samples_the_missing_parts_only(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):
         pass
@@ -159,37 +160,37 @@ def test_an_interrupted_call_draws_only_what_is_missing(
             raise Stop
 
     with pytest.raises(Stop):
-        draw(tmp_path / "out", progress=stop)
-    asked: list[list[int]] = []
-    original = sample_set_module.sample_batches
+        write(tmp_path / "out", progress=stop)
+    sampled: list[list[int]] = []
+    original = sampler_module.sample_batches
 
     def watched(*arguments: Any, **more: Any) -> Any:
         rows = [list(batch) for batch in arguments[3]]
-        asked.extend(rows)
+        sampled.extend(rows)
         return original(*arguments[:3], rows, **more)
 
-    monkeypatch.setattr(sample_set_module, "sample_batches", watched)
-    draw(tmp_path / "out")
-    assert asked == [[4]]
-    draw(tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    asked.clear()
-    draw(tmp_path / "out")  # complete: nothing is drawn
-    assert asked == []
+    monkeypatch.setattr(sampler_module, "sample_batches", watched)
+    write(tmp_path / "out")
+    assert sampled == [[4]]
+    write(tmp_path / "complete")
+    assert contents(tmp_path / "out") == contents(tmp_path / "complete")
+    sampled.clear()
+    write(tmp_path / "out")  # complete: nothing is sampled
+    assert sampled == []
 
 
 def test_a_batch_is_written_before_the_next_but_one_is_decoded(
-    draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_pae: PAE
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_pae: PAE
 ) -> None:
-    """So that 50,000 samples need no more memory than a batch."""
+    """So that 50,000 samples need the memory of one batch."""
     events: list[str] = []
-    decode, write = tiny_pae.decode, sample_set_module.ShardWriter.write
+    decode, write_shard = tiny_pae.decode, sample_set_module.ShardWriter.write
     monkeypatch.setattr(tiny_pae, "decode", lambda z: events.append("decode") or decode(z))
     monkeypatch.setattr(
-        sample_set_module.ShardWriter, "write", lambda *rest: events.append("write") or write(*rest)
+        sample_set_module.ShardWriter, "write", lambda *rest: events.append("write") or write_shard(*rest)
     )
-    draw(tmp_path)
-    assert events[0] == "decode"  # of one latent, for the size of the images
+    write(tmp_path)
+    assert events[0] == "decode"  # one latent, for the size of the images
     assert events[1:] == ["decode", "write"] * 3
 
 
@@ -204,29 +205,27 @@ def test_a_batch_is_written_before_the_next_but_one_is_decoded(
     ],
 )
 def test_other_samples_are_never_mixed_in(
-    draw: Draw, tmp_path: Path, changes: dict[str, Any], fact: str
+    write: Write, tmp_path: Path, changes: dict[str, Any], fact: str
 ) -> None:
-    draw(tmp_path / "whole")
+    write(tmp_path / "complete")
     with pytest.raises(ValueError, match=rf"holds other samples: another .*{fact}"):
-        draw(tmp_path / "whole", sample_set(**changes))
+        write(tmp_path / "complete", sample_set(**changes))
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path / "part", progress=stop)
+        write(tmp_path / "part", progress=stop)
     with pytest.raises(ValueError, match=rf"was begun with another .*{fact}"):
-        draw(tmp_path / "part", sample_set(**changes))
+        write(tmp_path / "part", sample_set(**changes))
 
 
-def test_a_generator_that_has_diverged_leaves_no_samples(
-    draw: Draw, tmp_path: Path, tiny_dit: LightningDiT
-) -> None:
+def test_a_diverged_generator_writes_no_samples(write: Write, tmp_path: Path, tiny_dit: LightningDiT) -> None:
     tiny_dit.latent_mean.fill_(torch.nan)
     with pytest.raises(ValueError, match="nan"):
-        draw(tmp_path)
+        write(tmp_path)
     with pytest.raises(ValueError, match="not finite"):
-        draw(tmp_path / "latents", sample_set(format="latents"))
+        write(tmp_path / "latents", sample_set(format="latents"))
     assert not (tmp_path / "samples.json").exists()
 
 

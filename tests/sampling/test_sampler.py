@@ -1,4 +1,4 @@
-"""Samples depend on seed and index alone; guidance costs only where it acts."""
+"""Samples depend on seed and index alone. The null class is computed only inside the guidance interval."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPE = (8, 4, 4)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_noise_of_a_sample_is_its_own_to_the_bit(batch: int) -> None:
+def test_the_noise_of_a_sample_does_not_depend_on_the_batch(batch: int) -> None:
     together = initial_noise(5, range(8), SHAPE)
     apart = [initial_noise(5, range(start, min(start + batch, 8)), SHAPE) for start in range(0, 8, batch)]
     assert torch.equal(torch.cat(apart), together)
@@ -39,7 +39,7 @@ def test_noise_of_a_sample_is_its_own_to_the_bit(batch: int) -> None:
 
 
 def test_noise_differs_between_samples_and_seeds() -> None:
-    """Also where seed and index are exchanged, or their digits run together."""
+    """Also if seed and index are exchanged, or their digits concatenate to the same text."""
     pairs = [(0, 1), (1, 0), (1, 11), (11, 1), (111, 0), (0, 111), (0, 0)]
     noise = torch.cat([initial_noise(seed, [index], SHAPE) for seed, index in pairs]).flatten(1)
     correlation = torch.corrcoef(noise) - torch.eye(len(pairs))
@@ -48,10 +48,10 @@ def test_noise_differs_between_samples_and_seeds() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_noise_of_the_steps_is_a_samples_own_to_the_bit(batch: int) -> None:
-    """It goes on where the initial noise ends, whatever else is drawn beside it."""
-    whole = SampleNoise(5, range(8), SHAPE)
-    together = torch.stack([whole.draw() for _ in range(4)])
+def test_the_noise_of_the_steps_does_not_depend_on_the_batch(batch: int) -> None:
+    """The first draw is the initial noise, and later draws are independent of it."""
+    noise = SampleNoise(5, range(8), SHAPE)
+    together = torch.stack([noise.draw() for _ in range(4)])
     apart = []
     for start in range(0, 8, batch):
         part = SampleNoise(5, range(start, min(start + batch, 8)), SHAPE)
@@ -69,24 +69,27 @@ def test_images_do_not_depend_on_the_batch_size(
 ) -> None:
     labels = balanced_labels(8, 2)
     config = SamplerConfig(solver=solver, steps=6, guidance=2.0, guidance_start=0.3, tolerance=0.1)
-    drawn = torch.cat(list(sample_images(tiny_pae, tiny_dit, labels, config, seed=3, batch_size=batch)))
-    whole = torch.cat(list(sample_images(tiny_pae, tiny_dit, labels, config, seed=3, batch_size=64)))
-    torch.testing.assert_close(drawn, whole, atol=1e-4, rtol=0)
-    assert drawn.shape == (8, 3, 32, 32)
-    assert drawn.min() >= 0
-    assert drawn.max() <= 1
+    images = torch.cat(list(sample_images(tiny_pae, tiny_dit, labels, config, seed=3, batch_size=batch)))
+    at_once = torch.cat(list(sample_images(tiny_pae, tiny_dit, labels, config, seed=3, batch_size=64)))
+    torch.testing.assert_close(images, at_once, atol=1e-4, rtol=0)
+    assert images.shape == (8, 3, 32, 32)
+    assert images.min() >= 0
+    assert images.max() <= 1
     other = torch.cat(list(sample_images(tiny_pae, tiny_dit, labels, config, seed=4, batch_size=batch)))
-    assert (other - drawn).abs().max() > 1e-2
+    assert (other - images).abs().max() > 1e-2
 
 
-def test_batches_may_come_in_any_order(tiny_dit: LightningDiT) -> None:
-    """As they do where several processes share them, or an interrupted run goes on."""
+def test_batches_may_come_in_any_order(tiny_pae: PAE, tiny_dit: LightningDiT) -> None:
+    """So that processes can share them, and an interrupted run can go on."""
     labels, config = balanced_labels(8, 2), SamplerConfig(solver="sde", steps=40, guidance=1.0)
-    whole = torch.cat(list(sample_batches(tiny_dit, labels, config, [range(8)], seed=1)))
+    latents = torch.cat(list(sample_batches(tiny_dit, labels, config, [range(8)], seed=1)))
+    images = torch.cat(list(sample_images(tiny_pae, tiny_dit, labels, config, seed=1)))
     rows = [[5, 2, 7], [0], [1, 6, 3, 4]]
-    parts = list(sample_batches(tiny_dit, labels, config, rows, seed=1))
-    for indices, part in zip(rows, parts, strict=True):
-        torch.testing.assert_close(part, whole[indices], atol=1e-4, rtol=0)
+    parts = sample_batches(tiny_dit, labels, config, rows, seed=1)
+    decoded = sample_images(tiny_pae, tiny_dit, labels, config, seed=1, batches=rows)
+    for indices, part, pixels in zip(rows, parts, decoded, strict=True):
+        torch.testing.assert_close(part, latents[indices], atol=1e-4, rtol=0)
+        torch.testing.assert_close(pixels, images[indices], atol=1e-4, rtol=0)
 
 
 def rows_of(model: nn.Module) -> list[tuple[float, Tensor]]:
@@ -100,7 +103,7 @@ def rows_of(model: nn.Module) -> list[tuple[float, Tensor]]:
     ("guidance", "start", "end"),
     [(2.5, 0.0, 1.0), (2.5, 0.3, 1.0), (2.5, 0.3, 0.6), (2.5, 1.0, 1.0), (1.0, 0.0, 1.0)],
 )
-def test_the_null_class_is_computed_where_guidance_acts_and_nowhere_else(
+def test_the_null_class_is_computed_only_inside_the_interval(
     tiny_dit: LightningDiT, guidance: float, start: float, end: float
 ) -> None:
     calls = rows_of(tiny_dit)
@@ -114,28 +117,29 @@ def test_the_null_class_is_computed_where_guidance_acts_and_nowhere_else(
 
 
 def test_skipping_the_null_class_saves_a_fifth_and_changes_nothing(tiny_dit: LightningDiT) -> None:
-    """Against a sampler, written out here, that computes it at every step and weighs it down to nothing."""
+    """Against a sampler, written out below, that computes the null class at every step, with weight zero
+    outside the interval."""
     noise, labels, null = initial_noise(0, range(2), SHAPE), torch.tensor([0, 1]), torch.full((2,), 2)
     config = SamplerConfig(steps=249, shift=0.4, guidance=2.5, guidance_start=0.3)
     counted = rows_of(tiny_dit)
-    drawn = sample_latents(tiny_dit, labels, noise, config)
+    samples = sample_latents(tiny_dit, labels, noise, config)
     evaluated = sum(len(rows) for _, rows in counted) / 2
     counted.clear()
     x, grid = noise.double(), time_grid(250, 0.4).tolist()
     with torch.no_grad():
-        for t, then in pairwise(grid):
-            here = torch.full((2,), t)
-            v, u = (tiny_dit(x.float(), here, rows).double() for rows in (labels, null))
-            x = x + (then - t) * (u + (2.5 if t >= 0.3 else 1.0) * (v - u))
+        for t, t_next in pairwise(grid):
+            times = torch.full((2,), t)
+            v, u = (tiny_dit(x.float(), times, rows).double() for rows in (labels, null))
+            x = x + (t_next - t) * (u + (2.5 if t >= 0.3 else 1.0) * (v - u))
     unskipped = sum(len(rows) for _, rows in counted) / 2
-    torch.testing.assert_close(drawn, tiny_dit.denormalise(x.float()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(samples, tiny_dit.denormalise(x.float()), atol=1e-4, rtol=1e-4)
     assert evaluated == evaluations(config)
     assert unskipped == 2 * 249
     assert evaluated <= 0.8 * unskipped
 
 
-def test_the_interval_holds_the_positions_that_are_meant_to_be_its_ends() -> None:
-    """0.1 + 0.2 is not 0.3 in float64; a position there is guided all the same."""
+def test_the_interval_includes_its_ends_in_float32() -> None:
+    """0.1 + 0.2 is not 0.3 in float64, but it is in float32."""
     config = SamplerConfig(guidance_start=0.3, guidance_end=0.6)
     assert config.guides_at(0.1 + 0.2)
     assert config.guides_at(0.2 + 0.4)
@@ -144,15 +148,15 @@ def test_the_interval_holds_the_positions_that_are_meant_to_be_its_ends() -> Non
     assert not SamplerConfig(guidance=1.0, guidance_start=0.0).guides_at(0.5)
 
 
-def test_guidance_is_what_its_formula_says(tiny_dit: LightningDiT) -> None:
+def test_guidance_follows_its_formula(tiny_dit: LightningDiT) -> None:
     """One step from noise: x_0 + v_u + w (v_c - v_u)."""
     noise, labels, zero = initial_noise(0, range(2), SHAPE), torch.tensor([0, 1]), torch.zeros(2)
     with torch.no_grad():
         conditional = tiny_dit(noise, zero, labels)
         null = tiny_dit(noise, zero, torch.full((2,), tiny_dit.null_label))
     config = SamplerConfig(steps=1, guidance=3.0, guidance_start=0.0)
-    drawn = sample_latents(tiny_dit, labels, noise, config)
-    torch.testing.assert_close(drawn, noise + null + 3 * (conditional - null), atol=1e-5, rtol=1e-5)
+    samples = sample_latents(tiny_dit, labels, noise, config)
+    torch.testing.assert_close(samples, noise + null + 3 * (conditional - null), atol=1e-5, rtol=1e-5)
 
 
 def weaker(config: LightningDiTConfig) -> LightningDiT:
@@ -164,20 +168,20 @@ def weaker(config: LightningDiTConfig) -> LightningDiT:
 def test_a_weaker_generator_guides_in_place_of_the_null_class(
     tiny_dit: LightningDiT, tiny_dit_config: LightningDiTConfig
 ) -> None:
-    """One step from noise: x_0 + v_weak + w (v - v_weak), both of the class. Elsewhere it rests."""
+    """One step from noise: x_0 + v_weak + w (v - v_weak), both of the class; not outside the interval."""
     weak = weaker(tiny_dit_config)
     noise, labels, zero = initial_noise(0, range(2), SHAPE), torch.tensor([0, 1]), torch.zeros(2)
     with torch.no_grad():
         v, v_weak = tiny_dit(noise, zero, labels), weak(noise, zero, labels)
     config = SamplerConfig(steps=1, guidance=3.0, guidance_start=0.0)
-    drawn = sample_latents(tiny_dit, labels, noise, config, weak=weak)
-    torch.testing.assert_close(drawn, noise + v_weak + 3 * (v - v_weak), atol=1e-5, rtol=1e-5)
-    strong, asked = rows_of(tiny_dit), rows_of(weak)
+    samples = sample_latents(tiny_dit, labels, noise, config, weak=weak)
+    torch.testing.assert_close(samples, noise + v_weak + 3 * (v - v_weak), atol=1e-5, rtol=1e-5)
+    strong, weak_calls = rows_of(tiny_dit), rows_of(weak)
     config = SamplerConfig(steps=10, guidance=2.0, guidance_start=0.3)
     sample_latents(tiny_dit, labels, noise, config, weak=weak)
     assert [t for t, _ in strong] == pytest.approx(time_grid(11, 0.4)[:-1].tolist())
-    assert [t for t, _ in asked] == [t for t, _ in strong if t >= 0.3]
-    assert len(strong) + len(asked) == evaluations(config)
+    assert [t for t, _ in weak_calls] == [t for t, _ in strong if t >= 0.3]
+    assert len(strong) + len(weak_calls) == evaluations(config)
 
 
 def test_a_weaker_generator_must_fit(tiny_dit: LightningDiT, tiny_dit_config: LightningDiTConfig) -> None:
@@ -199,8 +203,8 @@ def test_a_weaker_generator_must_fit(tiny_dit: LightningDiT, tiny_dit_config: Li
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
-def test_the_solvers_come_to_the_adaptive_reference(tiny_dit: LightningDiT, guidance: float) -> None:
-    """With the jump of the velocity where guidance sets in and ends, which the reference steps up to."""
+def test_the_solvers_converge_to_the_adaptive_reference(tiny_dit: LightningDiT, guidance: float) -> None:
+    """The velocity jumps at the ends of the guidance interval. The reference splits the path there."""
     noise, labels = initial_noise(0, range(2), SHAPE), torch.tensor([0, 1])
     common = {"guidance": guidance, "guidance_start": 0.3, "guidance_end": 0.8}
     reference = sample_latents(
@@ -209,17 +213,17 @@ def test_the_solvers_come_to_the_adaptive_reference(tiny_dit: LightningDiT, guid
     errors = {}
     for solver in ("euler", "heun", "multistep"):
         for steps in (20, 160):
-            drawn = sample_latents(
+            samples = sample_latents(
                 tiny_dit, labels, noise, SamplerConfig(solver=solver, steps=steps, **common)
             )
-            errors[solver, steps] = float((drawn - reference).abs().max())
+            errors[solver, steps] = float((samples - reference).abs().max())
     for solver in ("euler", "heun", "multistep"):
         assert errors[solver, 160] < 0.15 * errors[solver, 20]
         assert errors[solver, 160] < 0.02
     assert errors["multistep", 20] < errors["euler", 20]
 
 
-def test_the_sde_needs_more_than_its_initial_noise(tiny_dit: LightningDiT) -> None:
+def test_the_sde_needs_a_source_of_noise(tiny_dit: LightningDiT) -> None:
     config = SamplerConfig(solver="sde", steps=2, guidance=1.0)
     with pytest.raises(ValueError, match="give it a SampleNoise"):
         sample_latents(tiny_dit, torch.tensor([0]), initial_noise(0, [0], SHAPE), config)
@@ -228,7 +232,7 @@ def test_the_sde_needs_more_than_its_initial_noise(tiny_dit: LightningDiT) -> No
 
 
 class OwnGenerator(nn.Module):
-    """The least that sampling asks of a generator."""
+    """The least that sampling needs of a generator."""
 
     config = SimpleNamespace(latent_shape=SHAPE)
     null_label = 2
@@ -246,17 +250,17 @@ class OwnGenerator(nn.Module):
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
-def test_any_module_that_has_what_is_needed_can_be_sampled(solver: Any) -> None:
+def test_any_module_with_the_protocol_can_be_sampled(solver: Any) -> None:
     own = OwnGenerator()
     config = SamplerConfig(solver=solver, steps=5, guidance=1.0, tolerance=1e-2)
-    if solver == "rk45":  # it asks for the velocity at the end, which this one does not have
+    if solver == "rk45":  # it evaluates the velocity at t = 1, where this one is infinite
         own.forward = lambda x, t, labels: own.target.expand_as(x)  # type: ignore[method-assign]
-    (drawn,) = sample_batches(own, torch.tensor([0, 1]), config, [range(2)])
+    (samples,) = sample_batches(own, torch.tensor([0, 1]), config, [range(2)])
     expected = own.target + (initial_noise(0, range(2), SHAPE) if solver == "rk45" else 0)
-    torch.testing.assert_close(drawn, expected.expand(2, *SHAPE), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(samples, expected.expand(2, *SHAPE), atol=1e-4, rtol=1e-4)
 
 
-def test_latents_leave_in_the_scale_of_the_tokenizer(tiny_dit: LightningDiT) -> None:
+def test_latents_are_in_the_scale_of_the_tokenizer(tiny_dit: LightningDiT) -> None:
     noise, labels = initial_noise(0, range(2), SHAPE), torch.tensor([0, 1])
     config = SamplerConfig(steps=3)
     plain = sample_latents(tiny_dit, labels, noise, config)
@@ -301,7 +305,7 @@ def test_unknown_labels_are_refused(tiny_dit: LightningDiT, label: int) -> None:
         ({"tolerance": 0.0}, r"tolerance must lie in \(0, 1\), got 0.0"),
     ],
 )
-def test_settings_that_can_not_be_are_named(changes: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**changes)  # type: ignore[arg-type]
 
@@ -311,7 +315,7 @@ def test_settings_that_can_not_be_are_named(changes: dict[str, float], message: 
     ("guidance", "start", "end"),
     [(1.0, 0.0, 1.0), (2.5, 0.0, 1.0), (2.5, 0.25, 1.0), (2.5, 0.25, 0.7), (2.5, 1.0, 1.0)],
 )
-def test_evaluations_count_what_the_sampler_calls(
+def test_evaluations_count_the_calls_of_the_generator(
     tiny_dit: LightningDiT, guidance: float, start: float, end: float, solver: Any
 ) -> None:
     config = SamplerConfig(solver=solver, steps=12, guidance=guidance, guidance_start=start, guidance_end=end)
@@ -320,7 +324,7 @@ def test_evaluations_count_what_the_sampler_calls(
     assert sum(len(labels) for _, labels in calls) == evaluations(config)
 
 
-def test_the_adaptive_solver_has_no_number_of_evaluations_beforehand() -> None:
+def test_the_adaptive_solver_has_no_fixed_number_of_evaluations() -> None:
     assert evaluations(SamplerConfig(solver="rk45")) is None
 
 
@@ -329,11 +333,11 @@ def test_the_adaptive_solver_has_no_number_of_evaluations_beforehand() -> None:
 def test_decoding_beside_sampling_changes_nothing(tiny_pae: PAE, tiny_dit: LightningDiT) -> None:
     pae, dit, labels = tiny_pae.cuda(), tiny_dit.cuda(), balanced_labels(8, 2)
     config = SamplerConfig(solver="sde", steps=6, guidance=2.0)
-    drawn = torch.cat(list(sample_images(pae, dit, labels, config, batch_size=3)))
+    samples = torch.cat(list(sample_images(pae, dit, labels, config, batch_size=3)))
     batches = [range(0, 3), range(3, 6), range(6, 8)]
     with torch.no_grad():
         one_by_one = [pae.decode(z).clamp(0, 1).cpu() for z in sample_batches(dit, labels, config, batches)]
-    assert torch.equal(drawn, torch.cat(one_by_one))
+    assert torch.equal(samples, torch.cat(one_by_one))
     assert torch.equal(
         SampleNoise(0, range(3), SHAPE, "cuda").draw().cpu(), initial_noise(0, range(3), SHAPE)
     )

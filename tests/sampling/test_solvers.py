@@ -1,4 +1,4 @@
-"""Solvers against flows whose solutions are known: their order, their ends, their marginals."""
+"""Solvers on flows with known solutions: order, evaluated positions, marginals."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def test_straight_lines_are_followed_exactly(solve: Solver, points: int, shift: 
 
 
 @given(points=st.integers(3, 12), shift=shifts)
-def test_the_second_order_solvers_are_exact_where_the_velocity_is_linear_in_t(
-    points: int, shift: float
-) -> None:
+def test_the_second_order_solvers_are_exact_for_a_velocity_linear_in_t(points: int, shift: float) -> None:
     """v = 2 t from 0 gives t^2; the one step of first order (multistep's first, heun's last) misses h^2."""
     grid = time_grid(points, shift)
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
@@ -66,18 +64,19 @@ def test_the_error_falls_with_the_order_of_the_solver(solve: Solver, order: int,
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
-def test_the_adaptive_reference_meets_its_tolerance_and_the_others_come_to_it() -> None:
+def test_the_adaptive_reference_meets_its_tolerance_and_the_others_converge_to_it() -> None:
     exact = MEAN + STD * start()
-    found = runge_kutta(to_gaussian, start(), 0.0, 1.0, 1e-9)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, exact, atol=1e-8, rtol=0)
+    reference = runge_kutta(to_gaussian, start(), 0.0, 1.0, 1e-9)
+    assert reference.dtype == torch.float64
+    torch.testing.assert_close(reference, exact, atol=1e-8, rtol=0)
     half = runge_kutta(to_gaussian, start(), 0.0, 0.4, 1e-9)
     torch.testing.assert_close(runge_kutta(to_gaussian, half, 0.4, 1.0, 1e-9), exact, atol=1e-8, rtol=0)
     for solve in (heun, multistep):
-        torch.testing.assert_close(solve(to_gaussian, start(), time_grid(301, 0.4)), found, atol=1e-3, rtol=0)
+        x = solve(to_gaussian, start(), time_grid(301, 0.4))
+        torch.testing.assert_close(x, reference, atol=1e-3, rtol=0)
 
 
-def test_the_adaptive_reference_says_where_it_can_not_go_on() -> None:
+def test_the_adaptive_reference_raises_if_it_stops_early() -> None:
     with pytest.raises(FloatingPointError, match=r"RK45 stopped between t = 0 and 1: .*step size"):
         runge_kutta(lambda x, t: torch.full_like(x, abs(t - 0.5) ** -1.5), start(), 0.0, 1.0, 1e-6)
 
@@ -96,7 +95,7 @@ def test_one_evaluation_a_step_at_the_position_before_it(
     assert seen == visited(grid).tolist()
 
 
-def test_heun_never_asks_for_the_velocity_at_the_data() -> None:
+def test_heun_never_evaluates_the_velocity_at_the_data() -> None:
     seen: list[float] = []
     grid = time_grid(4, 1.0).tolist()
     heun(lambda x, t: seen.append(t) or torch.zeros_like(x), torch.zeros(3, 1, 1, 1), time_grid(4, 1.0))  # type: ignore[func-returns-value]
@@ -105,7 +104,7 @@ def test_heun_never_asks_for_the_velocity_at_the_data() -> None:
 
 @pytest.mark.parametrize("solve", ORDERS)
 def test_the_path_keeps_the_precision_of_the_noise(solve: Solver) -> None:
-    """A velocity in bfloat16 must not round the path."""
+    """A velocity in bfloat16 must not round x."""
     for dtype in (torch.float32, torch.float64):
         x = solve(
             lambda x, t: torch.ones_like(x).bfloat16(),
@@ -117,11 +116,11 @@ def test_the_path_keeps_the_precision_of_the_noise(solve: Solver) -> None:
 
 
 def moments_of_the_scheme(grid: list[float]) -> tuple[float, float]:
-    """Mean and variance of the Euler-Maruyama scheme on Gaussian data, step by step: each is linear in x.
+    """Mean and variance of the Euler-Maruyama scheme on Gaussian data. Every step is linear in x.
 
-    Drift v + g s and noise sqrt(2 g h), with v and s written out of mean and variance of x_t."""
+    Drift v + g s and noise sqrt(2 g h), with v and s from mean and variance of x_t."""
     mean, variance = 0.0, 1.0
-    steps = [(t, then - t, True) for t, then in pairwise(grid)]
+    steps = [(t, t_next - t, True) for t, t_next in pairwise(grid)]
     for t, h, noisy in [*steps, (1 - LAST_STEP, LAST_STEP, False)]:
         spread = t**2 * STD**2 + (1 - t) ** 2
         g = (1 - t) / t
@@ -133,8 +132,8 @@ def moments_of_the_scheme(grid: list[float]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("steps", "shift"), [(249, 1.0), (249, 0.4), (100, 0.4)])
 def test_the_sde_has_the_marginals_of_its_scheme_and_of_the_data(steps: int, shift: float) -> None:
-    """The scheme's own moments are exact but for chance; the data's but for the steps. On the shifted grid
-    the authors' last step leaves a hundredth of the way undone."""
+    """The moments of the scheme are exact up to chance, those of the data up to the step size. On the shifted
+    grid the official last step leaves a hundredth of the path."""
     draws = torch.Generator().manual_seed(0)
     count = 40_000
     x_0 = torch.randn(1, 1, 1, count, generator=draws, dtype=torch.float64)
@@ -149,7 +148,7 @@ def test_the_sde_has_the_marginals_of_its_scheme_and_of_the_data(steps: int, shi
     assert variance == pytest.approx(STD**2, rel=0.05)
 
 
-def test_the_sde_asks_for_noise_at_every_step_but_the_last() -> None:
+def test_the_sde_draws_noise_at_every_step_but_the_last() -> None:
     seen: list[float] = []
     calls: list[int] = []
     grid = noisy_grid(4, 0.4)
@@ -163,7 +162,7 @@ def test_the_sde_asks_for_noise_at_every_step_but_the_last() -> None:
     assert calls == [1, 2, 3]
 
 
-def test_the_sde_is_the_authors_formula_written_out() -> None:
+def test_the_sde_follows_the_official_formula() -> None:
     """One noisy step and the last, with v = 0.3 x + 1 in numpy: score (t v - x) / (1 - t), SBDM diffusion."""
     x_0, n = np.array([-1.0, 0.5, 2.0]), np.array([0.3, -1.0, 0.7])
 
@@ -171,13 +170,13 @@ def test_the_sde_is_the_authors_formula_written_out() -> None:
         v = 0.3 * x + 1
         return x + h * (v + (1 - t) / t * (t * v - x) / (1 - t))
 
-    t, then = 0.2, 0.7
-    x = mean_step(x_0, t, then - t) + np.sqrt(2 * (1 - t) / t * (then - t)) * n
+    t, t_next = 0.2, 0.7
+    x = mean_step(x_0, t, t_next - t) + np.sqrt(2 * (1 - t) / t * (t_next - t)) * n
     expected = mean_step(x, 0.996, 0.004)
-    found = euler_maruyama(
+    actual = euler_maruyama(
         lambda x, t: 0.3 * x + 1,
         torch.from_numpy(x_0).view(1, 1, 1, 3),
-        torch.tensor([t, then], dtype=torch.float64),
+        torch.tensor([t, t_next], dtype=torch.float64),
         lambda: torch.from_numpy(n).view(1, 1, 1, 3),
     )
-    np.testing.assert_allclose(found.flatten().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(actual.flatten().numpy(), expected, rtol=1e-12)

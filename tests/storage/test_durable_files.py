@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openpae.storage.files import whole_file, whole_folder, write_json
+from openpae.storage.files import atomic_file, atomic_folder, write_json
 
 Event = tuple[str, str]
 
@@ -52,7 +52,7 @@ def check_order(events: list[Event], target: str, content: set[str]) -> None:
 def test_a_file_is_on_the_disk_before_its_name(events: list[Event], tmp_path: Path, exists: bool) -> None:
     if exists:
         (tmp_path / "a.txt").write_text("old")
-    with whole_file(tmp_path / "a.txt") as partial:
+    with atomic_file(tmp_path / "a.txt") as partial:
         partial.write_text("new")
         assert not events
     check_order(events, "a.txt", {""})
@@ -70,7 +70,7 @@ def test_every_file_of_a_folder_is_on_the_disk_before_its_name(
     """Those in folders below, and these folders."""
     if exists:
         (tmp_path / "run").mkdir()
-    with whole_folder(tmp_path / "run") as partial:
+    with atomic_folder(tmp_path / "run") as partial:
         (partial / "deep" / "deeper").mkdir(parents=True)
         for name in ("a", "deep/b", "deep/deeper/c"):
             (partial / name).write_text(name)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openpae.storage.files import file_hash, fingerprint, read_json, whole_file, whole_folder, write_json
+from openpae.storage.files import atomic_file, atomic_folder, file_hash, fingerprint, read_json, write_json
 from tests.conftest import kill_points
 
 
@@ -22,7 +22,7 @@ def tree(root: Path) -> dict[str, str]:
 
 def write_pair(folder: Path, text: str) -> None:
     """A folder of two files, one of them deeper."""
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         (partial / "a").write_text(text)
         (partial / "deep").mkdir()
         (partial / "deep" / "b").write_text(text)
@@ -69,7 +69,7 @@ def test_a_folder_killed_while_it_was_replaced_comes_back(tmp_path: Path) -> Non
     lost = False
     for _ in kill_points(lambda: write_pair(folder, "new"), tmp_path):
         lost |= not folder.exists()
-        with pytest.raises(ZeroDivisionError), whole_folder(folder):
+        with pytest.raises(ZeroDivisionError), atomic_folder(folder):
             1 / 0  # noqa: B018
         assert tree(folder)["a"] in ("old", "new")
         write_pair(folder, "old")
@@ -80,16 +80,16 @@ def test_what_fails_leaves_what_was(tmp_path: Path) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("old")
     write_pair(folder, "old")
-    with pytest.raises(ZeroDivisionError), whole_file(file) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_file(file) as partial:
         partial.write_text(str(1 / (partial.write_text("new") - 3)))
-    with pytest.raises(ZeroDivisionError), whole_folder(folder) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder) as partial:
         (partial / "b").write_text(str(1 / ((partial / "a").write_text("new") - 3)))
     assert tree(tmp_path) == {"file": "old", "folder/a": "old", "folder/deep/b": "old"}
 
 
 def test_files_of_a_replaced_folder_do_not_linger(tmp_path: Path) -> None:
     write_pair(tmp_path / "folder", "old")
-    with whole_folder(tmp_path / "folder") as partial:
+    with atomic_folder(tmp_path / "folder") as partial:
         (partial / "c").write_text("new")
     assert tree(tmp_path) == {"folder/c": "new"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openpae.storage.files import read_json, remove_folder, resolved, whole_file, whole_folder
-from openpae.storage.outputs import INDEX, check_claim, claim, locked, make_folder, spare
+from openpae.storage.files import atomic_file, atomic_folder, read_json, remove_folder, resolved
+from openpae.storage.outputs import INDEX, check_claim, check_outputs, claim, locked, make_folder
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_new_or_ours_may_be_written(here: Path) -> None:
     Path("old.json").write_text("{}")
-    spare(Path("new.json"), Path("old.json"), ours=[here / "old.json"])
-    spare(Path("old.json"), overwrite=True)
-    spare(into=here, inputs=[Path("absent")])
+    check_outputs(Path("new.json"), Path("old.json"), own=[here / "old.json"])
+    check_outputs(Path("old.json"), overwrite=True)
+    check_outputs(into=here, inputs=[Path("absent")])
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link to a file", "link to a folder"])
@@ -38,9 +38,9 @@ def test_what_exists_and_is_not_ours_is_spared(here: Path, kind: str) -> None:
         case _:
             Path("target").symlink_to("photos")
     with pytest.raises(ValueError, match=r"^target exists and was not made by this"):
-        spare(Path("target"))
+        check_outputs(Path("target"))
     with pytest.raises(ValueError, match=r", or add --overwrite$"):
-        spare(Path("target"), overwrite=False)
+        check_outputs(Path("target"), overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -62,34 +62,34 @@ def test_nothing_is_written_into_an_input(
     Path("link").symlink_to("data")
     for targets, into in (((Path(target),), None), ((), Path(target))):
         with pytest.raises(ValueError, match=f"{relation} data, which is read; name another place"):
-            spare(*targets, into=into, inputs=[Path("data")], overwrite=overwrite)
+            check_outputs(*targets, into=into, inputs=[Path("data")], overwrite=overwrite)
 
 
 def test_a_target_that_holds_an_input_is_refused_but_a_folder_may_hold_both(here: Path) -> None:
     Path("all/images").mkdir(parents=True)
     with pytest.raises(ValueError, match="all holds all/images, which is read"):
-        spare(Path("all"), inputs=[Path("all/images")], overwrite=True)
-    spare(Path("all/samples"), into=Path("all"), inputs=[Path("all/images")])
+        check_outputs(Path("all"), inputs=[Path("all/images")], overwrite=True)
+    check_outputs(Path("all/samples"), into=Path("all"), inputs=[Path("all/images")])
 
 
 def test_a_file_is_no_folder(here: Path) -> None:
     Path("notes").write_text("mine")
     for attempt in (
-        lambda: spare(Path("notes/out")),
-        lambda: spare(into=Path("notes")),
+        lambda: check_outputs(Path("notes/out")),
+        lambda: check_outputs(into=Path("notes")),
         lambda: make_folder(Path("notes/out")),
     ):
         with pytest.raises(NotADirectoryError, match="notes"):
             attempt()
     with (
         pytest.raises(NotADirectoryError, match="is a file, but a folder is to be written"),
-        whole_folder(Path("notes")),
+        atomic_folder(Path("notes")),
     ):
         pass
     Path("folder").mkdir()
     with (
         pytest.raises(IsADirectoryError, match="is a folder, but a file is to be written"),
-        whole_file(Path("folder")),
+        atomic_file(Path("folder")),
     ):
         pass
     assert Path("notes").read_text() == "mine"
@@ -144,13 +144,13 @@ def test_planted_links_are_not_followed(here: Path, name: str) -> None:
     Path("mine/notes").write_text("mine")
     for source in ("mine", "mine/notes"):
         Path(name).symlink_to(here / source)
-        with whole_file(Path("target")) as partial:
+        with atomic_file(Path("target")) as partial:
             assert not partial.is_symlink()
             partial.write_text("ours")
         Path("target").unlink()
         Path(name).unlink(missing_ok=True)
         Path(name).symlink_to(here / source)
-        with whole_folder(Path("target")) as partial:
+        with atomic_folder(Path("target")) as partial:
             assert not partial.is_symlink()
             (partial / "a").write_text("ours")
         remove_folder(Path("target"))
@@ -164,12 +164,12 @@ def test_a_target_that_is_a_link_is_replaced_where_it_leads(here: Path) -> None:
         Path(name).symlink_to(f"far/{name}")
     Path("far/folder").mkdir()
     for name in ("folder", "dangling"):
-        with whole_folder(Path(name)) as partial:
+        with atomic_folder(Path(name)) as partial:
             (partial / "a").write_text("ours")
         assert Path(name).is_symlink()
         assert (here / "far" / name / "a").read_text() == "ours"
     Path("file").symlink_to("far/file")
-    with whole_file(Path("file")) as partial:
+    with atomic_file(Path("file")) as partial:
         partial.write_text("ours")
     assert Path("file").is_symlink()
     assert Path("far/file").read_text() == "ours"

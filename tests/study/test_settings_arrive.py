@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from openpae import config as configs
-from openpae.data.images import chosen_rows, open_images, read_image
+from openpae.data.decode import read_image
+from openpae.data.images import chosen_rows, open_images
 from openpae.data.label_maps import read_segmented
 from openpae.data.pixels import image_grid
 from openpae.eval.extractors import load_extractor

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout, Shards
 from openpae.engine.journal import read_log
 from openpae.engine.loop import fit
 from openpae.engine.run_folder import open_run

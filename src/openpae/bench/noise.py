@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout, Shards
 
 
 def random_latents(folder: Path, rows: int, shape: tuple[int, int, int], *, classes: int = 1) -> Shards:

@@ -14,7 +14,7 @@ from openpae.engine.loop import seconds_per_step
 from openpae.models.encoders import encoder_fingerprint, load_encoder
 from openpae.models.priors import Refiner
 from openpae.models.saved import write_prior
-from openpae.storage.files import whole_folder
+from openpae.storage.files import atomic_folder
 from openpae.train.settings import RefinerRun, TokenizerRun
 from openpae.train.tokenizer import TokenizerTask
 
@@ -40,7 +40,7 @@ def bench_tokenizer(*, preset: str = "tokenizer/quickstart", steps: int = 15) ->
         folder = Path(name)
         random_images(folder / "images", 4 * run.loop.global_batch_size, run.model.image_shape)
         refiner = configs.load(RefinerRun, preset.replace("tokenizer/", "refiner/")).model
-        with whole_folder(folder / "refiner") as partial:
+        with atomic_folder(folder / "refiner") as partial:
             write_prior(partial, Refiner(refiner).state_dict(), refiner, encoder_fingerprint(encoder))
         cache = None if run.data.feature_cache is None else folder / "features"
         data = dataclasses.replace(run.data, images=folder / "images", evaluation=None, feature_cache=cache)

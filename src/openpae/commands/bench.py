@@ -47,7 +47,7 @@ def bench(
     """
     from openpae.bench import generator, record, tokenizer
     from openpae.storage.files import write_json
-    from openpae.storage.outputs import read_record, spare
+    from openpae.storage.outputs import check_outputs, read_record
 
     options: dict[str, Any] = {
         "sizes": sizes,
@@ -64,7 +64,7 @@ def bench(
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} belongs to pae bench generator; pae bench {what} has no such option")
     if out is not None:
-        spare(out, inputs=[compare], ours=[out] if "figures" in read_record(out) else [])
+        check_outputs(out, inputs=[compare], own=[out] if "figures" in read_record(out) else [])
     other = None if compare is None else record.read_record(compare, what)
     found = record.record(
         what, generator.bench_generator(**given) if what == "generator" else tokenizer.bench_tokenizer()

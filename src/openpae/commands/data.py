@@ -36,12 +36,13 @@ def pack(
     """
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
-    from openpae.data.images import ImageFolder, pack_images
-    from openpae.storage.outputs import spare
+    from openpae.data.images import ImageFolder
+    from openpae.data.packing import pack_images
+    from openpae.storage.outputs import check_outputs
 
-    spare(into=out, inputs=[images])
+    check_outputs(into=out, inputs=[images])
     with Progress("packing", "img") as progress:
-        source = ImageFolder(images, whole=whole_content)
+        source = ImageFolder(images, full_hash=whole_content)
         packed = pack_images(source, out, size=shape, skip_broken=skip_broken, progress=progress)
     say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
     tell_classes(packed.classes, packed.labels)

@@ -47,7 +47,7 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
         return _model(folder, verify)
     if (folder / "config.yaml").is_file():
         return _run(folder, verify)
-    source = ImageFolder(folder, whole=verify)
+    source = ImageFolder(folder, full_hash=verify)
     counts = count_classes(source.classes, source.labels)
     facts = {
         "what": "a folder of images",

@@ -29,7 +29,7 @@ def evaluate(
     Args:
         reference: real images (a folder, or packed images), an npz of the ADM layout (images, statistics or
             both), or a file of --save-reference.
-        out: where the record (JSON) goes; by default evaluation.json beside what is judged.
+        out: where the record (JSON) goes; by default evaluation.json beside what is evaluated.
         device: auto takes a GPU if there is one.
         overwrite: replace files that are no records or references of this command.
     """
@@ -38,18 +38,18 @@ def evaluate(
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import write_json
-    from openpae.storage.outputs import read_record, spare
+    from openpae.storage.outputs import check_outputs, read_record
 
     at_least_one(batch_size=sampler.batch_size)
-    record_file = run.record_path() if out is None and run.judges() else out
+    record_file = run.record_path() if out is None and run.evaluates() else out
     for file in (record_file, run.save_reference):
         if file is not None:
             known = "metrics" in read_record(file) or is_own_reference(file)
             inputs = [path for path in (reference, run.samples) if path is not None and path.is_file()]
-            spare(file, inputs=inputs, ours=[file] if known else [], overwrite=overwrite)
-    drawing = None
+            check_outputs(file, inputs=inputs, own=[file] if known else [], overwrite=overwrite)
+    options = None
     if run.generator is not None:
-        drawing = SamplingOptions(
+        options = SamplingOptions(
             sampler=sampler.config(),
             precision=sampler.precision,
             autoguidance=sampler.autoguidance,
@@ -59,7 +59,7 @@ def evaluate(
         raise ValueError("the sampler's options say how --generator draws; give it, or leave them out")
     with processes.process_group(device):
         record = run_evaluation(
-            reference, run, pick_device(device), drawing=drawing, batch_size=sampler.batch_size
+            reference, run, pick_device(device), options=options, batch_size=sampler.batch_size
         )
         if not processes.is_rank0():
             return
@@ -72,7 +72,7 @@ def evaluate(
         say(f"{name:20} {metric['value']:.5g}{error}")
     for name, reason in record.get("undefined", {}).items():
         say(f"{name:20} not defined: {reason}")
-    assert record_file is not None  # there is a record, so something was judged
+    assert record_file is not None  # there is a record, so something was evaluated
     write_json(record_file, record)
     say(f"record in {record_file}")
 

@@ -43,10 +43,10 @@ def import_official(
         classes: for latents: number of classes; by default the largest label plus one.
     """
     from openpae.interop.released import released_kind
-    from openpae.storage.outputs import spare
+    from openpae.storage.outputs import check_outputs
     from openpae.storage.weights import read_tensors
 
-    spare(into=out, inputs=[file, tokenizer, statistics])
+    check_outputs(into=out, inputs=[file, tokenizer, statistics])
     if file.is_dir():
         _import_latents(file, out, tokenizer, classes)
         return
@@ -130,9 +130,9 @@ def export(
     from openpae.interop.export import export_model
     from openpae.models.saved import load_generator, load_tokenizer
     from openpae.storage.model_folder import CONFIG, model_folder
-    from openpae.storage.outputs import spare
+    from openpae.storage.outputs import check_outputs
 
-    spare(into=out, inputs=[model])
+    check_outputs(into=out, inputs=[model])
     kind = configs.read_yaml(model_folder(model) / CONFIG).get("kind")
     loaded = load_tokenizer(model) if kind == "PAEConfig" else load_generator(model)
     for name, difference in export_model(loaded, out, format, tolerance=tolerance).items():

@@ -161,8 +161,8 @@ def reconstruct(
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device
-    from openpae.storage.files import whole_file
-    from openpae.storage.outputs import alone, claim
+    from openpae.storage.files import atomic_file
+    from openpae.storage.outputs import claim, run_lock
 
     where = pick_device(device)
     model = load_tokenizer(tokenizer).to(where)
@@ -171,14 +171,14 @@ def reconstruct(
     names = _names([f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows], out)
     claim(out, names, inputs=(tokenizer, images), overwrite=overwrite)
     metrics = ReconstructionMetrics()
-    with alone(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
+    with run_lock(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
         done = 0
         for x in source_batches(source, model.config.image_shape, batch_size, rows):
             y = model.reconstruct(x.to(where)).float().cpu()
             metrics.update(x, y)
             for name, pixels in zip(names[done : done + len(y)], y, strict=True):
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
-                with whole_file(out / name) as partial:
+                with atomic_file(out / name) as partial:
                     to_image(pixels).save(partial, format="PNG")
             done += len(y)
             progress(done, len(rows))
@@ -220,7 +220,7 @@ def sample(
     """
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
-    from openpae.sampling.sample_set import SampleSet, draw_samples
+    from openpae.sampling.sample_set import SampleSet, write_samples
     from openpae.storage.model_folder import seen_classes
 
     run.check()
@@ -240,7 +240,7 @@ def sample(
             facts=models.facts,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
-            draw_samples(
+            write_samples(
                 out,
                 samples,
                 models.tokenizer,
@@ -285,7 +285,7 @@ def interpolate(
         overwrite: replace a strip.png or frames that this command did not make.
     """
     from openpae.data.pixels import image_grid, to_image
-    from openpae.storage.files import whole_file, whole_folder
+    from openpae.storage.files import atomic_file, atomic_folder
     from openpae.storage.outputs import check_claim, claim
 
     generated = (generator, seeds, label)
@@ -303,10 +303,10 @@ def interpolate(
     else:
         walk = _walk_of_seeds(tokenizer, generator, seeds, label, sampler, frames, device)  # type: ignore[arg-type]
     claim(out, names, inputs=inputs, overwrite=overwrite)
-    with whole_folder(out / "frames") as partial:
+    with atomic_folder(out / "frames") as partial:
         for number, pixels in enumerate(walk):
             to_image(pixels).save(partial / f"{number:03d}.png")
-    with whole_file(out / "strip.png") as file:
+    with atomic_file(out / "strip.png") as file:
         image_grid(walk, columns=frames).save(file, format="PNG")
     say(f"{frames} frames in {out / 'frames'}, side by side in {out / 'strip.png'}")
 
@@ -355,7 +355,7 @@ def search_guidance(
         features = load_extractor(extractor, extractor_weights)
         if isinstance(features, torch.nn.Module):
             features = features.to(models.device)
-        judge = SampleEvaluator(
+        evaluator = SampleEvaluator(
             models.tokenizer,
             models.generator,
             sampler.config(),
@@ -367,10 +367,10 @@ def search_guidance(
             precision=sampler.precision,
             weak=models.weak,
         )
-        tell = print if processes.is_rank0() else None
+        log = print if processes.is_rank0() else None
         inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
-        record = run_search(out, judge, facts=models.facts, tell=tell, inputs=inputs)
-        if tell is not None:
+        record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs)
+        if log is not None:
             best = record["best"]
             if record["verdict"]:
                 print(record["verdict"])
@@ -401,7 +401,8 @@ def _walk_of_images(
 ) -> Tensor:
     import torch
 
-    from openpae.data.images import center_crop, read_image
+    from openpae.data.crops import center_crop
+    from openpae.data.decode import read_image
     from openpae.data.pixels import to_unit
     from openpae.models.saved import load_tokenizer
     from openpae.runtime.device import pick_device

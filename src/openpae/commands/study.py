@@ -59,7 +59,7 @@ def study(
             "pae study needs at least one STUDY: a preset such as study/table2a-small, or a file"
         )
     from openpae.runtime import processes
-    from openpae.storage.outputs import spare
+    from openpae.storage.outputs import check_outputs
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
     from openpae.study.run import describe_plan, run_plan
@@ -68,7 +68,7 @@ def study(
     loaded = [configs.load(Study, name) for name in studies]
     given = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
     data = dataclasses.replace(_data(given) or own_data(loaded), reference=reference)
-    spare(into=out, inputs=[*given.values(), reference])
+    check_outputs(into=out, inputs=[*given.values(), reference])
     plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
         known = estimates(plan, rehearse=True, tell=lambda line: print(line, file=sys.stderr))

@@ -96,9 +96,9 @@ def cache_latents(
     from openpae.runtime import processes
     from openpae.runtime.device import autocast, pick_device
     from openpae.storage.model_folder import identity_of
-    from openpae.storage.outputs import spare
+    from openpae.storage.outputs import check_outputs
 
-    spare(into=out, inputs=[tokenizer, images])
+    check_outputs(into=out, inputs=[tokenizer, images])
     with processes.process_group(device):
         where = pick_device(device)
         model = saved.load_tokenizer(tokenizer).to(where)
@@ -110,7 +110,7 @@ def cache_latents(
         with Progress("encoding", "img") as progress:
             shards = caches.cache_latents(
                 encode,
-                open_images(images, whole=whole_content),
+                open_images(images, full_hash=whole_content),
                 out,
                 image_size=model.config.image_shape,
                 latent_shape=model.config.latent_shape,
@@ -167,10 +167,10 @@ def fit_targets(
     from openpae.data.images import open_images
     from openpae.models.encoders import load_encoder
     from openpae.runtime.device import pick_device
-    from openpae.storage.outputs import spare
+    from openpae.storage.outputs import check_outputs
     from openpae.train import targets
 
-    spare(out, inputs=[images])
+    check_outputs(out, inputs=[images])
     with Progress("VFM features", "img") as progress:
         targets.fit_targets(
             load_encoder(encoder, encoder_source),

@@ -1,4 +1,4 @@
-"""Soft backgrounds for drawn pictures: one colour, or a gradient between two neighbouring ones."""
+"""Soft backgrounds for rendered pictures: one colour, or a gradient between two similar ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def soft_background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A soft colour, or a soft gradient between two neighbouring ones, RGB."""
+    """One soft colour or, half of the time, a gradient between two similar ones: RGB, (size, size)."""
     hue, lightness, chroma = rng.uniform(0, 2 * math.pi), rng.uniform(0.84, 0.95), rng.uniform(0.03, 0.085)
     turn, lift = rng.uniform(-0.9, 0.9), rng.uniform(-0.06, 0.03)
     direction = rng.uniform(0, 2 * math.pi)
@@ -27,8 +27,8 @@ def oklch_to_rgb(
 ) -> NDArray[np.uint8]:
     """Oklab lightness, chroma and hue (radians) to sRGB bytes, (..., 3).
 
-    Equal numbers look equally light and strong, which HSV does not give. Matrices: B. Ottosson, "A perceptual
-    color space for image processing" (2020).
+    Equal values look equally light and strong, unlike in HSV. Matrices: B. Ottosson, "A perceptual color
+    space for image processing" (2020).
     """
     lab = np.stack([lightness + 0 * hue, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     to_lms = np.array(

@@ -1,4 +1,4 @@
-"""What the frozen encoder and the trained tokenizer make of images, kept: VFM features and latents."""
+"""Caches of VFM features, refined targets and latents."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import ImageSource, PackedImages, Size, decode_batch, in_order, plain_size
+from openpae.data.crops import Size, plain_size
+from openpae.data.images import ImageSource, PackedImages
+from openpae.data.packing import decode_batch, in_order
 from openpae.data.pixels import to_unit
-from openpae.data.shards import TYPES, Layout, Part, Shards, shard_folder
+from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shards import TYPES, Layout, Shards
 from openpae.runtime import processes
 
 Progress = Callable[[int, int], None]
@@ -36,23 +39,22 @@ def cache_latents(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Shards:
-    """Write the latents of images and of their mirror images, in shards; an interrupted run goes on.
+    """Write latents of images and of their mirror images in shards. An interrupted call resumes.
 
     Args:
-        encode: images in [0, 1], (B, 3, H, W), to latents (B, C, h, w); without gradient and in any
-            precision.
+        encode: maps images in [0, 1], (B, 3, H, W), to latents (B, C, h, w) in any precision.
         source: the images; each is centre-cropped to `image_size`.
-        folder: where.
+        folder: output folder.
         image_size: (H, W), or the side of a square.
         latent_shape: (C, h, w).
         tokenizer_fingerprint: fingerprint of the tokenizer; generator training compares it.
-        precision: in which `encode` computes; kept, so that one cache does not mix two.
+        precision: precision of `encode`; stored, so that a cache does not mix two.
         batch_size: images per forward pass.
-        flips: keep the mirror images too.
-        skip_broken: leave out files that cannot be decoded (their names are kept in index.json).
-        per_shard: images per shard; rounded up to whole batches, so that the same passes are made again.
-        device: where `encode` wants its images.
-        progress: called with (done, all) images.
+        flips: encode the mirror images too.
+        skip_broken: leave out files that cannot be decoded, and list them in index.json.
+        per_shard: images per shard, rounded up to full batches so that a resumed call makes the same passes.
+        device: device of the images that `encode` gets.
+        progress: called with (done, total) images.
 
     Returns:
         The complete cache: rows (flips, C, h, w) in bfloat16, labels, mean and std per channel.
@@ -85,21 +87,15 @@ def cache_features(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Shards:
-    """Write the frozen encoder's features of packed images, float16: on a small machine it is most of the
-    cost.
+    """Write float16 features of packed images: the frozen encoder is most of the cost on a small machine.
 
     Args:
-        features: images in [0, 1], (B, 3, H, W), to features (B, N, D).
+        features: maps images in [0, 1], (B, 3, H, W), to features (B, N, D).
         source: packed images; row i of the cache belongs to image i.
-        folder: where; an interrupted run goes on.
-        image_size: (H, W), or the side of a square.
         shape: (N, D).
         encoder_fingerprint: fingerprint of the encoder's weights.
-        flips: also cache the mirror images (for the augmentation "flip").
-        batch_size: images per forward pass.
-        per_shard: images per shard.
-        device: where `features` wants its images.
-        progress: called with (done, all) images.
+        flips: cache the mirror images too, for the augmentation "flip".
+        folder, image_size, batch_size, per_shard, device, progress: see `cache_latents`.
 
     Raises:
         ValueError: the images are not packed, or the folder was begun with another encoder or other images.
@@ -128,22 +124,16 @@ def cache_latents_of_features(
     per_shard: int = 4096,
     device: torch.device | str = "cpu",
 ) -> Shards:
-    """`cache_latents` of images whose features are cached: without the frozen VFM, which is most of the cost.
+    """`cache_latents` from cached features, without the frozen VFM.
 
-    The features are those in float16, so the latents differ from `cache_latents` in their last digits.
+    Cached features are float16, so the latents differ from `cache_latents` in the last digits.
 
     Args:
-        encode: images in [0, 1], (B, 3, H, W), and features (B, N, D) to latents (B, C, h, w).
+        encode: maps images in [0, 1], (B, 3, H, W), and features (B, N, D) to latents (B, C, h, w).
         source: the images, at the tokenizer's size.
-        features: their cache (`cache_features`), with the mirror images where `flips` asks for them.
-        folder: where; an interrupted run goes on.
-        latent_shape: (C, h, w).
-        tokenizer_fingerprint: fingerprint of the tokenizer; generator training compares it.
-        precision: in which `encode` computes.
-        batch_size: images per forward pass.
-        flips: keep the mirror images too.
-        per_shard: images per shard; rounded up to whole batches.
-        device: where `encode` wants images and features.
+        features: their cache (`cache_features`), with the mirror images if `flips` is on.
+        folder, latent_shape, tokenizer_fingerprint, precision, batch_size, flips, per_shard, device: see
+            `cache_latents`.
 
     Raises:
         ValueError: the features are of other images or lack the mirror images, or the folder was begun with
@@ -189,17 +179,14 @@ def cache_targets(
     per_shard: int = 4096,
     device: torch.device | str = "cpu",
 ) -> Shards:
-    """Write the refined targets of cached features, float16: they are fixed, so one pass serves all epochs.
+    """Write the refined targets of cached features, float16. They are fixed, so one pass serves all epochs.
 
     Args:
-        prior: features (B, N, D) to targets (B, N, C).
-        features: the cache of `cache_features`; row i of the result belongs to its row i.
-        folder: where; an interrupted run goes on.
+        prior: maps features (B, N, D) to targets (B, N, C).
+        features: cache of `cache_features`; row i of the result belongs to its row i.
         prior_fingerprint: fingerprint of the prior.
         latent_dim: C.
-        batch_size: images per forward pass.
-        per_shard: images per shard.
-        device: where `prior` wants its features.
+        folder, batch_size, per_shard, device: see `cache_latents`.
 
     Raises:
         ValueError: the folder was begun with another prior or other features.
@@ -254,7 +241,7 @@ def _fill(
     device: torch.device | str,
     progress: Progress | None,
 ) -> Shards:
-    """Run images (and mirror images) through a network; the next batches are decoded meanwhile."""
+    """Run images and mirror images through a network while threads decode the next batches."""
 
     def read(batch: range) -> tuple[Tensor, list[int], list[str]]:
         return decode_batch(source, batch, size, skip_broken)
@@ -274,7 +261,7 @@ def _fill(
 
 
 def _write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterator[Part]]) -> Shards:
-    """Write what is missing, each process every so manieth shard; the first makes and closes the folder."""
+    """Write the missing shards, split over ranks; rank 0 creates and finalises the folder."""
     with ExitStack() as stack:
         writer = processes.on_rank0(lambda: stack.enter_context(shard_folder(folder, layout)))
         missing = processes.broadcast(writer.missing())

@@ -1,4 +1,4 @@
-"""From decoded pixels to what a viewer shows of them: upright, in sRGB, transparent parts on white."""
+"""Convert decoded pixels to RGB as viewers show it: upright, in sRGB, transparent parts on white."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugi
 """Pillow allows 64 MiB of text in a PNG, but only 1 MiB in one chunk; editors write more (XMP)."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a viewer turns the image."""
+"""The EXIF tag for the orientation of the image."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,36 +23,36 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-"""Mode of the pixels that a profile of each colour space is for."""
+"""Colour space of a profile -> mode of its pixels."""
 _SCALES = {"L;2": 85, "L;4": 17}
-"""Pillow spreads the levels of these PNGs over 0 to 255, but not the level that is transparent."""
+"""Pillow scales the levels of these PNGs to 0..255, but not the transparent level; factors for that."""
 _SAME = 2
-"""Levels by which a profile may move a colour and still count as sRGB, which changes no pixel."""
+"""A profile that moves no colour by more levels than this counts as sRGB and is ignored."""
 
 
 class UnreadProfile(UserWarning):
-    """An image has a colour profile that cannot be used; its numbers are taken as sRGB."""
+    """The colour profile of an image cannot be used; its values are read as sRGB."""
 
     most_lines = 3
-    """How many of them a command prints; it counts the others."""
+    """Number of these warnings that a command prints; it counts the others."""
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says; EXIF that cannot be read says nothing, the pixels are sound."""
+    """Apply the EXIF orientation. Unreadable EXIF is ignored."""
     try:
         turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged bytes can lead the parser to any error
+    except Exception:  # damaged bytes can raise any error
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
-def shown(image: Image.Image) -> tuple[Image.Image, str]:
-    """An image as RGB as viewers show it, and what is wrong with its colour profile ("" if nothing is).
+def to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """An image in sRGB, upright and on white, and the fault of its colour profile ("" if it has none).
 
-    16 bits become 8 by their upper half.
+    Of 16 bits the upper 8 are kept.
 
     Raises:
-        ValueError: its pixels are 32-bit numbers, whose range nobody knows.
+        ValueError: the pixels are 32-bit numbers of unknown range.
     """
     tiles = getattr(image, "tile", ())
     stored, kind = str(tiles[0].args) if tiles else "", image.format
@@ -68,17 +68,17 @@ def shown(image: Image.Image) -> tuple[Image.Image, str]:
     if alpha is not None:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if not info.get("icc_profile", True):  # Pillow's mark of a profile that it could not put together
+    if not info.get("icc_profile", True):  # Pillow sets None if the parts of a profile do not fit
         fault = "its parts do not fit together"
     return image, fault
 
 
 def _in_8_bits(image: Image.Image, stored: str, kind: str | None) -> Image.Image:
-    """The image with 8 bits a channel, and its transparent value as Pillow wants it."""
+    """The image with 8 bits per channel, its transparent value in the scale that Pillow expects."""
     value = image.info.get("transparency")
     if image.mode.startswith("I;16") or (image.mode, kind) == ("I", "PPM"):
         levels = np.asarray(image)
-        image = Image.fromarray((levels >> 8).astype(np.uint8))  # Pillow would clip all above 255 to white
+        image = Image.fromarray((levels >> 8).astype(np.uint8))  # Pillow would clip values above 255
         if value is not None:
             image.putalpha(Image.fromarray(np.where(levels == value, 0, 255).astype(np.uint8)))
     elif image.mode in ("I", "F"):
@@ -93,7 +93,7 @@ def _in_8_bits(image: Image.Image, stored: str, kind: str | None) -> Image.Image
 
 
 def _in_srgb(image: Image.Image, grey: bool, profile: bytes | None) -> tuple[Image.Image, str]:
-    """RGB in sRGB, and why the profile could not be used."""
+    """The image in sRGB, and the fault of its profile."""
     fault = ""
     try:
         if image.mode == "LAB" or profile:
@@ -107,9 +107,9 @@ def _in_srgb(image: Image.Image, grey: bool, profile: bytes | None) -> tuple[Ima
 
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes | None, mode: str, grey: bool) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """From the profile (CIELab's own if there is none) to sRGB, and the mode that it takes.
+    """The transform from a profile (CIELab if None) to sRGB, and the mode of its input.
 
-    None where the profile is sRGB to within rounding.
+    The transform is None if the profile is sRGB up to rounding.
     """
     source = ImageCms.createProfile("LAB") if profile is None else io.BytesIO(profile)
     opened = ImageCms.ImageCmsProfile(source)

@@ -1,4 +1,4 @@
-"""Images with a label for every pixel: index PNGs, COCO panoptic, or rendered scenes."""
+"""Images with a label for every pixel, from index PNGs or COCO panoptic files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from openpae.data.colour import upright
-from openpae.data.images import Size, center_crop, decoded, height_width, read_image, resize_to_cover
+from openpae.data.crops import Size, center_crop, height_width, resize_to_cover
+from openpae.data.decode import decode_file, read_image
+from openpae.data.images import spread
 from openpae.data.listing import EXTENSIONS
-from openpae.data.openmoji import emoji_catalog, render_scene, split_catalog
 from openpae.storage.files import fingerprint, read_json
 
 PANOPTIC_VOID = 0
-"""Id of the pixels that COCO's panoptic maps leave unlabelled."""
+"""Id of unlabelled pixels in COCO's panoptic maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segmented:
-    """Images of one size and the segment of each of their pixels."""
+    """Images of one size with a segment label for each pixel."""
 
     name: str
     images: Tensor
@@ -32,46 +33,42 @@ class Segmented:
     labels: Tensor
     """int64, (B, H, W)."""
     ignore: int | None
-    """Label of pixels that do not count; None if all count."""
+    """Label of pixels that metrics ignore; None if all count."""
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name exactly these pixels and labels."""
+        """16 hexadecimal digits of a hash over pixels, labels and the ignored label."""
         return fingerprint({"images": self.images, "labels": self.labels}, repr(self.ignore))
 
 
 def read_segmented(
     images: Path, maps: Path, *, size: Size, count: int | None = None, ignore: int | None = None
 ) -> Segmented:
-    """Images and their label maps, both centre-cropped alike; the labels by nearest neighbour.
+    """Read images and their label maps, both with the same centre crop; labels by nearest neighbour.
 
     Args:
         images: folder of images.
         maps: a folder of index PNGs, each named as its image (a/1.png for a/1.jpg), or COCO's panoptic JSON
-            with its folder of PNGs beside it (panoptic_val2017.json, panoptic_val2017/). It may be the folder
-            of the images itself, where those are no PNGs.
+            with its folder of PNGs beside it (panoptic_val2017.json, panoptic_val2017/). It may be the image
+            folder itself if the images are not PNGs.
         size: (H, W) in pixels, or the side of a square.
-        count: take this many, evenly spread; None takes all.
-        ignore: label that does not count, of index PNGs; panoptic maps say it themselves.
+        count: number of images, evenly spread; None takes all.
+        ignore: label of pixels that metrics ignore, for index PNGs only.
 
     Raises:
         FileNotFoundError: no folder, no maps, or a map without its image.
-        ValueError: a map of another shape than its image, without one number per pixel, or a broken JSON.
+        ValueError: a map of another shape than its image or without one number per pixel, or a damaged JSON.
         BrokenImage: a file cannot be decoded.
     """
     if not images.is_dir():
         raise FileNotFoundError(f"no image folder at {images}")
     panoptic = maps.is_file()
     if panoptic and ignore is not None:
-        raise ValueError(
-            f"ignore must be left out for the panoptic maps of {maps}, whose void is {PANOPTIC_VOID}"
-        )
+        raise ValueError(f"ignore must be left out for panoptic maps ({maps}); their void is {PANOPTIC_VOID}")
     pairs = list(_panoptic_pairs(images, maps) if panoptic else _index_pairs(images, maps))
     if not pairs:
-        raise FileNotFoundError(
-            f"no label maps in {maps}; it must be a folder of PNGs or a COCO panoptic JSON"
-        )
+        raise FileNotFoundError(f"no label maps in {maps}; give a folder of PNGs or a COCO panoptic JSON")
     if count is not None and count < len(pairs):
-        pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, count).round().astype(int)]
+        pairs = [pairs[i] for i in spread(len(pairs), count)]
     pixels, labels = [], []
     for image_file, map_file in pairs:
         image = read_image(image_file)
@@ -91,46 +88,18 @@ def read_segmented(
     )
 
 
-def render_segmented(count: int, *, size: int, seed: int = 0) -> Segmented:
-    """Scenes of held-out OpenMoji emoji with their exact panoptic labels (0 is the background, and counts).
-
-    Args:
-        count: scenes.
-        size: side S in pixels, >= 16.
-        seed: of the scenes.
-
-    Raises:
-        ValueError: count below 1, or size below 16.
-        FileNotFoundError: the emoji cannot be had.
-    """
-    if count < 1:
-        raise ValueError(f"scenes must be at least 1, got {count}")
-    _, held_out = split_catalog(emoji_catalog())
-    scenes = [render_scene(held_out, seed=seed, index=index, size=size) for index in range(count)]
-    return Segmented(
-        name=f"OpenMoji scenes, seed {seed}",
-        images=torch.stack([scene.image for scene in scenes]),
-        labels=torch.stack([scene.segments.long() for scene in scenes]),
-        ignore=None,
-    )
-
-
 def _index_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
-    found: dict[Path, Path] = {}
+    image_of: dict[Path, Path] = {}
     for file in sorted(images.rglob("*")):
         if file.suffix.lower() in EXTENSIONS and not (images == maps and file.suffix.lower() == ".png"):
-            other = found.setdefault(file.relative_to(images).with_suffix(""), file)
+            other = image_of.setdefault(file.relative_to(images).with_suffix(""), file)
             if other != file:
-                raise ValueError(
-                    f"{other} and {file.name} would share one label map; rename one, and its map"
-                )
+                raise ValueError(f"{other} and {file.name} would share a label map; rename one, and its map")
     for file in sorted(maps.rglob("*.png")):
         stem = file.relative_to(maps).with_suffix("")
-        if stem not in found:
-            raise FileNotFoundError(
-                f"no image for the label map {file}: {images / stem} with any image ending"
-            )
-        yield found[stem], file
+        if stem not in image_of:
+            raise FileNotFoundError(f"no image for the label map {file}: {images / stem} with any ending")
+        yield image_of[stem], file
 
 
 def _panoptic_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
@@ -148,14 +117,14 @@ def _panoptic_pairs(images: Path, maps: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _index_map(file: Path) -> NDArray[np.int32]:
-    return decoded(file, _indices)
+    return decode_file(file, _indices)
 
 
 def _indices(image: Image.Image) -> NDArray[np.int32]:
     array = np.asarray(upright(image))
     if array.ndim != 2 or array.dtype.kind == "f":
         raise ValueError(
-            "a label map must hold one whole number per pixel (a grey or palette PNG), got mode "
+            "a label map must hold one integer per pixel (a grey or palette PNG), got mode "
             f"{image.mode}; for COCO's panoptic maps give the JSON file"
         )
     return array.astype(np.int32)
@@ -163,20 +132,20 @@ def _indices(image: Image.Image) -> NDArray[np.int32]:
 
 def _panoptic_map(file: Path) -> NDArray[np.int32]:
     """Segment ids, R + 256 G + 256^2 B."""
-    rgb = decoded(file, _levels).astype(np.int32)
+    rgb = decode_file(file, _levels).astype(np.int32)
     ids: NDArray[np.int32] = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
     return ids
 
 
 def _levels(image: Image.Image) -> NDArray[np.uint8]:
-    """RGB as stored: numbers of segments are no colours, so a colour profile does not move them."""
+    """RGB as stored. These are segment ids, so no colour profile is applied."""
     return np.asarray(upright(image).convert("RGB"))
 
 
 def _crop_labels(label: NDArray[np.int32], image: Image.Image, size: Size) -> NDArray[np.int32]:
-    """The crop of `center_crop(image, size)`, by nearest neighbour: (H, W)."""
+    """Labels in the crop of `center_crop(image, size)`, (H, W)."""
     height, width = height_width(size)
-    whole = resize_to_cover(image, size)
-    scaled = Image.fromarray(label).resize(whole.size, Image.Resampling.NEAREST)
-    left, top = (whole.width - width) // 2, (whole.height - height) // 2
+    covering = resize_to_cover(image, size)
+    scaled = Image.fromarray(label).resize(covering.size, Image.Resampling.NEAREST)
+    left, top = (covering.width - width) // 2, (covering.height - height) // 2
     return np.asarray(scaled)[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""Which image files a folder holds, class by class."""
+"""List the image files of a folder by class."""
 
 from __future__ import annotations
 
@@ -11,67 +11,73 @@ EXTENSIONS = {
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 }
-"""Endings of what is taken as an image; the format is told by the content."""
+"""Suffixes of image files. The content determines the format."""
 _TRAINING = {"train", "training"}
 _HELD_OUT = {"val", "valid", "validation", "test", "testing", "held-out", "heldout"}
-_UNDECODED = {".avif", ".heic", ".heif", ".jp2"}  # images too: named as broken rather than passed over
+_UNDECODED = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+}  # listed too, so that they are reported as broken and not skipped
 
 
 def image_names(root: Path) -> dict[str, list[str]]:
-    """Names of the image files below a folder, of each class in the order of their parts.
+    """Sorted names of the image files of each class, relative to the root.
 
-    One subfolder is one class; images in the folder itself are the class "all". Names that begin with a dot
-    are passed over. Links are followed; one that leads back up inside its class adds nothing.
+    Each subfolder is a class. Images directly in the root form one class "all". Names that begin with a dot
+    are skipped. Links are followed; a link to a folder above it in the same class adds nothing.
 
     Raises:
-        FileNotFoundError: no such folder, no images in it, or a link in it that leads nowhere.
-        ValueError: images both in the folder and in subfolders, a class without images, the splits of a data
-            set (train and val) in place of classes, or two classes of the same folder or of names that only
-            differ in case.
-        PermissionError: a folder that may not be read.
+        FileNotFoundError: no such folder, no images in it, or a broken link.
+        ValueError: images both in the folder and in subfolders, a class without images, splits of a data set
+            (train and val) in place of classes, or two classes with the same folder or with names that differ
+            only in case.
+        PermissionError: a folder is not readable.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no image folder at {root}")
     entries = _entries(str(root))
     flat = [name for name, is_folder in entries if not is_folder]
     seen = {os.path.realpath(root): "."}
-    found = {name: _images_below(root, name, seen) for name, is_folder in entries if is_folder}
-    if flat and any(found.values()):
+    classes = {name: _images_below(root, name, seen) for name, is_folder in entries if is_folder}
+    if flat and any(classes.values()):
         raise ValueError(
-            f"{root} holds images both directly and in subfolders ({next(k for k in found if found[k])}); "
+            f"{root} holds images both directly and in subfolders "
+            f"({next(name for name in classes if classes[name])}); "
             "keep one subfolder per class, or all images in one folder"
         )
     if flat:
         return {"all": flat}
-    if not any(found.values()):
+    if not any(classes.values()):
         raise FileNotFoundError(f"no images in {root}; known endings: {' '.join(sorted(EXTENSIONS))}")
-    _check_splits(root, found)
-    if empty := [name for name, files in found.items() if not files]:
+    _check_splits(root, classes)
+    if empty := [name for name, files in classes.items() if not files]:
         raise ValueError(f"{root} has {len(empty)} class folders without images: {', '.join(empty[:5])}")
-    _check_alike(root, found)
-    return found
+    _check_alike(root, classes)
+    return classes
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """Image files and folders in a folder, by name: (name, whether it is a folder)."""
-    found: list[tuple[str, bool]] = []
+    """Sorted image files and subfolders of a folder: (name, is a folder)."""
+    listed: list[tuple[str, bool]] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink() and not os.path.exists(entry.path):
-                raise FileNotFoundError(f"{entry.path} is a link that leads nowhere; mend or remove it")
+                raise FileNotFoundError(f"{entry.path} is a link that leads nowhere; repair or remove it")
             if entry.is_dir():
-                found.append((entry.name, True))
+                listed.append((entry.name, True))
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS | _UNDECODED and entry.is_file():
-                found.append((entry.name, False))
-    return sorted(found)
+                listed.append((entry.name, False))
+    return sorted(listed)
 
 
 def _images_below(root: Path, top: str, seen: dict[str, str]) -> list[str]:
-    """Names below the root of all images in the folder `top` of it.
+    """Names of all images in the class folder `top`, relative to the root.
 
-    `seen` holds the real folders of all classes so far, each with the first name it was found under.
+    `seen` maps the real path of each folder visited so far to its first name.
     """
     images: list[str] = []
     left = [(top, True)]
@@ -93,7 +99,7 @@ def _images_below(root: Path, top: str, seen: dict[str, str]) -> list[str]:
 
 
 def _check_splits(root: Path, classes: Iterable[str]) -> None:
-    """Refuse a root whose subfolders are the splits of a data set; their subfolders are the classes."""
+    """Refuse a root whose subfolders are the splits of a data set."""
     training = [name for name in classes if name.casefold() in _TRAINING]
     held_out = [name for name in classes if name.casefold() in _HELD_OUT]
     if training and held_out:
@@ -104,7 +110,7 @@ def _check_splits(root: Path, classes: Iterable[str]) -> None:
 
 
 def _check_alike(root: Path, classes: Iterable[str]) -> None:
-    """Refuse class names that another file system, or a reader, takes for one."""
+    """Refuse class names that are equal on a case-insensitive file system."""
     first: dict[str, str] = {}
     for name in classes:
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)

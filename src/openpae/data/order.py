@@ -1,4 +1,4 @@
-"""The order of training data and its chance decisions: pure functions of (seed, images seen)."""
+"""Order and random bits of training data: pure functions of (seed, images seen)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.data import Sampler
 
 
 class StepBatches(Sampler[list[int]]):
-    """Positions of the device batches of these steps, in order.
+    """Positions of each device batch, in the order of the steps.
 
-    Step s sees positions s G, ..., (s + 1) G - 1, G the global batch.
+    Step s sees the positions s G, ..., (s + 1) G - 1, where G is the global batch size.
 
     Args:
-        steps: step numbers, one after the other.
+        steps: step numbers.
         global_batch_size: G.
-        rows: of each device batch of a step, its rows in the global batch: all of them, or one process's.
+        rows: rows of the global batch in each device batch of a step, of all ranks or of one.
     """
 
     def __init__(self, steps: Sequence[int], global_batch_size: int, rows: Sequence[range]) -> None:
@@ -33,7 +33,7 @@ class StepBatches(Sampler[list[int]]):
 
 
 def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Rows at these positions of an endless series of epochs, each a fresh permutation of `count` rows."""
+    """Rows at these positions. Each epoch is another permutation of `count` rows."""
     epochs, offsets = np.divmod(positions, count)
     rows = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -43,9 +43,9 @@ def shuffled(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[np.
 
 
 def random_bits(positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """64 random bits per position, a pure function of (seed, position): two rounds of splitmix64."""
+    """64 random bits per position, from two rounds of splitmix64 over (seed, position)."""
     golden = 0x9E3779B97F4A7C15
-    x = positions.astype(np.uint64) + np.uint64(seed * golden % 2**64)  # Python's int: NumPy's would overflow
+    x = positions.astype(np.uint64) + np.uint64(seed * golden % 2**64)  # Python int, as NumPy would overflow
     for _ in range(2):
         x = x + np.uint64(golden)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -60,9 +60,8 @@ _LAST_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}
 def _permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     key = (seed, epoch, count)
     if key not in _LAST_PERMUTATIONS:
-        while (
-            len(_LAST_PERMUTATIONS) > 3
-        ):  # a batch may span two epochs, and training and evaluation alternate
+        # A batch may span two epochs, and training and evaluation alternate: keep four.
+        while len(_LAST_PERMUTATIONS) > 3:
             del _LAST_PERMUTATIONS[next(iter(_LAST_PERMUTATIONS))]
         _LAST_PERMUTATIONS[key] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
     return _LAST_PERMUTATIONS[key]

@@ -1,4 +1,4 @@
-"""Pixels: levels and unit range, checks, hashes, grids and pictures of latents and labels."""
+"""Tensors of pixels: value ranges, checks, hashes, grids, and pictures of latents and labels."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from torch import Tensor
 
 
 def to_unit(levels: Tensor) -> Tensor:
-    """Images of 256 levels, integers in [0, 255] of any shape, as float32 in [0, 1]."""
+    """Levels in [0, 255], any shape, as float32 in [0, 1]."""
     return levels.float() / 255
 
 
 def check_images(images: Tensor, name: str = "images") -> None:
-    """Refuse what is no batch of RGB images in [0, 1].
-
-    Raises:
-        ValueError: wrong shape, type or value range.
-    """
+    """Raise ValueError for anything but a batch of RGB images (B, 3, H, W) in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
         raise ValueError(f"{name} must be RGB (B, 3, H, W) with B > 0, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"{name} must be float in [0, 1], got {images.dtype}; divide uint8 images by 255")
     low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+    if not (low >= 0 and high <= 1):  # also true for NaN
         raise ValueError(
             f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; clamp a decoder's output, "
             f"map [-1, 1] by (x + 1) / 2, divide [0, 255] by 255"
@@ -34,7 +30,7 @@ def check_images(images: Tensor, name: str = "images") -> None:
 
 
 def quantize(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to the 256 levels that image files hold: uint8, same shape.
+    """Round images in [0, 1] to 256 levels: uint8, same shape.
 
     Raises:
         ValueError: not RGB images in [0, 1].
@@ -44,18 +40,18 @@ def quantize(images: Tensor) -> Tensor:
 
 
 def hashes_of(levels: Tensor) -> list[bytes]:
-    """What names each image: 16 bytes over its pixels, uint8 (B, 3, H, W), channels last."""
+    """A hash of 16 bytes for each image of levels, uint8 (B, 3, H, W), over its pixels with channels last."""
     pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
 
 
 def hash_of_all(hashes: Iterable[bytes]) -> str:
-    """SHA-256 over what `hashes_of` gave, whatever the order of the images."""
+    """SHA-256 over the sorted results of `hashes_of`, hexadecimal: independent of the order."""
     return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Images (n, 3, H, W) in [0, 1] side by side in rows of `columns`, on white."""
+    """Images (n, 3, H, W) in [0, 1] in rows of `columns`, on white."""
     n, _, height, width = images.shape
     rows = -(-n // columns)
     grid = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
@@ -75,8 +71,8 @@ def pca_pictures(z: Tensor, size: int) -> Tensor:
     """Latents as colours: the first three principal components of all tokens, (B, 3, H, W) in [0, 1].
 
     Args:
-        z: latents, (B, C, h, w). The components are those of this batch, so colours compare within it.
-        size: longer side of the pictures; each token becomes a square.
+        z: latents, (B, C, h, w). Colours are comparable only within the batch.
+        size: longer side of the pictures in pixels; each token becomes a square.
     """
     tokens = z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     centred = tokens - tokens.mean(dim=0)
@@ -86,15 +82,16 @@ def pca_pictures(z: Tensor, size: int) -> Tensor:
     colours = ((scores - low) / (high - low).clamp(min=1e-8)).clamp(0, 1)
     pictures = colours.view(len(z), *z.shape[-2:], -1).permute(0, 3, 1, 2)
     if pictures.shape[1] < 3:  # fewer than three latent channels
-        pictures = torch.cat(
-            [pictures, pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])], dim=1
-        )
+        empty = pictures.new_zeros(len(z), 3 - pictures.shape[1], *z.shape[-2:])
+        pictures = torch.cat([pictures, empty], dim=1)
     return torch.nn.functional.interpolate(pictures, size=_fitting(z, size), mode="nearest")
 
 
 def label_pictures(labels: Tensor, size: int) -> Tensor:
-    """Label maps (B, h, w) as colours, (B, 3, H, W) in [0, 1] of longer side `size`: 20 in turn, white where
-    negative."""
+    """Label maps (B, h, w) in 20 colours, negative labels white: (B, 3, H, W) in [0, 1].
+
+    The longer side becomes `size` pixels.
+    """
     from matplotlib import colormaps
 
     table = [colormaps["tab20"](k % 20)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)]]
@@ -122,7 +119,7 @@ def _fitting(pictures: Tensor, size: int) -> tuple[int, int]:
 
 
 def framed(images: Tensor, colours: Sequence[str], width: int = 4) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], each with a frame over its border in its colour, such as "#2f9e6e"."""
+    """Images (B, 3, H, W) in [0, 1], each with a border of its colour (such as "#2f9e6e") over its edge."""
     framed = images.detach().float().cpu().clone()
     for image, colour in zip(framed, colours, strict=True):
         rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])[:, None, None]

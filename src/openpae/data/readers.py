@@ -1,4 +1,4 @@
-"""Batches that other processes read. One that dies, or finds no shared memory, ends the run in one line."""
+"""Batches from worker processes. A dead worker or a lack of shared memory is a one-line error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from openpae.data.order import StepBatches
 from openpae.runtime.children import Children, cause_of_death
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux keeps the memory through which batches come from other processes."""
+"""Shared memory of Linux, through which workers pass batches."""
 
 
 def read_batches(
@@ -28,42 +28,38 @@ def read_batches(
     num_workers: int,
     *,
     pin: bool,
-    what: str,
+    label: str,
     place: Callable[[set[int | None]], str] | None = None,
 ) -> Iterator[Any]:
-    """Batches in the sampler's order, read in this process or in `num_workers` others.
+    """Batches in the sampler's order, read in this process or by `num_workers` others.
 
     Args:
-        dataset: makes whole batches (`__getitems__`).
-        sampler: which, and in which order.
-        num_workers: processes that read; 0 reads in this one.
+        dataset: gives complete batches (`__getitems__`).
+        sampler: positions of each batch.
+        num_workers: worker processes; 0 reads in this process.
         pin: copy batches to pinned memory.
-        what: what is read, for messages.
-        place: what the processes with these ids were reading, for messages.
+        label: the data in messages ("images").
+        place: process ids of dead workers -> the items they were reading, for messages.
 
     Raises:
-        ChildProcessError: a process that reads died; the message names what it was reading.
-        OSError: there is no shared memory left for a batch.
+        ChildProcessError: a worker died; the message names the item it was reading.
+        OSError: no shared memory is left for a batch.
     """
     readers = Children()
     try:
         yield from _started(dataset, sampler, num_workers, pin, readers)
     except Exception as error:
-        raise _explained(error, readers, what, place) from error
+        raise _explained(error, readers, label, place) from error
 
 
 def share(tensors: Iterable[Tensor]) -> None:
-    """Move tensors to memory that other processes see.
-
-    Raises:
-        OSError: there is no room for them.
-    """
-    left = [tensor for tensor in tensors if tensor.numel()]
+    """Move tensors to shared memory. Raises OSError if none is left."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     try:
-        for tensor in left:
+        for tensor in tensors:
             tensor.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError:
-        wanted = sum(tensor.numel() * tensor.itemsize for tensor in left)
+        wanted = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         raise OSError(_no_room(f" for {wanted:,} bytes")) from None
 
 
@@ -71,7 +67,7 @@ def _started(
     dataset: Dataset[Any], sampler: StepBatches, num_workers: int, pin: bool, readers: Children
 ) -> Iterator[Any]:
     if num_workers:
-        readers.Event()  # where there is no room for it, PyTorch would leave half an iterator behind
+        readers.Event()  # fails early without shared memory, before PyTorch builds half an iterator
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(
         DataLoader(
@@ -85,8 +81,8 @@ def _started(
         )
     )
     if num_workers and threading.current_thread() is threading.main_thread():
-        # PyTorch's handler would raise wherever the loop is when a process dies, in the middle of saving too.
-        # Without it the next batch raises, within five seconds.
+        # PyTorch's handler would raise anywhere in the loop, even while it saves. Without the handler the
+        # next batch raises, within five seconds.
         signal.signal(signal.SIGCHLD, before)
     return batches
 
@@ -96,7 +92,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _shared(batch: Any) -> Any:
-    # PyTorch's queue would do it in a thread whose errors nobody receives, and the loop would wait for ever.
+    # PyTorch's queue would do this in a thread that hides errors, and the loop would wait forever.
     share([value for value in batch if isinstance(value, Tensor)])
     return batch
 
@@ -110,29 +106,29 @@ def _no_room(wanted: str = "") -> str:
 
 
 def _explained(
-    error: Exception, readers: Children, what: str, place: Callable[[set[int | None]], str] | None
+    error: Exception, readers: Children, label: str, place: Callable[[set[int | None]], str] | None
 ) -> Exception:
-    """The error in one line that says what to do; an error that says it already is left alone."""
+    """The error as one line that says what to do. Other errors are returned unchanged."""
     text = str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # no room for the queues themselves
         return OSError(_no_room())
-    if text.startswith("Caught "):  # raised by a process that reads, with its traceback
-        said = re.findall(rf"^[\w.]*{type(error).__name__}: (.*)$", text, re.MULTILINE)
-        return type(error)(said[-1]) if said else error
+    if text.startswith("Caught "):  # raised in a worker, with its traceback
+        messages = re.findall(rf"^[\w.]*{type(error).__name__}: (.*)$", text, re.MULTILINE)
+        return type(error)(messages[-1]) if messages else error
     ended = wait([reader.sentinel for reader in readers.started], timeout=5.0) if readers.started else []
     for reader in readers.started:
-        if reader.sentinel in ended:  # its pipes close a moment before the system knows how it ended
+        if reader.sentinel in ended:  # its pipes close just before its exit code is known
             reader.join(5.0)
     if not (dead := readers.dead()):
         return error
     causes = " and ".join(sorted({cause_of_death(reader) for reader in dead}))
-    if "SIGBUS" in causes:  # what some systems answer to shared memory that is used up
+    if "SIGBUS" in causes:  # shared memory is used up
         return OSError(_no_room())
     if place is not None:
-        what += f" died at {place({reader.pid for reader in dead})}; remove the file if it dies there again,"
+        label += f" died at {place({reader.pid for reader in dead})}; remove the file if it dies there again,"
     else:
-        what += " died;"
+        label += " died;"
     return ChildProcessError(
-        f"a process that reads {what} lower loop.num_workers if memory ran out, or set it to 0 to see what "
+        f"a process that reads {label} lower loop.num_workers if memory ran out, or set it to 0 to see what "
         f"happens ({causes})"
     )

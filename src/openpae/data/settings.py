@@ -1,4 +1,4 @@
-"""Which images a run trains on."""
+"""Config of the images of a run."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from openpae.config import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """The images that a run trains on and is evaluated with."""
+    """Training and held-out images of a run."""
 
     images: Path
     """Training images: a folder of class subfolders, a flat folder, or packed images (pae pack)."""
     evaluation: Path | None = None
-    """Held-out images in either form; null evaluates nothing."""
+    """Held-out images in either form; null skips evaluation."""
     evaluation_images: int = 500
     """Number of held-out images, evenly spread."""
     augment: Literal["none", "flip", "crop"] = "crop"
-    """none: centre crop. flip: half of them mirrored. crop: shorter side to `resize`, random crop,
-    mirrored."""
+    """none: centre crop. flip: also mirror half of the images. crop: shorter side to `resize`, random crop,
+    mirror half."""
     resize: int = 384
-    """Shorter side before the random crop (where crops are not square: of what covers their shape)."""
+    """Shorter side before the random crop, in the proportions of the crop."""
     skip_broken: bool = False
     """Replace a file that cannot be decoded by the next readable image, with a warning that names it."""
     feature_cache: Path | None = None
-    """Folder for the VFM's features of packed images, made on first use; null computes them at every step."""
+    """Folder for cached VFM features of packed images, made on first use; null computes them each step."""
 
     def __post_init__(self) -> None:
         if self.feature_cache is not None and self.augment == "crop":
             raise ValueError(
-                "data.feature_cache needs data.augment none or flip: random crops cannot be cached"
+                "data.feature_cache needs data.augment none or flip: no cache holds random crops"
             )
         check_fields(self, "data.", evaluation_images="[1, inf)")

@@ -1,4 +1,4 @@
-"""What training sees: augmented images and cached latents, by position in training."""
+"""Training data by position in training: augmented images and cached latents."""
 
 from __future__ import annotations
 
@@ -15,17 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from openpae.data.classes import check_images_agree
-from openpae.data.images import (
-    BrokenImage,
-    ImageSource,
-    PackedImages,
-    Size,
-    covers,
-    crop,
-    height_width,
-    open_images,
-    resize_to_cover,
-)
+from openpae.data.crops import Size, covers, crop, height_width, resize_to_cover
+from openpae.data.decode import BrokenImage
+from openpae.data.images import ImageSource, PackedImages, open_images
 from openpae.data.order import StepBatches, random_bits, shuffled
 from openpae.data.readers import read_batches, share
 from openpae.data.settings import ImageData
@@ -33,10 +25,10 @@ from openpae.data.shards import Shards
 
 
 def open_training(data: ImageData) -> tuple[ImageSource, ImageSource | None]:
-    """The training images and the held-out ones that a config names.
+    """Open the training images of a config, and its held-out images or None.
 
     Raises:
-        FileNotFoundError, ValueError: not there, unusable, or both have classes and not the same.
+        FileNotFoundError, ValueError, PermissionError: see `open_images`, or the classes differ.
     """
     images = open_images(data.images)
     if data.evaluation is None:
@@ -58,30 +50,30 @@ class ImageBatch(NamedTuple):
     prior: Tensor | None = None
     """Cached refined targets, float16, (B, N, C)."""
     skipped: tuple[str, ...] = ()
-    """Broken files whose places others took."""
+    """Messages for broken files that others replaced."""
     broken: str = ""
-    """What is wrong with a file that may not be skipped; then the batch is empty."""
+    """Message for a broken file that may not be skipped; then the batch is empty."""
     warned: tuple[Warning, ...] = ()
-    """What another process warned of while it read them."""
+    """Warnings raised by the worker that read the batch."""
 
 
 class TrainingImages(Dataset[ImageBatch]):
     """Augmented images by position in training: a pure function of (seed, images seen).
 
     Args:
-        source: where they come from.
-        size: (H, W) of what comes out, or the side of a square.
-        seed: of order and augmentation.
-        augment: "none" centre-crops; "flip" also mirrors half of them; "crop" scales to cover a box of the
-            shape of H x W whose shorter side is `resize`, cuts H x W at random and mirrors half of them.
+        source: the images.
+        size: (H, W) of the output, or the side of a square.
+        seed: seed of order and augmentation.
+        augment: "none" centre-crops; "flip" also mirrors half of the images; "crop" scales the shorter side
+            to `resize` (in the proportions of H x W), crops at random and mirrors half of the images.
         resize: see "crop".
-        skip_broken: put the next readable image in the place of a broken one, and say so.
-        features: cached VFM features of a packed source, one row an image.
-        targets: cached refined targets of these features, one row an image.
+        skip_broken: replace a broken image by the next readable one, and report it.
+        features: cached VFM features of a packed source, one row per image.
+        targets: cached refined targets of these features, one row per image.
 
     Raises:
-        ValueError: resize is smaller than the shorter side, or features are asked for that do not fit source
-            and augmentation.
+        ValueError: resize is smaller than the shorter side, or features or targets do not fit the source and
+            the augmentation.
     """
 
     def __init__(
@@ -107,33 +99,33 @@ class TrainingImages(Dataset[ImageBatch]):
         grow = resize / shorter if augment == "crop" and resize else 1
         self.cover = round(self.size[0] * grow), round(self.size[1] * grow)
         self.skip_broken, self.features, self.targets = skip_broken, features, targets
-        self.reading: Tensor | None = None  # shared memory: id of each worker process, and the row it is at
+        self.reading: Tensor | None = None  # in shared memory: process id and current row of each worker
 
     def __getitems__(self, positions: list[int]) -> ImageBatch:
         """The batch of these positions (images seen before each)."""
         if get_worker_info() is None:
             return self._batch(positions)
-        with warnings.catch_warnings(record=True) as caught:  # for the process that trains, which prints them
+        with warnings.catch_warnings(record=True) as caught:  # for the training process to print
             warnings.simplefilter("always")
             batch = self._batch(positions)
         return batch._replace(warned=tuple(w.message for w in caught if isinstance(w.message, Warning)))
 
     def _batch(self, positions: list[int]) -> ImageBatch:
-        where = np.asarray(positions, dtype=np.int64)
-        rows = shuffled(where, len(self.source), self.seed)
-        bits = random_bits(where, self.seed)
-        flips = (bits & 1).astype(bool) if self.augment != "none" else np.zeros(len(where), dtype=bool)
+        seen = np.asarray(positions, dtype=np.int64)
+        rows = shuffled(seen, len(self.source), self.seed)
+        bits = random_bits(seen, self.seed)
+        flips = (bits & 1).astype(bool) if self.augment != "none" else np.zeros(len(seen), dtype=bool)
         skipped: list[str] = []
         if isinstance(self.source, PackedImages) and covers(self.source.image_shape, self.cover):
             images = self.source.cut(rows, self.size, *self._corners(self.source.image_shape, bits))
         else:
             try:
                 taken = [self._read(int(row), bits[i : i + 1], skipped) for i, row in enumerate(rows)]
-            except BrokenImage as error:  # `raise_on_broken` raises it: a worker would add its traceback
+            except BrokenImage as error:  # raised by `raise_on_broken`: a worker would add its traceback
                 return ImageBatch(torch.empty(0), torch.empty(0), broken=str(error))
             rows = np.array([row for row, _ in taken])
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
-        for i in np.flatnonzero(flips).tolist():  # one by one: a mirrored batch would not stay in the cache
+        for i in np.flatnonzero(flips).tolist():  # one by one stays in the CPU cache
             images[i] = images[i].flip(-1)
         features, prior = (
             None if cached is None else cached.gather(rows, flips.astype(np.int64))
@@ -163,11 +155,11 @@ class TrainingImages(Dataset[ImageBatch]):
     def _corners(
         self, shape: tuple[int, int], bits: NDArray[np.uint64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First column and first row, (B,) each, of what is cut from images of this (H, W)."""
-        down, across = (whole - part for whole, part in zip(shape, self.size, strict=True))
+        """First column and first row, (B,) each, of the crops of images of this (H, W)."""
+        down, across = (side - kept for side, kept in zip(shape, self.size, strict=True))
         if self.augment != "crop":
             return np.full(len(bits), across // 2), np.full(len(bits), down // 2)
-        # Two numbers in [0, 1) from bits that the flip does not use.
+        # Two numbers in [0, 1), from bits that the flip does not use.
         x, y = ((bits >> np.uint64(shift)) % np.uint64(2**20) / 2**20 for shift in (8, 32))
         return (x * (across + 1)).astype(np.int64), (y * (down + 1)).astype(np.int64)
 
@@ -175,11 +167,11 @@ class TrainingImages(Dataset[ImageBatch]):
 def image_batches(
     images: TrainingImages, sampler: StepBatches, num_workers: int, *, pin: bool
 ) -> Iterator[ImageBatch]:
-    """The sampler's batches, read by other processes if wished, as `raise_on_broken` passes them on.
+    """Batches of the sampler, read by `num_workers` processes and checked by `raise_on_broken`.
 
     Raises:
         BrokenImage: a file cannot be decoded and may not be skipped.
-        ChildProcessError: a process that reads died; the message names the file it was at.
+        ChildProcessError: a worker died; the message names the file it was reading.
     """
     reading = images.reading = torch.full((max(1, num_workers), 2), -1)
     if num_workers:
@@ -190,12 +182,12 @@ def image_batches(
         return ", ".join(sorted(names)) or "its start"
 
     yield from raise_on_broken(
-        read_batches(images, sampler, num_workers, pin=pin, what="images", place=place)
+        read_batches(images, sampler, num_workers, pin=pin, label="images", place=place)
     )
 
 
 def raise_on_broken(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-    """The batches, with a warning for each broken image whose place another took, until one may not be left.
+    """Pass batches on with a warning for each replaced image, and raise at one that may not be skipped.
 
     Raises:
         BrokenImage: a file cannot be decoded and may not be skipped.
@@ -211,7 +203,7 @@ def raise_on_broken(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
 
 
 def broken_count(batch: ImageBatch, data: ImageData) -> dict[str, int]:
-    """How many of a batch's images took the place of broken ones, for the log; nothing where none may."""
+    """Number of replaced images in a batch, for the log; empty if `skip_broken` is off."""
     return {"broken_images": len(batch.skipped)} if data.skip_broken else {}
 
 
@@ -219,18 +211,19 @@ class LatentBatch(NamedTuple):
     """Latents of one device batch."""
 
     latents: Tensor
-    """bfloat16, (B, C, h, w), as the tokenizer gives them."""
+    """bfloat16, (B, C, h, w), as encoded by the tokenizer."""
     labels: Tensor
     """int64, (B,)."""
 
 
 class TrainingLatents(Dataset[LatentBatch]):
-    """Cached latents by position in training, image or its mirror by chance: a pure function of (seed, images
-    seen).
+    """Cached latents by position in training: a pure function of (seed, images seen).
+
+    Each position takes the latent of an image or of its mirror image at random.
 
     Args:
         shards: a latent cache.
-        seed: of order and mirroring.
+        seed: seed of order and mirroring.
     """
 
     def __init__(self, shards: Shards, *, seed: int) -> None:
@@ -238,9 +231,9 @@ class TrainingLatents(Dataset[LatentBatch]):
 
     def __getitems__(self, positions: list[int]) -> LatentBatch:
         """The batch of these positions (images seen before each)."""
-        where = np.asarray(positions, dtype=np.int64)
-        rows = shuffled(where, len(self.shards), self.seed)
-        versions = (random_bits(where, self.seed) % np.uint64(self.shards.shape[0])).astype(np.int64)
+        seen = np.asarray(positions, dtype=np.int64)
+        rows = shuffled(seen, len(self.shards), self.seed)
+        versions = (random_bits(seen, self.seed) % np.uint64(self.shards.shape[0])).astype(np.int64)
         return LatentBatch(self.shards.gather(rows, versions), torch.from_numpy(self.shards.labels[rows]))
 
 
@@ -249,10 +242,8 @@ def check_features(features: Shards, source: ImageSource, augment: str) -> None:
     if not isinstance(source, PackedImages):
         raise ValueError("cached features need packed images (pae pack), so that row and image stay together")
     if augment == "crop":
-        raise ValueError("cached features know no random crops; use augment 'none' or 'flip'")
+        raise ValueError("cached features do not fit random crops; use augment 'none' or 'flip'")
     if features.attributes["images"] != source.fingerprint() or len(features) != len(source):
-        raise ValueError(
-            f"the features in {features.folder} are not those of the images in {source.shards.folder}"
-        )
+        raise ValueError(f"the features in {features.folder} are not of the images in {source.shards.folder}")
     if augment == "flip" and features.shape[0] < 2:
         raise ValueError(f"the features in {features.folder} lack the mirrored images; cache them with flips")

@@ -33,11 +33,11 @@ from openpae.engine.settings import LoopConfig
 from openpae.engine.task import Task
 from openpae.runtime import processes
 from openpae.storage.files import (
+    atomic_folder,
     file_hash,
     fingerprints_agree,
     read_json,
     remove_folder,
-    whole_folder,
     write_json,
 )
 from openpae.storage.model_folder import README, RECORD, RUN_CONFIG, checkpoint_path, checkpoint_steps
@@ -191,9 +191,9 @@ def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
 
 @contextmanager
 def _folder_of_all(path: Path, wanted: int) -> Iterator[Path]:
-    """`whole_folder` for all processes: the first makes it, and renames it when all have written."""
+    """`atomic_folder` for all processes: the first makes it, and renames it when all have written."""
     with ExitStack() as stack:
-        yield processes.on_rank0(lambda: stack.enter_context(whole_folder(path, wanted)))
+        yield processes.on_rank0(lambda: stack.enter_context(atomic_folder(path, wanted)))
         processes.on_rank0(stack.close)
 
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from openpae.engine.settings import PROFILED_FROM, LoopConfig
 from openpae.runtime import processes
-from openpae.storage.files import told_if_full, whole_file
+from openpae.storage.files import atomic_file, explain_disk_full
 
 
 class Journal:
@@ -45,9 +45,9 @@ class Journal:
         if self.file.is_file():
             lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
             self.judged = any(_is_evaluation(line) for line in lines if line["step"] == self.start)
-            with whole_file(self.file) as partial:
+            with atomic_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        with told_if_full(self.file):
+        with explain_disk_full(self.file):
             self.board = _Board(self.run_dir / "tensorboard", self.start + 1)
 
     def __exit__(self, *_: object) -> None:
@@ -98,7 +98,7 @@ class Journal:
         if not processes.is_rank0():
             return
         line = {"step": step, "images_seen": step * self.loop.global_batch_size, **values}
-        with told_if_full(self.file):
+        with explain_disk_full(self.file):
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.board.add(step, values)

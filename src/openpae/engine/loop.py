@@ -30,7 +30,7 @@ from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped, catch_signals
-from openpae.storage.outputs import alone
+from openpae.storage.outputs import run_lock
 
 
 def fit(
@@ -70,7 +70,7 @@ def fit(
     fitting = _Fitting.of(task, run_dir, optim, loop, clock)
     if (run_dir / "config.yaml").is_file():
         fitting.state.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    with alone(run_dir, "training"), _matmul_precision(loop.precision):
+    with run_lock(run_dir, "training"), _matmul_precision(loop.precision):
         while True:
             try:
                 return fitting.run(quiet)

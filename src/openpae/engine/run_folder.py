@@ -10,7 +10,7 @@ from typing import Any
 from openpae import config as configs
 from openpae.runtime import processes
 from openpae.storage.model_folder import RUN_CONFIG, checkpoint_path, checkpoint_steps
-from openpae.storage.outputs import make_folder, spare
+from openpae.storage.outputs import check_outputs, make_folder
 
 HARDWARE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
@@ -84,7 +84,7 @@ def open_run(run_dir: Path, config: Any) -> None:
     def make() -> None:
         if not check_run(run_dir, config):
             if not (run_dir / "config.yaml").is_file():
-                spare(*(run_dir / name for name in _WRITTEN), into=run_dir, inputs=[*_paths(config)])
+                check_outputs(*(run_dir / name for name in _WRITTEN), into=run_dir, inputs=[*_paths(config)])
             make_folder(run_dir)
             configs.save(config, run_dir / "config.yaml")
 

@@ -1,4 +1,4 @@
-"""One measured number, how sure it is, and what it was measured with."""
+"""A measured number with its standard error and settings."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Estimate:
     name: str
     value: float
     std: float | None = None
-    """Standard deviation of the values that were averaged; None where nothing was."""
+    """Standard deviation of the averaged values; None for a value that is no mean."""
     stderr: float | None = None
-    """Standard error of the value; None where the data gives none."""
+    """Standard error of the value; None if unknown."""
     n: int
-    """How many values, or samples, the number stands on."""
+    """Number of averaged values, or of samples."""
     over: str = "images"
     """What n counts: images, repeats, subsets, splits."""
     settings: Settings = field(default_factory=dict)
-    """Everything else that changes the number."""
+    """Everything else that changes the value."""
 
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" +- {self.stderr:.2g}"
@@ -36,14 +36,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Undefined:
-    """A metric that the data at hand does not define."""
+    """A metric without a value for these data."""
 
     name: str
     reason: str
 
 
 def split_results(results: Iterable[Estimate | Undefined]) -> tuple[dict[str, Estimate], dict[str, str]]:
-    """The estimates by name, and the reasons of the metrics that are not defined."""
+    """Estimates by name, and reasons of undefined metrics by name."""
     metrics, undefined = {}, {}
     for result in results:
         if isinstance(result, Undefined):
@@ -56,11 +56,10 @@ def split_results(results: Iterable[Estimate | Undefined]) -> tuple[dict[str, Es
 def mean_of(name: str, values: Tensor, settings: Settings, over: str = "images") -> Estimate:
     """The mean of independent values (N,), with std / sqrt(N) as its standard error.
 
-    One value has no standard error, and neither has a mean that an infinite value (the PSNR of an exact copy)
-    makes infinite.
+    One value has no standard error. Nor has an infinite mean, as from the PSNR of an exact copy.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: there are no values.
     """
     n = len(values)
     if n == 0:
@@ -80,7 +79,7 @@ def mean_of(name: str, values: Tensor, settings: Settings, over: str = "images")
 
 
 def jackknife_error(estimates: Tensor) -> float:
-    """Standard error of a statistic from its values (G,) with one of G groups left out.
+    """Jackknife standard error of a statistic, from its values (G,) with one of G groups left out.
 
     sqrt((G - 1) / G * sum_g (t_g - mean t)^2)
     """

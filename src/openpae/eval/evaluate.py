@@ -1,4 +1,4 @@
-"""Evaluations as a user runs them, and their records: every number with what it was measured with.
+"""Evaluation of reconstructions and of samples. The record holds each number and everything it depends on.
 
 Under torchrun every process must call these functions: each works on its share, and all get the record.
 """
@@ -6,7 +6,7 @@ Under torchrun every process must call these functions: each works on its share,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
 
 VALUE_RANGE = "RGB in [0, 1], rounded to 256 levels"
-"""Of all images before any feature is computed."""
+"""Range and levels of all images before features are computed."""
 
 
 def evaluate_reconstruction(
@@ -41,46 +41,40 @@ def evaluate_reconstruction(
     min_samples: int = 10_000,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """PSNR, SSIM, LPIPS, and the Frechet distance of reconstructions to their originals (rFID's kind).
+    """PSNR, SSIM, LPIPS, and the Frechet distance of reconstructions to their originals (rFID, rFD).
 
     Args:
         tokenizer: in evaluation mode.
-        images: real images of a size that it takes.
-        extractor: of the Frechet distance; None leaves it out.
-        lpips: None leaves it out.
-        batch_size: images per forward pass; changes no number beyond rounding.
-        min_samples: fewer images than this make a Frechet distance that is warned of.
-        facts: what else the record should say (fingerprints).
+        images: real images of a size that the tokenizer takes.
+        extractor: features of the Frechet distance; None leaves it out.
+        lpips: None leaves LPIPS out.
+        batch_size: images per forward pass. It changes rounding only.
+        min_samples: fewer images give a warning.
+        facts: further entries of the record (fingerprints).
 
     Returns:
-        The record: metric -> value, standard error, n and settings; and what it was measured with.
+        The record: metric -> value, standard error, n and settings; and what the numbers depend on.
 
     Raises:
-        ValueError: images that the tokenizer does not take.
+        ValueError: the tokenizer does not take the images.
     """
     pairs = ReconstructionMetrics(lpips)
     sets = [] if extractor is None else [FeatureSet(extractor), FeatureSet(extractor)]
-    with torch.no_grad():
-        for batch in images.batches(batch_size):
-            x = batch.images.to(tokenizer.device)
-            y = tokenizer.reconstruct(x).float()
-            pairs.update(x, y, batch.numbers)
-            for features, shown in zip(sets, (x, y), strict=False):
-                features.update(shown, batch.numbers)
-    pairs.gather()
-    for features in sets:
-        features.gather()
+    _reconstruct(tokenizer, images, batch_size, pairs, sets)
 
     def compute() -> dict[str, Any]:
         metrics = pairs.compute()
-        found: dict[str, Any] = {}
+        distance_facts: dict[str, Any] = {}
         if extractor is not None:
             real, decoded = sets
             reference = reference_of(real, images.name, images.preprocessing)
             evaluation = Evaluation(extractor, reference, _settings(real.n, reference, min_samples))
             evaluation.merge(decoded)
-            judged, found = _judged(evaluation)
-            metrics |= judged
+            distances, distance_facts = _results_of(evaluation)
+            metrics |= distances
+        network: dict[str, str] = {}
+        if lpips is not None:
+            network = {"lpips": f"lpips-{lpips.net}", "lpips_weights": fingerprint(lpips.state_dict())}
         return {
             "metrics": metric_facts(metrics),
             "images": images.count,
@@ -88,11 +82,31 @@ def evaluate_reconstruction(
             "reference": images.name,
             "reference_preprocessing": images.preprocessing,
             "image_size": list(images.size),
-            **found,
-            **_network(lpips),
+            **distance_facts,
+            **network,
         }
 
     return _record("reconstruction", compute, tokenizer.device, facts)
+
+
+@torch.no_grad()
+def _reconstruct(
+    tokenizer: Autoencoder,
+    images: ImageStream,
+    batch_size: int,
+    pairs: ReconstructionMetrics,
+    sets: Sequence[FeatureSet],
+) -> None:
+    """Add all pairs of images, and the features of images and reconstructions if `sets` holds both sets."""
+    for batch in images.batches(batch_size):
+        x = batch.images.to(tokenizer.device)
+        y = tokenizer.reconstruct(x).float()
+        pairs.update(x, y, batch.numbers)
+        for features, pixels in zip(sets, (x, y), strict=False):
+            features.update(pixels, batch.numbers)
+    pairs.gather()
+    for features in sets:
+        features.gather()
 
 
 def evaluate_samples(
@@ -105,27 +119,26 @@ def evaluate_samples(
     others: Mapping[str, Reference] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Frechet distances (gFID's and sFID's kind), Inception Score, KID, precision, recall of samples.
+    """Frechet distances (gFID, sFID), Inception Score, KID, precision and recall of samples.
 
-    Beside them stands the floor: the distance of one half of the real images to the other at the samples'
-    count (or at half of the real images, where there are too few).
+    The record also holds the floor: the distance of real images to real images at the samples' count, or at
+    half of the real images if these are too few.
 
     Args:
         samples: generated images.
-        reference: what they are compared with, in the features of the same extractor.
-        extractor: of the features.
-        batch_size: images per forward pass; changes no number beyond rounding.
-        min_samples: fewer samples than this are warned of: the distance is then much too large.
-        others: further references by name, in the features of the same extractor; each adds the metric
-            frechet_NAME, the distance of the samples to it.
-        facts: what else the record should say, over what the stream says of itself (sampler, fingerprints).
+        reference: real images or their statistics, in the features of `extractor`.
+        extractor: gives the features.
+        batch_size: images per forward pass. It changes rounding only.
+        min_samples: fewer samples give a warning: the distance is then much too large.
+        others: further references by name; each adds the metric frechet_NAME, the distance to it.
+        facts: further entries of the record, beside the facts of the stream (sampler, fingerprints).
 
     Returns:
-        The record: metric -> value, standard error, n and settings; and what it was measured with.
+        The record: metric -> value, standard error, n and settings; and what the numbers depend on.
 
     Raises:
-        ValueError: samples of another size than the reference's or than one another, a reference of another
-            extractor, or samples that are not those that the stream's facts tell of.
+        ValueError: the samples have several sizes or another size than the reference, the reference is of
+            another extractor, or the stream's facts describe other samples.
     """
     evaluation = Evaluation(extractor, reference, _settings(samples.count, reference, min_samples))
     evaluation.check_size(samples.size)
@@ -136,7 +149,7 @@ def evaluate_samples(
 
     def compute() -> dict[str, Any]:
         _check_sidecar(samples, evaluation.samples.sha256())
-        metrics, found = _judged(evaluation)
+        metrics, distance_facts = _results_of(evaluation)
         for name, other in (others or {}).items():
             distance = frechet_distance(evaluation.samples.pooled.gaussian(), other.pooled)
             metrics[f"frechet_{name}"] = Estimate(
@@ -147,7 +160,7 @@ def evaluate_samples(
             )
         return {
             "metrics": metric_facts(metrics),
-            **found,
+            **distance_facts,
             "samples_from": samples.name,
             "samples_preprocessing": samples.preprocessing,
             "tokenizer": sampler.pop("tokenizer", None),
@@ -159,12 +172,12 @@ def evaluate_samples(
 
 
 def metric_facts(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
-    """Metrics as a record holds them: name -> value, standard error, n, settings."""
+    """Metrics for a record: name -> value, standard error, n, settings."""
     return {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()}
 
 
 def write_evaluation(record: Mapping[str, Any], run_dir: Path, step: int) -> None:
-    """Keep the record of an evaluation inside training: run_dir/evaluations/step-N.json, by one process."""
+    """Write the record of an evaluation inside training, run_dir/evaluations/step-N.json. Rank 0 writes."""
     if processes.is_rank0():
         folder = run_dir / "evaluations"
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,47 +185,42 @@ def write_evaluation(record: Mapping[str, Any], run_dir: Path, step: int) -> Non
 
 
 def _settings(count: int, reference: Reference, min_samples: int) -> EvaluationConfig:
-    # KID's subsets hold at most half of either set: equal subsets would have no spread.
+    # A subset of KID holds at most half of either set: subsets of all samples would have no spread.
     n = count if reference.features is None else min(count, len(reference.features))
     return EvaluationConfig(kid_subset_size=max(2, min(1000, n // 2)), min_samples=max(2, min_samples))
 
 
-def _check_sidecar(samples: ImageStream, found: str) -> None:
-    """See that the record beside the samples is theirs."""
-    told = samples.facts.get("samples_sha256", found)
-    if told != found:
+def _check_sidecar(samples: ImageStream, sha256: str) -> None:
+    """Refuse a record of other samples."""
+    recorded = samples.facts.get("samples_sha256", sha256)
+    if recorded != sha256:
         raise ValueError(
-            f"the record beside {samples.name} tells of other samples: their samples_sha256 is "
-            f"{str(told)[:12]}..., that of these {found[:12]}...; bring the two together, or move the record "
-            "away to measure these without it"
+            f"the record beside {samples.name} describes other samples: its samples_sha256 is "
+            f"{str(recorded)[:12]}..., that of these samples {sha256[:12]}...; bring the record of these, or "
+            "move this one away"
         )
 
 
-def _judged(evaluation: Evaluation) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """The metrics, the floor of real images beside them, and what both were measured with."""
-    result, real = evaluation.compute(), evaluation.reference.features
-    metrics = dict(result.metrics)
-    if real is not None and len(real) >= 4:
-        metrics["frechet_floor"] = frechet_floor(real, min(result.n, len(real) // 2))
+def _results_of(evaluation: Evaluation) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """The metrics with the floor of real images, and what these numbers depend on."""
+    samples, reference = evaluation.samples, evaluation.reference
+    metrics, undefined = evaluation.compute()
+    if reference.features is not None and (half := len(reference.features) // 2) >= 2:
+        metrics["frechet_floor"] = frechet_floor(reference.features, min(samples.n, half))
+    assert samples.image_size is not None  # there are samples
     return metrics, {
-        "undefined": dict(result.undefined),
-        "samples": result.n,
-        "samples_sha256": result.samples_sha256,
-        "duplicates": result.duplicates,
-        "image_size": list(result.image_size),
-        "reference": result.reference,
-        "reference_sha256": result.reference_sha256,
-        "reference_n": result.reference_n,
-        "reference_preprocessing": evaluation.reference.preprocessing,
-        "extractor": result.extractor,
-        "extractor_weights": result.weights,
+        "undefined": undefined,
+        "samples": samples.n,
+        "samples_sha256": samples.sha256(),
+        "duplicates": samples.duplicates(),
+        "image_size": list(samples.image_size),
+        "reference": reference.name,
+        "reference_sha256": reference.sha256,
+        "reference_n": reference.pooled.n,
+        "reference_preprocessing": reference.preprocessing,
+        "extractor": samples.extractor.name,
+        "extractor_weights": samples.extractor.weights,
     }
-
-
-def _network(lpips: LPIPS | None) -> dict[str, str]:
-    if lpips is None:
-        return {}
-    return {"lpips": f"lpips-{lpips.net}", "lpips_weights": fingerprint(lpips.state_dict())}
 
 
 def _record(
@@ -221,7 +229,7 @@ def _record(
     device: torch.device,
     facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the first process computes, with everything around it, in all processes."""
+    """Compute on rank 0, and give the full record to all processes."""
     return processes.on_rank0(
         lambda: {
             "kind": kind,

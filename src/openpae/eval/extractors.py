@@ -1,7 +1,7 @@
-"""Networks whose features decide how far generated images are from real ones: one protocol, four of them.
+"""Feature extractors for distances of generated to real images: one protocol, four networks.
 
-Distances of different extractors must never be compared; every result therefore carries the extractor's name
-and the fingerprint of its weights.
+Distances of different extractors do not compare. So every result holds the extractor's name and the
+fingerprint of its weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from openpae.storage.files import fingerprint
 from openpae.storage.weights import load_strict, read_tensors
 
 INCEPTION = "inception-2015"
-"""Name of the extractor that published FID, sFID and IS rest on."""
-
+"""Name of the extractor of published FID, sFID and IS."""
 
 _INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -36,22 +35,22 @@ _INCEPTION_URL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What an extractor says about B images."""
+    """Features of B images."""
 
     pooled: Tensor
-    """(B, F); Frechet distance, KID, precision and recall."""
+    """(B, F), for Frechet distance, KID, precision and recall."""
     spatial: Tensor | None = None
-    """(B, S), where the extractor defines them; spatial Frechet distance (sFID)."""
+    """(B, S), for the spatial Frechet distance (sFID); None if the extractor has none."""
     logits: Tensor | None = None
-    """(B, K), where it classifies; Inception Score."""
+    """(B, K), for the Inception Score; None if the extractor does not classify."""
 
 
 class FeatureExtractor(Protocol):
-    """A frozen network and how images are brought to it."""
+    """A frozen network with its preprocessing."""
 
     @property
     def name(self) -> str:
-        """Names the architecture, the layer and the preprocessing."""
+        """Architecture, layer and preprocessing, in one word."""
         ...
 
     @property
@@ -64,8 +63,14 @@ class FeatureExtractor(Protocol):
         ...
 
 
-class InceptionFeatures(nn.Module):
-    """The extractor of FID: images rounded to 256 levels, resized as TensorFlow 1 does.
+class _Frozen(nn.Module):
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+class InceptionFeatures(_Frozen):
+    """The extractor of FID. Images are rounded to 256 levels and resized as in TensorFlow 1.
 
     Args:
         network: with weights.
@@ -78,10 +83,6 @@ class InceptionFeatures(nn.Module):
         self.network = network
         self.weights = fingerprint(network.state_dict())
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 2048), spatial (B, 2023), logits (B, 1008)."""
@@ -89,11 +90,11 @@ class InceptionFeatures(nn.Module):
         return Features(pooled=pooled, spatial=spatial, logits=logits)
 
 
-class EfficientNetFeatures(nn.Module):
-    """Head of EfficientNet-Lite0 (ImageNet-1k), pooled: the extractor that registry packages offer.
+class EfficientNetFeatures(_Frozen):
+    """Pooled head of EfficientNet-Lite0 (ImageNet-1k). Its weights come with a registry package.
 
     Images are resized to 128 (bicubic with low-pass, clamped to [0, 1]) and mapped by (255 x - 127) / 128.
-    Distances are not comparable with published FID.
+    Distances do not compare with published FID.
 
     Args:
         network: an `EfficientNet` of the efficientnet_lite_pytorch package.
@@ -106,10 +107,6 @@ class EfficientNetFeatures(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self.weights = fingerprint(network.state_dict())
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """images in [0, 1]: (B, 3, H, W). Returns pooled (B, 1280)."""
@@ -119,35 +116,19 @@ class EfficientNetFeatures(nn.Module):
         return Features(pooled=grid.mean(dim=(2, 3)))
 
 
-class DeepFeatures(Protocol):
-    """What `VggFeatures` needs of the LPIPS network."""
-
-    def deep_features(self, images: Tensor) -> Tensor:
-        """Pooled features of the last layer, (B, 512), of images (B, 3, H, W) in [0, 1]."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All weights."""
-        ...
-
-
-class VggFeatures(nn.Module):
-    """relu5_3 of VGG16, pooled, at the images' own size. Not comparable with published FID.
+class VggFeatures(_Frozen):
+    """Pooled relu5_3 of VGG16 at the images' own size. Distances do not compare with published FID.
 
     Args:
-        lpips: the LPIPS network of `openpae.models.lpips` with VGG16 inside.
-        name: what records call it.
+        lpips: an LPIPS network of `openpae.models.lpips` with VGG16.
+        name: name in records.
     """
 
-    def __init__(self, lpips: DeepFeatures, name: str = "vgg16-relu5_3") -> None:
+    def __init__(self, lpips: LPIPS, name: str = "vgg16-relu5_3") -> None:
         super().__init__()
         self.name = name
         self.lpips = lpips
         self.weights = fingerprint(lpips.state_dict())
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever is asked."""
-        return super().train(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
@@ -155,12 +136,12 @@ class VggFeatures(nn.Module):
         return Features(pooled=self.lpips.deep_features(images))
 
 
-class DinoFeatures(nn.Module):
+class DinoFeatures(_Frozen):
     """The CLS token of DINOv2 after its last norm (FD-DINOv2, Stein et al., arXiv:2306.04675).
 
     Args:
-        backbone: a model of the transformers package that gives `last_hidden_state` with the CLS token first.
-        source: where its weights came from; becomes part of the name.
+        backbone: a model of the transformers package; its `last_hidden_state` begins with the CLS token.
+        source: name of the weights; part of the extractor's name.
         image_size: side to which images are resized (bicubic with low-pass, clamped to [0, 1]).
     """
 
@@ -176,10 +157,6 @@ class DinoFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
     @torch.no_grad()
     def features(self, images: Tensor) -> Features:
         """images in [0, 1]: (B, 3, H, W). Returns pooled (B, D)."""
@@ -190,17 +167,17 @@ class DinoFeatures(nn.Module):
 def load_extractor(
     name: ExtractorName, weights: Path | None = None, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """A feature extractor with its weights.
+    """Load a feature extractor.
 
     Args:
-        name: which.
+        name: the extractor.
         weights: inception: the file pt_inception-2015-12-05-6726825d.pth; dinov2: a local folder; None
-            fetches them. The others take none.
-        device: where the weights go.
+            downloads them. The others take None only.
+        device: device of the weights.
 
     Raises:
-        FileNotFoundError: the weights cannot be had.
-        ValueError: weights that do not fit, or given to an extractor that takes none.
+        FileNotFoundError: the weights cannot be loaded or downloaded.
+        ValueError: the weights do not fit, or the extractor takes none.
     """
     return _built(name, weights).to(device)
 
@@ -227,18 +204,18 @@ def _built(
 
 
 def load_inception(file: Path | None = None) -> InceptionFeatures:
-    """The Inception extractor.
+    """Load the Inception extractor.
 
     Args:
         file: pt_inception-2015-12-05-6726825d.pth of pytorch-fid or torch-fidelity (the same weights), or
             these tensors as safetensors; None downloads it once, into the cache of torch.hub.
 
     Raises:
-        FileNotFoundError: no such file, or no way to download it; the message says where to get it.
+        FileNotFoundError: no such file, or the download fails; the message names the address.
         ValueError: other weights.
     """
     if file is None:
-        # Its name ends with the first digits of its SHA-256, which torch.hub checks.
+        # The name ends with the first digits of the SHA-256, which torch.hub checks.
         file = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_URL.rpartition("/")[2]
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +224,7 @@ def load_inception(file: Path | None = None) -> InceptionFeatures:
         raise FileNotFoundError(f"no Inception weights at {file}; download {_INCEPTION_URL}")
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
-    # Batch counters play no part in evaluation, and some files leave them out.
+    # Evaluation does not use batch counters, and some files leave them out.
     load_strict(network, {**read_tensors(file), **counters}, f"Inception weights in {file}")
     return InceptionFeatures(network)
 
@@ -256,7 +233,7 @@ def _download_inception(file: Path) -> None:
     prefix = file.stem.rpartition("-")[2]
     try:
         torch.hub.download_url_to_file(_INCEPTION_URL, str(file), hash_prefix=prefix)
-    except (OSError, RuntimeError) as error:  # no way there; another file than the one of this hash
+    except (OSError, RuntimeError) as error:  # no connection; a file with another hash
         raise FileNotFoundError(
             f"the Inception weights could not be downloaded ({error}); download {_INCEPTION_URL} elsewhere "
             f"and pass it as --extractor-weights FILE, or measure with another extractor (vgg16)"
@@ -264,10 +241,10 @@ def _download_inception(file: Path) -> None:
 
 
 def load_efficientnet() -> EfficientNetFeatures:
-    """The EfficientNet-Lite0 extractor with the weights of the registry package.
+    """Load the EfficientNet-Lite0 extractor with the weights of the registry package.
 
     Raises:
-        FileNotFoundError: the package cannot be had.
+        FileNotFoundError: the package cannot be downloaded.
     """
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -278,13 +255,13 @@ def load_efficientnet() -> EfficientNetFeatures:
 
 
 def load_dinov2(source: str = "facebook/dinov2-large") -> DinoFeatures:
-    """The DINOv2 extractor; FD-DINOv2 as published takes the large one.
+    """Load the DINOv2 extractor. Published FD-DINOv2 uses the large one.
 
     Args:
         source: hub name or local folder.
 
     Raises:
-        FileNotFoundError: the weights cannot be had.
+        FileNotFoundError: the weights cannot be loaded or downloaded.
         ValueError: the weights do not fit a DINOv2 model.
     """
     from transformers import AutoModel
@@ -302,7 +279,7 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DinoFeatures:
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
-    """Bicubic with low-pass, as Pillow does, so that large images do not alias; overshoot is clamped."""
+    """Bicubic with low-pass, as in Pillow, so that large images do not alias; clamped to [0, 1]."""
     if images.shape[-2:] == (size, size):
         return images
     resized = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""Features of a stream of images, from one process or several."""
+"""Features of streams of images, from one process or several."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from openpae.runtime import processes
 
 
 class FeatureSet:
-    """Features of images that come in batches, from one process or several.
+    """Features of images in batches, from one process or several.
 
-    Statistics are kept in float64, the features themselves in float32 on the CPU (8 KiB an image for
-    Inception). Images are numbered, so that neither the batch size nor the number of processes changes a
-    metric that draws samples. They are rounded to 256 levels first: the numbers are those of saved files.
+    Statistics are float64. The features are float32 on the CPU, 8 KiB an image for Inception. Images are
+    numbered, so that neither batch size nor number of processes changes a metric that draws subsets. Images
+    are rounded to 256 levels first, as in a saved file.
 
     Args:
         extractor: gives the features.
@@ -46,11 +46,11 @@ class FeatureSet:
         """Add a batch.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], all of one size, on any device; the extractor's is where they go.
-            index: number of each image among all images of all processes; by default they count on.
+            images: (B, 3, H, W) in [0, 1], all of one size, on any device.
+            index: number of each image among the images of all processes; None continues the count.
 
         Raises:
-            ValueError: not RGB images in [0, 1], of another size than before, or not one number per image.
+            ValueError: not RGB images in [0, 1], another size than before, or not one number per image.
         """
         levels = quantize(images)
         size = (images.shape[-2], images.shape[-1])
@@ -70,20 +70,20 @@ class FeatureSet:
             raise ValueError(
                 f"index must number each of the {len(images)} images, got {len(numbers)} numbers"
             )
-        found = self.extractor.features(to_unit(levels).to(device_of(self.extractor)))
-        self.pooled.update(found.pooled.cpu())
-        self.rows.append(found.pooled.float().cpu())
-        if found.spatial is not None:
+        features = self.extractor.features(to_unit(levels).to(device_of(self.extractor)))
+        self.pooled.update(features.pooled.cpu())
+        self.rows.append(features.pooled.float().cpu())
+        if features.spatial is not None:
             self.spatial = self.spatial or Moments()
-            self.spatial.update(found.spatial.cpu())
-        if found.logits is not None:
-            self.logit_rows.append(found.logits.float().cpu())
+            self.spatial.update(features.spatial.cpu())
+        if features.logits is not None:
+            self.logit_rows.append(features.logits.float().cpu())
         self.image_size = size
         self.index.extend(numbers)
         self.hashes.extend(hashes_of(levels))
 
     def merge(self, other: FeatureSet) -> None:
-        """Add what another process has seen.
+        """Add the images of another set.
 
         Raises:
             ValueError: another extractor, another image size, or an image number that both hold.
@@ -100,7 +100,7 @@ class FeatureSet:
         if both := set(self.index) & set(other.index):
             raise ValueError(
                 f"both sets hold the images {', '.join(map(str, sorted(both)[:3]))} ({len(both)} in all); "
-                f"number the images of all processes apart with index="
+                f"give each image its own number with index="
             )
         self.image_size = self.image_size or other.image_size
         self.pooled.merge(other.pooled)
@@ -113,7 +113,7 @@ class FeatureSet:
         self.hashes += other.hashes
 
     def gather(self) -> None:
-        """Give every process what all have seen; alone it does nothing. All processes must call it.
+        """Give every process the images of all. All processes must call it; a single one does nothing.
 
         Raises:
             ValueError: see `merge`.
@@ -121,12 +121,12 @@ class FeatureSet:
         if processes.world_size() == 1:
             return
         own = {name: value for name, value in vars(self).items() if name != "extractor"}
-        whole = FeatureSet(self.extractor)
-        for state in processes.gather(own):  # in one order everywhere, so that rounding is the same
+        merged = FeatureSet(self.extractor)
+        for state in processes.gather(own):  # the same order in every process, so that rounding is equal
             part = FeatureSet(self.extractor)
             vars(part).update(state)
-            whole.merge(part)
-        vars(self).update(vars(whole))
+            merged.merge(part)
+        vars(self).update(vars(merged))
 
     def features(self) -> Tensor:
         """Pooled features in the order of the image numbers: (N, F) float32.
@@ -134,11 +134,12 @@ class FeatureSet:
         Raises:
             ValueError: no images were given.
         """
-        self._check_filled()
+        if not self.index:
+            raise ValueError("no images were given; call update first")
         return torch.cat(self.rows)[self._order()]
 
     def logits(self) -> Tensor | None:
-        """Logits in the order of the image numbers: (N, K) float32, or None where the extractor has none."""
+        """Logits in the order of the image numbers: (N, K) float32; None if the extractor has none."""
         return torch.cat(self.logit_rows)[self._order()] if self.logit_rows else None
 
     def duplicates(self) -> int:
@@ -146,19 +147,15 @@ class FeatureSet:
         return self.n - len(set(self.hashes))
 
     def sha256(self) -> str:
-        """Hash of all images, whatever their order."""
+        """Hash of all images; their order does not matter."""
         return hash_of_all(self.hashes)
 
     def _order(self) -> Tensor:
         return torch.tensor(self.index).argsort()
 
-    def _check_filled(self) -> None:
-        if not self.index:
-            raise ValueError("no images were given; call update first")
-
 
 def features_of(images: ImageStream, extractor: FeatureExtractor, batch_size: int = 32) -> FeatureSet:
-    """Features of all images of a stream: every process measures its share and gets all.
+    """Features of all images of a stream. Every process extracts its share and gets all.
 
     Args:
         images: the stream.
@@ -166,17 +163,17 @@ def features_of(images: ImageStream, extractor: FeatureExtractor, batch_size: in
         batch_size: images per forward pass.
 
     Raises:
-        ValueError, BrokenImage: as the stream, or see `FeatureSet.update`.
+        ValueError, BrokenImage: see the stream and `FeatureSet.update`.
     """
-    found = FeatureSet(extractor)
+    features = FeatureSet(extractor)
     for batch in images.batches(batch_size):
-        found.update(batch.images, batch.numbers)
-    found.gather()
-    return found
+        features.update(batch.images, batch.numbers)
+    features.gather()
+    return features
 
 
 def device_of(extractor: FeatureExtractor) -> torch.device:
-    """Where an extractor's weights are; the CPU for one that is no module."""
+    """The device of an extractor's weights; the CPU if it is no module."""
     if isinstance(extractor, torch.nn.Module):
         return next((p.device for p in extractor.parameters()), torch.device("cpu"))
     return torch.device("cpu")

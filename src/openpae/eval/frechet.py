@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians, and the streaming statistics it needs. N samples, F features."""
+"""Frechet distance of Gaussians, and streaming mean and covariance. N samples, F features."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Gaussian:
     covariance: Tensor
     """(F, F), divided by n - 1."""
     n: int | None
-    """Samples behind it; None where a statistics file does not say."""
+    """Number of samples; None if a statistics file does not hold it."""
     factor: Tensor | None = None
-    """(n, F) with covariance = factor^T factor, kept where n < F: exact where the covariance is singular."""
+    """(n, F) with covariance = factor^T factor, kept if n < F: exact although the covariance is singular."""
 
     def __post_init__(self) -> None:
         features = len(self.mean)
@@ -34,7 +34,7 @@ class Gaussian:
 
 
 def _fault_of(mean: Tensor, covariance: Tensor) -> str | None:
-    """What mean (F,) and covariance (F, F) are not, up to the rounding of a file in float32."""
+    """The first property that mean (F,) and covariance (F, F) lack, up to the rounding of float32."""
     if mean.is_complex() or covariance.is_complex():
         return "real numbers, got complex ones"
     if not (mean.isfinite().all() and covariance.isfinite().all()):
@@ -44,7 +44,7 @@ def _fault_of(mean: Tensor, covariance: Tensor) -> str | None:
     rounding = len(c) * 2.0**-24 * float(c.abs().max()) if len(c) else 0.0
     if len(c) and float((c - c.T).abs().max()) > rounding:
         return "symmetric: sigma is not the transpose of itself"
-    # Twice the rounding, as a matrix that lies on the edge has a Cholesky factor by luck.
+    # Twice the rounding: a matrix with an eigenvalue of exactly zero has a Cholesky factor only by chance.
     lifted = c + (2 * rounding + torch.finfo(torch.float64).tiny) * torch.eye(len(c), dtype=c.dtype)
     if torch.linalg.cholesky_ex(lifted).info:
         return "positive semi-definite: sigma has a negative eigenvalue, which no covariance has"
@@ -60,16 +60,16 @@ class _Sums:
     scatter: Tensor
 
     def add_mean(self, n: int, mean: Tensor) -> None:
-        """Take in n more samples whose own scatter was added already."""
+        """Add n samples with this mean. Their own scatter must have been added before."""
         delta = mean - self.mean
         self.add_products(delta[None], self.n * n / (self.n + n))
         self.mean = self.mean + delta * (n / (self.n + n))
         self.n += n
 
     def add_products(self, rows: Tensor, weight: float = 1.0) -> None:
-        """S <- S + weight rows^T rows, of rows (B, F). BLAS syrk computes half of it; PyTorch has no syrk."""
+        """S <- S + weight rows^T rows, of rows (B, F), by BLAS syrk: it computes one triangle only."""
         if rows.device.type == "cpu":
-            # Transposed views: BLAS reads by columns, and its upper triangle is our lower one.
+            # Transposed views: BLAS reads by columns, so its upper triangle is the lower one of S.
             a, c = rows.numpy().T, self.scatter.numpy().T
             self.scatter = torch.from_numpy(dsyrk(weight, a, beta=1.0, c=c, overwrite_c=True).T)
         else:
@@ -81,9 +81,8 @@ class Moments:
 
         m <- m + (n_b / n) d,   S <- S + S_b + (n_a n_b / n) d d^T,   d = m_b - m_a   (Chan et al., 1979)
 
-    Rows are absorbed in blocks of fixed size, so that the batch size of the caller changes nothing, and each
-    block is centred by its own mean, so that features far from zero lose no digits. The streams of several
-    processes are merged by the same formula.
+    Rows are added in blocks of fixed size, so that the batch size of the caller changes nothing. Each block
+    is centred by its own mean, so that features far from zero lose no digits. `merge` uses the same formula.
 
     Args:
         block: rows per block.
@@ -96,12 +95,12 @@ class Moments:
 
     @property
     def n(self) -> int:
-        """Samples seen so far."""
+        """Samples so far."""
         return (0 if self.sums is None else self.sums.n) + sum(len(rows) for rows in self.pending)
 
     @property
     def width(self) -> int | None:
-        """F, once known."""
+        """F; None before the first update."""
         if self.sums is not None:
             return len(self.sums.mean)
         return self.pending[0].shape[1] if self.pending else None
@@ -125,11 +124,11 @@ class Moments:
         rows = torch.cat([*self.pending, features]) if self.pending else features
         full = len(rows) // self.block * self.block
         for start in range(0, full, self.block):
-            self._absorb(rows[start : start + self.block])
+            self._add(rows[start : start + self.block])
         self.pending = [rows[full:].clone()] if full < len(rows) else []
 
     def merge(self, other: Moments) -> None:
-        """Add what another process has seen; `other` stays as it is.
+        """Add the samples of another stream; `other` does not change.
 
         Raises:
             ValueError: the widths differ.
@@ -145,7 +144,7 @@ class Moments:
             self.update(rows)
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance of all that was seen so far; more may follow.
+        """Mean and covariance of the samples so far; further updates may follow.
 
         Raises:
             ValueError: fewer than two samples.
@@ -159,13 +158,13 @@ class Moments:
         total = Moments(self.block)
         total.merge(self)
         if total.pending:
-            total._absorb(torch.cat(total.pending))
+            total._add(torch.cat(total.pending))
         assert total.sums is not None
         lower = total.sums.scatter.div_(self.n - 1)
         covariance = lower.tril() + lower.tril(-1).T
         return Gaussian(mean=total.sums.mean.cpu(), covariance=covariance.cpu(), n=self.n, factor=factor)
 
-    def _absorb(self, rows: Tensor) -> None:
+    def _add(self, rows: Tensor) -> None:
         rows = rows.double()
         mean = rows.mean(0)
         if self.sums is None:
@@ -175,7 +174,7 @@ class Moments:
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
-    """Mean and covariance of features (N, F) that fit into memory.
+    """Mean and covariance of features (N, F).
 
     Raises:
         ValueError: fewer than two samples, or not finite.
@@ -191,16 +190,16 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
         tr (A B)^(1/2) = sum_i sqrt(eig_i(A^(1/2) B A^(1/2))) = nuclear norm of F_a F_b^T,   A = F_a^T F_a
 
-    Any factor A = F^T F serves in place of the root of A; Cholesky's is the fastest. A singular A has none
-    and is factored by its eigenvectors. Only eigenvalues of symmetric matrices are taken: they are real and
-    stay accurate where a covariance is ill-conditioned, which is where `sqrtm` of the product fails. Sets of
-    fewer samples than features go through their factors, which is faster and exact.
+    Any factor A = F^T F can replace the root of A; Cholesky's is the fastest. A singular A has no Cholesky
+    factor, so its eigenvectors give one. Eigenvalues are those of symmetric matrices: real, and accurate for
+    an ill-conditioned covariance, where `sqrtm` of the product fails. Sets of fewer samples than features use
+    their factors, which is faster and exact.
 
     Returns:
-        A number >= 0; what rounding leaves below zero is zero.
+        A number >= 0; rounding below zero is clamped.
 
     Raises:
-        ValueError: the two have different widths, or are so large that the distance overflows.
+        ValueError: the widths differ, or the distance overflows.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"both Gaussians must have one width, got {len(a.mean)} and {len(b.mean)} features")

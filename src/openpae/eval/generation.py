@@ -1,10 +1,9 @@
-"""All metrics of generated (or reconstructed) images against a reference, from one pass over the images."""
+"""All metrics of generated or reconstructed images against a reference, in one pass over the images."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,34 +17,12 @@ from openpae.eval.scores import inception_score, kid, precision_recall
 from openpae.eval.settings import EvaluationConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationMetrics:
-    """The result of one evaluation, with what disputes about FID are about."""
-
-    metrics: Mapping[str, Estimate]
-    """frechet, and where they are defined spatial_frechet, inception_score, kid, precision, recall."""
-    undefined: Mapping[str, str]
-    """Each metric that is missing, and why."""
-    n: int
-    """Samples."""
-    duplicates: int
-    """Samples that equal an earlier one pixel by pixel."""
-    image_size: tuple[int, int]
-    samples_sha256: str
-    extractor: str
-    weights: str
-    reference: str
-    reference_sha256: str
-    reference_n: int | None
-    """Images behind the reference's statistics; None where its file does not say."""
-
-
 class Evaluation:
-    """Feed images, get every metric.
+    """Collects images, then computes every metric.
 
     Args:
-        extractor: the one that made the reference.
-        reference: what to compare with.
+        extractor: the extractor of the reference.
+        reference: real images or their statistics.
         config: settings of the metrics.
 
     Raises:
@@ -73,20 +50,20 @@ class Evaluation:
         self.samples.update(images, index)
 
     def merge(self, samples: FeatureSet) -> None:
-        """Add samples whose features are at hand, such as those of another process.
+        """Add samples with their features.
 
         Raises:
-            ValueError: not of the reference's size, or see `FeatureSet.merge`.
+            ValueError: another size than the reference, or see `FeatureSet.merge`.
         """
         self.check_size(samples.image_size)
         self.samples.merge(samples)
 
     def gather(self) -> None:
-        """Give every process the samples of all; see `FeatureSet.gather`."""
+        """Give every process the samples of all. All processes must call it."""
         self.samples.gather()
 
     def check_size(self, size: tuple[int, int] | None) -> None:
-        """Refuse samples of another size (H, W) than the reference's; None, of no samples, passes.
+        """Refuse samples of another size (H, W) than the reference. None means no samples, and passes.
 
         Raises:
             ValueError: the sizes differ.
@@ -94,12 +71,16 @@ class Evaluation:
         wanted = self.reference.image_size
         if None not in (size, wanted) and size != wanted:
             raise ValueError(
-                f"samples must have the size of the reference, {wanted}, got {size}; give samples of that "
-                f"size, or a reference of theirs: resizing either would change the distance silently"
+                f"samples must have the size of the reference, {wanted}, got {size}; give samples or a "
+                "reference of the other's size: resizing would change the distance"
             )
 
-    def compute(self) -> GenerationMetrics:
-        """All metrics of the images so far.
+    def compute(self) -> tuple[dict[str, Estimate], dict[str, str]]:
+        """Every metric of the images so far.
+
+        Returns:
+            Estimates by name: frechet, and if defined spatial_frechet, inception_score, kid, precision,
+            recall; and the reason of each undefined metric by name.
 
         Raises:
             ValueError: fewer than two samples.
@@ -108,7 +89,7 @@ class Evaluation:
         if samples.n < 2:
             raise ValueError(f"a Frechet distance needs at least 2 samples, got {samples.n}")
         self._warn()
-        metrics, undefined = split_results(
+        return split_results(
             (
                 _frechet("frechet", samples.pooled.gaussian(), reference.pooled),
                 self._spatial(),
@@ -116,27 +97,13 @@ class Evaluation:
                 *self._against_features(),
             )
         )
-        assert samples.image_size is not None
-        return GenerationMetrics(
-            metrics=metrics,
-            undefined=undefined,
-            n=samples.n,
-            duplicates=samples.duplicates(),
-            image_size=samples.image_size,
-            samples_sha256=samples.sha256(),
-            extractor=samples.extractor.name,
-            weights=samples.extractor.weights,
-            reference=reference.name,
-            reference_sha256=reference.sha256,
-            reference_n=reference.pooled.n,
-        )
 
     def _warn(self) -> None:
         n, config = self.samples.n, self.config
         if n < config.min_samples:
             warnings.warn(
-                f"only {n} samples (min_samples = {config.min_samples}): the Frechet distance falls as their "
-                f"number grows; compare it with the floor of real images at the same number, or use KID",
+                f"only {n} samples (min_samples = {config.min_samples}): the Frechet distance falls with the "
+                "number of samples; compare it with the floor of real images at the same number, or use KID",
                 stacklevel=3,
             )
         if duplicates := self.samples.duplicates():
@@ -186,19 +153,19 @@ class Evaluation:
 
 
 def frechet_floor(features: Tensor, n: int, *, repeats: int = 3, seed: int = 0) -> Estimate:
-    """Frechet distance of real images to real images at a sample count: what a perfect generator would score.
+    """Frechet distance of real images to real images, the score of a perfect generator.
 
     Args:
-        features: pooled features of real images, (M, F); each repeat draws two disjoint sets of n from them.
-        n: samples per set; that of the evaluation whose distance is judged.
-        repeats: how often to draw.
-        seed: of the draws.
+        features: pooled features of real images, (M, F); each repeat draws two disjoint sets of n images.
+        n: images per set; the number of samples of the evaluation.
+        repeats: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        The mean; repeats share images, so their spread understates the error where 2 n is close to M.
+        The mean. Repeats share images, so that the standard error is too small if 2 n is close to M.
 
     Raises:
-        ValueError: n is below 2, or above half of the images.
+        ValueError: n is below 2, or above M / 2.
     """
     if not 2 <= n <= len(features) // 2:
         raise ValueError(

@@ -1,7 +1,7 @@
 """`pae search-guidance`: tune scale and interval of guidance on the Frechet distance, by successive halving.
 
-search.json   settings, every distance as soon as it is measured, at the end the best; says what was tuned
-best.yaml     the best as a sampler, for pae sample --preset
+search.json   settings, each distance when it is measured, at the end the best
+best.yaml     the best candidate as a sampler, for pae sample --preset
 """
 
 from __future__ import annotations
@@ -23,57 +23,58 @@ from openpae.runtime import processes
 from openpae.runtime.device import autocast
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import Decoder, balanced_labels, decoded, evaluations, sample_batches
+from openpae.sampling.sampler import Decoder, balanced_labels, evaluations, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json, write_json
-from openpae.storage.outputs import made_by, make_folder, spare
+from openpae.storage.outputs import check_outputs, made_by, make_folder
 
 
 def successive_halving(
     candidates: Sequence[Candidate],
-    judge: Callable[[Candidate, int], float],
+    distance: Callable[[Candidate, int], float],
     *,
     samples: int,
     halving: int,
 ) -> Candidate:
-    """Evaluate all over few samples, the better ones over more, until one is left (arXiv:1502.07943).
+    """Evaluate all candidates on few samples, the better ones on more, until one is left (arXiv:1502.07943).
 
-    Every round costs about as much as the first. Values of one round compare, those of two do not: a Frechet
-    distance falls with the number of samples.
+    Every round costs about as much as the first. Distances of two rounds do not compare: a Frechet distance
+    falls with the number of samples.
 
     Args:
         candidates: at least one.
-        judge: (candidate, number of samples) to a value; lower is better.
-        samples: of the first round.
-        halving: the share that goes on is 1 / halving, rounded up, and the samples grow by as much.
+        distance: (candidate, number of samples) to a value; lower is better.
+        samples: samples per candidate of the first round.
+        halving: each round keeps 1 / halving of the candidates, rounded up, and multiplies their samples by
+            `halving`.
 
     Returns:
-        The best; of equal ones the first.
+        The best candidate; of equal ones the first.
     """
     left = list(candidates)
     while len(left) > 1:
-        values = {candidate: judge(candidate, samples) for candidate in left}
+        values = {candidate: distance(candidate, samples) for candidate in left}
         left = sorted(left, key=values.__getitem__)[: max(1, math.ceil(len(left) / halving))]
         samples *= halving
     return left[0]
 
 
 class SampleEvaluator:
-    """Draws samples with a candidate's guidance and gives their Frechet distance.
+    """Measures the Frechet distance of samples with a candidate's guidance.
 
-    Samples are drawn once: a candidate that goes on adds to those that it has. Under torchrun each process
-    draws its share, and all get the distance.
+    Each sample is made once: a candidate of the next round adds to its samples. Under torchrun each process
+    makes its share, and all get the distance.
 
     Args:
         tokenizer: decodes.
         generator: makes the latents, in evaluation mode.
-        sampler: all but the guidance.
-        extractor: of the features.
-        reference: what the samples are compared with, in these features.
-        search: seed, first number of samples and their growth.
-        num_classes: of class-balanced labels, as `balanced_labels` takes them.
-        batch_size: samples at once; it changes no distance beyond rounding.
-        precision: of the networks that draw: fp32 or bf16. What measures works in float32.
+        sampler: all settings but the guidance.
+        extractor: gives the features.
+        reference: real images or their statistics, in the features of `extractor`.
+        search: seed, samples of the first round and their growth.
+        num_classes: classes of the labels, see `balanced_labels`.
+        batch_size: samples per batch. It changes rounding only.
+        precision: fp32 or bf16, of tokenizer and generator. Features are computed in float32.
         weak: guides in place of the null class.
     """
 
@@ -100,51 +101,57 @@ class SampleEvaluator:
     def __call__(self, candidate: Candidate, count: int) -> float:
         """The distance of the candidate's first `count` samples to the reference."""
         seen = self.seen.setdefault(candidate, FeatureSet(self.evaluation.samples.extractor))
-        # In the steps in which the rounds ask for them, so that a resumed search finds the same to the bit.
+        # In the steps of the rounds, so that a resumed search gives equal distances to the bit.
         size = self.search.samples
         while seen.n < count:
             if size > seen.n:
-                self._draw(candidate, range(seen.n, size), seen)
+                self._add_samples(candidate, range(seen.n, size), seen)
             size *= self.search.halving
         return frechet_distance(seen.pooled.gaussian(), self.evaluation.reference.pooled)
 
-    def _draw(self, candidate: Candidate, indices: range, seen: FeatureSet) -> None:
+    def _add_samples(self, candidate: Candidate, indices: range, seen: FeatureSet) -> None:
         sampler, size = with_guidance(self.sampler, candidate), self.batch_size
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         own = [parts[i] for i in processes.rank_slice(len(parts))]
         labels = balanced_labels(indices.stop, self.num_classes)
-        weak = None if sampler.guidance == 1 else self.weak
-        latents = sample_batches(self.generator, labels, sampler, own, seed=self.search.seed, weak=weak)
-        batches = decoded(self.tokenizer, latents)
-        fresh = FeatureSet(self.evaluation.samples.extractor)
+        images = sample_images(
+            self.tokenizer,
+            self.generator,
+            labels,
+            sampler,
+            seed=self.search.seed,
+            batches=own,
+            weak=None if sampler.guidance == 1 else self.weak,
+        )
+        added = FeatureSet(self.evaluation.samples.extractor)
         device = next(self.generator.parameters()).device
         for part in own:
             with autocast(device, self.precision):
-                images = next(batches)
-            fresh.update(images, part)
-        fresh.gather()
-        self.evaluation.check_size(fresh.image_size)
-        seen.merge(fresh)
+                batch = next(images)
+            added.update(batch, part)
+        added.gather()
+        self.evaluation.check_size(added.image_size)
+        seen.merge(added)
 
 
 def search_guidance(
     out: Path,
-    judge: SampleEvaluator,
+    evaluator: SampleEvaluator,
     *,
     facts: Mapping[str, Any],
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     inputs: Sequence[Path | None] = (),
 ) -> dict[str, Any]:
-    """Find the guidance of the lowest distance; an interrupted call goes on where it was.
+    """Search the guidance of the lowest distance. An interrupted call goes on where it stopped.
 
-    Under torchrun every process must call it, and all get the record.
+    Under torchrun every process must call this function, and all get the record.
 
     Args:
         out: folder for search.json and best.yaml.
-        judge: measures a candidate.
-        facts: what else the record should say and what must agree to go on: fingerprints, precision.
-        tell: gets a line for every distance.
-        inputs: what was read for it; nothing is written there.
+        evaluator: measures a candidate.
+        facts: further entries of the record, which must be equal to go on: fingerprints, precision.
+        log: gets a line for every distance.
+        inputs: paths that were read; nothing is written there.
 
     Returns:
         The record, as in search.json.
@@ -154,10 +161,10 @@ def search_guidance(
     """
     names = [out / "search.json", out / "best.yaml"]
     ours = names if made_by(out / "search.json", kind="guidance search") else ()
-    spare(*names, into=out, inputs=inputs, ours=ours)
-    search, sampler = judge.search, judge.sampler
+    check_outputs(*names, into=out, inputs=inputs, own=ours)
+    search, sampler = evaluator.search, evaluator.sampler
     candidates = search.candidates(sampler)
-    settings = _settings(judge, facts)
+    settings = _settings(evaluator, facts)
     record = processes.on_rank0(lambda: _begun(out, settings))
     known: dict[tuple[Candidate, int], float] = {
         (_key(row), row["samples"]): row["frechet"] for row in record["measured"]
@@ -165,18 +172,18 @@ def search_guidance(
 
     def measured(candidate: Candidate, count: int) -> float:
         if (candidate, count) not in known:
-            value = known[candidate, count] = processes.broadcast(judge(candidate, count))
+            value = known[candidate, count] = processes.broadcast(evaluator(candidate, count))
             row = dict(zip(("guidance", "guidance_start", "guidance_end"), candidate, strict=True))
             nfe = evaluations(with_guidance(sampler, candidate))
             record["measured"].append(row | {"samples": count, "nfe": nfe, "frechet": value})
             processes.on_rank0(lambda: write_json(out / "search.json", record))
-            if tell is not None:
+            if log is not None:
                 scale, start, end = candidate
-                tell(f"{count} samples, guidance {scale:g} from {start:g} to {end:g}: {value:.4f}")
+                log(f"{count} samples, guidance {scale:g} from {start:g} to {end:g}: {value:.4f}")
         return known[candidate, count]
 
     best = successive_halving(candidates, measured, samples=search.samples, halving=search.halving)
-    tuned = replace(with_guidance(sampler, best), tuned_on=_tuned_on(judge))
+    tuned = replace(with_guidance(sampler, best), tuned_on=_tuned_on(evaluator))
     count = max(samples for candidate, samples in known if candidate == best)
     record["verdict"] = _verdict(known[best, count], measured(NO_GUIDANCE, count), count, best)
     record["best"] = configs.to_dict(tuned)
@@ -184,41 +191,41 @@ def search_guidance(
     return record
 
 
-def _settings(judge: SampleEvaluator, facts: Mapping[str, Any]) -> dict[str, Any]:
-    reference = judge.evaluation.reference
+def _settings(evaluator: SampleEvaluator, facts: Mapping[str, Any]) -> dict[str, Any]:
+    reference = evaluator.evaluation.reference
     return {
         "kind": "guidance search",
-        "note": f"guidance and interval were tuned on {_tuned_on(judge)}. A distance to this reference, "
+        "note": f"guidance and interval were tuned on {_tuned_on(evaluator)}. A distance to this reference, "
         "reported of samples with this guidance, is biased: it is the lowest of many. Report it with that "
         "remark and with another seed, and beside it a metric or a reference that was not tuned on.",
         "metric": "frechet",
         "extractor": reference.extractor,
-        "extractor_weights": judge.evaluation.samples.extractor.weights,
+        "extractor_weights": evaluator.evaluation.samples.extractor.weights,
         "reference": reference.name,
         "reference_sha256": reference.sha256,
         "reference_n": reference.pooled.n,
-        "sampler": configs.to_dict(judge.sampler),
-        "search": configs.to_dict(judge.search),
+        "sampler": configs.to_dict(evaluator.sampler),
+        "search": configs.to_dict(evaluator.search),
         "labels": "class-balanced",
         **facts,
     }
 
 
-def _verdict(found: float, free: float, count: int, best: Candidate) -> str:
-    """One line where the best guidance is worth nothing, else nothing: no guidance costs half as much."""
-    if best == NO_GUIDANCE or found < free:
+def _verdict(distance: float, unguided: float, count: int, best: Candidate) -> str:
+    """Why the best guidance is not usable: no guidance, at half the cost, is as good. Else empty."""
+    if best == NO_GUIDANCE or distance < unguided:
         return ""
     return (
-        f"not usable: no guidance is at {free:.4f} over {count} samples, the best guidance at {found:.4f}; "
-        "sample without, or search over more --samples"
+        f"not usable: no guidance is at {unguided:.4f} over {count} samples, the best guidance at "
+        f"{distance:.4f}; sample without, or search over more --samples"
     )
 
 
-def _tuned_on(judge: SampleEvaluator) -> str:
-    reference = judge.evaluation.reference
+def _tuned_on(evaluator: SampleEvaluator) -> str:
+    reference = evaluator.evaluation.reference
     return (
         f"the Frechet distance of {reference.extractor} to {reference.name} "
-        f"({reference.sha256[:12]}), seed {judge.search.seed}"
+        f"({reference.sha256[:12]}), seed {evaluator.search.seed}"
     )
 
 

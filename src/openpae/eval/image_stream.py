@@ -1,18 +1,16 @@
-"""Where images to be measured come from: real ones, npz files, folders, the sampler; in numbered batches.
+"""Streams of numbered images to measure: real images, npz files, folders, tensors, the sampler.
 
-Under torchrun each process reads its own share, and the numbers say which images these are.
+Under torchrun each process gets its share. The numbers identify the images.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.data.images import ImageFolder, ImageSource, PackedImages, Size, center_crop, height_width
+from openpae.data.crops import Size, center_crop, height_width
+from openpae.data.images import ImageFolder, ImageSource, PackedImages
 from openpae.data.pixels import check_images, to_unit
+from openpae.eval.npz import npz_entry, npz_keys
+from openpae.runtime.device import autocast
 from openpae.runtime.processes import rank_slice
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
+from openpae.sampling.sampler import Decoder, evaluations, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import read_json
 
@@ -32,20 +33,18 @@ Facts = Mapping[str, Any]
 Rows = Sequence[int] | NDArray[np.int64]
 
 _LARGEST_IMAGE = 2**28
-"""Bytes of one image of an npz file; a compressed megabyte can claim a thousand times as much."""
-_LARGEST_COMPRESSED = 2**30
-"""Bytes of one array of statistics or features, where the file itself is smaller."""
+"""Most bytes of one image of an npz file. A compressed megabyte can claim a thousand times as much."""
 AS_STORED = "as stored"
 """Preprocessing of images that are neither resized nor cropped."""
 
 
 class Batch(NamedTuple):
-    """Some images of a stream."""
+    """A batch of a stream."""
 
     images: Tensor
     """(B, 3, H, W) in [0, 1]."""
     numbers: Sequence[int]
-    """Number of each among all images of the stream."""
+    """Index of each image in the stream, in [0, count)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +52,27 @@ class ImageStream:
     """Images of one size, read once and in batches."""
 
     name: str
-    """What a record calls them."""
+    """Name in records."""
     count: int
-    """How many, over all processes."""
+    """Images of all processes."""
     size: tuple[int, int]
     """(H, W)."""
     preprocessing: str
-    """How they were brought to that size."""
+    """Resize and crop, in words."""
     batches: Callable[[int], Iterator[Batch]]
-    """Batch size to the batches of this process's share."""
+    """From a batch size to the batches of this process."""
     facts: Facts = field(default_factory=dict)
-    """What is known of how they were made: sampler, tokenizer, generator, samples_sha256."""
+    """How the images were made, as far as known: sampler, tokenizer, generator, samples_sha256."""
 
 
 def real_images(source: ImageSource, size: Size, *, name: str = "", rows: Rows | None = None) -> ImageStream:
-    """Real images, centre-cropped as ADM does.
+    """Real images with ADM's centre crop.
 
     Args:
-        source: a folder of images, or packed ones.
+        source: a folder of images, or packed images.
         size: (H, W), or the side of squares.
-        name: what a record calls them; by default their fingerprint.
-        rows: which, in order; None takes all.
+        name: name in records; by default the fingerprint.
+        rows: indices of the images, in order; None takes all.
     """
     height, width = height_width(size)
     chosen = range(len(source)) if rows is None else [int(row) for row in rows]
@@ -99,10 +98,10 @@ def source_batches(
 ) -> Iterator[Tensor]:
     """Centre-cropped images of a source, (B, 3, H, W) in [0, 1], in order.
 
-    Images of a folder that are smaller than `size` are enlarged, as in ADM's references, with a warning.
+    A folder's images that are smaller than `size` are enlarged, as in ADM's references, with a warning.
 
     Raises:
-        ValueError: all images are smaller than `size`.
+        ValueError: all images, or packed ones, are smaller than `size`.
         BrokenImage: a file cannot be decoded.
     """
     height, width = height_width(size)
@@ -110,7 +109,7 @@ def source_batches(
     if packed is not None and (packed[0] < height or packed[1] < width):
         raise ValueError(
             f"{source.name(0)} is of {packed[0]} x {packed[1]} pixels, {height} x {width} are needed; "
-            "enlarging them would change every distance: pack them anew from the originals"
+            "enlarging them would change every distance: pack the originals again"
         )
     rows = range(len(source)) if indices is None else indices
     enlarged = 0
@@ -136,19 +135,18 @@ def source_batches(
 
 
 def stored_images(path: Path) -> ImageStream:
-    """Generated images as they are stored: an npz file (ADM layout), or a folder of image files.
+    """Generated images of a file or folder: an npz file (ADM layout), or a folder of image files.
 
-    The samples.json that `pae sample` wrote beside them, or beside an npz a file of its name, tells how they
-    were made.
+    The record of `pae sample` (samples.json, or the npz's name with .json) gives the facts, if it exists.
 
     Args:
         path: the file, the folder, or a folder of `pae sample`.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no images of one size.
+        FileNotFoundError: the path does not exist.
+        ValueError: no images, or images of several sizes.
     """
-    # A folder of pae sample, with a picture beside the samples.
+    # A folder of pae sample also holds grid.png, which is no sample.
     if (path / "samples.npz").is_file():
         path = path / "samples.npz"
     elif (path / "samples.json").is_file():
@@ -165,11 +163,11 @@ def npz_stream(path: Path, facts: Facts | None = None, *, count: int | None = No
 
     Args:
         path: the file.
-        facts: how they were made.
-        count: images to take, from the first on; None takes all.
+        facts: how the images were made.
+        count: take the first `count` images; None takes all.
 
     Raises:
-        ValueError: no such images.
+        ValueError: the file holds no such images.
     """
     known, height, width = _npz_header(path)
     taken = known if count is None else min(count, known)
@@ -188,16 +186,16 @@ def npz_stream(path: Path, facts: Facts | None = None, *, count: int | None = No
 def tensor_images(
     images: Tensor, *, name: str = "tensors", preprocessing: str = "as given", facts: Facts | None = None
 ) -> ImageStream:
-    """Images that are at hand.
+    """Images of a tensor.
 
     Args:
         images: (N, 3, H, W) in [0, 1]; under torchrun the same in every process.
-        name: what a record calls them.
-        preprocessing: how they were brought to their size.
-        facts: how they were made.
+        name: name in records.
+        preprocessing: resize and crop, in words.
+        facts: how the images were made.
 
     Raises:
-        ValueError: not such a batch, or no image.
+        ValueError: not such images, or N = 0.
     """
     check_images(images)
 
@@ -215,7 +213,7 @@ def tensor_images(
     )
 
 
-def drawn_images(
+def sampled_images(
     tokenizer: Decoder,
     generator: VelocityModel,
     labels: Tensor,
@@ -227,32 +225,32 @@ def drawn_images(
     weak: VelocityModel | None = None,
     facts: Facts | None = None,
 ) -> ImageStream:
-    """Images straight from the sampler, each process its share, none of them kept.
+    """Samples of a generator, each process its share. No file is written.
 
     Args:
         tokenizer: decodes.
         generator: makes the latents, in evaluation mode.
-        labels: classes, (n,), on the CPU; sample i depends on (seed, i) alone.
+        labels: classes, (n,), on the CPU.
         config: solver and guidance.
-        size: (H, W) that the tokenizer decodes to, or the side of squares.
-        seed: another seed, other samples.
-        precision: of the networks; the path itself is followed in float32.
+        size: (H, W) of the decoded images, or the side of squares.
+        seed: sample i depends on (seed, i) alone.
+        precision: of the networks; the solver works in float32.
         weak: a generator that guides in place of the null class; see `sample_latents`.
-        facts: what else is known of them (fingerprints, the scheme of the labels).
+        facts: what else is known of the samples (fingerprints, the scheme of the labels).
 
     Raises:
         ValueError: see `sample_latents`, or there is no label.
     """
     if not len(labels):
-        raise ValueError("at least one label is needed to draw an image, got none")
+        raise ValueError("at least one label is needed to sample an image, got none")
     device = next(generator.parameters()).device
 
     def batches(batch_size: int) -> Iterator[Batch]:
         parts = list(_parts(rank_slice(len(labels)), batch_size))
-        images = decoded(tokenizer, sample_batches(generator, labels, config, parts, seed=seed, weak=weak))
+        images = sample_images(tokenizer, generator, labels, config, seed=seed, batches=parts, weak=weak)
         for part in parts:
-            # Closed before the batch is handed over: whoever measures it works in float32.
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # Closed before the batch is yielded: metrics are computed in float32.
+            with autocast(device, precision):
                 pixels = next(images)
             yield Batch(pixels, part)
 
@@ -273,11 +271,11 @@ def drawn_images(
 
 
 def _npz_batches(path: Path, batch_size: int, count: int) -> Iterator[Batch]:
-    """This process's share of the first `count` images, of which only one batch is in memory."""
+    """This process's share of the first `count` images. Memory holds one batch."""
     known, height, width = _npz_header(path)
     own = rank_slice(count)
     with npz_entry(path, "arr_0") as (file, _):
-        # All processes read the whole file: a compressed one cannot be entered in the middle.
+        # Every process reads the full file: decompression cannot start in the middle.
         for start in range(0, count, batch_size * own.step):
             rows = range(start, min(start + batch_size * own.step, count))
             data = file.read(len(rows) * height * width * 3)
@@ -288,73 +286,7 @@ def _npz_batches(path: Path, batch_size: int, count: int) -> Iterator[Batch]:
                 images = torch.from_numpy(pixels[own.start :: own.step].copy()).permute(0, 3, 1, 2)
                 yield Batch(to_unit(images), mine)
         if count == known:
-            file.read(1)  # at its end the checksum is compared
-
-
-def npz_keys(path: Path) -> set[str]:
-    """Names of the arrays of an npz file.
-
-    Raises:
-        ValueError: no npz file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    except Exception:  # the bytes of a damaged directory can lead its reader to any of them
-        raise ValueError(f"{path} is no npz file") from None
-
-
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-
-
-@contextmanager
-def npz_entry(path: Path, name: str) -> Iterator[tuple[IO[bytes], _Header]]:
-    """One array of an npz file, open where its data begin, with its shape and type. No pickle is read.
-
-    Raises:
-        ValueError: no such array, damaged, encrypted or compressed in an unknown way; what is read inside
-            the block counts too.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-            shape, fortran, dtype = (read or np.lib.format.read_array_header_2_0)(file)
-            size = archive.getinfo(f"{name}.npy").file_size
-            if dtype.hasobject or math.prod(shape) * dtype.itemsize > size:
-                raise ValueError(f"{name} claims {shape} of {dtype}, which its {size:,} bytes do not hold")
-            yield file, _Header(shape, fortran, dtype)
-    except KeyError:
-        known = ", ".join(sorted(npz_keys(path))) or "nothing"
-        raise ValueError(f"{path} holds no {name}; it holds: {known}") from None
-    except Exception as error:  # the bytes of a damaged file can lead its readers to any of them
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-
-
-def npz_array(path: Path, name: str, kinds: str = "fiu") -> NDArray[Any]:
-    """All of one array of an npz file.
-
-    Args:
-        path: the file.
-        name: of the array.
-        kinds: NumPy's letters of the types that it may have; f, i and u are real numbers, U is text.
-
-    Raises:
-        ValueError: see `npz_entry`; or of another type, or more than 1 GiB that was compressed.
-    """
-    with npz_entry(path, name) as (file, (shape, fortran, dtype)):
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in kinds:
-            raise ValueError(f"{name} must hold {'text' if kinds == 'U' else 'real numbers'}, got {dtype}")
-        if size > max(_LARGEST_COMPRESSED, path.stat().st_size):
-            raise ValueError(f"{name} would take {size:,} bytes")
-        data = file.read(size)
-        if len(data) < size or file.read(1):
-            raise ValueError(f"{name} holds other than its {size:,} bytes")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C").copy()
+            file.read(1)  # zipfile compares the checksum at the end
 
 
 def _npz_header(path: Path) -> tuple[int, int, int]:
@@ -375,7 +307,7 @@ def _npz_header(path: Path) -> tuple[int, int, int]:
 
 
 def _folder_images(path: Path) -> ImageStream:
-    """The images of a folder, which must all have one size."""
+    """The images of a folder. All must have one size."""
     source = ImageFolder(path)
     width, height = source.read(0).size
 

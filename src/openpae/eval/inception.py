@@ -1,6 +1,6 @@
-"""The Inception network of 2015 behind FID, in the TensorFlow arithmetic that published numbers rest on.
+"""The Inception network of 2015 for FID, with the TensorFlow arithmetic of published numbers.
 
-Modules carry the names of the converted weights (pt_inception-2015-12-05): a file of these loads as it is.
+Modules have the names of the converted weights (pt_inception-2015-12-05), so that their file loads unchanged.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ IMAGE_SIZE = 299
 
 
 def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
-    """Resize as TensorFlow 1 does (`resize_bilinear` with align_corners=False): (B, C, size, size).
+    """Resize as in TensorFlow 1 (`resize_bilinear` with align_corners=False): (B, C, size, size).
 
         out[i] = x[l] + (x[u] - x[l]) (i s - l),   s = in / out,  l = floor(i s),  u = min(l + 1, in - 1)
 
-    There are no half-pixel centers and no low-pass: FID published since 2017 was computed this way.
+    It has no half-pixel centres and no low-pass. Published FID uses it.
 
     Args:
         images: (B, C, H, W), any range.
@@ -32,7 +32,7 @@ def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
 
 
 def _sources(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each output pixel of one axis: the two source pixels and the way from the first to the second."""
+    """For each output pixel of one axis: its two source pixels, and the weight of the second."""
     scale = torch.tensor(length, dtype=torch.float32) / size
     position = torch.arange(size, dtype=torch.float32) * scale  # float32 as in the TensorFlow kernel
     lower = position.long()
@@ -62,7 +62,7 @@ class ConvNormRelu(nn.Module):
 
 
 def _average3(x: Tensor) -> Tensor:
-    # TensorFlow leaves the padding out of the mean.
+    # TensorFlow does not count the padding.
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -151,7 +151,7 @@ class MixedE(nn.Module):
 
     Args:
         in_dim: input channels.
-        max_pool: take the maximum in the pooling branch, as the network of 2015 does in its last block only.
+        max_pool: take the maximum in the pooling branch; the network of 2015 does so in its last block only.
     """
 
     def __init__(self, in_dim: int, *, max_pool: bool) -> None:
@@ -186,7 +186,7 @@ class MixedE(nn.Module):
 
 
 class Inception2015(nn.Module):
-    """Inception v3 as the TensorFlow graph of 2015-12-05 has it: 1,008 classes, built in evaluation mode."""
+    """Inception v3 of the TensorFlow graph of 2015-12-05: 1,008 classes, in evaluation mode, frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,11 +210,11 @@ class Inception2015(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pooled and spatial features and logits of images with values from 0 to 255: (B, 3, H, W), any size.
+        """Pooled features, spatial features and logits of pixels (B, 3, H, W) in [0, 255], any size.
 
         Returns:
             pool_3 (B, 2048); the first 7 channels of mixed_6/conv, (B, 17 * 17 * 7) with channels last, as in
-            the ADM evaluator; logits (B, 1008) without the bias, as Inception Scores are computed.
+            the ADM evaluator; logits (B, 1008) without the bias, as for the Inception Score.
         """
         x = (resize_bilinear_tf1(pixels.float(), IMAGE_SIZE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))

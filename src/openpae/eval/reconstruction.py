@@ -1,4 +1,4 @@
-"""How close reconstructions are to their images: PSNR, SSIM, LPIPS. Images: (B, 3, H, W) in [0, 1]."""
+"""Metrics of reconstructions: PSNR, SSIM, LPIPS. Images: (B, 3, H, W) in [0, 1]."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openpae.eval.estimate import Estimate, mean_of
 from openpae.runtime import processes
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
-"""Distance of two batches of images, one value per pair: (B,). LPIPS, as a rule."""
+"""Distance of two batches of images, one value per pair: (B,). Usually LPIPS."""
 
 SSIM_WINDOW = 11
 """Side of the Gaussian window of SSIM, in pixels (Wang et al., 2004)."""
@@ -27,7 +27,7 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     Infinite for an exact copy.
 
     Raises:
-        ValueError: the two are not batches of one shape, RGB in [0, 1].
+        ValueError: the shapes differ, or values are not RGB in [0, 1].
     """
     _check_pair(images, reconstructions)
     error = (images.double() - reconstructions.double()).square().mean(dim=(1, 2, 3))
@@ -40,20 +40,20 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
         mean (2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_xx + s_yy + C2)),
         C1 = 0.01^2, C2 = 0.03^2
 
-    Local means m and covariances s (divided by N, not N - 1) under a Gaussian window of 11 x 11 pixels and
-    sigma 1.5; the mean runs over the three colours and the places where the window fits. As scikit-image with
-    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`.
+    m and s are local means and covariances (divided by N, not N - 1) under a Gaussian window of 11 x 11
+    pixels and sigma 1.5. The mean runs over the three colours and the positions where the window fits. Equal
+    to scikit-image with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`.
 
     Returns:
         Values in [-1, 1], 1 for an exact copy.
 
     Raises:
-        ValueError: the two are not batches of one shape, RGB in [0, 1], or smaller than the window.
+        ValueError: the shapes differ, values are not RGB in [0, 1], or images are smaller than the window.
     """
     _check_pair(images, reconstructions)
     if min(images.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, got {tuple(images.shape[-2:])}")
-    # Image by image: what is computed of one stays in the processor's cache.
+    # Image by image: the intermediate tensors of one fit into the processor's cache.
     return torch.stack([_ssim(x, y) for x, y in zip(images, reconstructions, strict=True)])
 
 
@@ -75,10 +75,10 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 class ReconstructionMetrics:
     """PSNR, SSIM and LPIPS of a stream of pairs, each with its standard error over images.
 
-    Both images are rounded to 256 levels first, so that the numbers are those of the saved files.
+    Both images are rounded to 256 levels first, as in saved files.
 
     Args:
-        lpips: distance per image, or None to leave LPIPS out.
+        lpips: distance per image; None leaves LPIPS out.
     """
 
     def __init__(self, lpips: ImageDistance | None = None) -> None:
@@ -95,10 +95,10 @@ class ReconstructionMetrics:
         Args:
             images: (B, 3, H, W) in [0, 1].
             reconstructions: of the same shape and range.
-            index: number of each image among all images of all processes; by default they count on.
+            index: number of each image among the images of all processes; None continues the count.
 
         Raises:
-            ValueError: the two are not batches of one shape, RGB in [0, 1].
+            ValueError: the shapes differ, or values are not RGB in [0, 1].
         """
         _check_pair(images, reconstructions)
         start = max(self.index, default=-1) + 1
@@ -110,7 +110,7 @@ class ReconstructionMetrics:
             self.values["lpips"].append(self.lpips(x, y).double().cpu())
 
     def gather(self) -> None:
-        """Give every process the pairs of all; alone it does nothing. All processes must call it."""
+        """Give every process the pairs of all. All processes must call it."""
         shares = processes.gather((self.index, self.values))
         self.index = [number for index, _ in shares for number in index]
         self.values = {name: [part for _, values in shares for part in values[name]] for name in self.values}
@@ -127,7 +127,7 @@ class ReconstructionMetrics:
         return {name: torch.cat(values)[order] for name, values in self.values.items()}
 
     def compute(self) -> dict[str, Estimate]:
-        """Mean and standard error of each metric: psnr (dB), ssim and, where asked for, lpips.
+        """Mean and standard error of each metric: psnr (dB), ssim and, if there is a network, lpips.
 
         Raises:
             ValueError: no images were given.
@@ -148,7 +148,7 @@ def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
 def _window_means(x: Tensor, block: int = 16) -> Tensor:
     """Means under the Gaussian window along the first axis, where it fits: (H, N) to (H - 10, N).
 
-    A product with a banded matrix. Only blocks along the band are multiplied: rows of a block share inputs.
+    A product with a banded matrix, computed by blocks along the band.
     """
     window = torch.exp(-0.5 * ((torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2) / 1.5) ** 2)
     window = F.pad(window / window.sum(), (0, block))

@@ -1,4 +1,4 @@
-"""Features of a stream of images, and the references they are compared with (ADM files among them)."""
+"""References: real images or their statistics, from folders, ADM files or saved references."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.data.images import PackedImages, Size, open_images
+from openpae.data.crops import Size
+from openpae.data.images import PackedImages, open_images
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of
-from openpae.eval.image_stream import npz_array, npz_keys, npz_stream, real_images
-from openpae.storage.files import file_hash, whole_file
+from openpae.eval.image_stream import npz_stream, real_images
+from openpae.eval.npz import npz_array, npz_keys
+from openpae.storage.files import atomic_file, file_hash
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What generated images are compared with, in the features of one extractor."""
+    """Statistics and features of real images, from one extractor."""
 
     name: str
     sha256: str
-    """Of the images, or of the file of statistics."""
+    """Hash of the images, or of the file of statistics."""
     extractor: str
     weights: str
-    """Fingerprint of the extractor's weights; empty where a file of statistics does not say."""
+    """Fingerprint of the extractor's weights; empty if a file of statistics does not hold it."""
     pooled: Gaussian
     spatial: Gaussian | None = None
     features: Tensor | None = None
-    """(M, F) float32, for KID, precision and recall; None where a file holds statistics only."""
+    """(M, F) float32, for KID, precision and recall; None if a file holds statistics only."""
     image_size: tuple[int, int] | None = None
-    """(H, W); None where a file of statistics does not say."""
+    """(H, W); None if a file of statistics does not hold it."""
     preprocessing: str = "unknown"
-    """How its images were brought to that size."""
+    """Resize and crop, in words."""
 
 
 def reference_of(images: FeatureSet, name: str, preprocessing: str = "unknown") -> Reference:
-    """Make a reference of real images.
+    """Make a reference of the features of real images.
 
     Args:
-        images: their features.
-        name: what a record calls it.
-        preprocessing: how they were brought to their size.
+        images: features of the images.
+        name: name in records.
+        preprocessing: resize and crop, in words.
 
     Raises:
         ValueError: fewer than two images.
@@ -64,18 +66,18 @@ def reference_of(images: FeatureSet, name: str, preprocessing: str = "unknown") 
 def open_reference(
     path: Path, extractor: FeatureExtractor, *, size: Size | None = None, batch_size: int = 32
 ) -> Reference:
-    """The reference at a path: a folder of images, packed images, an ADM file, or one that we saved.
+    """The reference at a path: a folder of images, packed images, an ADM file, or a saved reference.
 
     Args:
-        path: where.
-        extractor: with which the samples will be measured.
-        size: (H, W) to which images of a folder are centre-cropped, or the side of squares: that of the
-            samples; None takes that of packed images. Files are taken as they are.
+        path: the folder or file.
+        extractor: the extractor of the samples.
+        size: (H, W) of the centre crop of images of a folder, or the side of squares; None takes the size of
+            packed images. Files ignore it.
         batch_size: images per forward pass.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: unusable, or a folder of images of many sizes and no `size`.
+        FileNotFoundError: the path does not exist.
+        ValueError: the file does not fit, or a folder of images needs `size`.
     """
     if not path.is_dir():
         return read_reference(path, extractor, batch_size)
@@ -90,7 +92,7 @@ _FACTS = ("name", "sha256", "extractor", "weights", "preprocessing")
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Write a reference as npz, whole or not at all: the names of the ADM layout, and ours beside them."""
+    """Write a reference as npz, atomically: the arrays of the ADM layout, and further ones."""
     arrays = {
         "mu": reference.pooled.mean.numpy(),
         "sigma": reference.pooled.covariance.numpy(),
@@ -104,12 +106,12 @@ def save_reference(reference: Reference, path: Path) -> None:
         arrays["features"] = reference.features.numpy()
     if reference.image_size is not None:
         arrays["image_size"] = np.array(reference.image_size)
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def is_own_reference(path: Path) -> bool:
-    """Whether a file is one that `save_reference` wrote."""
+    """Whether `save_reference` wrote the file."""
     try:
         return path.is_file() and "facts" in npz_keys(path)
     except ValueError:
@@ -117,20 +119,20 @@ def is_own_reference(path: Path) -> bool:
 
 
 def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64) -> Reference:
-    """Read an npz reference: an ADM file (statistics, images or both), or one that `save_reference` wrote.
+    """Read an npz reference: an ADM file (statistics, images or both), or a saved reference.
 
-    The ADM files hold mu, sigma (pooled), mu_s, sigma_s (spatial) of the Inception network and, as arr_0,
-    10,000 images (N, H, W, 3). As the ADM evaluator does, statistics are taken from the file where it has
-    them, and the features for precision and recall from its images.
+    ADM files hold mu, sigma (pooled), mu_s, sigma_s (spatial) of the Inception network and, as arr_0, 10,000
+    images (N, H, W, 3). As in the ADM evaluator, the file gives the statistics if it has them, and its images
+    give the features for precision and recall.
 
     Args:
         path: the file.
-        extractor: with which the samples will be measured.
+        extractor: the extractor of the samples.
         batch_size: images per forward pass.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, damaged, or its statistics are of another extractor.
+        ValueError: no such reference, or it is damaged or of another extractor.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no reference at {path}")
@@ -144,8 +146,8 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
         return _read_own(path, extractor)
     if "mu" in keys and extractor.name != INCEPTION:
         raise ValueError(
-            f"{path} holds statistics of {INCEPTION}, which say nothing in the features of {extractor.name}; "
-            f"measure with {INCEPTION}, or make a reference from real images"
+            f"{path} holds statistics of {INCEPTION}, which do not compare with features of "
+            f"{extractor.name}; measure with {INCEPTION}, or make a reference from real images"
         )
     images = None
     if "arr_0" in keys:
@@ -185,8 +187,8 @@ def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
             f"the samples are measured by {extractor.name} with {extractor.weights}; make the reference "
             "again"
         )
-    n = _whole_numbers(path, "n", 1)[0] if "n" in keys else None
-    height_width = _whole_numbers(path, "image_size", 2) if "image_size" in keys else None
+    n = _positive_integers(path, "n", 1)[0] if "n" in keys else None
+    height_width = _positive_integers(path, "image_size", 2) if "image_size" in keys else None
     pooled = _gaussian(path, "mu", "sigma", n)
     features = torch.from_numpy(npz_array(path, "features")).float() if "features" in keys else None
     if features is not None:
@@ -196,7 +198,7 @@ def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
                 f"each of its images, got {tuple(features.shape)}"
             )
         if len(features) < features.shape[1]:
-            pooled = gaussian_of(features)  # with its factor: exact, as when it was made
+            pooled = gaussian_of(features)  # with its exact factor, as before saving
     return Reference(
         **facts,
         pooled=pooled,
@@ -206,8 +208,8 @@ def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
     )
 
 
-def _whole_numbers(path: Path, name: str, count: int) -> list[int]:
-    found: list[int] = npz_array(path, name, "iu").ravel().tolist()
-    if len(found) != count or min(found) < 1:
-        raise ValueError(f"{path} is damaged: {name} must hold {count} numbers above 0, got {found[:4]}")
-    return found
+def _positive_integers(path: Path, name: str, count: int) -> list[int]:
+    numbers: list[int] = npz_array(path, name, "iu").ravel().tolist()
+    if len(numbers) != count or min(numbers) < 1:
+        raise ValueError(f"{path} is damaged: {name} must hold {count} numbers above 0, got {numbers[:4]}")
+    return numbers

@@ -1,4 +1,4 @@
-"""`pae evaluate`: judge reconstructions, stored samples, or a generator's own, against a reference."""
+"""`pae evaluate`: compare reconstructions, stored samples, or samples of a generator with a reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from openpae.data.classes import check_images_agree
-from openpae.data.images import height_width, open_images
+from openpae.data.crops import height_width
+from openpae.data.images import open_images
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
-from openpae.eval.image_stream import ImageStream, drawn_images, npz_stream, real_images, stored_images
+from openpae.eval.image_stream import ImageStream, npz_stream, real_images, sampled_images, stored_images
 from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.models.lpips_weights import load_perceptual
@@ -27,36 +28,36 @@ def run_evaluation(
     run: EvaluationRun,
     device: torch.device,
     *,
-    drawing: SamplingOptions | None = None,
+    options: SamplingOptions | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any] | None:
-    """Evaluate, and give the record; None where only a reference was to be made.
+    """Evaluate and return the record; None if only a reference was made.
 
-    Under torchrun every process must call it: each works on its share, and all get the record.
+    Under torchrun every process must call this function: each works on its share, and all get the record.
 
     Args:
         reference: real images (a folder, or packed images), an npz of the ADM layout (images, statistics or
             both), or a file of save_reference.
-        run: what is judged, and how.
-        device: where to compute.
-        drawing: how the generator draws; None is the sampler's defaults. Only for a generator.
-        batch_size: images per forward pass and process; changes no number beyond rounding.
+        run: what to evaluate, and the settings.
+        device: device of all networks.
+        options: how to sample; None takes the defaults. Only with a generator.
+        batch_size: images per forward pass and process. It changes rounding only.
 
     Raises:
-        FileNotFoundError, ValueError: something that is not there, or that does not fit.
+        FileNotFoundError, ValueError: a path does not exist, or something does not fit.
     """
-    if not reference.exists():  # before any weights are fetched
+    if not reference.exists():  # before weights are downloaded
         raise FileNotFoundError(
             f"no reference at {reference}; give a folder of real images, packed images, or an npz file"
         )
-    if run.generator is None and drawing is not None:
-        raise ValueError("how samples are drawn says something about generator, which is missing")
+    if run.generator is None and options is not None:
+        raise ValueError("options are for sampling from generator, which is missing")
     extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
         return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size)
     if run.generator is not None:
         check_reference(reference, run.generator)
-    samples = _samples(run, drawing or SamplingOptions(), device)
+    samples = _samples(run, options or SamplingOptions(), device)
     size = run.size if run.size is not None or samples is None else samples.size
     known = open_reference(reference, extractor, size=size, batch_size=batch_size)
     if run.save_reference is not None and is_rank0():
@@ -69,7 +70,7 @@ def run_evaluation(
 
 
 def check_reference(reference: Path, generator: Path) -> None:
-    """Refuse labelled reference images whose classes are not the generator's, where it names them.
+    """Refuse labelled reference images with other classes than the generator names.
 
     Raises:
         ValueError: the message names the first difference.
@@ -79,7 +80,7 @@ def check_reference(reference: Path, generator: Path) -> None:
         check_images_agree(generator, known[0], reference, open_images(reference).classes)
 
 
-def _samples(run: EvaluationRun, drawing: SamplingOptions, device: torch.device) -> ImageStream | None:
+def _samples(run: EvaluationRun, options: SamplingOptions, device: torch.device) -> ImageStream | None:
     if run.samples is not None:
         return stored_images(run.samples)
     if run.generator is None or run.tokenizer is None or run.sample_count is None:
@@ -87,21 +88,21 @@ def _samples(run: EvaluationRun, drawing: SamplingOptions, device: torch.device)
     models = SamplingModels.load(
         run.tokenizer,
         run.generator,
-        drawing.autoguidance,
+        options.autoguidance,
         device=device,
-        precision=drawing.precision,
-        compile=drawing.compile,
+        precision=options.precision,
+        compile=options.compile,
     )
-    return drawn_images(
+    return sampled_images(
         models.tokenizer,
         models.generator,
         balanced_labels(
             run.sample_count, trained_classes(run.generator, models.generator.config.num_classes)
         ),
-        drawing.sampler,
+        options.sampler,
         size=models.tokenizer.config.image_shape,
         seed=run.seed,
-        precision=drawing.precision,
+        precision=options.precision,
         weak=models.weak,
         facts={"labels": "class-balanced", **models.facts},
     )

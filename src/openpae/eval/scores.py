@@ -1,4 +1,4 @@
-"""Scores of generated images from features in memory: Inception Score, KID, precision and recall."""
+"""Scores of generated images from their features: Inception Score, KID, precision and recall."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Es
 
         exp(mean_x KL(p(y|x) || p(y))) = exp(H(mean_x p(y|x)) - mean_x H(p(y|x)))
 
-    Mean over splits of the shuffled samples, with the shuffle of torch-fidelity. The ADM evaluator takes the
-    samples in the order of their file, in splits of 5,000.
+    Mean over splits of the shuffled samples, with the shuffle of torch-fidelity. The ADM evaluator does not
+    shuffle, and its splits hold 5,000 samples.
 
     Args:
         logits: (N, K), of the Inception network without the bias of its last layer.
         splits: number of splits.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
 
     Returns:
-        A value in [1, K]; std is that of the splits (divided by their number, as torch-fidelity does).
+        A value in [1, K]; std over splits divides by their number, as in torch-fidelity.
 
     Raises:
         ValueError: fewer samples than splits, or logits that are not finite.
@@ -60,23 +60,23 @@ def kid(
         MMD^2 = sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (m (m - 1)) - 2 sum_{i, j} k(x_i, y_j) / m^2,
         k(x, y) = (x . y / F + 1)^3
 
-    Unbiased, so that it may be compared between sample counts and may fall below zero. Mean over random
-    subsets of m samples; the same seed draws the same subsets as torch-fidelity. Products are computed in the
-    type of the samples, float32 as a rule, and summed in float64.
+    Unbiased: values of different sample counts compare, and a value may be below zero. Mean over random
+    subsets of m samples; a seed gives the subsets of torch-fidelity. Products are computed in the type of the
+    samples, usually float32, and summed in float64.
 
     Args:
         samples: features (N, F).
         reference: features (M, F).
-        subsets: how many subsets.
+        subsets: number of subsets.
         subset_size: m.
-        seed: of the subsets.
+        seed: seed of the subsets.
 
     Returns:
-        The mean; std is that of the subsets (divided by their number). The standard error counts the drawing
-        of subsets only, not that of the samples.
+        The mean; std over subsets divides by their number. The standard error counts the choice of subsets
+        only, not that of the samples.
 
     Raises:
-        ValueError: the widths differ, features are not finite, or one set is smaller than a subset.
+        ValueError: the widths differ, features are not finite, or a set is smaller than a subset.
     """
     _check_widths(samples, reference)
     smaller = min(len(samples), len(reference))
@@ -118,16 +118,17 @@ def precision_recall(
 ) -> tuple[Estimate, Estimate]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv:1904.06991).
 
-        precision = share of samples x with |x - y| <= r_k(y) for some reference y; recall the other way round
+        precision = share of samples x with |x - y| <= r_k(y) for some reference y
+        recall    = share of reference y with |x - y| <= r_k(x) for some sample x
 
-    r_k(y) is the distance from y to its k-th nearest neighbour in its own set. Distances are float32 after
-    the mean of the reference is taken off; the ADM evaluator rounds them to float16.
+    r_k is the distance to the k-th nearest neighbour in the same set. Distances are float32 after the mean of
+    the reference is subtracted; the ADM evaluator rounds them to float16.
 
     Args:
         samples: features (N, F).
         reference: features (M, F).
-        k: neighbours.
-        block: rows whose distances are held at once; memory is some 8 block max(M, block) bytes.
+        k: which neighbour gives the radius.
+        block: rows per block of distances; memory is about 8 block max(M, block) bytes.
 
     Returns:
         Precision and recall, shares in [0, 1], with the standard error of a share.
@@ -147,7 +148,7 @@ def precision_recall(
     reach_x, reach_y = _radii(x, k, block), _radii(y, k, block)
     precise = torch.empty(len(x), dtype=torch.bool, device=x.device)
     recalled = torch.zeros(len(y), dtype=torch.bool, device=x.device)
-    for start in range(0, len(x), block):  # each distance between the sets serves both shares
+    for start in range(0, len(x), block):  # each distance counts for both shares
         rows = slice(start, start + block)
         distances = _squared_distances(x[rows], y)
         precise[rows] = (distances <= reach_y).any(dim=1)
@@ -167,13 +168,13 @@ def _check_widths(samples: Tensor, reference: Tensor) -> None:
 
 
 def _check_finite(features: Tensor) -> None:
-    if not features.isfinite().all():  # no comparison holds for NaN: shares of it would look like numbers
+    if not features.isfinite().all():  # comparisons with NaN are false, so shares would still look valid
         raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
     if x is y and x.device.type == "cpu":
-        products = torch.from_numpy(np.dot(x.numpy(), x.numpy().T))  # NumPy computes half of it by syrk
+        products = torch.from_numpy(np.dot(x.numpy(), x.numpy().T))  # NumPy uses syrk, half the work
     else:
         products = x @ y.T
     return products.div_(x.shape[1]).add_(1).pow_(3)
@@ -189,7 +190,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance of each row to its k-th neighbour: (N,). Each pair of blocks is multiplied once."""
+    """Squared distance of each row to its k-th neighbour: (N,). Each pair of blocks is computed once."""
     nearest = features.new_full((len(features), k), math.inf)
 
     def keep_nearest(rows: slice, distances: Tensor) -> None:

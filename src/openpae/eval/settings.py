@@ -1,4 +1,4 @@
-"""What an evaluation and a search for guidance are asked to do."""
+"""Settings of evaluations and of the search for guidance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from openpae.models.configs import PerceptualNet
 from openpae.sampling.settings import SamplerConfig
 
 ExtractorName = Literal["inception", "dinov2", "vgg16", "efficientnet-lite0", "random"]
-"""inception gives the FID that is published, dinov2 FD-DINOv2; vgg16 (512 features) and efficientnet-lite0
-(1,280) need no hub; random has fixed random weights, for trials."""
-
+"""inception gives published FID, dinov2 FD-DINOv2; vgg16 (512 features) and efficientnet-lite0 (1,280) need
+no hub; random has fixed random weights, for trials."""
 
 SIDE, SAMPLES = "[1, 16384]", "[2, 100000000]"
-"""Pixels of a side, and images that are drawn: what lies beyond is a mistake."""
+"""Allowed pixels of a side, and numbers of samples. Larger values are mistakes."""
 
 Candidate = tuple[float, float, float]
 """guidance, guidance_start, guidance_end."""
@@ -28,20 +27,20 @@ NO_GUIDANCE: Candidate = (1.0, 0.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Which settings of guidance compete, and over how many samples."""
+    """Candidates of the search, and how many samples each gets."""
 
     scales: tuple[float, ...] = (1.5, 2.0, 2.5, 3.0, 4.0)
-    """Strengths w; 1 is no guidance, and competes once."""
+    """Guidance scales w; 1 is no guidance, and gives one candidate."""
     starts: tuple[float, ...] = (0.0, 0.15, 0.3, 0.45)
-    """Positions from which on to guide."""
+    """Start positions of the guidance interval."""
     ends: tuple[float, ...] = (1.0,)
-    """Positions up to which to guide."""
+    """End positions of the guidance interval."""
     samples: int = 1000
-    """Of each candidate in the first round, in equal numbers of every class."""
+    """Samples per candidate in the first round, class-balanced."""
     halving: int = 2
-    """After each round one candidate in so many goes on, and is judged over so many times the samples."""
+    """Each round keeps 1/halving of the candidates and multiplies their samples by halving."""
     seed: int = 0
-    """Of the noise, which all candidates share. Report with another."""
+    """Seed of the noise, the same for all candidates. Report results with another seed."""
 
     def __post_init__(self) -> None:
         check_fields(self, samples="[2, inf)", halving="[2, inf)")
@@ -50,31 +49,31 @@ class SearchConfig:
                 raise ValueError(f"{name} must hold at least one value")
 
     def candidates(self, sampler: SamplerConfig) -> list[Candidate]:
-        """All that compete, in order: without guidance there is no interval, so that competes once.
+        """All combinations in order. No guidance has no interval, so it is one candidate.
 
         Raises:
-            ValueError: a value that a sampler refuses, or fewer than two candidates.
+            ValueError: the sampler refuses a value, or there are fewer than two candidates.
         """
-        found: dict[Candidate, None] = {}
+        candidates: dict[Candidate, None] = {}
         for scale, start, end in itertools.product(self.scales, self.starts, self.ends):
             if start > end:
                 continue
             candidate = NO_GUIDANCE if scale == 1 else (scale, start, end)
             with_guidance(sampler, candidate)
-            found[candidate] = None
-        if len(found) < 2:
+            candidates[candidate] = None
+        if len(candidates) < 2:
             raise ValueError(
-                f"a search needs at least 2 candidates, got {len(found)}: give more scales, starts or ends "
-                "(a start beyond its end is none)"
+                f"a search needs at least 2 candidates, got {len(candidates)}: give more scales, starts or "
+                "ends (a start beyond its end is left out)"
             )
-        return list(found)
+        return list(candidates)
 
 
 def with_guidance(sampler: SamplerConfig, candidate: Candidate) -> SamplerConfig:
     """The sampler with a candidate's guidance.
 
     Raises:
-        ValueError: values that it refuses.
+        ValueError: the sampler refuses a value.
     """
     scale, start, end = candidate
     return replace(sampler, guidance=scale, guidance_start=start, guidance_end=end)
@@ -82,10 +81,10 @@ def with_guidance(sampler: SamplerConfig, candidate: Candidate) -> SamplerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Settings of the metrics of generated images; the defaults are those of the field."""
+    """Settings of the metrics of generated images. The defaults are the usual ones."""
 
     k: int = 3
-    """Neighbours that span the manifolds of precision and recall."""
+    """The k-th neighbour gives the radius of precision and recall."""
     kid_subsets: int = 100
     """Random subsets over which KID is averaged."""
     kid_subset_size: int = 1000
@@ -93,9 +92,9 @@ class EvaluationConfig:
     splits: int = 10
     """Splits over which the Inception Score is averaged."""
     seed: int = 2020
-    """Of the subsets and splits; torch-fidelity's."""
+    """Seed of the subsets and splits, that of torch-fidelity."""
     min_samples: int = 10_000
-    """Fewer samples than this are measured with a warning: the Frechet distance is then much too large."""
+    """Fewer samples give a warning: the Frechet distance is then much too large."""
 
     def __post_init__(self) -> None:
         one, two = ("k", "kid_subsets", "splits"), ("kid_subset_size", "min_samples")
@@ -104,84 +103,83 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a generator draws the samples that are judged."""
+    """How to sample from the generator that is evaluated."""
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Solver and guidance."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the networks; the path itself is followed in float32."""
+    """Precision of the networks; the solver works in float32."""
     autoguidance: Path | None = None
-    """A smaller or less trained generator of the same latents, which guides in place of the null class."""
+    """A smaller or less trained generator of the same latents; it guides in place of the null class."""
     compile: bool = False
     """Compile the generators."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRun:
-    """One evaluation: what is judged, and how."""
+    """One evaluation: of samples, of a tokenizer, or of a generator with its tokenizer."""
 
     samples: Path | None = None
     """Samples: samples.npz of pae sample, or its folder; an npz of the ADM layout; a folder of images."""
     tokenizer: Path | None = None
-    """Evaluate its reconstructions of the reference's images; with generator, it decodes the samples."""
+    """Evaluate its reconstructions of the reference images; with generator, it decodes the samples."""
     generator: Path | None = None
-    """Generator whose samples are evaluated as they are drawn; needs tokenizer and sample_count."""
+    """Evaluate samples of this generator; needs tokenizer and sample_count."""
     sample_count: int | None = None
-    """How many samples to draw, in equal numbers of every class; published numbers take 50,000."""
+    """Number of samples, class-balanced; published numbers take 50,000."""
     seed: int = 0
-    """Of their noise: sample i depends on (seed, i) alone."""
+    """Seed of the noise: sample i depends on (seed, i) alone."""
     extractor: ExtractorName = "vgg16"
     """Features of the Frechet distance; distances of two extractors do not compare. inception is that of
     published FIDs."""
     extractor_weights: Path | None = None
     """inception: its weights file; dinov2: a local folder. By default both are downloaded."""
     lpips: PerceptualNet = "vgg"
-    """Network of LPIPS, of reconstructions."""
+    """Network of LPIPS, for reconstructions."""
     lpips_weights: str | None = None
-    """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
-    lpips package's, torchvision's), or a name of the hub."""
+    """Weights of LPIPS, if the package registry cannot be reached: a file or folder (of the lpips package, or
+    torchvision), or a name of the hub."""
     count: int | None = None
-    """Reference images to take for reconstructions, from the first on; all by default."""
+    """Reconstruct the first `count` reference images; all by default."""
     size: int | None = None
-    """Side to which a folder of reference images is cropped; by default that of what is judged."""
+    """Side to which a folder of reference images is cropped; by default that of the evaluated images."""
     min_samples: int = 10_000
-    """Fewer samples than this are measured with a warning."""
+    """Fewer samples give a warning."""
     save_reference: Path | None = None
-    """Write the reference's features here (npz), so that the next evaluation need not compute them; with
-    nothing to judge that is all that is done."""
+    """Write the reference's features here (npz) for later evaluations; samples and tokenizer may then be
+    missing."""
 
     def __post_init__(self) -> None:
         check_fields(self, sample_count=SAMPLES, count="[1, inf)", size=SIDE, min_samples="[2, inf)")
         if self.samples is not None and (self.tokenizer is not None or self.generator is not None):
-            raise ValueError("samples are judged as they are; leave tokenizer and generator out, or samples")
+            raise ValueError(
+                "samples need no tokenizer and no generator; leave these out, or leave samples out"
+            )
         if self.generator is not None and (self.tokenizer is None or self.sample_count is None):
             raise ValueError("generator needs tokenizer, which decodes its latents, and sample_count")
         if self.generator is None and self.sample_count is not None:
-            raise ValueError(
-                "sample_count is the number of samples that generator draws; generator is missing"
-            )
-        if self.count is not None and (self.tokenizer is None or self.generator is not None):
-            raise ValueError(
-                "count is the number of images to reconstruct; a reference of samples is taken whole"
-            )
-        if self.lpips_weights is not None and (self.tokenizer is None or self.generator is not None):
+            raise ValueError("sample_count is the number of samples of generator; generator is missing")
+        reconstructs = self.tokenizer is not None and self.generator is None
+        if self.count is not None and not reconstructs:
+            raise ValueError("count is the number of images to reconstruct; samples need the full reference")
+        if self.lpips_weights is not None and not reconstructs:
             raise ValueError("lpips_weights are for LPIPS, which compares reconstructions alone")
         if self.samples is None and self.tokenizer is None and self.save_reference is None:
-            raise ValueError("nothing to judge: give samples, tokenizer, or tokenizer and generator")
-        if self.save_reference is not None and self.tokenizer is not None and self.generator is None:
+            raise ValueError("nothing to evaluate: give samples, tokenizer, or tokenizer and generator")
+        if self.save_reference is not None and reconstructs:
             raise ValueError(
                 "save_reference keeps a reference of samples; leave it out for reconstructions, which are "
                 "compared with their own originals"
             )
 
-    def judges(self) -> bool:
-        """Whether something is measured, not only a reference made."""
+    def evaluates(self) -> bool:
+        """Whether something is evaluated; False if only a reference is made."""
         return self.samples is not None or self.tokenizer is not None
 
     def record_path(self) -> Path:
-        """Where the record goes if nothing else is said: beside what is judged."""
+        """Default path of the record: beside what is evaluated."""
         if self.samples is not None:
             return (self.samples if self.samples.is_dir() else self.samples.parent) / "evaluation.json"
-        judged = self.generator or self.tokenizer
-        assert judged is not None  # __post_init__ saw to it
-        return judged / "evaluation.json"
+        folder = self.generator or self.tokenizer
+        assert folder is not None  # __post_init__ checks it
+        return folder / "evaluation.json"

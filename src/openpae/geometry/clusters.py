@@ -18,14 +18,14 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
 
         A_ij = exp(cos(z_i, z_j) / sigma), A_ii = 0;   L = I - D^(-1/2) A D^(-1/2),   D = diag(sum_j A_ij)
 
-    k-means on the rows of D^(-1/2) U, U the eigenvectors of the k smallest eigenvalues of L. Our choice where
-    the paper says no more: it is what scikit-learn's `SpectralClustering` computes from A.
+    k-means on the rows of D^(-1/2) U, where U are the eigenvectors of the k smallest eigenvalues of L. The
+    paper does not say how; our choice is that of scikit-learn's `SpectralClustering` on A.
 
     Args:
         latent: (C, h, w).
         k: number of clusters, at most h w.
-        sigma: temperature; smaller lets only the nearest tokens count.
-        seed: of k-means (10 starts).
+        sigma: temperature, at least 0.01; smaller values give near tokens more weight.
+        seed: seed of k-means (10 starts).
 
     Returns:
         Cluster of each token, (h, w) int64 in [0, k).
@@ -37,19 +37,19 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
     from sklearn.cluster import KMeans
 
     tokens = latent.shape[-2] * latent.shape[-1]
-    if sigma < 0.01:  # exp(-2 / sigma) of opposite tokens would leave the range of float64
+    if sigma < 0.01:  # exp(-2 / sigma) of opposite tokens would underflow
         raise ValueError(f"sigma must be at least 0.01, got {sigma}")
     if not 1 <= k <= tokens:
         raise ValueError(f"k must be between 1 and the {tokens} tokens of a latent, got {k}")
     z = F.normalize(to_tokens(latent[None].double().cpu())[0], dim=-1)
-    # Minus 1: a common factor of A cancels in L, and without it a small sigma overflows.
+    # Minus 1: a common factor of A cancels in L, and prevents overflow for a small sigma.
     affinity = torch.exp((z @ z.mT - 1) / sigma).fill_diagonal_(0)
     inverse_root = affinity.sum(dim=1).rsqrt()
     similarity = (inverse_root[:, None] * affinity * inverse_root).numpy()
     # The k largest eigenvalues of D^(-1/2) A D^(-1/2) are the k smallest of L.
     _, vectors = scipy.linalg.eigh(similarity, subset_by_index=(tokens - k, tokens - 1))
     embedding = vectors * inverse_root.numpy()[:, None]
-    centred = embedding - embedding.mean(axis=0)  # as KMeans sees it
+    centred = embedding - embedding.mean(axis=0)  # as KMeans passes points to init
     norms = np.square(centred).sum(axis=1)
     squared = np.maximum(norms[:, None] + norms - 2 * centred @ centred.T, 0)
 
@@ -65,14 +65,17 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
 def plus_plus(squared: NDArray[np.float64], k: int, draws: np.random.RandomState) -> list[int]:
     """First centres of k-means by greedy k-means++ (Arthur and Vassilvitskii, 2007): k of N points.
 
-    Each centre is drawn with the square of its distance to the nearest centre as its weight, 2 + log k times,
-    and the draw that leaves the smallest sum of squares is taken. Draws and choices are those of
-    scikit-learn's "k-means++", which computes the distances again for every start: most of its time.
+    For each centre, 2 + log k candidates are drawn with the squared distance to the nearest centre as weight,
+    and the candidate with the smallest sum of squares is taken. Draws and choices equal scikit-learn's
+    "k-means++", which computes the distances again for every start.
 
     Args:
         squared: squared distances of all pairs, (N, N).
-        k: how many.
-        draws: where the random numbers come from.
+        k: number of centres.
+        draws: the source of random numbers.
+
+    Returns:
+        Indices of the k centres.
     """
     count = len(squared)
     centres = [int(draws.choice(count, p=np.full(count, 1 / count)))]

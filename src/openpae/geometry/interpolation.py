@@ -1,6 +1,6 @@
-"""Do images between two neighbouring latents look real? Interpolated Frechet distance (arXiv:2603.05630).
+"""Interpolated Frechet distance: do images between two neighbouring latents look real? (arXiv:2603.05630)
 
-Its authors find that it foretells gFID where the distance of reconstructions (rFID) does not.
+Its authors report that it predicts gFID better than rFID, the distance of reconstructions.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def interpolated_frechet(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Estimate:
-    """Frechet distance of images decoded half way between neighbouring latents to real ones (iFID's kind).
+    """Frechet distance of images decoded half way between neighbouring latents to real images (iFID, iFD).
 
         FD({D(slerp(z_i, z_nn(i), 1/2))}, {x_i}),   nn(i) = the nearest other latent by cosine
 
-    iFID proper takes 50,000 validation images of ImageNet, their neighbours among the training images, and
-    Inception features. The authors' script draws one of 10 neighbours, which is `candidates=10`.
+    Published iFID takes 50,000 validation images of ImageNet, neighbours among the training images, and
+    Inception features. The authors' script draws one of 10 neighbours: `candidates=10`.
 
     Args:
         latents: (B, C, h, w), B > 1.
         decode: the tokenizer's decoder.
-        real: features of the images x of these latents; its extractor measures the decoded ones.
-        pool: latents among which neighbours are sought, (M, C, h, w); None takes the others of `latents`.
+        real: features of the images x of these latents; its extractor also takes the decoded images.
+        pool: latents that can be neighbours, (M, C, h, w); None takes the other `latents`.
         candidates: see `latent_partners`.
         batch_size: latents per call of the decoder.
-        seed: of the draw among candidates.
+        seed: seed of the draw among candidates.
 
     Returns:
-        The distance, lower is better; it falls with the number of images, as every Frechet distance.
+        The distance; lower is better. It falls with the number of images.
 
     Raises:
         ValueError: see `latent_partners`.
@@ -77,24 +77,24 @@ def latent_partners(
 
     Args:
         latents: (B, C, h, w).
-        pool: where to look, (M, C, h, w); None looks among the other latents.
-        candidates: 1 takes the nearest. With more, image i draws one of its k nearest with probability
-            softmax(-mean (z - z_k)^2), by a generator that depends on the seed and i alone.
-        seed: of the draw.
-        block: rows compared at once.
+        pool: latents that can be neighbours, (M, C, h, w); None takes the other `latents`.
+        candidates: 1 takes the nearest latent. Above 1, image i draws one of its nearest latents z_k with
+            probability softmax(-mean (z - z_k)^2). The draw depends on the seed and i alone.
+        seed: seed of the draw.
+        block: rows per block of similarities.
 
     Raises:
         ValueError: the pool holds fewer latents than candidates, or latents of another shape.
     """
     others = latents if pool is None else pool
-    found = len(others) - (pool is None)
+    available = len(others) - (pool is None)
     if others.shape[1:] != latents.shape[1:]:
         raise ValueError(
             f"the pool must hold latents {tuple(latents.shape[1:])}, got {tuple(others.shape[1:])}"
         )
-    if not 1 <= candidates <= found:
+    if not 1 <= candidates <= available:
         raise ValueError(
-            f"candidates must be between 1 and the {found} latents of the pool, got {candidates}"
+            f"candidates must be between 1 and the {available} latents of the pool, got {candidates}"
         )
     x, y = F.normalize(latents.flatten(1).float(), dim=1), F.normalize(others.flatten(1).float(), dim=1)
     partners = torch.empty(len(latents), dtype=torch.int64)

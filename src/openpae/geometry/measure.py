@@ -1,4 +1,4 @@
-"""Measure a latent space: every metric of a tokenizer over the same images, and what a page shows of it."""
+"""Measure a latent space: every metric of a tokenizer over the same images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.data.images import ImageSource, Size, chosen_rows, spread
+from openpae.data.crops import Size
+from openpae.data.images import ImageSource, chosen_rows, spread
 from openpae.data.label_maps import Segmented
 from openpae.data.pixels import to_unit
 from openpae.eval.estimate import Estimate, Settings, Undefined, split_results
@@ -33,27 +34,27 @@ from openpae.geometry.spaces import Tokenizer, check_tokenizer
 from openpae.models.lpips import LPIPS
 
 METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
-"""In the order in which they are shown."""
+"""In display order."""
 
 Tick = Callable[[int], None]
-"""Called with how many more images are done."""
+"""Called with the number of images done since the last call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a tokenizer's latent space turned out to be."""
+    """The measurement of one tokenizer."""
 
     name: str
     fingerprint: str
     latent_shape: tuple[int, int, int]
     metrics: dict[str, Estimate]
-    """Those of `METRIC_NAMES` that are defined."""
+    """Estimates of the defined metrics of `METRIC_NAMES`."""
     undefined: dict[str, str]
-    """Each metric that is missing, and why."""
+    """Missing metric -> reason."""
     pooled: Tensor
     """Latents averaged over the grid, in the order of the images, (n, C)."""
     spectrum: Tensor
-    """Singular values of these, largest first."""
+    """Singular values of `pooled`, largest first."""
 
 
 def measure_tokenizer(
@@ -67,20 +68,20 @@ def measure_tokenizer(
     config: MeasureConfig | None = None,
     tick: Tick | None = None,
 ) -> Measured:
-    """Every metric that is defined for a tokenizer and these images.
+    """Compute every metric that is defined for a tokenizer and these images.
 
     Args:
-        tokenizer: any.
-        source: images, centre-cropped to `size`; their classes are GSQ's.
+        tokenizer: any tokenizer.
+        source: images, centre-cropped to `size`, with the classes of GSQ.
         size: (H, W) in pixels, or the side of squares.
         segmented: images with label maps, of the same size, for SSC; None leaves it out.
-        lpips: for LPC and the distance of reconstructions, on the tokenizer's device; None leaves them out.
-        real: features of these images (`chosen_rows`), for Frechet distances; None leaves them out.
+        lpips: network of LPC and LPIPS, on the tokenizer's device; None leaves these out.
+        real: features of these images (`chosen_rows`), for Frechet distances; None leaves these out.
         config: settings.
-        tick: called with the images done; over a tokenizer they add up to `work_of`.
+        tick: progress; the calls of one tokenizer add up to `work_of`.
 
     Raises:
-        ValueError: the tokenizer does not keep its promises for images of this size (`check_tokenizer`).
+        ValueError: the tokenizer breaks its protocol for images of this size (`check_tokenizer`).
     """
     config = config or MeasureConfig()
     tick = tick or (lambda _: None)
@@ -109,7 +110,7 @@ def measure_tokenizer(
 
 
 def work_of(source: ImageSource, segmented: Segmented | None, config: MeasureConfig) -> int:
-    """What the ticks of one tokenizer add up to."""
+    """The sum of the ticks of one tokenizer."""
     images = min(config.count, len(source))
     return images + min(config.lpc_count, images) + (0 if segmented is None else len(segmented.images))
 
@@ -125,8 +126,7 @@ def _reconstruct(
     config: MeasureConfig,
     tick: Tick,
 ) -> tuple[list[Estimate | Undefined], Tensor, Tensor]:
-    """What reconstructions say; pooled latents (n, C) of all images, and the latents (n, C, h, w) themselves
-    if they can be decoded."""
+    """Metrics of reconstructions, pooled latents (n, C), and latents (n, C, h, w) if there is a decoder."""
     decode = tokenizer.decode
     pairs = ReconstructionMetrics(lpips)
     decoded = None if real is None else FeatureSet(real.extractor)
@@ -136,7 +136,7 @@ def _reconstruct(
             check_tokenizer(tokenizer, x[:2])
         z = tokenizer.encode(x)
         pooled.append(z.float().mean(dim=(2, 3)).cpu())
-        if decode is not None:  # without one nobody needs them, and features of a VFM are large
+        if decode is not None:  # features of a VFM are large, and no metric needs them
             latents.append(z.float().cpu())
             y = decode(z)
             pairs.update(x.to(y.device), y)
@@ -153,8 +153,7 @@ def _reconstruct(
 
 def _semantics(pooled: Tensor, labels: Tensor, config: MeasureConfig) -> Estimate | Undefined:
     if len(torch.unique(labels)) < 2:
-        reason = "the images are all of one class; give a folder with one subfolder per class"
-        return Undefined("gsq", reason)
+        return Undefined("gsq", "the images are all of one class; give a folder with one subfolder per class")
     return global_semantic_quality(
         pooled, labels, classes=config.classes, repeats=config.repeats, seed=config.seed
     )

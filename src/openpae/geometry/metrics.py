@@ -1,7 +1,7 @@
 """Geometry of a latent space: SSC, LPC, GSQ and effective rank (Eq. 7-14 of arXiv:2605.07915).
 
-Everything works on tensors, so that any tokenizer can be measured: latents (B, C, h, w), label maps (B, H, W)
-or class labels (B,), and two callables for LPC.
+Every function takes tensors, so that any tokenizer can be measured: latents (B, C, h, w), label maps
+(B, H, W) or class labels (B,), and two callables for LPC.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ Decode = Callable[[Tensor], Tensor]
 """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
 
 RADII = (0.1, 0.5, 1.0, 2.0)
-"""rho of Eq. 10: lengths of a perturbation as multiples of the latent's norm."""
+"""rho of Eq. 10: length of a perturbation divided by the norm of the latent."""
 
 
 def spatial_structure_consistency(
     latents: Tensor, labels: Tensor, *, sigma: float = 0.1, ignore: int | None = None, seed: int = 0
 ) -> Estimate:
-    """Do tokens group as the segments of the image do? (SSC, Eq. 7-8 of arXiv:2605.07915). Higher is better.
+    """Agreement of token clusters with image segments (SSC, Eq. 7-8 of arXiv:2605.07915). Higher is better.
 
         mean over images of NMI(clusters of the tokens, segments on the latent grid)
 
-    NMI with the geometric mean. The number of clusters is that of the segments on the grid, where each cell
-    takes the label of most of its pixels. Images with fewer than two segments say nothing and are dropped.
+    NMI is normalised by the geometric mean. Each cell of the grid takes the label of most of its pixels. The
+    number of clusters is the number of segments on the grid. Images with fewer than two are dropped.
 
     Args:
         latents: (B, C, h, w).
-        labels: segments of the same images, panoptic or semantic, (B, H, W) int; multiples of h and w.
+        labels: segments of the same images, panoptic or semantic, (B, H, W) int; H and W are multiples of h
+            and w.
         sigma: temperature of the affinity (`spectral_clusters`).
-        ignore: label of pixels that have no vote and do not count, such as "void"; None if all count.
-        seed: of k-means.
+        ignore: label of pixels that do not count, such as "void"; None counts all.
+        seed: seed of k-means.
 
     Returns:
-        Mean in [0, 1] with its standard error over images; settings count the dropped ones.
+        Mean in [0, 1] with its standard error over images; settings hold the number of dropped images.
 
     Raises:
         ValueError: the shapes do not fit, latents are not finite, or no image has two segments.
@@ -58,7 +59,7 @@ def spatial_structure_consistency(
             f"labels must be one map (H, W) for each of the {len(latents)} images, got {tuple(labels.shape)}"
         )
     values, dropped = [], 0
-    # Matrices of 256 x 256 are too small for threads: on 2 busy cores they made this 40 times slower.
+    # Matrices of 256 x 256 are too small for threads: on 2 busy cores threads were 40 times slower.
     with threadpool_limits(limits=1):
         segments = majority_labels(labels, *latents.shape[-2:], ignore=ignore).flatten(1).numpy()
         for latent, segment in zip(latents, segments, strict=True):
@@ -68,8 +69,9 @@ def spatial_structure_consistency(
                 dropped += 1
                 continue
             clusters = spectral_clusters(latent, k, sigma=sigma, seed=seed).flatten().numpy()
-            truth, found = segment[counted], clusters[counted]
-            values.append(normalized_mutual_info_score(truth, found, average_method="geometric"))
+            values.append(
+                normalized_mutual_info_score(segment[counted], clusters[counted], average_method="geometric")
+            )
     if not values:
         raise ValueError(
             f"SSC needs an image with at least two segments on its grid, got none in {len(labels)}"
@@ -84,13 +86,13 @@ def spatial_structure_consistency(
 
 
 def majority_labels(labels: Tensor, h: int, w: int, *, ignore: int | None = None) -> Tensor:
-    """Bring label maps to a grid: each cell takes its most frequent label, the smallest of several.
+    """Bring label maps to a grid: each cell takes its most frequent label, on a tie the smallest.
 
     Args:
         labels: (B, H, W) int.
         h: rows of the grid; divides H.
         w: columns of the grid; divides W.
-        ignore: label of pixels without a vote; only a cell that holds nothing else keeps it.
+        ignore: label of pixels that do not count; a cell keeps it only if it has no other label.
 
     Returns:
         (B, h, w) int64 on the CPU.
@@ -116,9 +118,9 @@ def _majority(cells: Tensor, ignore: int | None) -> Tensor:
     counts = torch.zeros(len(cells), len(names), dtype=torch.long)
     counts.scatter_add_(1, numbers, torch.ones_like(numbers))
     if ignore is not None:
-        voiceless = names == ignore
-        empty = counts[:, ~voiceless].sum(dim=1, keepdim=True) == 0
-        counts[:, voiceless] = empty.long()
+        ignored = names == ignore
+        empty = counts[:, ~ignored].sum(dim=1, keepdim=True) == 0
+        counts[:, ignored] = empty.long()
     winners: Tensor = names[counts.argmax(dim=1)]
     return winners
 
@@ -133,22 +135,23 @@ def latent_perturbation_consistency(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Estimate:
-    """How much do moves of a latent change its picture? (LPC, Eq. 9-10 of arXiv:2605.07915). Lower is better.
+    """Change of the image under moves of its latent (LPC, Eq. 9-10 of arXiv:2605.07915). Lower is better.
 
         sum_rho w_rho mean_{z, u} (LPIPS(D(z + eps u), D(z)) + LPIPS(D(z - eps u), D(z))) / 2,
         eps = rho |z|_2,   w_rho = rho^-1 / sum rho^-1
 
-    u is uniform on the unit sphere of the whole flattened latent; what leaves the sphere norm's sphere is not
-    brought back. A direction serves all radii, and depends on the seed and the number of the image only.
+    u is uniform on the unit sphere of the full flattened latent. Moved latents are not projected back to the
+    sphere of the tokenizer. All radii share a direction. It depends on the seed and the image number alone.
 
     Args:
         latents: (B, C, h, w).
-        decode: the tokenizer's decoder.
+        decode: the tokenizer's decoder; None raises.
         lpips: distance of two batches of images, (B,).
-        directions: unit directions u per image; more images tell more than more directions.
+        directions: unit directions u per image. More images lower the standard error more than more
+            directions.
         radii: rho.
         batch_size: latents per call of the decoder.
-        seed: of the directions.
+        seed: seed of the directions.
 
     Returns:
         Mean >= 0 with its standard error over images.
@@ -165,7 +168,7 @@ def latent_perturbation_consistency(
         raise ValueError(f"radii must be positive, got {', '.join(map(str, radii)) or 'none'}")
     inverse = torch.tensor([1 / rho for rho in radii], dtype=torch.float64)
     weights = (inverse / inverse.sum()).repeat_interleave(2).repeat(directions) / (2 * directions)  # per move
-    together = max(1, batch_size // (1 + len(weights)))  # images whose moves fill one batch
+    together = max(1, batch_size // (1 + len(weights)))  # images per batch, each with its moves
     values = []
     with torch.no_grad():
         for start in range(0, len(latents), together):
@@ -185,12 +188,12 @@ def latent_perturbation_consistency(
 
 
 def unit_directions(latent: Tensor, count: int, *, seed: int = 0, image: int = 0) -> Tensor:
-    """Uniform directions on the unit sphere of a flattened latent: (count, C, h, w), like `latent` (C, h, w).
+    """Uniform directions on the unit sphere of a flattened latent: (count, C, h, w).
 
     Args:
-        latent: gives shape, type and device.
-        count: how many.
-        seed: with `image`, decides the directions.
+        latent: (C, h, w); gives shape, type and device.
+        count: number of directions.
+        seed: seed; a direction depends on (seed, image) alone.
         image: number of the image.
     """
     u = torch.from_numpy(np.random.default_rng([seed, image]).standard_normal((count, *latent.shape)))
@@ -204,7 +207,7 @@ def moved_latents(latent: Tensor, direction: Tensor, radii: Sequence[float] = RA
     Args:
         latent: z, (C, h, w).
         direction: u, (C, h, w), of unit norm.
-        radii: rho, R of them.
+        radii: R values of rho.
     """
     steps = torch.tensor([sign * rho for rho in radii for sign in (1, -1)]).to(latent)
     moved: Tensor = latent + steps.view(-1, 1, 1, 1) * torch.linalg.vector_norm(latent) * direction
@@ -214,22 +217,22 @@ def moved_latents(latent: Tensor, direction: Tensor, radii: Sequence[float] = RA
 def global_semantic_quality(
     latents: Tensor, labels: Tensor, *, classes: int = 100, repeats: int = 5, seed: int = 0
 ) -> Estimate:
-    """Is the nearest image of the same class? (GSQ, Eq. 11-14 of arXiv:2605.07915). Higher is better.
+    """Share of images whose nearest image has their class (GSQ, Eq. 11-14 of arXiv:2605.07915).
 
-        share of images whose nearest neighbour by cosine has their label,  x = pool(z) - mean pool(z)
+        nearest by the cosine of x = pool(z) - mean pool(z);   higher is better
 
-    Each repeat draws its classes and centres on their images. With no more classes than asked for, all are
-    taken once: the standard error is then that of a share over images, else that of the repeats.
+    Each repeat draws classes and centres on their images. If there are no more than `classes` classes, one
+    repeat takes all: the standard error is then over images, otherwise over repeats.
 
     Args:
         latents: (B, C, h, w), or pooled already, (B, C).
         labels: class of each image, (B,) int.
         classes: classes per repeat.
-        repeats: how often classes are drawn.
-        seed: of the draws.
+        repeats: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        Mean in [0, 1]; settings tell the classes that were used.
+        Mean in [0, 1]; settings hold the number of classes.
 
     Raises:
         ValueError: the shapes do not fit, latents are not finite, or there is only one class.
@@ -245,7 +248,7 @@ def global_semantic_quality(
         raise ValueError(f"GSQ needs images of at least two classes, got {len(names)}")
     if alone := int((counts == 1).sum()):
         warnings.warn(
-            f"{alone} of {len(names)} classes hold one image, which can have no neighbour of its class",
+            f"{alone} of {len(names)} classes hold one image, which cannot have a neighbour of its class",
             stacklevel=2,
         )
     settings: Settings = {
@@ -270,7 +273,7 @@ def nearest_neighbours(features: Tensor, block: int = 2048) -> Tensor:
 
     Args:
         features: pooled latents, (N, C), N > 1.
-        block: rows compared at once; memory is some 4 block N bytes.
+        block: rows per block of similarities; memory is about 4 block N bytes.
     """
     x = features.double()
     x = F.normalize(x - x.mean(dim=0), dim=1).float()
@@ -284,13 +287,13 @@ def nearest_neighbours(features: Tensor, block: int = 2048) -> Tensor:
 
 
 def effective_rank(latents: Tensor, *, groups: int = 10) -> Estimate:
-    """Which share of the channels do pooled latents use? (eRank, a diagnostic of arXiv:2605.07915).
+    """Share of the channels that pooled latents use (eRank, a diagnostic of arXiv:2605.07915).
 
         exp(-sum_i p_i log p_i) / C,   p = s / sum_j s_j,   s = singular values of the (N, C) pooled latents
 
     Args:
         latents: (B, C, h, w), or pooled already, (B, C). Not centred.
-        groups: of the jackknife (every 10th image left out) that gives the standard error.
+        groups: groups of the jackknife for the standard error; group g leaves out every `groups`-th image.
 
     Returns:
         A share in [1 / C, 1]: 1 for isotropic features, 1 / C for a single direction.
@@ -340,7 +343,7 @@ def _nearest_agrees(pooled: Tensor, labels: Tensor) -> Tensor:
 
 
 def _pool(latents: Tensor) -> Tensor:
-    """Average over the grid, (B, C); pooled ones pass."""
+    """Average over the grid, (B, C). Pooled latents pass."""
     if latents.ndim == 2:
         if not latents.isfinite().all():
             raise ValueError("latents hold NaN or infinity")

@@ -1,4 +1,4 @@
-"""`pae profile`: measure latent spaces over the same images; write a record and a page that compares them."""
+"""`pae profile`: measure latent spaces over the same images, and write a record and a page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from openpae.data.images import ImageSource, Size, chosen_rows, height_width, open_images, plain_size
-from openpae.data.label_maps import Segmented, read_segmented, render_segmented
+from openpae.data.crops import Size, height_width, plain_size
+from openpae.data.images import ImageSource, chosen_rows, open_images
+from openpae.data.label_maps import Segmented, read_segmented
+from openpae.data.scenes import render_segmented
 from openpae.eval.evaluate import metric_facts
 from openpae.eval.extractors import load_extractor
 from openpae.eval.features import FeatureSet, features_of
@@ -26,7 +28,7 @@ from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.runtime.provenance import package_versions
 from openpae.storage.files import fingerprint, write_json
-from openpae.storage.outputs import made_by, make_folder, spare
+from openpae.storage.outputs import check_outputs, made_by, make_folder
 
 
 def run_profile(
@@ -39,52 +41,52 @@ def run_profile(
     """Measure tokenizers over the same images; write profile.json and profile.html.
 
     Args:
-        tokenizers: texts that `open_tokenizer` understands.
-        run: over what, and how.
-        device: where to compute.
+        tokenizers: texts of tokenizers, see `open_tokenizer`.
+        run: images and settings.
+        device: device of all networks.
         progress: called with (done, all).
 
     Returns:
-        What was measured, in the order of the tokenizers.
+        The measurements, in the order of the tokenizers.
 
     Raises:
-        FileNotFoundError, ValueError: a tokenizer, images or maps that cannot be had or do not fit; or the
-            folder holds files of the user that would be replaced.
+        FileNotFoundError, ValueError: a tokenizer, images or label maps do not exist or do not fit; or the
+            folder holds files of the user with the names of the results.
     """
     names = [run.out / "profile.json", run.out / "profile.html"]
     ours = names if made_by(names[0], kind="profile") else ()
     read = (run.images, run.label_images, run.label_maps, *map(Path, tokenizers))
-    spare(*names, into=run.out, inputs=read, ours=ours)
+    check_outputs(*names, into=run.out, inputs=read, own=ours)
     config = run.measure
     spaces = _opened(tokenizers, device)
     size: Size = run.size or spaces[0].image_size
     source = open_images(run.images)
     segmented = _segmented(run, size)
-    judge = load_perceptual(run.lpips, run.lpips_weights).to(device)
+    lpips = load_perceptual(run.lpips, run.lpips_weights).to(device)
     real = _real_features(run, source, size, device)
     share = work_of(source, segmented, config)
-    found = [
+    measured = [
         measure_tokenizer(
             space,
             source,
             size=size,
             segmented=segmented,
-            lpips=judge,
+            lpips=lpips,
             real=real,
             config=config,
             tick=_ticks(progress, number * share, len(spaces) * share),
         )
         for number, space in enumerate(spaces)
     ]
-    facts = _facts(source, size, segmented, judge, run.lpips, real, config)
+    facts = _facts(source, size, segmented, lpips, run.lpips, real, config)
     records = [
-        _record(*each) for each in zip(found, [space.kind for space in spaces], tokenizers, strict=True)
+        _record(one, space.kind, text) for one, space, text in zip(measured, spaces, tokenizers, strict=True)
     ]
     make_folder(run.out)
     write_json(run.out / "profile.json", {**facts, "tokenizers": records})
-    page = profile_page(found, spaces, source, size, segmented, facts, config)
+    page = profile_page(measured, spaces, source, size, segmented, facts, config)
     page.write(run.out / "profile.html")
-    return found
+    return measured
 
 
 def _segmented(run: ProfileRun, size: Size) -> Segmented | None:
@@ -95,7 +97,7 @@ def _segmented(run: ProfileRun, size: Size) -> Segmented | None:
         return None
     height, width = height_width(size)
     if height != width:
-        raise ValueError(f"scenes are square, but images of {height} x {width} are asked for; give size")
+        raise ValueError(f"scenes are square, but the images have {height} x {width} pixels; give size")
     return render_segmented(run.scenes, size=height, seed=run.measure.seed)
 
 
@@ -110,7 +112,7 @@ def _real_features(
 
 
 def _opened(tokenizers: Sequence[str], device: torch.device | str) -> list[LatentSpace]:
-    """All of them, each under a name of its own."""
+    """Open all tokenizers. Equal names become the texts, which differ."""
     if not tokenizers:
         raise ValueError("profile needs at least one tokenizer")
     if twice := [text for text, times in Counter(tokenizers).items() if times > 1]:
@@ -137,12 +139,12 @@ def _facts(
     source: ImageSource,
     size: Size,
     segmented: Segmented | None,
-    judge: LPIPS,
-    lpips: str,
+    lpips: LPIPS,
+    network: str,
     real: FeatureSet | None,
     config: MeasureConfig,
 ) -> dict[str, Any]:
-    """Everything that the numbers depend on, but for the tokenizers."""
+    """Everything that the numbers depend on, except the tokenizers."""
     facts: dict[str, Any] = {
         "kind": "profile",
         "images": {
@@ -153,7 +155,7 @@ def _facts(
         "image_size": plain_size(size),
         "label_maps": None,
         "settings": dataclasses.asdict(config) | {"radii": list(RADII)},
-        "lpips": {"network": lpips, "weights": fingerprint(judge.state_dict())},
+        "lpips": {"network": network, "weights": fingerprint(lpips.state_dict())},
         "extractor": None,
         "versions": package_versions(),
     }

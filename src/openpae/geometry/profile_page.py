@@ -1,4 +1,4 @@
-"""The page of `pae profile`: numbers of latent spaces, and what they look like."""
+"""The page of `pae profile`: numbers and pictures of latent spaces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openpae.data.images import ImageSource, Size, chosen_rows, height_width, spread
+from openpae.data.crops import Size, height_width
+from openpae.data.images import ImageSource, chosen_rows, spread
 from openpae.data.label_maps import Segmented
 from openpae.data.pixels import framed, image_grid, label_pictures, pca_pictures, thumbnails, to_unit
 from openpae.eval.estimate import Estimate
@@ -31,12 +32,12 @@ from openpae.report import Page
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What the page says of a metric."""
+    """The texts of a metric on the page."""
 
     title: str
     better: Literal["higher", "lower"]
     on_radar: bool = False
-    """Whether it, or 1 minus it where lower is better, is a share in [0, 1]."""
+    """Whether it is an axis of the radar plot: it, or 1 minus it if lower is better, is in [0, 1]."""
     meaning: str
 
 
@@ -81,14 +82,14 @@ METRICS = {
         "arXiv:2603.05630)",
     ),
 }
-"""In the order of the page."""
+"""In display order."""
 
 _SHOWN = 8  # images in a row
-_SIDE = 128  # side of each, in pixels; smaller images stay as they are
+_SIDE = 128  # largest side of each, in pixels
 
 
 def profile_page(
-    found: Sequence[Measured],
+    measured: Sequence[Measured],
     spaces: Sequence[Tokenizer],
     source: ImageSource,
     size: Size,
@@ -96,27 +97,27 @@ def profile_page(
     facts: Mapping[str, Any],
     config: MeasureConfig,
 ) -> Page:
-    """Numbers first, then pictures; a radar plot where there are several tokenizers.
+    """Numbers, then pictures. Several tokenizers also get a radar plot.
 
     Args:
-        found: what was measured.
+        measured: the measurements.
         spaces: the tokenizers, in the same order.
-        source: the images that were measured.
+        source: the measured images.
         size: (H, W) of all images, or the side of squares.
         segmented: the images of SSC.
-        facts: what the numbers depend on; shown as they are.
+        facts: what the numbers depend on.
         config: settings of the metrics.
     """
-    several = len(found) > 1
-    shapes = "; ".join(f"{one.name} {' x '.join(map(str, one.latent_shape))}" for one in found)
+    several = len(measured) > 1
+    shapes = "; ".join(f"{one.name} {' x '.join(map(str, one.latent_shape))}" for one in measured)
     height, width = height_width(size)
     page = Page(
-        "Latent spaces compared" if several else f"The latent space of {found[0].name}",
+        "Latent spaces compared" if several else f"The latent space of {measured[0].name}",
         f"{facts['images']['measured']:,} images of {height} x {width} pixels. Latents, C x h x w: {shapes}.",
     )
-    _show_numbers(page, found, facts)
+    _show_numbers(page, measured, facts)
     if several:
-        _show_radar(page, found)
+        _show_radar(page, measured)
     rows = chosen_rows(source, config.count)
     pixels = _shown(source, rows[spread(len(rows), _SHOWN)], size)
     with torch.no_grad():
@@ -124,22 +125,22 @@ def profile_page(
         if segmented is not None:
             _show_segments(page, spaces, segmented, config)
         _show_moves(page, spaces, pixels[spread(len(pixels), 3)], config)
-    _show_neighbours(page, found, source, rows, size)
-    _show_spectrum(page, found)
+    _show_neighbours(page, measured, source, rows, size)
+    _show_spectrum(page, measured)
     page.heading("Settings")
     page.fold("what the numbers were measured with", yaml.safe_dump(dict(facts), sort_keys=False))
     return page
 
 
-def _show_numbers(page: Page, found: Sequence[Measured], facts: Mapping[str, Any]) -> None:
+def _show_numbers(page: Page, measured: Sequence[Measured], facts: Mapping[str, Any]) -> None:
     page.heading("Numbers")
     rows = []
     for name, metric in METRICS.items():
-        estimates = [one.metrics.get(name) for one in found]
+        estimates = [one.metrics.get(name) for one in measured]
         if over := next((f"{e.n:,} {e.over}" for e in estimates if e is not None), None):
             title = f"{metric.title} {'↑' if metric.better == 'higher' else '↓'}"
             rows.append((title, *map(_number, estimates), over, metric.meaning))
-    page.table(["± standard error", *(one.name for one in found), "over", "what it says"], rows)
+    page.table(["± standard error", *(one.name for one in measured), "over", "what it says"], rows)
     if floor := facts.get("frechet_floor"):
         half = f"{floor['settings']['samples']:,}"
         extractor = facts["extractor"]["name"]
@@ -149,7 +150,7 @@ def _show_numbers(page: Page, found: Sequence[Measured], facts: Mapping[str, Any
             f"they compare with published ones {published}. Real images against real ones, {half} "
             f"against {half}, give {floor['value']:.4g}."
         )
-    for reason, titles in _reasons(found).items():
+    for reason, titles in _reasons(measured).items():
         page.text(f"{', '.join(titles)} not defined: {reason}.")
 
 
@@ -162,23 +163,23 @@ def _number(estimate: Estimate | None) -> str:
     return f"{estimate.value:.{digits}f} ± {estimate.stderr:.{digits}f}"
 
 
-def _reasons(found: Sequence[Measured]) -> dict[str, list[str]]:
-    """Reason -> titles of the metrics that it keeps from being defined."""
+def _reasons(measured: Sequence[Measured]) -> dict[str, list[str]]:
+    """Reason -> titles of the metrics that are undefined for it."""
     reasons: dict[str, list[str]] = {}
     for name, metric in METRICS.items():
-        for reason in dict.fromkeys(one.undefined[name] for one in found if name in one.undefined):
+        for reason in dict.fromkeys(one.undefined[name] for one in measured if name in one.undefined):
             reasons.setdefault(reason, []).append(metric.title)
     return reasons
 
 
-def radar_scores(found: Sequence[Measured]) -> dict[str, list[float | None]]:
-    """Title of each axis -> each tokenizer's share of the best of them, in [0, 1]; None where undefined.
+def radar_scores(measured: Sequence[Measured]) -> dict[str, list[float | None]]:
+    """Title of each axis -> score of each tokenizer divided by the best, in [0, 1]; None if undefined.
 
-    A metric counts as it is where higher is better and as 1 minus itself where lower is, but not below 0.
+    The score is the metric if higher is better, otherwise 1 minus the metric, at least 0.
     """
     axes: dict[str, list[float | None]] = {}
     for name, metric in METRICS.items():
-        estimates = [one.metrics.get(name) for one in found]
+        estimates = [one.metrics.get(name) for one in measured]
         if not metric.on_radar or not any(estimates):
             continue
         rising = metric.better == "higher"
@@ -190,14 +191,14 @@ def radar_scores(found: Sequence[Measured]) -> dict[str, list[float | None]]:
     return axes
 
 
-def _show_radar(page: Page, found: Sequence[Measured]) -> None:
-    axes = radar_scores(found)
+def _show_radar(page: Page, measured: Sequence[Measured]) -> None:
+    axes = radar_scores(measured)
     if len(axes) < 3:
         return
     page.heading("At a glance")
     page.radar(
         list(axes),
-        {one.name: [scores[i] for scores in axes.values()] for i, one in enumerate(found)},
+        {one.name: [scores[i] for scores in axes.values()] for i, one in enumerate(measured)},
         "Further out is better. Each axis is divided by the best of these tokenizers, which lies on the rim; "
         "LPC and LPIPS enter as 1 minus their value. A gap is a metric that is not defined.",
     )
@@ -242,7 +243,7 @@ def _show_segments(
 
 
 def _numbered(labels: Tensor, ignore: int | None) -> Tensor:
-    """Labels (B, H, W) as 0, 1, ..., ignored ones as -1; alike in all images if 20 colours are enough."""
+    """Labels (B, H, W) as 0, 1, ..., ignored ones as -1; the same in all images if 20 colours are enough."""
     groups = [labels] if len(torch.unique(labels)) <= 20 else [image[None] for image in labels]
     parts = []
     for group in groups:
@@ -254,7 +255,7 @@ def _numbered(labels: Tensor, ignore: int | None) -> Tensor:
 
 
 def _clusters(latent: Tensor, truth: Tensor, config: MeasureConfig) -> Tensor:
-    """Clusters of a latent (C, h, w), named as the segments (h, w) that they match best; -1 stays -1."""
+    """Clusters of a latent (C, h, w), numbered as the segments (h, w) they match best; -1 stays -1."""
     from scipy.optimize import linear_sum_assignment
 
     names = torch.unique(truth[truth >= 0])
@@ -289,13 +290,13 @@ def _show_moves(page: Page, spaces: Sequence[Tokenizer], pixels: Tensor, config:
 
 
 def _show_neighbours(
-    page: Page, found: Sequence[Measured], source: ImageSource, rows: NDArray[np.int64], size: Size
+    page: Page, measured: Sequence[Measured], source: ImageSource, rows: NDArray[np.int64], size: Size
 ) -> None:
     several = len(np.unique(source.labels[rows])) > 1
     agreement = {True: "#2f9e6e", False: "#d4493b"} if several else {True: "#cdd1d6"}
     pictures = {}
     for number, query in enumerate(spread(len(rows), 4), start=1):
-        for one in found:
+        for one in measured:
             x = F.normalize(one.pooled.double() - one.pooled.double().mean(dim=0), dim=1)
             similarity = x @ x[query]
             similarity[query] = torch.inf  # itself first
@@ -316,9 +317,9 @@ def _show_neighbours(
     )
 
 
-def _show_spectrum(page: Page, found: Sequence[Measured]) -> None:
+def _show_spectrum(page: Page, measured: Sequence[Measured]) -> None:
     lines = {}
-    for one in found:
+    for one in measured:
         shares = (one.spectrum / one.spectrum[0]).tolist()
         lines[one.name] = [(i / max(1, len(shares) - 1), s) for i, s in enumerate(shares) if s > 1e-6]
     page.heading("Singular values")
@@ -335,5 +336,5 @@ def _small(images: Tensor) -> Tensor:
 
 
 def _shown(source: ImageSource, rows: NDArray[np.int64], size: Size) -> Tensor:
-    """Images of a source, (n, 3, H, W) in [0, 1]."""
+    """These images of a source, (n, 3, H, W) in [0, 1]."""
     return next(source_batches(source, size, len(rows), rows))

@@ -1,4 +1,4 @@
-"""What a measurement of latent spaces is asked to do."""
+"""Settings of measurements of latent spaces."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from openpae.models.configs import PerceptualNet
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
-    """Settings of a measurement; all of them go into the record."""
+    """Settings of a measurement. The record repeats them."""
 
     count: int = 5000
     """Images for GSQ, eRank and reconstruction, evenly spread over the source."""
     lpc_count: int = 200
-    """Of these, images for LPC: each costs nine decodings."""
+    """Images for LPC, a part of these; each costs nine decodes."""
     directions: int = 1
     """Directions per image of LPC."""
     sigma: float = 0.1
@@ -28,7 +28,7 @@ class MeasureConfig:
     repeats: int = 5
     """Repeats of GSQ."""
     batch_size: int = 32
-    """Images per forward pass; changes no number beyond rounding."""
+    """Images per forward pass. It changes rounding only."""
     seed: int = 0
     """Seed of directions, classes and clusters."""
 
@@ -39,7 +39,7 @@ class MeasureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRun:
-    """One comparison of latent spaces: over what, and how."""
+    """One comparison of latent spaces."""
 
     images: Path
     """Folder of images, best with one subfolder per class (GSQ needs it), or packed images."""
@@ -48,20 +48,20 @@ class ProfileRun:
     label_maps: Path | None = None
     """For SSC: a folder of index PNGs named as their images, or a COCO panoptic JSON."""
     label_images: Path | None = None
-    """The images of the label maps, if they are others than images."""
+    """The images of the label maps, if they differ from images."""
     label_count: int = 500
-    """Images with label maps to take, evenly spread."""
+    """Number of images with label maps, evenly spread."""
     ignore: int | None = None
     """Label that does not count, such as that of unlabelled pixels."""
     scenes: int = 0
-    """For SSC without label maps: render so many emoji scenes, whose label maps are exact."""
+    """For SSC without label maps: number of emoji scenes to render, with exact label maps."""
     size: int | None = None
-    """Side in pixels of all images, squares; by default the size of the first tokenizer's own."""
+    """Side in pixels of all images; by default the image size of the first tokenizer."""
     lpips: PerceptualNet = "vgg"
     """Network of LPIPS."""
     lpips_weights: str | None = None
-    """Its weights, where the package registry cannot be reached: a file or folder of the usual ones (the
-    lpips package's, torchvision's), or a name of the hub."""
+    """Weights of LPIPS, if the package registry cannot be reached: a file or folder (of the lpips package, or
+    torchvision), or a name of the hub."""
     extractor: ExtractorName | Literal["none"] = "vgg16"
     """Features of the Frechet distances; none leaves them out. inception is that of published FIDs."""
     extractor_weights: Path | None = None
@@ -75,7 +75,7 @@ class ProfileRun:
                 "scenes are rendered with their own label maps; give either label_maps or scenes"
             )
         if self.label_maps is None and (self.label_images is not None or self.ignore is not None):
-            raise ValueError("label_images and ignore say something about label_maps, which were not given")
+            raise ValueError("label_images and ignore belong to label_maps, which is missing; give it")
         check_fields(self, label_count="[1, inf)", scenes="[0, 1000000]", size=SIDE)
         if self.extractor == "none" and self.extractor_weights is not None:
             raise ValueError("extractor none takes no extractor_weights; leave them out or name an extractor")

@@ -1,13 +1,13 @@
-"""Any tokenizer as two functions on images in [0, 1]: openpae folders, diffusers models, bare VFMs, your own.
+"""Any tokenizer as two functions on images in [0, 1]: openpae folders, diffusers models, bare VFMs, own code.
 
-A text names one (`open_tokenizer`):
+`open_tokenizer` takes a text:
 
     runs/x                      a folder: an openpae tokenizer or run, or a diffusers model (config.json)
     openpae:runs/x              an openpae tokenizer or run
     diffusers:OWNER/NAME        an autoencoder of the hub, OWNER/NAME/SUBFOLDER, or a folder
     encoder:dinov2-l            features of a frozen VFM, one token per 16 x 16 pixels
     encoder:dinov2-l/8          the same, one token per 8 x 8 pixels
-    python:my_tokenizer.py      a file with encode(images) and, if it has one, decode(z); it is run
+    python:my_tokenizer.py      a file with encode(images) and perhaps decode(z); its code is run
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from openpae.data.images import Size, height_width
+from openpae.data.crops import Size, height_width
 from openpae.data.pixels import check_images
 from openpae.geometry.metrics import Decode
 from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
@@ -34,30 +34,30 @@ from openpae.storage.model_folder import identity_of
 
 
 class Tokenizer(Protocol):
-    """What can be measured. An object of your own with these six can be passed wherever one is asked for."""
+    """What a measurement needs of a tokenizer. Any object with these six members will do."""
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name exactly these weights."""
+        """16 hexadecimal digits that identify the weights."""
         ...
 
     @property
     def image_size(self) -> Size:
-        """(H, W) in pixels that it was made for, or the side of squares."""
+        """(H, W) of its training images in pixels, or the side of squares."""
         ...
 
     @property
     def decode(self) -> Decode | None:
-        """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; None where there is no decoder."""
+        """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; None without a decoder."""
         ...
 
     def encode(self, images: Tensor, /) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]; the same whenever it is asked."""
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]; equal in every call."""
         ...
 
     def latent_shape(self, image_size: Size, /) -> tuple[int, int, int]:
@@ -67,39 +67,39 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpace:
-    """A tokenizer as two functions and what is known of it; every adapter makes one."""
+    """A `Tokenizer` made by an adapter."""
 
     name: str
     kind: str
-    """Which adapter made it: openpae, diffusers, encoder, python."""
+    """The adapter: openpae, diffusers, encoder, python."""
     fingerprint: str
     image_size: Size
     encode: Callable[[Tensor], Tensor]
     """Images in [0, 1], on any device, to latents (B, C, h, w), float32."""
     decode: Decode | None
-    """Latents, on any device, to images in [0, 1]; None where there is no decoder."""
+    """Latents, on any device, to images in [0, 1]; None without a decoder."""
 
     @torch.no_grad()
     def latent_shape(self, image_size: Size) -> tuple[int, int, int]:
-        """(C, h, w) for images of this size, by encoding a black one."""
+        """(C, h, w) for images of this size; encodes a black image."""
         _, c, h, w = self.encode(torch.zeros(1, 3, *height_width(image_size))).shape
         return (c, h, w)
 
 
 def open_tokenizer(text: str, device: torch.device | str = "cpu") -> LatentSpace:
-    """The tokenizer that a text names; the head of this file lists what it may say.
+    """Open a tokenizer.
 
     Args:
-        text: KIND:WHERE, or a folder.
-        device: where its weights go.
+        text: KIND:SOURCE, or a folder; the head of this file lists all forms.
+        device: device of the weights.
 
     Raises:
         ValueError: an unknown kind, or weights that do not fit.
-        FileNotFoundError: nothing there, or weights that cannot be had.
+        FileNotFoundError: the folder, file or weights do not exist.
     """
-    kind, colon, where = text.partition(":")
+    kind, colon, source = text.partition(":")
     if colon and kind in _ADAPTERS:
-        return _ADAPTERS[kind](where, torch.device(device))
+        return _ADAPTERS[kind](source, torch.device(device))
     folder = Path(text)
     if colon and not folder.exists():
         raise ValueError(f"unknown kind of tokenizer {kind!r} in {text!r}; known: {', '.join(_ADAPTERS)}")
@@ -108,14 +108,14 @@ def open_tokenizer(text: str, device: torch.device | str = "cpu") -> LatentSpace
 
 @torch.no_grad()
 def check_tokenizer(tokenizer: Tokenizer, images: Tensor) -> None:
-    """See that a tokenizer keeps its promises on some images, so that no metric rests on broken ones.
+    """Check a tokenizer on some images, before any metric depends on it.
 
     Args:
-        tokenizer: any.
+        tokenizer: any tokenizer.
         images: (B, 3, H, W) in [0, 1].
 
     Raises:
-        ValueError: latents or decoded images of the wrong shape or range, or other ones when asked again.
+        ValueError: latents or decoded images have a wrong shape or range, or differ in a second call.
     """
     z = tokenizer.encode(images)
     if z.ndim != 4 or len(z) != len(images) or not z.is_floating_point() or not z.isfinite().all():
@@ -125,7 +125,7 @@ def check_tokenizer(tokenizer: Tokenizer, images: Tensor) -> None:
         )
     if not torch.allclose(z, tokenizer.encode(images), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"encode of {tokenizer.name} gives other latents when asked again; switch off its noise"
+            f"encode of {tokenizer.name} gives other latents in a second call; switch off its noise"
         )
     if tokenizer.decode is None:
         return
@@ -138,12 +138,12 @@ def check_tokenizer(tokenizer: Tokenizer, images: Tensor) -> None:
     check_images(decoded, f"images decoded by {tokenizer.name}")
     if not torch.allclose(decoded, tokenizer.decode(z), rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"decode of {tokenizer.name} gives other images when asked again; switch off its noise"
+            f"decode of {tokenizer.name} gives other images in a second call; switch off its noise"
         )
 
 
 def pae_space(model: Autoencoder, name: str, fingerprint: str) -> LatentSpace:
-    """Our tokenizer as it stands, wherever its weights are."""
+    """A model of openpae as a latent space, on the device of its weights."""
     return LatentSpace(
         name=name,
         kind="openpae",
@@ -154,47 +154,45 @@ def pae_space(model: Autoencoder, name: str, fingerprint: str) -> LatentSpace:
     )
 
 
-def _openpae(where: str, device: torch.device) -> LatentSpace:
-    model = load_tokenizer(where).to(device)
-    return pae_space(model, Path(where).resolve().name, identity_of(where).fingerprint)
+def _openpae(folder: str, device: torch.device) -> LatentSpace:
+    model = load_tokenizer(folder).to(device)
+    return pae_space(model, Path(folder).resolve().name, identity_of(folder).fingerprint)
 
 
 _UNIT_RANGE = {"AutoencoderRAE"}
-"""Classes of diffusers that take and give images in [0, 1]; all others use [-1, 1]."""
+"""Classes of diffusers with images in [0, 1]; all others use [-1, 1]."""
 
 
 @runtime_checkable
 class _Autoencoder(Protocol):
-    """What diffusers' autoencoders have in common; each answers with a tuple when return_dict is off."""
+    """The common methods of diffusers' autoencoders; without return_dict they return tuples."""
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any: ...
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any: ...
 
 
-def _diffusers(where: str, device: torch.device) -> LatentSpace:
+def _diffusers(source: str, device: torch.device) -> LatentSpace:
     """Any image autoencoder of diffusers: the mode of its posterior, in float32.
 
-    Latents are left as the model gives them. Its scaling_factor and shift_factor belong to a generator; a
-    common scale changes no metric of ours, and the shift is not the tokenizer's.
+    Latents are not scaled or shifted. scaling_factor and shift_factor belong to a generator, and a common
+    scale changes none of the metrics.
     """
-    model, config = _load_diffusers(where)
+    model, config = _load_diffusers(source)
     model = model.to(device).eval().requires_grad_(False)
     low, span = (0.0, 1.0) if config["_class_name"] in _UNIT_RANGE else (-1.0, 2.0)
 
     def encode(images: Tensor) -> Tensor:
         try:
-            answer = model.encode(images.to(device) * span + low, return_dict=False)[0]
+            output = model.encode(images.to(device) * span + low, return_dict=False)[0]
         except (RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"{where} ({config['_class_name']}) takes no images {tuple(images.shape)}; only autoencoders "
-                f"of images can be measured, at a size that they allow ({str(error).splitlines()[0]})"
+                f"{source} ({config['_class_name']}) takes no images {tuple(images.shape)}; only image "
+                f"autoencoders can be measured, at a size that they allow ({str(error).splitlines()[0]})"
             ) from None
-        latent: Tensor = (
-            answer if isinstance(answer, Tensor) else answer.mode()
-        )  # a posterior's, without noise
+        latent: Tensor = output if isinstance(output, Tensor) else output.mode()  # of a posterior
         return latent
 
     def decode(z: Tensor) -> Tensor:
@@ -203,7 +201,7 @@ def _diffusers(where: str, device: torch.device) -> LatentSpace:
 
     facts = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     return LatentSpace(
-        name=Path(where).name,
+        name=Path(source).name,
         kind="diffusers",
         fingerprint=fingerprint(model.state_dict(), repr(sorted(facts.items()))),
         image_size=_side(config),
@@ -212,26 +210,26 @@ def _diffusers(where: str, device: torch.device) -> LatentSpace:
     )
 
 
-def _load_diffusers(where: str) -> tuple[Any, dict[str, Any]]:
-    """The model and its config; strictly, unlike diffusers itself."""
+def _load_diffusers(name: str) -> tuple[Any, dict[str, Any]]:
+    """The model and its config. Missing or unexpected weights raise, unlike in diffusers."""
     if importlib.util.find_spec("diffusers") is None:
         raise ValueError(
-            f"{where} needs the package diffusers, which is not installed; pip install openpae[diffusers]"
+            f"{name} needs the package diffusers, which is not installed; pip install openpae[diffusers]"
         )
     import diffusers
 
-    source, subfolder = where, None
-    if not Path(where).is_dir():
-        owner_and_name, rest = where.split("/")[:2], where.split("/")[2:]
+    source, subfolder = name, None
+    if not Path(name).is_dir():
+        owner_and_name, rest = name.split("/")[:2], name.split("/")[2:]
         source, subfolder = "/".join(owner_and_name), "/".join(rest) or None
     try:
         config = dict(diffusers.AutoModel.load_config(source, subfolder=subfolder))
         kind = getattr(diffusers, config.get("_class_name", ""), None)
         if kind is None or not issubclass(kind, _Autoencoder):
             raise ValueError(
-                f"{where} is no autoencoder of diffusers, but {config.get('_class_name', 'unknown')}"
+                f"{name} is no autoencoder of diffusers, but {config.get('_class_name', 'unknown')}"
             )
-        # low_cpu_mem_usage wants the package accelerate; mismatched sizes are left to the report below.
+        # low_cpu_mem_usage needs the package accelerate; the report below names mismatched sizes.
         model, report = kind.from_pretrained(
             source,
             subfolder=subfolder,
@@ -242,17 +240,17 @@ def _load_diffusers(where: str) -> tuple[Any, dict[str, Any]]:
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"no diffusers autoencoder at {where!r}; give a folder with config.json, or a hub name that can "
+            f"no diffusers autoencoder at {name!r}; give a folder with config.json, or a hub name that can "
             f"be reached: OWNER/NAME or OWNER/NAME/SUBFOLDER ({str(error).strip().splitlines()[0]})"
         ) from None
     faults = [*report["missing_keys"], *map(str, report["mismatched_keys"]), *report["unexpected_keys"]]
     if faults:
-        raise ValueError(f"weights at {where!r} do not fit {kind.__name__}: {', '.join(sorted(faults)[:5])}")
+        raise ValueError(f"weights at {name!r} do not fit {kind.__name__}: {', '.join(sorted(faults)[:5])}")
     return model, config
 
 
 def _side(config: dict[str, Any]) -> int:
-    """The side of the images that a diffusers model was made for, where its config says it."""
+    """The image side of a diffusers model; 256 if its config does not hold it."""
     size = config.get("sample_size") or config.get("image_size") or 256
     return size if isinstance(size, int) else int(size[0])
 
@@ -264,11 +262,11 @@ def _is_diffusers(folder: Path) -> bool:
         return False
 
 
-def _encoder(where: str, device: torch.device) -> LatentSpace:
-    """Patch features of a frozen VFM as a latent (RAE's, before its normalisation): no decoder."""
-    name, slash, number = where.partition("/")
+def _encoder(source: str, device: torch.device) -> LatentSpace:
+    """Patch features of a frozen VFM as latents (those of RAE before normalisation). No decoder."""
+    name, slash, number = source.partition("/")
     if slash and (not number.isdecimal() or int(number) < 1):
-        raise ValueError(f"encoder:{where} must be encoder:NAME or encoder:NAME/PIXELS_PER_TOKEN")
+        raise ValueError(f"encoder:{source} must be encoder:NAME or encoder:NAME/PIXELS_PER_TOKEN")
     patch = int(number) if slash else 16
     encoder = load_encoder(name).to(device)
     prepare = EncoderInput(encoder.spec, patch).to(device)
@@ -287,9 +285,9 @@ def _encoder(where: str, device: torch.device) -> LatentSpace:
     )
 
 
-def _python(where: str, device: torch.device) -> LatentSpace:
-    """A file of the user's own, which is run: encode, decode where there is one, image_size (256 if not)."""
-    file = Path(where)
+def _python(source: str, device: torch.device) -> LatentSpace:
+    """A Python file with encode and perhaps decode and image_size (256 by default). Its code is run."""
+    file = Path(source)
     if not file.is_file():
         raise FileNotFoundError(
             f"no Python file at {file}; it must define encode(images) and may define decode(z)"

@@ -1,7 +1,6 @@
-"""A PAE tokenizer as an autoencoder of the diffusers package, for its training loops and pipelines (extra
-`diffusers`).
+"""A PAE tokenizer as an autoencoder of the diffusers package (extra `diffusers`).
 
-diffusers imports nothing just because a saved pipeline names it: import this module before you load one.
+Import this module before you load a saved pipeline: diffusers does not import it by its name.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from openpae.models.tokenizer import Autoencoder, tokenizer_class
 class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
     """`encode(x).latents` and `decode(z).sample` of a PAE tokenizer, on images in [-1, 1].
 
-    Make one of a tokenizer with `of`; after that `save_pretrained` and `from_pretrained` are diffusers' own,
-    and the frozen encoder's weights are among those that they save. The weights stay in float32; images or
-    latents in half precision are worked on as under autocast, and answered in their own.
+    Build one from a tokenizer with `of`. `save_pretrained` and `from_pretrained` are diffusers' own, and save
+    the frozen encoder too. The weights stay in float32. Inputs in half precision run under autocast, and the
+    outputs have their dtype.
 
     Args:
-        tokenizer: the tokenizer's config, as plain data.
-        architecture: of its encoder, where the transformers package builds that.
+        tokenizer: config of the tokenizer, as plain data.
+        architecture: of its encoder, if the transformers package builds it.
         with_encoder: whether it can encode.
-        scaling_factor: latents times this are what a generator sees. Tokens on the sphere have unit mean
-            square as they are.
+        scaling_factor: a generator sees latents times this. Tokens on the sphere need none: their mean square
+            is 1.
         shift_factor: subtracted before; see diffusers.
-        latent_channels: C; written into the config for the pipelines that ask.
-        sample_size: height of the images that it was made for.
-        block_out_channels: its length says the patch size, 2^(n - 1), to pipelines that ask; the numbers say
-            nothing.
+        latent_channels: C, for pipelines that read it.
+        sample_size: height of the images of training.
+        block_out_channels: its length n gives the patch size 2^(n - 1) to pipelines; the numbers have no
+            meaning.
         in_channels: of images.
-        out_channels: alike.
+        out_channels: of images.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -69,13 +68,13 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         """A tokenizer as an autoencoder of diffusers; the weights are shared.
 
         Args:
-            tokenizer: with its encoder, or without, to decode alone.
+            tokenizer: with its encoder, or without it for decoding only.
             scaling_factor: see the class.
             shift_factor: see the class.
 
         Raises:
-            ValueError: its encoder is a module of your own, which diffusers could not build again, or its
-                patch size is no power of 2.
+            ValueError: its encoder is not of the table, so diffusers cannot build it, or its patch size is
+                not a power of 2.
         """
         config, encoder = tokenizer.config, tokenizer.encoder
         if encoder is not None and not isinstance(encoder, FrozenEncoder):
@@ -86,7 +85,7 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         patch = config.decoder.patch_size
         if patch & (patch - 1):
             raise ValueError(f"diffusers' pipelines need a patch size that is a power of 2, got {patch}")
-        with torch.device("meta"):  # its weights are replaced at once
+        with torch.device("meta"):  # its weights are replaced below
             model: Self = cls(
                 tokenizer=configs.to_dict(config),
                 architecture=encoder_architecture(encoder),
@@ -102,14 +101,14 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
 
     @classmethod
     def from_pretrained(cls, *args: Any, **settings: Any) -> Self:
-        """As diffusers' own; the weights end in float32, whatever dtype is asked for."""
+        """As in diffusers; the weights are float32 for every dtype."""
         model: Self = super().from_pretrained(*args, **settings)
         model.pae.float()
         return model
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
-        """Images in [-1, 1], (B, 3, H, W), to latents (B, C, h, w) of their dtype: on the sphere, and always
-        the same."""
+        """Images in [-1, 1], (B, 3, H, W), to latents (B, C, h, w) on the sphere, of the same dtype.
+        Deterministic."""
         with _precision_of(x):
             latents = self.pae.encode((x.float() + 1) / 2).to(x.dtype)
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
@@ -117,8 +116,8 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     def decode(
         self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w) to images around [-1, 1], (B, 3, H, W), of their dtype. Nothing is drawn from
-        `generator`."""
+        """Latents (B, C, h, w) to images around [-1, 1], (B, 3, H, W), of the same dtype. `generator` is not
+        used."""
         with _precision_of(z):
             images = (self.pae.decode(z) * 2 - 1).to(z.dtype)
         return DecoderOutput(sample=images) if return_dict else (images,)
@@ -128,8 +127,8 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Scripts cast a frozen autoencoder to half precision. Its norms, positions and sphere are made for
-        # float32, so weights move but keep their type.
+        # Scripts cast a frozen autoencoder to half precision. Its norms, positions and sphere need float32,
+        # so weights move to another device but keep their dtype.
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return new if new.dtype in (tensor.dtype, torch.float32) else tensor.to(new.device)

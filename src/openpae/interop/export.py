@@ -1,4 +1,4 @@
-"""Tokenizers and generators as graphs that run without this package: torch.export archives or ONNX files."""
+"""Export tokenizers and generators as torch.export archives or ONNX files, which run without this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openpae.models.generator import LatentGenerator
 from openpae.models.tokenizer import Autoencoder
-from openpae.storage.files import whole_folder, write_json
+from openpae.storage.files import atomic_folder, write_json
 
 Format = Literal["torch-export", "onnx"]
 
@@ -24,7 +24,7 @@ _SUFFIX: dict[str, str] = {"torch-export": ".pt2", "onnx": ".onnx"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """One graph: a function of a model, and example inputs by name, whose first axis is the batch."""
+    """One graph: a module, and example inputs by name with the batch as first axis."""
 
     name: str
     module: nn.Module
@@ -32,7 +32,7 @@ class _Part:
     output: str
 
     def draw(self, batch: int) -> tuple[Tensor, ...]:
-        """Other inputs like the examples, of this batch size."""
+        """Other inputs of the shapes of the examples, with this batch size."""
         generator = torch.Generator().manual_seed(batch)
         return tuple(
             torch.rand(batch, *x.shape[1:], generator=generator)
@@ -46,56 +46,57 @@ class _Part:
 def export_model(
     model: Autoencoder | LatentGenerator, out: Path, format: Format, *, tolerance: float = 1e-4
 ) -> dict[str, float]:
-    """Write the graphs of a model, each checked against the model, and export.json that describes them.
+    """Write the graphs of a model, each checked against the model, and export.json with their description.
 
-    A tokenizer gives `encode` (images in [0, 1] to latents; where it has its encoder) and `decode` (latents
-    to images, not clamped), a generator `velocity` (of normalised latents, whose statistics export.json
-    holds). The batch size is open, that of the images is the config's; weights and computation are float32.
+    A tokenizer has the graphs `encode` (images in [0, 1] to latents; only with its encoder) and `decode`
+    (latents to images, not clamped). A generator has `velocity` (of normalised latents; export.json holds the
+    statistics). The batch size is free, the image size is that of the config. Weights and computation are
+    float32.
 
     Args:
         model: on the CPU.
         out: new folder for the files.
         format: "torch-export" (.pt2, for torch.export.load) or "onnx".
-        tolerance: how far an output of a graph may lie from the model's, for inputs and batch sizes that the
-            export did not see.
+        tolerance: largest allowed difference between the outputs of a graph and of the model, for new inputs
+            of other batch sizes than in the export.
 
     Returns:
-        The largest difference found, by graph.
+        The largest difference of each graph.
 
     Raises:
-        ValueError: the folder is not empty, the packages of the extra `onnx` are missing, or a graph differs
-            by more than the tolerance.
+        ValueError: the folder is not empty, packages of the extra `onnx` are missing, or a graph differs by
+            more than the tolerance.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; name a new folder for the export")
     if format == "onnx":
         _need_onnx()
     parts = _parts_of(model.eval())
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     facts: dict[str, Any] = {"format": format, "model": type(model).__name__, "graphs": {}}
     facts["packages"] = {"torch": torch.__version__}
-    with whole_folder(out) as partial:
+    with atomic_folder(out) as partial:
         for part in parts:
             file = partial / f"{part.name}{_SUFFIX[format]}"
             _write(part, file, format)
-            found[part.name] = _difference(part, file, format)
-            if not found[part.name] <= tolerance:
+            difference = differences[part.name] = _difference(part, file, format)
+            if not difference <= tolerance:
                 raise ValueError(
-                    f"the graph {part.name} differs from the model by {found[part.name]:.2g}, more than the "
+                    f"the graph {part.name} differs from the model by {difference:.2g}, more than the "
                     f"{tolerance:.2g} that are allowed; nothing was written"
                 )
             facts["graphs"][part.name] = {
                 "file": file.name,
                 "inputs": {name: ["batch", *x.shape[1:]] for name, x in part.inputs.items()},
                 "output": part.output,
-                "difference": found[part.name],
+                "difference": difference,
             }
         if not isinstance(model, Autoencoder):
             facts["latent_mean"] = model.latent_mean.tolist()
             facts["latent_std"] = model.latent_std.tolist()
             facts["null_label"] = model.null_label
         write_json(partial / "export.json", facts)
-    return found
+    return differences
 
 
 class _Encode(nn.Module):
@@ -117,7 +118,7 @@ class _Decode(nn.Module):
 
 
 def _parts_of(model: Autoencoder | LatentGenerator) -> list[_Part]:
-    """Two examples each: an export takes a batch of one for a constant."""
+    """The graphs of a model, with batches of two: an export treats a batch of one as a constant."""
     z = torch.rand(2, *model.config.latent_shape)
     if not isinstance(model, Autoencoder):
         inputs = {"x": z, "t": torch.rand(2), "labels": torch.tensor([0, model.null_label])}
@@ -136,9 +137,9 @@ def _write(part: _Part, file: Path, format: Format) -> None:
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = tuple({0: batch} for _ in examples)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the exporters themselves call by old names
+        warnings.simplefilter("ignore")  # the exporters call deprecated functions
         if format == "torch-export":
-            archive = io.BytesIO()  # on a full disk torch's own writer ends the process
+            archive = io.BytesIO()  # on a full disk torch's writer ends the process
             torch.export.save(torch.export.export(part.module, examples, dynamic_shapes=shapes), archive)
             file.write_bytes(archive.getbuffer())
             return
@@ -157,12 +158,12 @@ def _write(part: _Part, file: Path, format: Format) -> None:
 
 
 def _difference(part: _Part, file: Path, format: Format) -> float:
-    """How far the graph in the file is from the module, at most, for batches of 1 and 3."""
+    """The largest difference between the graph in the file and the module, for batches of 1 and 3."""
     run = _open_onnx(file, list(part.inputs)) if format == "onnx" else _open_archive(file)
     differences = [
         (run(inputs) - part.module(*inputs)).abs().max() for inputs in (part.draw(batch) for batch in (1, 3))
     ]
-    return float(torch.stack(differences).max())  # NaN if there is one
+    return float(torch.stack(differences).max())  # NaN if any is NaN
 
 
 def _open_archive(file: Path) -> Callable[[tuple[Tensor, ...]], Tensor]:

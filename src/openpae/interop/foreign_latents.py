@@ -1,4 +1,4 @@
-"""Latent caches that other programs wrote, as ours."""
+"""Import of latent caches that other programs wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openpae.data.caches import Progress
-from openpae.data.shards import Layout, Part, Shards, shard_folder
+from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shards import Layout, Shards
 
 _MOST_CLASSES = 2**20
 _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -21,7 +22,7 @@ _TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """What one file of such a cache holds."""
+    """The content of one file of such a cache."""
 
     path: Path
     labels: Tensor
@@ -48,53 +49,37 @@ def import_latents(
     chunk: int = 256,
     progress: Progress | None = None,
 ) -> Shards:
-    """Convert a folder of safetensors shards with `latents`, `latents_flip` and `labels`, as the scripts of
-    LightningDiT and PAE write them; an interrupted run goes on.
+    """Convert a folder of safetensors shards, as the scripts of LightningDiT and PAE write them, to a cache.
 
-    Latents are kept in their precision, not normalised: these scripts normalise when they read, by the
-    statistics beside them, which are computed anew here over all rows.
+    They hold `latents`, `labels` and optionally `latents_flip`. The latents keep their precision and
+    are not normalised; their statistics are computed over all rows. An interrupted import continues.
 
     Args:
-        source: the folder; its .safetensors files are taken by name.
-        folder: where.
-        tokenizer_fingerprint: fingerprint of the tokenizer that made them; generator training compares it.
-        image_size: side of the images that were encoded.
+        source: the folder; its .safetensors files are read in order of their names.
+        folder: of the new cache.
+        tokenizer_fingerprint: fingerprint of the tokenizer of the latents; generator training compares it.
+        image_size: side of the encoded images.
         latent_shape: (C, h, w) of that tokenizer.
-        num_classes: K; None takes the largest label plus one.
+        num_classes: K; None: the largest label plus one.
         per_shard: rows per shard.
         chunk: rows in memory at once.
         progress: called with (done, all) rows.
 
-    Returns:
-        The complete cache.
-
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: a file is damaged or holds something else than the others or the tokenizer's latents, or
-            a label is none of the classes.
+        FileNotFoundError: the source has no such files.
+        ValueError: a file is damaged, differs in kind from the others or from the tokenizer's latents, or a
+            label lies outside of the classes.
     """
-    files = _opened(source)
-    first = files[0]
+    first, *_ = files = _opened(source)
     if first.shape != latent_shape:
         raise ValueError(f"{source} holds latents {first.shape}, but the tokenizer makes {latent_shape}")
     labels = torch.cat([file.labels for file in files])
-    if not len(labels):
-        raise ValueError(f"{source} holds no latents: its files have no rows")
-    count = int(labels.max()) + 1 if num_classes is None else num_classes
-    if count > _MOST_CLASSES:
-        raise ValueError(
-            f"{source} would have {count:,} classes, at most {_MOST_CLASSES:,} are taken; see its labels"
-        )
-    if not 0 <= int(labels.min()) <= int(labels.max()) < count:
-        raise ValueError(
-            f"labels in {source} must lie in [0, {count - 1}], got {int(labels.min())} to {int(labels.max())}"
-        )
-    facts = repr([(file.path.name, file.path.stat().st_size) for file in files]).encode()
+    count = _count_classes(source, labels, num_classes)
     attributes: dict[str, Any] = {
         "tokenizer": tokenizer_fingerprint,
         "image_size": image_size,
         "precision": "fp32",
-        "images": hashlib.sha256(facts + labels.numpy().tobytes()).hexdigest()[:16],
+        "images": _fingerprint(files, labels),
         "classes": [str(label) for label in range(count)],
         "source": "imported",
     }
@@ -114,17 +99,36 @@ def import_latents(
         return writer.finish()
 
 
+def _fingerprint(files: list[_File], labels: Tensor) -> str:
+    facts = repr([(file.path.name, file.path.stat().st_size) for file in files]).encode()
+    return hashlib.sha256(facts + labels.numpy().tobytes()).hexdigest()[:16]
+
+
+def _count_classes(source: Path, labels: Tensor, num_classes: int | None) -> int:
+    if not len(labels):
+        raise ValueError(f"{source} holds no latents: its files have no rows")
+    lowest, highest = int(labels.min()), int(labels.max())
+    count = highest + 1 if num_classes is None else num_classes
+    if count > _MOST_CLASSES:
+        raise ValueError(
+            f"{source} would have {count:,} classes, at most {_MOST_CLASSES:,} are taken; see its labels"
+        )
+    if not 0 <= lowest <= highest < count:
+        raise ValueError(f"labels in {source} must lie in [0, {count - 1}], got {lowest} to {highest}")
+    return count
+
+
 def _opened(source: Path) -> list[_File]:
     paths = sorted(source.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"no .safetensors files in {source}")
     files = [_read(path) for path in paths]
     for file in files[1:]:
-        ours, theirs = ((f.shape, f.dtype, f.flips) for f in (files[0], file))
-        if ours != theirs:
+        first, other = ((f.shape, f.dtype, f.flips) for f in (files[0], file))
+        if first != other:
             raise ValueError(
-                f"{file.path} holds latents {theirs[0]} in {theirs[1]}, but {files[0].path.name} {ours[0]} "
-                f"in {ours[1]}; a cache must be of one kind, with or without latents_flip"
+                f"{file.path} holds latents {other[0]} in {other[1]}, but {files[0].path.name} {first[0]} "
+                f"in {first[1]}; a cache must be of one kind, with or without latents_flip"
             )
     return files
 
@@ -152,7 +156,7 @@ def _read(path: Path) -> _File:
         or labels.is_floating_point()
     ):
         raise ValueError(
-            f"{path} must hold latents (N, C, h, w), as many latents_flip and N whole labels, got {shapes} "
+            f"{path} must hold latents (N, C, h, w), as many latents_flip and N integer labels, got {shapes} "
             f"in {dtype}"
         )
     return _File(
@@ -165,7 +169,7 @@ def _read(path: Path) -> _File:
 
 
 def _parts(files: list[_File], span: range, chunk: int) -> Iterator[Part]:
-    """The rows of a span, some at a time."""
+    """The rows of a span, in chunks."""
     begin = 0
     for file in files:
         start, stop = max(span.start - begin, 0), min(span.stop - begin, len(file.labels))

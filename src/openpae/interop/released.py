@@ -1,5 +1,5 @@
-"""Import of released weights, by written maps of names: PAE's tokenizers and generators, and generators of
-the same architecture (LightningDiT of VA-VAE, DiT-DH of RAE)."""
+"""Import of released weights by explicit maps of names: PAE's tokenizers and generators, LightningDiT of
+VA-VAE, and DiT-DH of RAE."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from openpae.models.layers import rope_2d, sincos_2d
 from openpae.models.tokenizer import PAE
 from openpae.storage.weights import load_strict, read_tensors, some
 
-# Names of the authors' release -> ours. First match wins; a name that none matches is an error.
+# Names of the authors' release -> names here. The first match counts; a name without a match is an error.
 _TOKENIZER_NAMES = [
     (r"delta_encoder\.patch_embed\.proj\.", "modulator.patch_embed."),
     (r"delta_encoder\.layers\.(\d+)\.norm1\.", r"modulator.layers.\1.norm_self."),
@@ -55,8 +55,8 @@ _TOKENIZER_NAMES = [
     (r"decoder\.decoder_layers\.(\d+)\.output\.dense\.", r"decoder.blocks.\1.mlp.fc2."),
     (r"decoder\.decoder_norm\.", "decoder.norm."),
     (r"decoder\.decoder_pred\.", "decoder.to_pixels."),
-    # The VFM under the names of the transformers package. That of MAE stands one name aside; that of
-    # InternViT has an MLP beside it, its norm in front and its GELU in the middle.
+    # The VFM under the names of the transformers package; MAE has another prefix. InternViT has an MLP beside
+    # it: norm, linear layer, GELU, linear layer.
     (r"encoder\.(encoder|model)\.", "encoder.backbone."),
     (r"encoder\.mlp1\.0\.", "encoder.merger.norm."),
     (r"encoder\.mlp1\.1\.", "encoder.merger.fc1."),
@@ -72,7 +72,7 @@ _LIGHTNING_NAMES = [
     (r"final_layer\.norm_final\.", "final_norm."),
     (r"final_layer\.linear\.", "to_velocity."),
 ]
-# RAE's head looks at the latents as `x`, its DiT as `s`; the blocks of both stand in one list.
+# The embedding of RAE's head is named `x`, that of its DiT `s`; one list holds the blocks of both.
 _DITDH_NAMES = [
     (r"s_embedder\.proj\.", "patch_embed."),
     (r"x_embedder\.proj\.", "head_embed."),
@@ -80,15 +80,15 @@ _DITDH_NAMES = [
     (r"t_embedder\.W$", "frequencies"),
     *_LIGHTNING_NAMES[1:],
 ]
-# Widths of decoders -> attention heads, which no tensor tells: the paper's sizes B, L and XL.
+# Width of a decoder -> attention heads, for the paper's sizes B, L and XL; no tensor has them.
 _DECODER_HEADS = {768: 12, 1024: 16, 1152: 16}
 
 
 def released_kind(released: Mapping[str, Any]) -> Literal["tokenizer", "generator"]:
-    """What a released file holds.
+    """The kind of model in a released file.
 
     Raises:
-        ValueError: neither.
+        ValueError: the file holds neither kind.
     """
     held = [released[key] for key in ("model", "ema") if isinstance(released.get(key), Mapping)] or [released]
     names = {_plain(name) for state in held for name in state}
@@ -105,29 +105,27 @@ def released_kind(released: Mapping[str, Any]) -> Literal["tokenizer", "generato
 def released_tokenizer_config(
     released: Mapping[str, Any], encoder: str, source: str | None = None, decoder_heads: int | None = None
 ) -> PAEConfig:
-    """The sizes of a released tokenizer, read off its weights.
+    """The config of a released tokenizer, from the shapes of its weights.
 
     Args:
-        released: the file's content; see `import_tokenizer`.
-        encoder: the VFM, a row of `ENCODERS`, which the weights do not name.
-        source: hub name or local folder with its config, in place of the row's own.
-        decoder_heads: attention heads of the decoder; None takes those of the paper's sizes.
+        released: content of the file; see `import_tokenizer`.
+        encoder: the VFM, a row of `ENCODERS`; the weights do not name it.
+        source: hub name or local folder with its config; None: that of the row.
+        decoder_heads: attention heads of the decoder; None: those of the paper's sizes.
 
     Raises:
-        ValueError: a tensor that tells a size is missing, or the decoder is none of the paper's.
+        ValueError: a tensor is missing, or decoder_heads is None and the decoder has no size of the paper.
     """
     state = _plain_names(released, ("model",))
-    to_latent, embed = (
-        _shape(state, "latent_compressor.1.weight", 2, 4),
-        _shape(state, "decoder.decoder_embed.weight", 2),
-    )
+    to_latent = _shape(state, "latent_compressor.1.weight", 2, 4)
+    embed = _shape(state, "decoder.decoder_embed.weight", 2)
     patch = math.isqrt(_shape(state, "decoder.decoder_pred.weight", 2)[0] // 3)
     if decoder_heads is None:
         if embed[0] not in _DECODER_HEADS:
             known = ", ".join(map(str, _DECODER_HEADS))
             raise ValueError(
-                f"the decoder is {embed[0]} wide, none of the paper's ({known}), and its weights do not tell "
-                "the attention heads; give decoder_heads"
+                f"the decoder is {embed[0]} wide, none of the paper's ({known}), and its weights do not "
+                "show the number of attention heads; give decoder_heads"
             )
         decoder_heads = _DECODER_HEADS[embed[0]]
     decoder = DecoderConfig(
@@ -148,18 +146,18 @@ def released_tokenizer_config(
 
 
 def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: Encoder | None = None) -> PAE:
-    """The authors' tokenizer weights as a `PAE`, which keeps the encoder's weights with its own.
+    """The authors' tokenizer weights as a `PAE`, which is saved with its encoder's weights.
 
     Args:
-        released: their file's content: the state dict, bare or under the key "model", names bare or behind
-            "module." and "_orig_mod.".
-        config: sizes of the released model; `released_tokenizer_config` reads them off.
-        encoder: a VFM of your own with the architecture that the file holds; its weights are replaced. None
-            builds that of the config: only its architecture is fetched.
+        released: content of the file: the state dict, or a mapping with the state dict as "model". Prefixes
+            "module." and "_orig_mod." of names are ignored.
+        config: sizes of the released model; see `released_tokenizer_config`.
+        encoder: your own VFM of the architecture in the file; its weights are replaced. None: the encoder of
+            the config, of which only the architecture is downloaded.
 
     Raises:
-        ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
-        FileNotFoundError: the encoder's architecture cannot be had.
+        ValueError: a key is missing, unknown or of another shape, or fixed positions differ from `sincos_2d`.
+        FileNotFoundError: the encoder's architecture cannot be loaded.
     """
     state = _plain_names(released, ("model",))
     grid, width = config.grid_shape, config.decoder.hidden_dim
@@ -175,13 +173,11 @@ def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: En
                 fused = torch.cat([renamed.pop(part) for part in parts])
                 renamed[f"decoder.blocks.{index}.attn.qkv.{kind}"] = fused
     if encoder is None:
-        theirs = {
-            name.removeprefix("encoder."): v for name, v in renamed.items() if name.startswith("encoder.")
-        }
-        encoder = load_encoder(
-            config.encoder, config.encoder_source, trainable=config.fusion == "finetune", state=theirs
-        )
-        renamed = {name: value for name, value in renamed.items() if not name.startswith("encoder.")}
+        vfm = {name: value for name, value in renamed.items() if name.startswith("encoder.")}
+        renamed = {name: value for name, value in renamed.items() if name not in vfm}
+        vfm = {name.removeprefix("encoder."): value for name, value in vfm.items()}
+        trainable = config.fusion == "finetune"
+        encoder = load_encoder(config.encoder, config.encoder_source, trainable=trainable, state=vfm)
         renamed |= {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     model = PAE(config, encoder)
     load_strict(model, renamed, "released tokenizer weights")
@@ -190,10 +186,10 @@ def import_tokenizer(released: Mapping[str, Any], config: PAEConfig, encoder: En
 
 
 def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
-    """The sizes of a released generator, read off its weights.
+    """The config of a released generator, from the shapes of its weights.
 
     Raises:
-        ValueError: a tensor that tells a size is missing.
+        ValueError: a tensor is missing.
     """
     state = _plain_names(released, ("ema", "model"))
     wide = "s_embedder.proj.weight" in state
@@ -213,7 +209,7 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
         return LightningDiTConfig(num_layers=blocks, **shared)
     width = _shape(state, "x_embedder.proj.weight", 4)[0]
     widths = [_shape(state, f"blocks.{index}.norm1.weight", 1)[0] for index in range(blocks)]
-    # Where the head is no wider than the DiT, no tensor tells its blocks from those of the DiT.
+    # If head and DiT have the same width, the shapes do not separate their blocks.
     layers = sum(w == width for w in widths) if width != dim else HeadConfig().num_layers
     head = HeadConfig(
         hidden_dim=width, num_layers=layers, num_heads=width // _shape(state, "dec_feat_rope.freqs_cos", 2)[1]
@@ -222,25 +218,22 @@ def released_generator_config(released: Mapping[str, Any]) -> GeneratorConfig:
 
 
 def import_generator(released: Mapping[str, Any], config: GeneratorConfig) -> LatentGenerator:
-    """Released LightningDiT or DiT-DH weights as ours; the latent statistics stay at 0 and 1 until they are
-    set.
+    """A generator with released LightningDiT or DiT-DH weights; its latent statistics stay at 0 and 1.
 
     Args:
-        released: the file's content: the state dict, bare or under the key "ema" (preferred) or "model".
-        config: sizes of the released model; `released_generator_config` reads them off.
+        released: content of the file: the state dict, or a mapping with it as "ema" (preferred) or "model".
+        config: sizes of the released model; see `released_generator_config`.
 
     Raises:
-        ValueError: a key is missing, left over or of another shape, or its fixed positions are not ours.
+        ValueError: a key is missing, unknown or of another shape, or fixed positions differ from `sincos_2d`
+            and `rope_2d`.
     """
     state = _plain_names(released, ("ema", "model"))
     grid, dim = config.token_grid, config.hidden_dim
     _take_constant(state, "pos_embed", sincos_2d(*grid, dim)[None])
     if isinstance(config, LightningDiTConfig):
         _take_rope(state, "feat_rope", grid, dim // config.num_heads)
-        lightning = LightningDiT(config)
-        statistics = {"latent_mean": lightning.latent_mean, "latent_std": lightning.latent_std}
-        load_strict(lightning, _rename(state, _LIGHTNING_NAMES) | statistics, "released generator weights")
-        return lightning.eval()
+        return _loaded(LightningDiT(config), _rename(state, _LIGHTNING_NAMES))
     _take_rope(state, "enc_feat_rope", grid, dim // config.num_heads)
     _take_rope(state, "dec_feat_rope", grid, config.head.hidden_dim // config.head.num_heads)
     renamed: dict[str, Tensor] = {}
@@ -250,39 +243,43 @@ def import_generator(released: Mapping[str, Any], config: GeneratorConfig) -> La
             name = f"head_blocks.{behind}.{name[block.end() :]}"
         # RAE's velocity points from data to noise.
         renamed[name] = -value if name.startswith("to_velocity.") else value
-    ditdh = DiTDH(config)
-    statistics = {"latent_mean": ditdh.latent_mean, "latent_std": ditdh.latent_std}
-    load_strict(ditdh, renamed | statistics, "released generator weights")
-    return ditdh.eval()
+    return _loaded(DiTDH(config), renamed)
+
+
+def _loaded(generator: LatentGenerator, weights: Mapping[str, Tensor]) -> LatentGenerator:
+    statistics = {"latent_mean": generator.latent_mean, "latent_std": generator.latent_std}
+    load_strict(generator, {**weights, **statistics}, "released generator weights")
+    return generator.eval()
 
 
 def read_statistics(file: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents as releases keep them, for `set_statistics`.
+    """Mean and standard deviation of latents from a released file, for `set_statistics`.
 
     The file holds "mean" and "std" per channel, (1, C, 1, 1) (LightningDiT, PAE), or "mean" and "var" per
-    channel and place, (C, h, w) (RAE, which adds 1e-5 to the variance).
+    channel and cell, (C, h, w) (RAE, which adds 1e-5 to the variance).
 
     Returns:
         Two tensors (C,) or (C, h, w).
 
     Raises:
-        FileNotFoundError, ValueError: see `read_tensors`, or other content.
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, see `read_tensors`, or has other content.
     """
-    found = read_tensors(file)
-    if found.keys() == {"mean", "var"}:
-        found = {"mean": found["mean"], "std": (found["var"] + 1e-5).sqrt()}
-    if found.keys() != {"mean", "std"} or not all(isinstance(value, Tensor) for value in found.values()):
+    tensors = read_tensors(file)
+    if tensors.keys() == {"mean", "var"}:
+        tensors = {"mean": tensors["mean"], "std": (tensors["var"] + 1e-5).sqrt()}
+    if tensors.keys() != {"mean", "std"} or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(
-            f"{file} must hold the tensors mean and std (or mean and var), got {', '.join(sorted(found))}"
+            f"{file} must hold the tensors mean and std (or mean and var), got {', '.join(sorted(tensors))}"
         )
-    mean, std = (value.float() for value in (found["mean"], found["std"]))
+    mean, std = (value.float() for value in (tensors["mean"], tensors["std"]))
     mean, std = (value[0] if value.ndim == 4 and len(value) == 1 else value for value in (mean, std))
     flat = mean.shape[1:] == (1, 1)
     return (mean.flatten(), std.flatten()) if flat else (mean, std)
 
 
 def _plain_names(released: Mapping[str, Any], holders: Iterable[str]) -> dict[str, Tensor]:
-    """The state dict of a released file, bare or under the first of the keys that it has."""
+    """The state dict of a released file, under the first of the holders that exists, or the file itself."""
     for holder in holders:
         if isinstance(released.get(holder), Mapping):
             released = released[holder]
@@ -296,7 +293,7 @@ def _plain_names(released: Mapping[str, Any], holders: Iterable[str]) -> dict[st
 
 
 def _plain(name: str) -> str:
-    """Without what wrappers (distributed, compiled) put in front."""
+    """A name without the prefixes of distributed and compiled modules."""
     return re.sub(r"^((module|_orig_mod)\.)+", "", name)
 
 
@@ -320,15 +317,15 @@ def _take_rope(state: dict[str, Tensor], name: str, grid: tuple[int, int], head_
         _take_constant(state, f"{name}.freqs_{part}", values)
 
 
-def _take_constant(state: dict[str, Tensor], name: str, ours: Tensor) -> None:
-    """Drop a table that is computed here, once it is seen to be the same."""
+def _take_constant(state: dict[str, Tensor], name: str, expected: Tensor) -> None:
+    """Drop a fixed table from the state after a check against the computed table."""
     if name not in state:
         raise ValueError(f"released weights lack {name}")
-    theirs = state.pop(name)
-    if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=1e-5):
+    table = state.pop(name)
+    if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-5):
         raise ValueError(
             f"{name} of the released weights is not the fixed sine-cosine table of this grid "
-            f"(shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}); check image_size and the grid"
+            f"(shape {tuple(table.shape)}, expected {tuple(expected.shape)}); check image_size and the grid"
         )
 
 
@@ -345,5 +342,5 @@ def _shape(state: Mapping[str, Tensor], name: str, *axes: int) -> tuple[int, ...
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many layers are numbered, from 0 on, where the pattern has its group."""
-    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
+    """The number of layers: 1 + the largest number in the group of the pattern."""
+    return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)

@@ -1,4 +1,4 @@
-"""The networks behind the table of encoders: loaded strictly, or built. None of them knows the table."""
+"""The networks of the encoders, loaded strictly or built. This file does not import the table of encoders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from openpae.models.layers import TransformerBlock, to_tokens
 from openpae.storage.assets import fetch
 from openpae.storage.weights import first_line, pickle_refusal
 
-# The hub's file of InternViT has the names of its own remote code, which is never run.
+# The hub's file of InternViT uses the names of its remote code, which is never run.
 _INTERNVIT_NAMES = (
     (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
     (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
@@ -32,8 +32,10 @@ _INTERNVIT_NAMES = (
 
 
 def convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """InternViT's weights under the names of its own code to those of `InternVLVisionModel`, queries, keys
-    and values apart. Names that are none of its own stay as they are."""
+    """InternViT's weights from the names of its remote code to those of `InternVLVisionModel`.
+
+    Queries, keys and values become separate weights. Unknown names stay unchanged.
+    """
     converted: dict[str, Tensor] = {}
     for name, value in state.items():
         if fused := re.fullmatch(r"encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)", name):
@@ -48,10 +50,10 @@ def convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_norm_affine(backbone: nn.Module, final_norm: str) -> None:
-    """Replace the last LayerNorm by one without scale and shift, in place.
+    """Replace a LayerNorm by one without scale and shift, in place.
 
     Raises:
-        ValueError: the backbone has no LayerNorm of that name.
+        ValueError: the backbone has no LayerNorm named `final_norm`.
     """
     owner_name, _, leaf = final_norm.rpartition(".")
     try:
@@ -75,46 +77,42 @@ def load_pretrained(
     other_parts: tuple[str, ...] = (),
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Any:
-    """A vision tower of the transformers package with its weights, in float32; strictly, unlike the package.
+    """Load a vision tower of the transformers package in float32; strictly, unlike the package.
 
-    Remote code is never run: only the package's own classes are built.
+    Remote code is never run: only classes of the package are built.
 
     Args:
         model_class: class of the package.
         source: hub name or local folder; with `state` also the file of a config.
-        state: the weights, where they are at hand; the source is then asked for the config alone.
-        options: settings that replace those beside the weights.
-        other_parts: how names begin that the weights may hold beside the tower's.
-        convert: turns the names in the file into those of the class; None leaves that to the package.
-
-    Returns:
-        The model (its class is the package's, whose types are not known here), with its `config`.
+        state: the weights, if they are already loaded; the source then gives only the config.
+        options: settings that replace those of the config.
+        other_parts: prefixes of names that the file may hold beside those of the tower.
+        convert: maps the names of the file to those of the class; None leaves that to the package.
 
     Raises:
-        FileNotFoundError: the weights cannot be had.
-        ValueError: the file is damaged; a weight of the tower is missing or of another shape, or one that it
-            does not know is there.
+        FileNotFoundError: the weights cannot be loaded from the source.
+        ValueError: the file is damaged; a weight of the tower is missing, unknown or of another shape.
     """
     import transformers  # half a second and 100 MB that only this family needs
     from transformers.utils.hub import cached_file
 
     kind = getattr(transformers, model_class)
-    # Mismatched sizes are left to the report: the package's own error does not name them. Weights stored in
-    # half precision are widened: precision is the engine's business.
-    wishes = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    # Mismatched sizes go to the report, because the package's error does not name them. Weights in half
+    # precision become float32; the engine sets the precision of the computation.
+    loading = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _no_reports():
             config = kind.config_class.from_pretrained(source, **options)
             check_architecture(config.to_dict())
             if state is None and convert is None:
-                model, report = kind.from_pretrained(source, config=config, **wishes)
+                model, report = kind.from_pretrained(source, config=config, **loading)
             else:
                 if state is None:
                     file = cached_file(source, "model.safetensors")
-                    assert file is not None  # for the type checker: a file that is not there is an OSError
+                    assert file is not None  # for the type checker: a missing file raises OSError
                     state = load_file(file)
-                given = dict(state) if convert is None else convert(state)
-                model, report = kind.from_pretrained(None, config=config, state_dict=given, **wishes)
+                weights = dict(state) if convert is None else convert(state)
+                model, report = kind.from_pretrained(None, config=config, state_dict=weights, **loading)
     except OSError as error:
         raise FileNotFoundError(
             f"no weights of {model_class} at {source!r}; give encoder_source a local folder "
@@ -122,24 +120,28 @@ def load_pretrained(
         ) from None
     except UnpicklingError as error:
         raise ValueError(pickle_refusal(source, error)) from None
-    except Exception as error:  # what a damaged file or config holds can lead its reader to any of them
+    except Exception as error:  # a damaged file or config can raise any exception
         raise ValueError(f"weights or config at {source!r} are damaged: {first_line(error)}") from None
+    _raise_on_faults(report, f"weights at {source!r} do not fit {model_class}", other_parts)
+    return model
+
+
+def _raise_on_faults(report: Mapping[str, Any], message: str, other_parts: tuple[str, ...]) -> None:
     faults = {
         "missing": report["missing_keys"],
         "unknown": [key for key in report["unexpected_keys"] if not key.startswith(other_parts)],
         "of another shape": [str(key) for key in report["mismatched_keys"]],
     }
     if any(faults.values()):
-        named = (f"{what}: {', '.join(sorted(keys)[:5])}" for what, keys in faults.items() if keys)
-        raise ValueError(f"weights at {source!r} do not fit {model_class}: {'; '.join(named)}")
-    return model
+        named = (f"{fault}: {', '.join(sorted(keys)[:5])}" for fault, keys in faults.items() if keys)
+        raise ValueError(f"{message}: {'; '.join(named)}")
 
 
 def check_architecture(architecture: Mapping[str, Any]) -> None:
-    """Refuse sizes that no VFM has, before anything is built.
+    """Refuse sizes that no VFM has, before a network is built.
 
     Raises:
-        ValueError: a number beyond 2^20, or of layers beyond 1024.
+        ValueError: a size above 2^20, or more than 1024 layers.
     """
     for name, value in architecture.items():
         most = 1024 if "layer" in name and "norm" not in name else 2**20
@@ -164,7 +166,7 @@ def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def _no_reports() -> Iterator[None]:
-    """Without the package's tables of weights that are not used: what does not fit is an error here."""
+    """Silence the package's tables of unused weights; `load_pretrained` raises on weights that do not fit."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -176,11 +178,11 @@ def _no_reports() -> Iterator[None]:
 
 
 class TokenMerger(nn.Module):
-    """Tokens of m x m neighbours side by side, through LayerNorm and an MLP (as InternVL joins them).
+    """Merge m x m neighbouring tokens: concatenation, LayerNorm and an MLP, as in InternVL.
 
     Args:
         dim: width of the tokens.
-        out: width of the joined ones.
+        out: width of the merged tokens.
         merge: m.
     """
 
@@ -223,8 +225,8 @@ class EfficientNetTokens(nn.Module):
 
 
 class RandomViT(nn.Module):
-    """A one-block ViT with a CLS token and no positions, so that it takes any grid; its random weights are
-    the same every time.
+    """A ViT of one block with a CLS token and fixed random weights. It has no positions, so it takes any
+    grid.
 
     Args:
         dim: width D.

@@ -1,14 +1,14 @@
-"""The sizes of every model, as frozen configs. This file imports no torch: help starts at once."""
+"""The sizes of every model, as frozen configs. This file imports no torch, so the help starts at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from openpae.config import check_fields
 
 COUNT, WIDTH, LAYERS = "[1, 16777216]", "[1, 65536]", "[1, 1024]"
-"""What sizes may be: what lies beyond is a mistake, and would be built for hours."""
+"""Allowed intervals of sizes. A value beyond is a mistake, and the model would be built for hours."""
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -21,7 +21,7 @@ LPIPSNet = Literal["vgg", "alex"]
 
 
 PerceptualNet = Literal["vgg", "alex", "random"]
-"""What a run may ask for: LPIPS as published, or for trials with fixed random weights."""
+"""What a run may ask for: LPIPS as published, or fixed random weights for trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,13 @@ class DiscriminatorConfig:
     source: str = "facebook/dino-vits8"
     """features: hub name or local folder of the ViT, a ViTModel of the transformers package."""
     taps: tuple[int, ...] = (3, 6, 9, 12)
-    """features: blocks of the ViT, counted from 1, whose output a head sees."""
+    """features: blocks of the ViT, counted from 1, whose outputs the heads read."""
     head_dim: int = 256
     """features: width of the heads."""
     width: int = 64
-    """patch: channels of the first layer; each of the next doubles them, up to 8 times."""
+    """patch: channels of the first layer; each further layer doubles them, up to 8 times."""
     num_layers: int = 3
-    """patch: layers of stride 2; with 3 each output sees 70 x 70 pixels."""
+    """patch: layers of stride 2; with 3, each logit depends on 70 x 70 pixels."""
 
     def __post_init__(self) -> None:
         check_fields(self, "discriminator.", head_dim=WIDTH, width=WIDTH, num_layers=LAYERS)
@@ -58,10 +58,11 @@ class LowPassConfig:
     """
 
     strength: float = 0.4
-    """Share s of the blurred features; 0 has no low-pass."""
+    """Weight s of the blurred features; 0 disables the low-pass."""
     sigma: float = 0.5
     """Standard deviation of the Gaussian, in cells of the latent grid. Half a cell leaves 29 % of the
-    amplitude at the grid's Nyquist frequency, and 0.7 % at twice that, where sampling sees a constant."""
+    amplitude at the Nyquist frequency of the grid, and 0.7 % at twice that, which sampling would alias to a
+    constant."""
 
     def __post_init__(self) -> None:
         check_fields(self, "low_pass.", strength="[0, 1]", sigma="(0, inf)")
@@ -108,7 +109,7 @@ class LinearTargetsConfig:
     """A fixed linear map of the features: the raw targets of Table 2(b)."""
 
     projection: Literal["pca", "random"] = "pca"
-    """How the map was found."""
+    """How the map was computed."""
     feature_dim: int = 1024
     """Width D of the VFM's features."""
     latent_dim: int = 32
@@ -147,10 +148,10 @@ class PAEConfig:
     encoder: str = "dinov2-l"
     """The VFM, a row of openpae.models.vfms.ENCODERS."""
     encoder_source: str | None = None
-    """Hub name or local folder of its weights; null takes the row's own."""
+    """Hub name or local folder of its weights; null: the repository of the row."""
     image_size: int = 256
     """Side of the training images in pixels, or their height where image_width is set. A trained tokenizer
-    takes images of any size that its patches divide."""
+    accepts images of every size that its patches divide."""
     image_width: int | None = None
     """Width of the training images where they are not square; null: as image_size."""
     latent_dim: int = 32
@@ -158,14 +159,14 @@ class PAEConfig:
     modulator_layers: int = 6
     """Layers K of the Detail-Aware Modulator."""
     width: int | None = None
-    """Width of modulator and projectors; null is the VFM's own, as in the paper. Otherwise one linear layer
-    behind the VFM narrows its features (our choice, for sizes that a CPU can train)."""
+    """Width of modulator and projectors; null: the width of the VFM, as in the paper. Otherwise a linear
+    layer after the VFM narrows its features (our choice, for sizes that a CPU can train)."""
     fusion: Literal["modulate", "add", "concat", "finetune", "none"] = "modulate"
-    """How detail joins the VFM's features (Table 3b); finetune has no modulator and trains the VFM. none is
-    the RAE of arXiv:2510.11690: the features themselves are the latent, and only the decoder is trained."""
+    """How detail changes the VFM's features (Table 3b). finetune has no modulator and trains the VFM. none is
+    RAE (arXiv:2510.11690): the features are the latent, and only the decoder is trained."""
     sphere: Literal["token", "sample"] = "token"
-    """What the sphere norm takes the mean square over: the channels of a token (paper) or the whole
-    sample."""
+    """Values over which the sphere norm takes the mean square: the channels of a token (paper), or all values
+    of a sample."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The pixel decoder."""
 
@@ -180,7 +181,7 @@ class PAEConfig:
                 )
         if self.fusion == "none" and self.width is not None:
             raise ValueError(
-                f"fusion none keeps the VFM's features as they are, so width must be null, got {self.width}"
+                f"fusion none keeps the VFM's features unchanged, so width must be null, got {self.width}"
             )
 
     @property
@@ -223,78 +224,8 @@ def size_fields(size: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LightningDiTConfig:
-    """A generator. The defaults are XL/1 on 32x16x16 latents with the 1,000 classes of ImageNet."""
-
-    latent_dim: int = 32
-    """Latent channels C."""
-    grid_size: int = 16
-    """Side of the latent grid, or its height h where grid_width is set."""
-    grid_width: int | None = None
-    """Width w of the latent grid where it is not square; null: as grid_size."""
-    patch_size: int = 1
-    """Latent cells per token and axis."""
-    hidden_dim: int = 1152
-    """Width D."""
-    num_layers: int = 28
-    """Transformer blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-    num_classes: int = 1000
-    """Classes K; label K is the null class of classifier-free guidance."""
-    class_dropout: float = 0.1
-    """How often training replaces a label by the null class, in [0, 1]."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys: off in the 80-epoch recipe, on in the 800-epoch one."""
-
-    def __post_init__(self) -> None:
-        check_generator(self)
-
-    @classmethod
-    def of_size(cls, size: str, **changes: Any) -> LightningDiTConfig:
-        """A config of a named size: s, b, l, xl, 1p0b or 1p6b.
-
-        Raises:
-            ValueError: no such size.
-        """
-        return cls(**size_fields(size), **changes)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return (self.latent_dim, self.grid_size, self.grid_width or self.grid_size)
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        _, h, w = self.latent_shape
-        return (h // self.patch_size, w // self.patch_size)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that `run_blocks` can checkpoint."""
-        return self.num_layers
-
-
-def check_generator(config: Any) -> None:
-    """Check the fields that the configs of all generators share.
-
-    Raises:
-        ValueError: names the field.
-    """
-    sizes = dict.fromkeys(("latent_dim", "grid_size", "grid_width", "patch_size", "hidden_dim"), WIDTH)
-    check_fields(config, num_layers=LAYERS, num_classes=COUNT, class_dropout="[0, 1]", **sizes)
-    for name in ("grid_size", "grid_width"):
-        if (getattr(config, name) or 0) % config.patch_size:
-            raise ValueError(
-                f"patch_size must divide {name}, got {config.patch_size} and {getattr(config, name)}"
-            )
-    check_heads(config.hidden_dim, config.num_heads)
-
-
-@dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """The wide head. The defaults are RAE's, for every size of the DiT."""
+    """The wide head of a DiT-DH. The defaults are RAE's, for every size of the DiT."""
 
     hidden_dim: int = 2048
     """Width W; at least the latent channels of a patch (Theorem 1 of RAE)."""
@@ -309,10 +240,10 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTDHConfig:
-    """A generator with a wide head. The defaults are RAE's DiT-DH-XL on features of DINOv2-B."""
+class _DiTSizes:
+    """The sizes that every generator has; the fields of a generator follow in this order."""
 
-    latent_dim: int = 768
+    latent_dim: int = 32
     """Latent channels C."""
     grid_size: int = 16
     """Side of the latent grid, or its height h where grid_width is set."""
@@ -326,20 +257,17 @@ class DiTDHConfig:
     """Transformer blocks of the DiT."""
     num_heads: int = 16
     """Attention heads of the DiT."""
-    head: HeadConfig = field(default_factory=HeadConfig)
-    """The wide head behind it."""
-    num_classes: int = 1000
-    """Classes K; label K is the null class of classifier-free guidance."""
-    class_dropout: float = 0.1
-    """How often training replaces a label by the null class, in [0, 1]."""
-    qk_norm: bool = False
-    """RMS-normalise queries and keys; RAE does not."""
 
     def __post_init__(self) -> None:
-        check_generator(self)
+        sizes = dict.fromkeys(("latent_dim", "grid_size", "grid_width", "patch_size", "hidden_dim"), WIDTH)
+        check_fields(self, num_layers=LAYERS, num_classes=COUNT, class_dropout="[0, 1]", **sizes)
+        for name in ("grid_size", "grid_width"):
+            if (side := getattr(self, name) or 0) % self.patch_size:
+                raise ValueError(f"patch_size must divide {name}, got {self.patch_size} and {side}")
+        check_heads(self.hidden_dim, self.num_heads)
 
     @classmethod
-    def of_size(cls, size: str, **changes: Any) -> DiTDHConfig:
+    def of_size(cls, size: str, **changes: Any) -> Self:
         """A config of a named size of the DiT: s, b, l, xl, 1p0b or 1p6b. RAE uses s, b, l and xl.
 
         Raises:
@@ -360,9 +288,43 @@ class DiTDHConfig:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks that `layers.run_blocks` can checkpoint."""
+        return self.num_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeadedSizes(_DiTSizes):
+    latent_dim: int = 768
+    """Latent channels C."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The wide head behind the DiT."""
+
+    @property
+    def num_blocks(self) -> int:
         """Blocks that `layers.run_blocks` can checkpoint: those of the DiT and of the head."""
         return self.num_layers + self.head.num_layers
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ClassFields:
+    num_classes: int = 1000
+    """Classes K; label K is the null class of classifier-free guidance."""
+    class_dropout: float = 0.1
+    """How often training replaces a label by the null class, in [0, 1]."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys: off in PAE's 80-epoch recipe and in RAE, on in PAE's 800-epoch
+    recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningDiTConfig(_ClassFields, _DiTSizes):
+    """A generator. The defaults are XL/1 on 32x16x16 latents with the 1,000 classes of ImageNet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTDHConfig(_ClassFields, _HeadedSizes):
+    """A generator with a wide head. The defaults are RAE's DiT-DH-XL on features of DINOv2-B."""
+
+
 GeneratorConfig = LightningDiTConfig | DiTDHConfig
-"""The config of either."""
+"""The config of either generator."""

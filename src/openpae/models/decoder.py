@@ -1,4 +1,4 @@
-"""What surrounds the latent: the projectors, and the ViT decoder from tokens to pixels."""
+"""The projectors before and after the latent, and the ViT decoder from tokens to pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from openpae.models.layers import (
 
 
 class Projector(nn.Module):
-    """Fused features to latent: self-attention (no residual, no norm), then a 3x3 convolution D -> C."""
+    """Fused features to latents: self-attention (no residual, no norm), then a 3x3 convolution D -> C."""
 
     def __init__(self, dim: int, num_heads: int, latent_dim: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Projector(nn.Module):
 
 
 class Deprojector(nn.Module):
-    """Latent to features, the projector's mirror: a 3x3 convolution C -> D, then self-attention."""
+    """Latents to features, the mirror of `Projector`: a 3x3 convolution C -> D, then self-attention."""
 
     def __init__(self, dim: int, num_heads: int, latent_dim: int) -> None:
         super().__init__()
@@ -53,9 +53,9 @@ class PixelDecoder(nn.Module):
     """ViT-MAE style decoder from tokens to normalised pixels.
 
     Args:
-        dim: width D of the tokens that come in.
-        config: its own sizes.
-        grid: (h, w) that the positions are made for; for another they are interpolated.
+        dim: width D of the input tokens.
+        config: its sizes.
+        grid: (h, w) of the positions; for another grid they are interpolated.
     """
 
     positions: Tensor
@@ -79,7 +79,7 @@ class PixelDecoder(nn.Module):
     def forward(self, tokens: Tensor, h: int, w: int) -> Tensor:
         """tokens: (B, h w, D). Returns normalised pixels: (B, 3, h patch, w patch)."""
         x = self.embed(tokens) + resize_positions(self.positions, self.grid, h, w)
-        # The CLS token carries no position; it goes in front and is dropped behind the last block.
+        # The CLS token has no position. It comes first, and is dropped after the last block.
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         x = run_blocks(self.blocks, x, (), self.checkpoint_blocks)
         return unpatchify(self.to_pixels(self.norm(x)[:, 1:]), h, w, self.patch_size)

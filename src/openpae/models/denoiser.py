@@ -9,14 +9,14 @@ from openpae.models.layers import timestep_features
 
 
 class LatentDenoiser(nn.Module):
-    """Velocity of a few convolutions for the light diffusion loss on the latent (Table 3a).
+    """Velocity by a few convolutions, for the light diffusion loss on the latent (Table 3a).
 
-    It starts at v = 0. Our choice: the paper says only "light".
+    The velocity starts at 0. Our choice: the paper says only "light".
 
     Args:
         latent_dim: channels C.
-        width: channels inside.
-        num_layers: residual layers, each a 3x3 convolution that the position t scales and shifts.
+        width: channels of the residual layers.
+        num_layers: residual layers, each a 3x3 convolution; t scales and shifts its input.
     """
 
     def __init__(self, latent_dim: int, width: int = 128, num_layers: int = 3) -> None:
@@ -30,7 +30,7 @@ class LatentDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t: noisy latents, (B, C, h, w); t: positions, (B,), in [0, 1]. Returns v: (B, C, h, w)."""
-        time = self.embed_time(timestep_features(1000 * t))  # 1000: the range that the features are made for
+        time = self.embed_time(timestep_features(1000 * t))  # 1000: the range of DiT's features
         x = self.from_latent(x_t)
         for layer in self.layers:
             x = layer(x, time)

@@ -1,8 +1,8 @@
-"""The networks that training plays against: two discriminators, their augmentation, and a latent denoiser.
+"""Two discriminators and their augmentation.
 
-What a discriminator gives depends on its weights, its input and nothing else: no batch statistics, and no
-counter that a forward pass moves. So it may be asked as often as a step needs, for the autoencoder's loss and
-for its own, and k device batches give the gradients of one batch of k times the size.
+The output of a discriminator depends on its weights and its input alone. It has no batch statistics, and a
+forward pass changes no state. A step may run it several times, and k device batches give the gradients of one
+batch of k times the size.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ AUGMENT_DRAWS = 7
 
 
 class SpectralConv2d(nn.Module):
-    """Convolution whose kernel is divided by its largest singular value (arXiv:1802.05957), so that a
-    discriminator's slope stays bounded.
+    """Convolution with spectral norm: the kernel is divided by its largest singular value (arXiv:1802.05957).
 
         W / sigma(W),   sigma(W) = u^T W v,   W as a matrix (out, in k k)
 
-    u and v come from power iteration. The usual one takes a single iteration in each training pass and keeps
-    u: the network then depends on how often it was asked, which differs between one batch and k device
-    batches, and between a pass for the autoencoder and none. Here every pass starts from the same fixed
-    vector and takes 16 iterations: sigma is a function of the weights alone, and there is no state to save.
-    It is at most 4 % too small on random kernels of the sizes used here, less where one direction has grown,
-    and costs a few matrix-vector products. As usual, the gradient treats u and v as constants.
+    u and v come from power iteration. Common implementations run one iteration per training pass and keep u,
+    so the network depends on the number of passes. Here each pass runs 16 iterations from the same fixed
+    vector: sigma depends on the weights alone, and there is no state to save. On random kernels of the sizes
+    used here sigma is at most 4 % too small, and less where one direction dominates. The gradient treats u
+    and v as constants.
 
     Args:
-        inputs: channels.
-        outputs: channels.
+        inputs: input channels.
+        outputs: output channels.
         kernel: side of the kernel.
         stride: pixels between two windows.
         padding: zeros around the input.
@@ -56,7 +54,7 @@ class SpectralConv2d(nn.Module):
         # All singular values 1: sigma starts exact, and features keep their scale through the depth.
         nn.init.orthogonal_(self.weight)
         self.kept: list[tuple[Tensor, Tensor]] | None = None
-        """Inside `norms_once`: the vectors u and v, once they are known."""
+        """Inside `norms_once`: the vectors u and v, after the first pass."""
 
     def sigma(self) -> Tensor:
         """The largest singular value of the kernel as a matrix: scalar, float32."""
@@ -81,10 +79,9 @@ class SpectralConv2d(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (arXiv:1611.07004) with spectral norm and without any other: judges overlapping patches.
+    """PatchGAN (arXiv:1611.07004): one logit for each overlapping patch. Spectral norm is its only norm.
 
-    Batch or instance norm is left out on purpose: the first would tie the images of a device batch together,
-    the second would hide their contrast.
+    Batch norm would couple the images of a device batch, and instance norm would remove their contrast.
 
     Args:
         width: channels of the first layer.
@@ -103,11 +100,11 @@ class PatchDiscriminator(nn.Module):
         self.smallest = 3 * 2**num_layers
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """What `forward` takes in place of images: the images themselves, as no layer is frozen."""
+        """An input of `forward`: the images themselves, as no layer is frozen."""
         return [images]
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Logits of images, high where they look real.
+        """Logits of images; higher means more likely real.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; decodes may leave the range. Gradients flow to these.
@@ -135,13 +132,13 @@ class FeatureDiscriminator(nn.Module):
     """Small trained heads on several layers of a frozen ViT (after StyleGAN-T, arXiv:2301.09515).
 
     Args:
-        backbone: a ViTModel of the transformers package. It is frozen and stays in evaluation mode: gradients
-            pass through it to the images, and change only the heads.
-        taps: its blocks, counted from 1, behind which a head looks.
+        backbone: a ViTModel of the transformers package. It is frozen and stays in evaluation mode. Gradients
+            pass through it to the images.
+        taps: its blocks, counted from 1, whose outputs the heads read.
         head_dim: width of the heads.
 
     Raises:
-        ValueError: the backbone has fewer blocks than a tap asks for.
+        ValueError: the backbone has fewer blocks than the largest tap.
     """
 
     mean: Tensor
@@ -162,17 +159,17 @@ class FeatureDiscriminator(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the heads' mode; the backbone stays in evaluation mode, whatever is asked."""
+        """Set the mode of the heads; the backbone always stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """What the frozen ViT makes of images: (B, D, h, w) behind each tap. Weights of heads do not enter.
+        """Features of the frozen ViT: (B, D, h, w) at each tap. They do not depend on the heads.
 
         Args:
             images: (B, 3, H, W) in [0, 1]; decodes may leave the range. Resized (bilinear, antialiased) to
-                the square that the ViT was trained on, so that its positions fit. Gradients flow to these.
+                the image size of the ViT, so that its positions fit. Gradients flow to these.
 
         Raises:
             ValueError: not (B, 3, H, W).
@@ -187,20 +184,20 @@ class FeatureDiscriminator(nn.Module):
         return [to_grid(states[tap][:, 1:], side, side) for tap in self.taps]  # without the CLS token
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Logits of images, high where they look real.
+        """Logits of images; higher means more likely real.
 
         Args:
-            images: see `features`; or these features, where they are known.
+            images: see `features`; or the output of `features`.
 
         Returns:
-            (B, taps, N): one logit per token behind each tap; 4 x 784 for DINO-S/8.
+            (B, taps, N): one logit per token and tap; 4 x 784 for DINO-S/8.
         """
         grids = self.features(images) if isinstance(images, Tensor) else images
         return torch.stack([head(grid) for grid, head in zip(grids, self.heads, strict=True)], dim=1)
 
 
 class FeatureHead(nn.Module):
-    """Three spectral-normalised convolutions, 1x1, 3x3, 1x1, on tokens that are normalised one by one."""
+    """Three convolutions with spectral norm (1x1, 3x3, 1x1) on tokens, each normalised over its channels."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -210,7 +207,7 @@ class FeatureHead(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """grid: features of one layer, (B, D, h, w). Returns logits: (B, h w)."""
-        # Deeper layers of a ViT have larger features: this brings all heads to one scale.
+        # Deeper layers of a ViT have larger features. The norm gives all heads one scale.
         x = F.layer_norm(grid.movedim(1, -1), grid.shape[1:2]).movedim(-1, 1)
         x = F.leaky_relu(self.mix(x), 0.2)
         x = F.leaky_relu(self.look(x), 0.2)
@@ -219,11 +216,11 @@ class FeatureHead(nn.Module):
 
 
 def build_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:
-    """A new discriminator; for "features" with the pretrained ViT that the config names.
+    """A new discriminator; kind "features" has the pretrained ViT that the config names.
 
     Raises:
-        FileNotFoundError: the weights cannot be had.
-        ValueError: they do not fit a ViTModel, or have fewer blocks than the taps ask for.
+        FileNotFoundError: the weights cannot be loaded.
+        ValueError: they do not fit a ViTModel, or have fewer blocks than the largest tap.
     """
     if config.kind == "patch":
         return PatchDiscriminator(config.width, config.num_layers)
@@ -246,10 +243,10 @@ def build_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's weights collect no gradients, though gradients pass through it to its input.
+    """Inside, the weights of a module collect no gradients, but gradients reach its input.
 
-    For the autoencoder's adversarial loss: without this the discriminator's own step would start from the
-    autoencoder's gradients. The graph that is built inside can be run backward after the block.
+    For the adversarial loss of the autoencoder: otherwise the discriminator would step along that gradient
+    too. A graph built inside can run backward after the block.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -263,10 +260,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def norms_once(module: nn.Module | None) -> Iterator[None]:
-    """Inside, the power iteration of each spectral norm runs once, for all passes of a step.
+    """Inside, the power iteration of each spectral norm runs once for all passes.
 
-    The weights must not change before the last pass in here. A cache that looks at the weights' version
-    counter would be wrong: a fused optimizer does not raise it.
+    The weights must not change inside. A cache on the version counter of the weights would be wrong, because
+    a fused optimizer does not raise it.
     """
     convs = [part for part in module.modules() if isinstance(part, SpectralConv2d)] if module else []
     for conv in convs:
@@ -279,12 +276,12 @@ def norms_once(module: nn.Module | None) -> Iterator[None]:
 
 
 def diff_augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Augment what a discriminator sees, differentiably (DiffAugment, arXiv:2006.10738).
+    """Augment the input of a discriminator differentiably (DiffAugment, arXiv:2006.10738).
 
     Per image, in this order: brightness +- 0.25, saturation times [0, 2), contrast times [0.5, 1.5), a shift
-    by up to an eighth of the side, and a hole of a fifth of the sides. What the shift and the hole uncover is
-    mid-grey. The numbers are DiffAugment's, on [0, 1] instead of [-1, 1], but for the hole: half of the side
-    there, a fifth in public recipes with a DINO discriminator.
+    by up to an eighth of the side, and a hole of a fifth of the sides. Shift and hole uncover mid-grey. The
+    numbers are DiffAugment's, on [0, 1] instead of [-1, 1]. The hole is an exception: half of the side there,
+    a fifth in public recipes with a DINO discriminator.
 
     Args:
         images: (B, 3, H, W) in [0, 1]. Gradients flow to these.
@@ -313,7 +310,7 @@ def diff_augment(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, dim: int, draw: Tensor) -> Tensor:
-    """Move each image (B, 3, H, W) along an axis by a whole number of pixels; zeros move in."""
+    """Shift images (B, 3, H, W) along an axis by an integer number of pixels each, and fill with zeros."""
     size = x.shape[dim]
     most = round(size / 8)
     by = (draw * (2 * most + 1)).long() - most  # (B,)
@@ -324,7 +321,7 @@ def _shift(x: Tensor, dim: int, draw: Tensor) -> Tensor:
 
 
 def _in_hole(size: int, draw: Tensor) -> Tensor:
-    """Which pixels of an axis lie in the hole, (B, size); its centre may be any pixel."""
+    """Mask of the pixels of an axis inside the hole, (B, size); its centre may be any pixel."""
     hole = round(size / 5)
     first = (draw * size).long() - hole // 2
     offset = torch.arange(size, device=draw.device) - first[:, None]

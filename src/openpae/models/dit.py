@@ -20,7 +20,7 @@ from openpae.models.layers import (
 
 
 class Attention(nn.Module):
-    """Self-attention with 2-D rotary positions and, if asked for, RMS-normalised queries and keys."""
+    """Self-attention with 2-D rotary positions and, optionally, RMS-normalised queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (B, N, D); cos, sin: (N, D / heads). Returns (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.qk_norm:  # float32: under autocast the weights of these norms are, and so the input must be
+        if self.qk_norm:  # float32, as the weights of these norms under autocast
             q, k = self.q_norm(q.float()), self.k_norm(k.float())
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out: Tensor = self.proj(
@@ -60,8 +60,7 @@ class SwiGLU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block under adaptive layer norm: c gives shift, scale and gate of both branches
-    (AdaLN-zero).
+    """Transformer block with AdaLN-zero: the condition c gives shift, scale and gate of both branches.
 
     x <- x + gate_a Attn(RMSNorm(x) (1 + scale_a) + shift_a)
     x <- x + gate_m SwiGLU(RMSNorm(x) (1 + scale_m) + shift_m)
@@ -76,8 +75,8 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: (B, N, D); c: silu of the condition, (B, 1, D) or one for each token, (B, N, D). Returns
-        (B, N, D)."""
+        """x: (B, N, D); c: silu of the condition, (B, 1, D), or (B, N, D) for one per token; cos, sin: see
+        `Attention`. Returns (B, N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
         x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, cos, sin)
         out: Tensor = x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
@@ -85,10 +84,8 @@ class DiTBlock(nn.Module):
 
 
 class LightningDiT(LatentGenerator):
-    """Velocity of noisy latents: v(x_t, t, class).
-
-    It works on latents normalised per channel. Arguments: see `LatentGenerator`.
-    """
+    """Velocity v(x_t, t, class) of noisy latents, normalised per channel. Arguments: see
+    `LatentGenerator`."""
 
     config_class = LightningDiTConfig
     config: LightningDiTConfig
@@ -117,25 +114,20 @@ class LightningDiT(LatentGenerator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As DiT: Xavier everywhere, and zero where a block or the output would disturb the identity."""
+        """Initial weights as in DiT: Xavier, and 0 for the modulations and the output."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        self._reset_embeddings(self.class_embed, self.time_mlp)
-        # Zero: every block starts as the identity, the velocity as zero (AdaLN-zero).
-        zeros = [block.get_submodule("modulation") for block in self.blocks]
-        for layer in [*zeros, self.final_modulation, self.to_velocity]:
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+        self._reset_conditioning(*self.blocks)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the velocity x_1 - x_0.
 
         Args:
-            x: normalised noisy latents x_t, (B, C, h, w). On another grid than the config's, positions are
-                interpolated from it.
+            x: normalised noisy latents x_t, (B, C, h, w). On another grid than that of the config, the
+                positions are interpolated.
             t: path positions, (B,), 0 = noise, 1 = data.
             labels: classes, (B,), in [0, K]; K is the null class.
 
@@ -143,7 +135,7 @@ class LightningDiT(LatentGenerator):
             Velocity, (B, C, h, w).
 
         Raises:
-            ValueError: h or w is no multiple of the patch size.
+            ValueError: h or w is not a multiple of the patch size.
         """
         if any(side % self.config.patch_size for side in x.shape[-2:]):
             raise ValueError(

@@ -1,8 +1,8 @@
 """DiT-DH: a DiT with a wide, shallow head, the generator of RAE (Sec. 5 of arXiv:2510.11690).
 
-A width below the number of latent channels cannot carry the noise of all of them, and to widen a whole DiT
-costs much. So a DiT of usual width looks at the noisy latents and leads a head of a few wide blocks, which
-looks at them too and gives the velocity.
+A network narrower than the number of latent channels cannot represent their noise, and a wide DiT is costly.
+So a DiT of usual width conditions a head of a few wide blocks. Both read the noisy latents, and the head
+gives the velocity.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from openpae.models.layers import rope_2d, run_blocks, sincos_2d, to_tokens, unp
 
 
 class DiTDH(LatentGenerator):
-    """Velocity of noisy latents: v(x_t, t, class), by a DiT M and a wide head H.
+    """Velocity v(x_t, t, class) of noisy latents, by a DiT M and a wide head H.
 
-        s   = silu(W M(x_t | t, class) + time)      what the DiT makes of each token
+        s   = silu(W M(x_t | t, class) + time)      condition of each token
         v   = H(x_t | s)                            AdaLN of the head: shift, scale and gate for each token
 
-    As in RAE's code, the DiT has fixed positions and the head only rotary ones, time enters as random Fourier
-    features of the noise level 1 - t, and a condition passes silu once more before each AdaLN.
+    As in RAE's code, the DiT has fixed and rotary positions, the head only rotary ones. Time enters as random
+    Fourier features of the noise level 1 - t, and a condition passes silu once more before each AdaLN.
 
     Args:
         config: its sizes.
@@ -44,10 +44,8 @@ class DiTDH(LatentGenerator):
 
     def __init__(self, config: DiTDHConfig, *, checkpoint_blocks: int = 0) -> None:
         super().__init__(config, checkpoint_blocks=checkpoint_blocks)
-        dim, wide, channels, patch = (
-            *(config.hidden_dim, config.head.hidden_dim),
-            *(config.latent_dim, config.patch_size),
-        )
+        dim, wide = config.hidden_dim, config.head.hidden_dim
+        channels, patch = config.latent_dim, config.patch_size
         self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.head_embed = nn.Conv2d(channels, wide, patch, stride=patch)
         self.register_buffer("frequencies", torch.randn(256))  # 256, N(0, 1): RAE's; fixed, and saved
@@ -65,10 +63,7 @@ class DiTDH(LatentGenerator):
         self.final_modulation = nn.Linear(wide, 2 * wide)
         self.to_velocity = nn.Linear(wide, patch * patch * channels)
         self.register_buffer("positions", sincos_2d(*config.token_grid, dim)[None], persistent=False)
-        for name, width, heads in (
-            ("rope", dim, config.num_heads),
-            ("head", wide, config.head.num_heads),
-        ):
+        for name, width, heads in (("rope", dim, config.num_heads), ("head", wide, config.head.num_heads)):
             cos, sin = rope_2d(*config.token_grid, width // heads)
             self.register_buffer(f"{name}_cos", cos, persistent=False)
             self.register_buffer(f"{name}_sin", sin, persistent=False)
@@ -76,18 +71,13 @@ class DiTDH(LatentGenerator):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As RAE's code: PyTorch's own but for the embeddings, and zero where a block or the output would
-        disturb the identity."""
+        """Initial weights as in RAE's code: PyTorch's, except for the embeddings, and 0 for the modulations
+        and the output."""
         for embed in (self.patch_embed, self.head_embed):
             nn.init.xavier_uniform_(embed.weight.view(embed.weight.shape[0], -1))
             if embed.bias is not None:
                 nn.init.zeros_(embed.bias)
-        self._reset_embeddings(self.class_embed, self.time_mlp)
-        # Zero: every block starts as the identity, the velocity as zero (AdaLN-zero).
-        zeros = [block.get_submodule("modulation") for block in (*self.blocks, *self.head_blocks)]
-        for layer in [*zeros, self.final_modulation, self.to_velocity]:
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+        self._reset_conditioning(*self.blocks, *self.head_blocks)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the velocity x_1 - x_0.
@@ -107,7 +97,7 @@ class DiTDH(LatentGenerator):
         tokens = run_blocks(self.blocks, tokens, (c, self.rope_cos, self.rope_sin), self.checkpoint_blocks)
         s = F.silu(self.to_head(F.silu(time + tokens)))  # (B, N, W)
         left = self.checkpoint_blocks - len(self.blocks)
-        # The path from block to block is kept in float32, as positions keep that of the DiT.
+        # The residual stream stays in float32, as in the DiT, whose float32 positions are added to it.
         wide = to_tokens(self.head_embed(x)).float()
         wide = run_blocks(self.head_blocks, wide, (s, self.head_cos, self.head_sin), left)
         shift, scale = self.final_modulation(s).chunk(2, dim=-1)
@@ -119,17 +109,17 @@ class DiTDH(LatentGenerator):
         return ((self.config.latent_dim,), self.config.latent_shape)
 
     def _fourier(self, level: Tensor) -> Tensor:
-        """Noise levels (B,) in [0, 1] to sines and cosines at the fixed random frequencies: (B, 512)."""
+        """Sines and cosines of noise levels (B,) in [0, 1] at the fixed random frequencies: (B, 512)."""
         angles = 2 * math.pi * level.float()[:, None] * self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 GENERATORS: tuple[type[GeneratorConfig], ...] = (LightningDiTConfig, DiTDHConfig)
-"""The classes of configs that `build_generator` takes."""
+"""The config classes that `build_generator` takes."""
 
 
 def build_generator(config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> LatentGenerator:
-    """A new generator of the class that its config belongs to.
+    """A new generator of the class of its config.
 
     Args:
         config: its sizes.

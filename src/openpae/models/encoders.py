@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -25,7 +26,7 @@ from openpae.storage.weights import load_strict
 
 
 class Encoder(Protocol):
-    """What the tokenizer needs of a VFM; any nn.Module with these two can be passed to `PAE`."""
+    """The interface of a VFM; `PAE` accepts every nn.Module with these two."""
 
     @property
     def spec(self) -> EncoderSpec:
@@ -33,18 +34,18 @@ class Encoder(Protocol):
         ...
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Features (B, N, D) of pixels (B, 3, h stride, w stride), normalised by the spec's mean and std."""
+        """Features (B, N, D) of pixels (B, 3, h stride, w stride), normalised by mean and std of the spec."""
         ...
 
 
 class FrozenEncoder(nn.Module):
-    """A VFM that gives patch tokens and never changes.
+    """A VFM that gives patch tokens; frozen by default.
 
     Args:
         spec: its row of the table.
         backbone: maps normalised pixels to tokens (B, P + N, D), P prefix tokens first, or to an output
-            of the transformers package that holds them as `last_hidden_state`.
-        trainable: let gradients flow and weights change: the finetuned VFM of Table 3(b).
+            of the transformers package with them as `last_hidden_state`.
+        trainable: let gradients flow, for the finetuned VFM of Table 3(b).
     """
 
     def __init__(self, spec: EncoderSpec, backbone: nn.Module, *, trainable: bool = False) -> None:
@@ -56,19 +57,19 @@ class FrozenEncoder(nn.Module):
         self.eval().requires_grad_(trainable)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: training the whole tokenizer must not wake dropout in here."""
+        """Stay in evaluation mode: dropout stays off while the tokenizer trains."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: normalised, (B, 3, h stride, w stride). Returns features: (B, N, D), N = h w.
 
         Raises:
-            ValueError: the backbone gives another number of tokens than its spec says.
+            ValueError: the number of tokens does not match the spec.
         """
         spec = self.spec
         h, w = (side * spec.merge // spec.stride for side in pixels.shape[-2:])
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            output = self.backbone(pixels, **self._wishes(h * w, pixels))
+            output = self.backbone(pixels, **self._options(h * w, pixels))
             tokens: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
             tokens = tokens[:, spec.num_prefix_tokens :]
             if tokens.shape[1] != h * w:
@@ -84,21 +85,21 @@ class FrozenEncoder(nn.Module):
                 tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
             return tokens
 
-    def _wishes(self, count: int, pixels: Tensor) -> dict[str, Any]:
-        """What the class must be told beside the pixels."""
-        wishes: dict[str, Any] = {}
+    def _options(self, count: int, pixels: Tensor) -> dict[str, Any]:
+        """Arguments of the backbone beside the pixels."""
+        options: dict[str, Any] = {}
         if self.spec.asks_to_interpolate:
-            wishes["interpolate_pos_encoding"] = True
-        if self.spec.shuffles:  # tokens are sorted by this noise: a rising one leaves them where they are
-            wishes["noise"] = torch.arange(count, device=pixels.device).expand(pixels.shape[0], -1)
-        return wishes
+            options["interpolate_pos_encoding"] = True
+        if self.spec.shuffles:  # tokens are sorted by this noise; ascending noise keeps their order
+            options["noise"] = torch.arange(count, device=pixels.device).expand(pixels.shape[0], -1)
+        return options
 
 
 class EncoderInput(nn.Module):
-    """Images as a VFM wants them: resized so that each patch of the decoder is one token, and normalised.
+    """Prepare images for a VFM: resize them so that each patch of the decoder is one token, and normalise.
 
     Args:
-        spec: the VFM's facts.
+        spec: row of the VFM.
         patch_size: pixels per token and axis of the images.
     """
 
@@ -142,16 +143,16 @@ def load_encoder(
 
     Args:
         name: a row of `ENCODERS`.
-        source: hub name or local folder to take the weights from, in place of the row's own.
+        source: hub name or local folder of the weights; None: the repository of the row.
         trainable: let it be finetuned.
-        state: the weights under the names of a FrozenEncoder, where they are at hand: the source (which may
-            then also be a file of what `encoder_architecture` gives) is asked for the architecture alone.
-            Behind "backbone." follow names of the hub's file, of the class or of its earlier versions; the
-            last norm's may be missing.
+        state: the weights under the names of a FrozenEncoder, if they are already loaded. The source then
+            gives only the architecture, and may be a file with the output of `encoder_architecture`. After
+            "backbone." stand names of the hub's file, of the class or of its earlier versions; those of the
+            last norm may be missing.
 
     Raises:
         ValueError: an unknown name, a source for a row that takes none, or weights that do not fit.
-        FileNotFoundError: the weights cannot be had.
+        FileNotFoundError: the weights cannot be loaded.
     """
     spec = encoder_spec(name)
     if source is not None and spec.family != "transformers":
@@ -161,9 +162,12 @@ def load_encoder(
             f"encoder {name!r} has an MLP whose weights only a released tokenizer holds; import one with pae "
             "import-official, or train with internvit-300m"
         )
-    inner, outer = _parted(state)
-    backbone = _backbone(spec, lambda: _pretrained(spec, source or spec.repo, inner), state is None)
-    if inner is not None and spec.family != "transformers":
+    given = state or {}
+    inner = {key.removeprefix("backbone."): v for key, v in given.items() if key.startswith("backbone.")}
+    outer = {key: value for key, value in given.items() if not key.startswith("backbone.")}
+    tower = partial(_pretrained, spec, source or spec.repo, None if state is None else inner)
+    backbone = _backbone(spec, tower, state is None)
+    if state is not None and spec.family != "transformers":
         load_strict(backbone, inner, f"weights of the encoder {name!r}")
     encoder = FrozenEncoder(spec, backbone, trainable=trainable)
     if state is not None:
@@ -175,11 +179,11 @@ def load_encoder(
 def empty_encoder(
     name: str, architecture: Mapping[str, Any] | None = None, *, trainable: bool = False
 ) -> FrozenEncoder:
-    """A VFM of the table whose weights are still to be loaded: nothing is fetched.
+    """A VFM of the table without its weights: nothing is downloaded.
 
     Args:
         name: a row of `ENCODERS`.
-        architecture: what `encoder_architecture` gives, read; None takes the row's published sizes.
+        architecture: the output of `encoder_architecture`; None: the published sizes of the row.
         trainable: let it be finetuned.
 
     Raises:
@@ -192,12 +196,12 @@ def empty_encoder(
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
-    """Fingerprint of a frozen encoder: its weights, and what its spec says of their input and output.
+    """Fingerprint of an encoder: its weights, and the facts of its spec about input and output.
 
-    The names of the weights do not count: the transformers package has renamed them more than once.
+    It does not depend on the names of the weights, which the transformers package has changed more than once.
 
     Raises:
-        TypeError: the encoder is no nn.Module, so it has no weights to name.
+        TypeError: the encoder is not an nn.Module, so it has no weights.
     """
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
@@ -207,21 +211,14 @@ def encoder_fingerprint(encoder: Encoder) -> str:
 
 
 def encoder_architecture(encoder: Encoder | None) -> dict[str, Any] | None:
-    """What the transformers package needs to build an encoder anew, as plain data; None for others."""
+    """The config with which the transformers package builds an encoder, as plain data; None for other
+    encoders."""
     if not isinstance(encoder, FrozenEncoder) or encoder.spec.family != "transformers":
         return None
     config: Any = encoder.backbone.config
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    del plain["_name_or_path"]  # where it came from on this machine
+    del plain["_name_or_path"]  # the path on this machine
     return plain
-
-
-def _parted(state: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
-    """The backbone's weights, under its own names, and the others."""
-    if state is None:
-        return None, {}
-    inner = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
-    return inner, {key: value for key, value in state.items() if not key.startswith("backbone.")}
 
 
 def _backbone(spec: EncoderSpec, tower: Callable[[], nn.Module], pretrained: bool) -> nn.Module:
@@ -236,7 +233,7 @@ def _backbone(spec: EncoderSpec, tower: Callable[[], nn.Module], pretrained: boo
 
 
 def _pretrained(spec: EncoderSpec, source: str, state: Mapping[str, Tensor] | None) -> nn.Module:
-    if state is not None and spec.final_norm is not None:  # its scale and shift are dropped anyway
+    if state is not None and spec.final_norm is not None:  # its scale and shift are dropped below
         ones = torch.ones(spec.dim)
         state = {**state, f"{spec.final_norm}.weight": ones, f"{spec.final_norm}.bias": 0 * ones}
     model = load_pretrained(
@@ -252,10 +249,10 @@ def _pretrained(spec: EncoderSpec, source: str, state: Mapping[str, Tensor] | No
         "width": (model.config.hidden_size, spec.dim),
         "patch": (patch if isinstance(patch, int) else patch[0], spec.stride // spec.merge),
     }
-    for what, (found, expected) in facts.items():
-        if found != expected:
+    for fact, (actual, expected) in facts.items():
+        if actual != expected:
             raise ValueError(
-                f"weights at {source!r} are of {what} {found}, but the encoder's row says {expected}; "
+                f"weights at {source!r} are of {fact} {actual}, but the encoder's row says {expected}; "
                 "name the row of their size"
             )
     tower: nn.Module = model

@@ -1,4 +1,5 @@
-"""What all generators share: the statistics of their latents, their classes, and how they are saved."""
+"""The base of the generators: statistics of latents, initial weights of the conditioning, saving and
+loading."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from openpae.storage import hub
 
 
 def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents, each in one of the shapes, ready to be broadcast to (C, h, w).
+    """Check mean and standard deviation of latents; returns them in shapes that broadcast to (C, h, w).
 
     Raises:
-        ValueError: another shape, or a channel that does not vary.
+        ValueError: a shape that is not in `shapes`, or a channel that does not vary.
     """
     if mean.shape != std.shape or tuple(mean.shape) not in shapes:
         allowed = " or ".join(map(str, shapes))
@@ -32,12 +33,11 @@ def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> t
 class LatentGenerator(nn.Module):
     """A network that predicts the velocity of noisy latents; `LightningDiT` and `DiTDH` are the two.
 
-    It works on normalised latents; the statistics travel with it as buffers, so that `normalise` and
-    `denormalise` cannot be forgotten or taken from another tokenizer.
+    It works on normalised latents. Their statistics are buffers, so that they are saved with the weights.
 
     Args:
         config: its sizes.
-        checkpoint_blocks: see `layers.run_blocks`; it changes what training costs, not what the model is.
+        checkpoint_blocks: see `layers.run_blocks`; it changes the cost of training, not its result.
     """
 
     config_class: ClassVar[type[GeneratorConfig]]
@@ -45,7 +45,11 @@ class LatentGenerator(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
     made_with: str | None = None
-    """Fingerprint of the tokenizer whose latents it makes, known where it was loaded; saving needs it."""
+    """Fingerprint of the tokenizer of its latents, known after loading; saving needs it."""
+    class_embed: nn.Embedding
+    time_mlp: nn.Sequential
+    final_modulation: nn.Linear
+    to_velocity: nn.Linear
 
     def __init__(self, config: GeneratorConfig, *, checkpoint_blocks: int = 0) -> None:
         super().__init__()
@@ -56,26 +60,33 @@ class LatentGenerator(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(*shape))
         self.register_buffer("latent_std", torch.ones(*shape))
 
-    def _reset_embeddings(self, class_embed: nn.Embedding, time_mlp: nn.Sequential) -> None:
-        """Initial weights of the conditioning, as DiT's."""
-        nn.init.normal_(class_embed.weight, std=0.02)
-        for layer in time_mlp:
+    def _reset_conditioning(self, *blocks: nn.Module) -> None:
+        """Initial weights of the conditioning as in DiT; every block starts as the identity (AdaLN-zero)."""
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        for layer in self.time_mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
+        modulations = [block.get_submodule("modulation") for block in blocks]
+        for module in [*modulations, self.final_modulation, self.to_velocity]:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def null_label(self) -> int:
-        """The label that means no class."""
+        """The label of the null class."""
         return self.config.num_classes
 
     @property
     def _statistics_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of mean and standard deviation that it takes."""
+        """Allowed shapes of mean and standard deviation."""
         return ((self.config.latent_dim,),)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take mean and standard deviation of the latents that are to be generated: per channel, (C,), or for
-        `DiTDH` also per channel and place, (C, h, w), as in RAE's release.
+        """Set mean and standard deviation of the latents of training.
+
+        Args:
+            mean: per channel, (C,); for `DiTDH` also per channel and cell, (C, h, w), as in RAE's release.
+            std: alike, > 0.
 
         Raises:
             ValueError: another shape, or a channel that does not vary.
@@ -85,7 +96,7 @@ class LatentGenerator(nn.Module):
         self.latent_std.copy_(std)
 
     def normalise(self, z: Tensor) -> Tensor:
-        """Latents as the tokenizer gives them to latents of zero mean and unit variance."""
+        """Latents of the tokenizer to latents of zero mean and unit variance, float32."""
         return (z.float() - self.latent_mean).div_(self.latent_std)
 
     def denormalise(self, x: Tensor) -> Tensor:
@@ -94,14 +105,14 @@ class LatentGenerator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> Self:
-        """A saved generator in evaluation mode, with the statistics of its latents.
+        """Load a saved generator in evaluation mode, with the statistics of its latents.
 
         Args:
             name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
             revision: branch, tag or commit of the hub.
 
         Raises:
-            FileNotFoundError: neither a folder nor a name that the hub has, or it cannot be reached.
+            FileNotFoundError: no such folder or name, or the hub cannot be reached.
             ValueError: another kind of model, or damaged or unfitting weights.
         """
         model, made_with = hub.load_saved(cls, cls.config_class, name_or_folder, revision)
@@ -112,11 +123,11 @@ class LatentGenerator(nn.Module):
         """Write a folder that `from_pretrained` loads: safetensors, config and model card.
 
         Args:
-            folder: where; replaced if it holds nothing but a saved model.
+            folder: new, or replaced if it holds only a saved model.
             precision: of the parameters in the file.
 
         Raises:
-            ValueError: `made_with` is not known, or the folder holds something else.
+            ValueError: `made_with` is not known, or the folder holds other files.
         """
         hub.save(self, folder, made_with=self.made_with, precision=precision)
 

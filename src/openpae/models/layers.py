@@ -27,10 +27,10 @@ def to_sphere(z: Tensor, per: str = "token") -> Tensor:
 
         z / sqrt(mean(z^2) + 1e-6)
 
-    The latent then lies on a sphere of radius sqrt(C), and has no scale left for a generator to learn.
+    The latent then lies on a sphere of radius sqrt(C), so a generator has no scale to learn.
 
     Args:
-        z: latents, (B, C, h, w). Computed in float32 whatever autocast says.
+        z: latents, (B, C, h, w). Computed in float32, also under autocast.
         per: "token" takes the mean over the C channels of each token (the paper), "sample" over C, h and w.
     """
     z = z.float()
@@ -65,8 +65,7 @@ def sincos_2d(h: int, w: int, dim: int) -> Tensor:
 
 
 def resize_positions(positions: Tensor, trained: tuple[int, int], h: int, w: int) -> Tensor:
-    """Positions (1, H W, D) of the grid (H, W) of training, interpolated (bicubic) to a grid of h x w: (1, h
-    w, D)."""
+    """Positions (1, H W, D) of the training grid (H, W), interpolated (bicubic) to h x w: (1, h w, D)."""
     if (h, w) == trained:
         return positions
     return to_tokens(F.interpolate(to_grid(positions, *trained), size=(h, w), mode="bicubic"))
@@ -79,15 +78,19 @@ def rope_2d(
     trained: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of 2-D rotary positions, (h w, head_dim) each: half of a head turns with the row,
-    half with the column, neighbouring channels form a pair (as in LightningDiT).
+    """Cosines and sines of 2-D rotary positions, (h w, head_dim) each.
+
+    Half of a head rotates with the row, half with the column; neighbouring channels form a pair (as in
+    LightningDiT).
 
     Args:
-        h, w: the grid.
+        h: rows of the grid.
+        w: columns of the grid.
         head_dim: width of a head.
-        trained: the grid (H, W) that the network was trained on, where it is another: the h rows and w
-            columns are then spread over the same range, cell for cell as images are resized.
-        device: where the angles are computed.
+        trained: the training grid (H, W), if it is another. The h rows and w columns then cover the same
+            range, as in a resized image.
+        device: of the angles.
+
     Raises:
         ValueError: head_dim is not a multiple of 4 (pairs for each of the two axes).
     """
@@ -95,10 +98,10 @@ def rope_2d(
         raise ValueError(f"2-D rotary positions need heads whose width is a multiple of 4, got {head_dim}")
     half = head_dim // 2
     frequencies = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
-    # Cell i of n stands where cell (i + 1/2) N / n - 1/2 of N would: at i itself if n = N.
+    # Cell i of n has the position (i + 1/2) N / n - 1/2 among N cells; this is i if n = N.
     rows, columns = (
-        (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (whole / n) - 0.5
-        for n, whole in zip((h, w), trained or (h, w), strict=True)
+        (torch.arange(n, dtype=torch.float32, device=device) + 0.5) * (full / n) - 0.5
+        for n, full in zip((h, w), trained or (h, w), strict=True)
     )
     rows = rows.outer(frequencies).repeat_interleave(2, dim=1)  # (h, half)
     columns = columns.outer(frequencies).repeat_interleave(2, dim=1)  # (w, half)
@@ -109,7 +112,7 @@ def rope_2d(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels of x (..., N, head_dim) by the angles of `rope_2d`."""
+    """Rotate each pair of channels of x (..., N, head_dim) by the angles of `rope_2d`."""
     pairs = x.view(*x.shape[:-1], -1, 2)
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
@@ -127,7 +130,7 @@ class SelfAttention(nn.Module):
     Args:
         dim: width D.
         num_heads: heads; must divide D.
-        qkv_bias: whether queries, keys and values have a bias; the output projection always has one.
+        qkv_bias: queries, keys and values have a bias; the output projection always has one.
 
     Raises:
         ValueError: num_heads does not divide dim.
@@ -148,8 +151,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one token stream on another of the same width D; all projections have
-    biases."""
+    """Multi-head attention from one token sequence to another of the same width D; all projections have a
+    bias."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -198,75 +201,38 @@ class TransformerBlock(nn.Module):
         return out
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, given: tuple[Tensor, ...], checkpointed: int) -> Tensor:
-    """Tokens x (B, N, D) through blocks, one after the other.
+def run_blocks(blocks: nn.ModuleList, x: Tensor, condition: tuple[Tensor, ...], checkpointed: int) -> Tensor:
+    """Apply blocks in sequence to tokens.
 
     Args:
         blocks: the blocks.
-        x: tokens.
-        given: what every block takes beside them.
-        checkpointed: how many blocks, from the first on, keep only their input for the backward pass and
-            compute the rest again: the same gradients for a third more work in these blocks, and almost none
-            of their memory.
+        x: tokens, (B, N, D).
+        condition: further arguments of every block.
+        checkpointed: how many blocks, from the first, keep only their input for the backward pass and
+            recompute the rest. The gradients are the same, these blocks cost a third more and need almost no
+            memory.
     """
     for number, block in enumerate(blocks):
         if number < checkpointed and torch.is_grad_enabled():
-            # Nothing in a block is random, and to keep a generator's state would wait for the GPU.
-            x = checkpoint(block, x, *given, use_reentrant=False, preserve_rng_state=False)
+            # Blocks draw no random numbers, and saving the state of a generator would synchronise the GPU.
+            x = checkpoint(block, x, *condition, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = block(x, *given)
+            x = block(x, *condition)
     return x
 
 
 def init_vit(module: nn.Module) -> None:
-    """Initialise as ViT-MAE does: Xavier-uniform linear layers without bias, neutral norms."""
+    """Initialise as ViT-MAE does: Xavier-uniform weights of linear layers and convolutions, zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.Conv2d):
-            # As a linear layer over the flattened window, so that patches start at the scale of tokens.
+            # As a linear layer on the flattened window, so that patches start at the scale of tokens.
             nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-
-
-@torch.no_grad()
-def start_at_self(attention: SelfAttention, gain: float = 2.0) -> None:
-    """Start self-attention at each token itself: queries and keys are one random rotation R of the input.
-
-        Q = K = gain R,   logits gain^2 x_i . x_j / sqrt(head width), largest for i = j
-
-    With unrelated queries and keys an attention without residual starts as the mean of all tokens, and lets
-    nothing of a single token pass until it has learnt to.
-    """
-    dim = attention.proj.in_features
-    rotation = nn.init.orthogonal_(torch.empty(dim, dim))
-    attention.qkv.weight[: 2 * dim] = (gain * rotation).repeat(2, 1).to(attention.qkv.weight)
-
-
-@torch.no_grad()
-def start_with_spectrum(to_pixels: nn.Linear, patch: int, scale: float = 0.2) -> None:
-    """Start flat patches (`unpatchify`) with the spectrum of photographs, whose amplitude falls as 1 / f.
-
-        W = sum_k (scale patch / f_k) b_k m_k^T
-
-    b_k: cosine patterns (DCT-II) of three colours, grey at its frequency f_k, the two opponent colours as if
-    at three times theirs; m_k: normal directions of variance 1 / width. For inputs of unit variance each
-    pattern then has an amplitude of scale patch / f_k. With equal variance for all pixels the fine patterns
-    are noise that has to be unlearnt before they can be learnt.
-    """
-    wave = torch.cos(torch.outer(torch.arange(patch), torch.arange(patch) + 0.5) * (math.pi / patch))
-    wave = wave / wave.norm(dim=1, keepdim=True)  # (u, position)
-    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-    colours = colours / colours.norm(dim=1, keepdim=True)
-    patterns = torch.einsum("uy,vx,kc->uvkyxc", wave, wave, colours).flatten(3).flatten(0, 2)
-    u, v = torch.meshgrid(torch.arange(patch), torch.arange(patch), indexing="ij")
-    frequency = torch.hypot(u.float(), v.float()).clamp_min(1)[..., None] * torch.tensor([1.0, 3.0, 3.0])
-    width = to_pixels.in_features
-    directions = torch.randn(len(patterns), width) * (scale * patch / width**0.5)
-    to_pixels.weight.copy_(patterns.T @ (directions / frequency.flatten()[:, None]))
 
 
 def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
@@ -280,11 +246,11 @@ def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) ->
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Interpolate along the sphere: a and b (B, C, h, w), each flattened; t = 0 gives a, 1 gives b.
+    """Interpolate along the sphere between a and b, (B, C, h, w), each flattened: a at t = 0, b at t = 1.
 
         (sin((1 - t) w) a + sin(t w) b) / sin w,   w = angle between a and b
 
-    Where the two lie on one line, which leaves no angle, it is (1 - t) a + t b.
+    If a and b are parallel or opposite, the result is (1 - t) a + t b.
     """
     angle = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1).clamp(-1, 1).acos()
     angle = angle.view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Networks that only judge: LPIPS."""
+"""LPIPS, a frozen perceptual distance."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from openpae.models.configs import LPIPSNet
 
-# Each stage ends where LPIPS looks: its convolutions as (out, kernel, stride, padding), a ReLU after each.
-# POOLED are the stages, counted from 0 as in the published heads, that begin with max pooling (stride 2).
+# LPIPS reads the output of each stage. A stage is a list of convolutions (out, kernel, stride, padding), each
+# with a ReLU. POOLED: stages, counted from 0 as in the published heads, that begin with max pooling (stride
+# 2).
 STAGES: dict[str, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     "vgg": (
         ((64, 3, 1, 1),) * 2,
@@ -31,7 +32,7 @@ STAGES: dict[str, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
 }
 POOLED = {"vgg": (1, 2, 3, 4), "alex": (1, 2)}
 _POOL_KERNEL = {"vgg": 2, "alex": 3}
-_SMALLEST = {"vgg": 16, "alex": 31}  # the side at which the last pooling layer still has one full window
+_SMALLEST = {"vgg": 16, "alex": 31}  # the side with one full window in the last pooling layer
 
 
 class LPIPS(nn.Module):
@@ -39,15 +40,15 @@ class LPIPS(nn.Module):
 
         d(a, b) = sum_l mean_hw sum_c w_lc (a_lc - b_lc)^2
 
-    where a_l is the output of stage l of an ImageNet classifier, scaled to unit length over the channels of
-    each pixel. Frozen: gradients reach the images and nothing else. It starts from random weights, which make
-    a valid (if blunt) distance; `load_lpips` gives the published ones.
+    a_l is the output of stage l of an ImageNet classifier, scaled to unit length over the channels of each
+    pixel. The network is frozen: gradients reach only the images. It starts with random weights; `load_lpips`
+    loads the published ones.
 
-    An image that takes part in several distances needs its features only once: compute `features` and pass
-    them to `distance`; detach them where a distance treats them as constant.
+    For several distances of one image, compute its `features` once and pass them to `distance`. Detach them
+    where a distance treats them as constant.
 
     Args:
-        net: "vgg" (VGG16, for losses) or "alex" (AlexNet, for measuring).
+        net: "vgg" (VGG16, for losses) or "alex" (AlexNet, for metrics).
 
     Raises:
         ValueError: net is neither.
@@ -80,11 +81,11 @@ class LPIPS(nn.Module):
             self.heads.append(nn.Parameter(torch.empty(width)))
         self.reset_parameters()
         self.eval().requires_grad_(False)
-        # Channels last: features take 20 to 30 % less time on a CPU, as no layer has to reorder its input.
+        # Channels last: features take 20 to 30 % less time on a CPU, as no layer reorders its input.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def reset_parameters(self) -> None:
-        """Draw random weights: features keep their scale through the depth, heads weigh channels alike."""
+        """Draw random weights: features keep their scale over the depth, heads weight channels equally."""
         for module in self.stages.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -93,14 +94,14 @@ class LPIPS(nn.Module):
             nn.init.constant_(head, 1 / head.numel())
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances of pairs of images in [0, 1], (B, 3, H, W) each: (B,), >= 0, 0 for equal images.
 
         Raises:
-            ValueError: a and b differ in shape, or are no images of a size that the network can read.
+            ValueError: a and b differ in shape, or are not images of an allowed size; see `features`.
         """
         if a.shape != b.shape:
             raise ValueError(f"LPIPS compares images of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -113,7 +114,7 @@ class LPIPS(nn.Module):
             images: (B, 3, H, W) in [0, 1]. Gradients flow to these.
 
         Raises:
-            ValueError: not (B, 3, H, W), or smaller than the network can read (16 for "vgg", 31 for "alex").
+            ValueError: not (B, 3, H, W), or a side below 16 ("vgg") or 31 ("alex").
         """
         return [_to_unit_length(activation) for activation in self._activations(images)]
 
@@ -121,7 +122,7 @@ class LPIPS(nn.Module):
         """The LPIPS distance of images from their `features`: (B,), float32.
 
         Raises:
-            ValueError: the features do not belong to images of one batch size and shape.
+            ValueError: the features are not of images of one batch size and shape.
         """
         if [f.shape for f in fa] != [f.shape for f in fb] or len(fa) != len(self.heads):
             raise ValueError(
@@ -130,9 +131,8 @@ class LPIPS(nn.Module):
             )
         terms = []
         for a, b, head in zip(fa, fb, self.heads, strict=True):
-            # Over pixels first, then over channels: the sums commute. One fused pass over the large maps, and
-            # a sum, not a mean, whose gradient would be written out at full size: memory traffic is half the
-            # cost on a CPU.
+            # Sum over pixels first, then over channels: one fused pass over the large maps. The gradient of a
+            # mean would be written at full size, and memory traffic is half of the cost on a CPU.
             per_channel = F.mse_loss(a, b, reduction="none").sum(dim=(2, 3))  # (B, C_l)
             terms.append((per_channel * head).sum(dim=1) / a[0, 0].numel())
         return torch.stack(terms).sum(dim=0)
@@ -140,8 +140,8 @@ class LPIPS(nn.Module):
     def deep_features(self, images: Tensor) -> Tensor:
         """The last stage averaged over the image, >= 0: (B, 512) for "vgg" (relu5_3), (B, 256) for "alex".
 
-        A feature extractor for Frechet distances where the Inception network cannot be had; such distances do
-        not compare with published FIDs. Images and errors as in `features`.
+        A feature extractor for Frechet distances without the Inception network; such distances are not
+        comparable with published FIDs. Images and errors as in `features`.
         """
         return self._activations(images)[-1].float().mean(dim=(2, 3))
 

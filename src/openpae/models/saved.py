@@ -1,4 +1,4 @@
-"""Saved tokenizers, generators and priors: which folder holds what, and with which other it belongs."""
+"""Folders of saved tokenizers, generators and priors, and the check that two of them belong together."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def write_tokenizer(
     encoder_fingerprint: str,
     architecture: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a tokenizer's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
+    """Write the files of a tokenizer into an existing folder.
 
     Args:
-        folder: where.
-        state: state dict of a `PAE`; a frozen encoder's weights are left out, they have their own home.
+        folder: see `storage.files.atomic_folder`, which publishes it only if complete.
+        state: state dict of the tokenizer; weights of a frozen encoder are not written.
         config: of the tokenizer.
-        encoder_fingerprint: fingerprint of the encoder, checked when the folder is loaded.
-        architecture: what `encoder_architecture` gives, kept with a finetuned encoder's weights.
+        encoder_fingerprint: fingerprint of the encoder; loading compares it.
+        architecture: output of `encoder_architecture`, written beside the weights of a finetuned encoder.
     """
     finetuned = config.fusion == "finetune"
     own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
@@ -60,14 +60,14 @@ def write_generator(
     tokenizer_fingerprint: str,
     classes: tuple[Sequence[str], Sequence[int]] | None = None,
 ) -> None:
-    """Write a generator's files into an existing folder.
+    """Write the files of a generator into an existing folder.
 
     Args:
-        folder: where.
-        state: its state dict.
+        folder: the folder.
+        state: state dict of the generator.
         config: of the generator.
         tokenizer_fingerprint: fingerprint of the tokenizer of its latents.
-        classes: names of its classes and how many training images each had, where they are known.
+        classes: names of the classes and their numbers of training images, if known.
     """
     write_model(folder, state, config, tokenizer_fingerprint, "openpae.load_generator")
     if classes is not None:
@@ -77,22 +77,23 @@ def write_generator(
 def load_tokenizer(
     folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False
 ) -> Autoencoder:
-    """As `Autoencoder.from_pretrained`, but of local folders only: a mistyped path never asks the hub.
+    """`Autoencoder.from_pretrained` for local folders only, so that a mistyped path is not looked up on the
+    hub.
 
     Args:
         folder: a tokenizer folder, a training checkpoint, or a run folder (its newest checkpoint).
-        encoder: your own module, where the tokenizer was trained with one.
-        decode_only: leave the frozen encoder out: quicker, but `encode` then needs features.
+        encoder: your own module, if the tokenizer was trained with one.
+        decode_only: skip the frozen encoder: faster, but `encode` then needs features.
 
     Raises:
-        FileNotFoundError: no such folder, or the encoder's weights cannot be had.
+        FileNotFoundError: no such folder, or the encoder's weights cannot be loaded.
         ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
     """
     return Autoencoder.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
 
 
 def load_generator(folder: str | Path) -> LatentGenerator:
-    """As `from_pretrained` of either generator, but of local folders only.
+    """`from_pretrained` of the class that the folder holds, for local folders only.
 
     Args:
         folder: a generator folder, a training checkpoint, or a run folder (its newest checkpoint).
@@ -113,15 +114,15 @@ def write_prior(
     config: RefinerConfig | LinearTargetsConfig,
     encoder_fingerprint: str,
 ) -> None:
-    """Write a refiner's files (or raw targets') into an existing folder.
+    """Write the files of a refiner or of raw targets into an existing folder.
 
-    encoder_fingerprint names the encoder whose features it refines.
+    `encoder_fingerprint` is that of the encoder of its features.
     """
     write_model(folder, state, config, encoder_fingerprint, "openpae.load_prior")
 
 
 def load_prior(folder: str | Path) -> FrozenPrior:
-    """The fixed targets of SSR and SCR: a refiner, or raw targets, that never changes.
+    """Load a refiner, or raw targets, as the frozen prior of SSR and SCR.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -142,25 +143,24 @@ def load_prior(folder: str | Path) -> FrozenPrior:
 
 
 def check_pair(tokenizer: str | Path, generator: str | Path) -> dict[str, str]:
-    """See that a generator makes latents of this tokenizer; returns both fingerprints.
+    """Check that a generator makes latents of this tokenizer; returns both fingerprints.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: one of them is no such model, or the generator was trained on the latents of another
+        ValueError: a folder holds another kind of model, or the generator was trained on latents of another
             tokenizer.
     """
-    for folder, what, classes in (
+    for folder, expected, classes in (
         (tokenizer, "tokenizer", [PAEConfig]),
         (generator, "generator", [*GENERATORS]),
     ):
         kind = configs.read_yaml(model_folder(folder) / CONFIG).get("kind")
         if kind not in [cls.__name__ for cls in classes]:
-            raise ValueError(f"{folder} is no {what}: its config is of kind {kind!r}")
-    ours, theirs = identity_of(tokenizer), identity_of(generator)
-    if theirs.made_with != ours.fingerprint:
+            raise ValueError(f"{folder} is no {expected}: its config is of kind {kind!r}")
+    first, second = identity_of(tokenizer), identity_of(generator)
+    if second.made_with != first.fingerprint:
         raise ValueError(
-            f"{generator} makes latents of the tokenizer {theirs.made_with}, but {tokenizer} is "
-            f"{ours.fingerprint}; "
-            "decode with the tokenizer that the generator was trained with"
+            f"{generator} makes latents of the tokenizer {second.made_with}, but {tokenizer} is "
+            f"{first.fingerprint}; decode with the tokenizer that the generator was trained with"
         )
-    return {"tokenizer": ours.fingerprint, "generator": theirs.fingerprint}
+    return {"tokenizer": first.fingerprint, "generator": second.fingerprint}

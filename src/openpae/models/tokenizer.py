@@ -1,5 +1,5 @@
-"""PAE: a frozen VFM, the Detail-Aware Modulator, a latent on the sphere and a ViT decoder (Sec. 3 of the
-paper); and RAE, the bare autoencoder that the paper starts from."""
+"""PAE: a frozen VFM, the Detail-Aware Modulator, a latent on the sphere and a ViT decoder (Sec. 3). RAE: the
+baseline without modulator and projectors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ from openpae.models.encoders import (
     encoder_fingerprint,
     load_encoder,
 )
-from openpae.models.layers import (
-    start_at_self,
-    start_with_spectrum,
-    to_grid,
-    to_sphere,
-    to_tokens,
-)
+from openpae.models.layers import to_grid, to_sphere, to_tokens
 from openpae.models.modulator import DetailModulator, NoModulator
 from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
@@ -34,23 +28,23 @@ from openpae.storage.weights import check_size, load_strict
 
 
 class Autoencoder(nn.Module):
-    """A VFM, something that turns its features into latents and back, and a ViT decoder.
+    """A VFM, a bottleneck from its features to latents and back, and a ViT decoder.
 
-    `PAE` and `RAE` differ in the part between: `_build_bottleneck`, `_to_latent` and `_from_latent`.
+    `PAE` and `RAE` differ in the bottleneck: `_build_bottleneck`, `_to_latent` and `_from_latent`.
 
     Args:
         config: its sizes.
-        encoder: the frozen VFM, or a module of your own that satisfies `Encoder`. None builds everything
-            else from the facts of the table: enough to train on cached features, to decode, to count.
+        encoder: the VFM, or your own module that satisfies `Encoder`. None builds the other parts from the
+            facts of the table, which is enough to train on cached features and to decode.
 
     Raises:
-        ValueError: config.encoder names no row of the table and no encoder is given.
+        ValueError: no encoder is given, and config.encoder is not a row of the table.
     """
 
     made_with: str | None = None
-    """Fingerprint of its encoder, where it was loaded; else that of the encoder it holds."""
+    """Fingerprint of the encoder of training, known after loading."""
     keeps_encoder: bool
-    """Whether the encoder's weights are saved with the others: they were finetuned, or came with them."""
+    """Whether the encoder's weights are saved too: if they were finetuned or imported with the tokenizer."""
 
     def __init__(self, config: PAEConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
@@ -63,7 +57,7 @@ class Autoencoder(nn.Module):
         self.encoder_input = EncoderInput(self.spec, config.decoder.patch_size)
 
     def _build_bottleneck(self) -> int:
-        """Make the modules between VFM and decoder; returns the width of the tokens that the decoder gets."""
+        """Build the modules between VFM and decoder; returns the width of the decoder's input tokens."""
         raise NotImplementedError
 
     def _to_latent(self, pixels: Tensor, features: Tensor, h: int, w: int) -> Tensor:
@@ -81,14 +75,13 @@ class Autoencoder(nn.Module):
         extra_latents: Callable[[Tensor], Sequence[Tensor]] | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Encode, and decode the latents together with others made from them: what a training step needs.
+        """Encode, and decode the latents in one pass with further latents: a training step.
 
         Args:
             images: in [0, 1], (B, 3, H, W).
             features: as for `encode`.
-            extra_latents: makes more latents (any batch sizes) from z; they share z's pass through the
-                decoder.
-            noise: what is added to z before it is decoded, (B, C, h, w).
+            extra_latents: computes further latents (any batch sizes) from z.
+            noise: added to z before the decoder, (B, C, h, w).
 
         Returns:
             z, (B, C, h, w), and the decodes of z and of the extra latents, in order.
@@ -99,7 +92,7 @@ class Autoencoder(nn.Module):
         return z, list(torch.split(decoded, [len(latent) for latent in latents]))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images in [0, 1], (B, 3, H, W), as the VFM wants them; see `EncoderInput`."""
+        """Images in [0, 1], (B, 3, H, W), to the input of the VFM; see `EncoderInput`."""
         pixels: Tensor = self.encoder_input(images)
         return pixels
 
@@ -116,7 +109,7 @@ class Autoencoder(nn.Module):
 
         Args:
             images: in [0, 1], (B, 3, H, W).
-            features: what `features(images)` gives, (B, N, D), where it is at hand (cached).
+            features: the output of `features(images)`, (B, N, D), if it is cached.
 
         Returns:
             z, (B, C, h, w), on the sphere: unit root mean square over the channels of each token.
@@ -148,16 +141,16 @@ class Autoencoder(nn.Module):
         decode_only: bool = False,
         revision: str | None = None,
     ) -> Autoencoder:
-        """A saved tokenizer in evaluation mode.
+        """Load a saved tokenizer in evaluation mode.
 
         Args:
             name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
-            encoder: your own module, where the tokenizer was trained with one.
-            decode_only: leave the frozen encoder out: quicker, but `encode` then needs features.
+            encoder: your own module, if the tokenizer was trained with one.
+            decode_only: skip the frozen encoder: faster, but `encode` then needs features.
             revision: branch, tag or commit of the hub.
 
         Raises:
-            FileNotFoundError: no such folder or name, or weights (the encoder's too) that cannot be had.
+            FileNotFoundError: no such folder or name, or weights that cannot be loaded.
             ValueError: another kind of model, damaged or unfitting weights, or another encoder than in
                 training.
         """
@@ -180,7 +173,7 @@ class Autoencoder(nn.Module):
         )
         check_size(lambda: kind(config, encoder), fixed | state, f"weights in {path}")
         model = kind(config, encoder)
-        # What the file does not hold of the encoder is as it was built.
+        # Weights of the encoder that are not in the file stay as built.
         built = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
         load_strict(model, built | state, f"weights in {path}")
         model.made_with, model.keeps_encoder = identity.made_with, bool(kept)
@@ -195,20 +188,22 @@ class Autoencoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
         """Write a folder that `from_pretrained` loads: safetensors, config and model card.
 
-        The frozen encoder's weights are left out, unless they were finetuned or came with the tokenizer's.
+        The encoder's weights are saved only if `keeps_encoder` is set.
 
         Args:
-            folder: where; replaced if it holds nothing but a saved model.
+            folder: new, or replaced if it holds only a saved model.
             precision: of the parameters in the file.
 
         Raises:
-            ValueError: the encoder is not known, or the folder holds something else.
+            ValueError: the fingerprint of the encoder is not known, or the folder holds other files.
         """
         made_with = self.made_with
         if made_with is None and self.encoder is not None:
             made_with = encoder_fingerprint(self.encoder)
         if self.keeps_encoder and self.encoder is None:
-            raise ValueError("this tokenizer was loaded without its own encoder; load it whole to save it")
+            raise ValueError(
+                "this tokenizer was loaded without its own encoder; load it with its encoder to save it"
+            )
         hub.save(
             self,
             folder,
@@ -222,25 +217,19 @@ class Autoencoder(nn.Module):
         """Save and upload to the hub; see `hub.push`. Returns the address."""
         return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)
 
-    def start_local(self) -> None:
-        """Other initial weights: the first images have the spectrum of photographs
-        (`layers.start_with_spectrum`)."""
-        start_with_spectrum(self.decoder.to_pixels, self.decoder.patch_size)
-
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of the weights."""
         return self.encoder_input.mean.device
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Everything that training changes: all but the frozen VFM."""
+        """The parameters that training changes: all except those of the frozen VFM."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _encoder(self) -> Encoder:
         if self.encoder is None:
             raise RuntimeError(
-                f"this tokenizer was built without its encoder {self.config.encoder!r}, so it needs the "
-                "features "
+                f"this tokenizer was built without its encoder {self.config.encoder!r}, so it needs features "
                 "beside the images; build it with build_tokenizer(config) or load it with its encoder"
             )
         return self.encoder
@@ -274,20 +263,15 @@ class PAE(Autoencoder):
         tokens: Tensor = self.deprojector(z)
         return tokens
 
-    def start_local(self) -> None:
-        """As `Autoencoder.start_local`; detail also passes both projectors from the first step
-        (`layers.start_at_self`)."""
-        for projector in (self.projector, self.deprojector):
-            start_at_self(projector.attn)
-        super().start_local()
-
 
 class RAE(Autoencoder):
-    """Representation autoencoder (arXiv:2510.11690), the paper's baseline: the VFM's features on the sphere
-    are the latent, and only the decoder is trained (fusion none); see `Autoencoder`.
+    """Representation autoencoder (arXiv:2510.11690), the paper's baseline with fusion none; see
+    `Autoencoder`.
+
+    The VFM's features on the sphere are the latent, and only the decoder is trained.
 
     Raises:
-        ValueError: latent_dim is not the width of the features.
+        ValueError: latent_dim differs from the width of the features.
     """
 
     def _build_bottleneck(self) -> int:
@@ -307,7 +291,7 @@ class RAE(Autoencoder):
 
 
 def tokenizer_class(config: PAEConfig) -> type[Autoencoder]:
-    """The class that a config belongs to."""
+    """The class of a config: `RAE` for fusion none, else `PAE`."""
     return RAE if config.fusion == "none" else PAE
 
 
@@ -315,7 +299,8 @@ def build_tokenizer(config: PAEConfig) -> Autoencoder:
     """A new tokenizer with the pretrained VFM that its config names.
 
     Raises:
-        ValueError, FileNotFoundError: the VFM is unknown, or its weights cannot be had.
+        ValueError: the VFM is unknown.
+        FileNotFoundError: its weights cannot be loaded.
     """
     trainable = config.fusion == "finetune"
     return tokenizer_class(config)(

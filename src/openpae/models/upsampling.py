@@ -1,4 +1,4 @@
-"""The features with their layout taken from the image: H_ref of the prior refinement (Sec. 3.3).
+"""H_ref of the prior refinement (Sec. 3.3): features whose layout follows the image.
 
 H_ref = down(low_pass(upsample(H_vfm, image)))
 """
@@ -20,12 +20,12 @@ from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
 FeatureUpsampler = Callable[[Tensor, Tensor], Tensor]
 """(image (1, 3, H, W), normalised as for ImageNet; features (1, D, h, w)) -> features (1, D, H, W)."""
 
-# AnyUp (arXiv:2510.12764): code and weights under CC BY 4.0. A commit, so that the code is the one we read.
+# AnyUp (arXiv:2510.12764): code and weights under CC BY 4.0. The commit pins the code that we reviewed.
 ANYUP = "wimmerth/anyup:099432746871214b2732890da86ba02b94a1a59b"
 ANYUP_WEIGHTS = "https://github.com/wimmerth/anyup/releases/download/checkpoint/anyup_paper.pth"
 
 _CELL_REACH, _COLOUR_REACH, _WINDOW = 1.0, 0.1, 2.0  # of joint bilateral upsampling, see bilateral_weights
-_CHUNK = 2**24  # numbers that joint bilateral upsampling holds at once: 64 MiB, a few of which live together
+_CHUNK = 2**24  # numbers per chunk of joint bilateral upsampling: 64 MiB, of which a few exist at once
 
 
 @torch.no_grad()
@@ -37,23 +37,22 @@ def reference_features(
     upsampler: Literal["bilinear", "jbu"] | FeatureUpsampler,
     low_pass: LowPassConfig | None = None,
 ) -> Tensor:
-    """The features with their layout taken from the image: what Gram(Z_T) is to match (Sec. 3.3).
+    """H_ref, features whose layout follows the image; Gram(Z_T) is to match Gram(H_ref) (Sec. 3.3).
 
         H_ref = down(low_pass(upsample(H_vfm, x)))
 
-    H x W maps of all D channels never exist for a batch. Low-pass and down are one small matrix per axis, see
-    `low_pass_down`. The upsamplers "bilinear" and "jbu" are linear in the features too: they meet these
-    matrices first, and what touches the D channels is one matrix of N x N per image. Another upsampler is
-    called image by image.
+    Low-pass and down are one small matrix per axis, see `low_pass_down`. The upsamplers "bilinear" and "jbu"
+    are linear in the features too. They are multiplied with these matrices first, so that no H x W map of D
+    channels is computed. Another upsampler runs image by image.
 
     Args:
         features: H_vfm, (B, h w, D), constant.
         images: in [0, 1], (B, 3, H, W), not smaller than h x w.
-        h: rows of the latent grid, and of the features'.
-        w: its columns.
-        upsampler: "bilinear" (looks at no image), "jbu" (`bilateral_weights`, training-free), or a network
-            such as `load_anyup` gives.
-        low_pass: None takes the defaults.
+        h: rows of the latent grid and of the features.
+        w: columns of the same.
+        upsampler: "bilinear" (ignores the images), "jbu" (`bilateral_weights`, without training), or a
+            network such as `load_anyup` returns.
+        low_pass: None: the defaults.
 
     Returns:
         H_ref, (B, h w, D), float32, without gradient.
@@ -69,7 +68,7 @@ def reference_features(
     with full_precision(features):
         rows, columns = (_passes(*size, low_pass, features) for size in ((height, h), (width, w)))
         if upsampler == "bilinear":
-            # The passes read the upsampled maps; here each also upsamples.
+            # The passes act on upsampled maps, so each is multiplied by the upsampling.
             rows = [part @ _bilinear(h, height, features) for part in rows]
             columns = [part @ _bilinear(w, width, features) for part in columns]
             return to_tokens(_pass_down(grid, rows, columns))
@@ -93,13 +92,13 @@ def low_pass_down(maps: Tensor, h: int, w: int, low_pass: LowPassConfig) -> Tens
 
         D ((1 - s) X + s B X),   B a Gaussian blur, D bilinear sampling at the centres of the cells
 
-    Both are separable and linear, so D and D B are applied as one matrix per axis. The blur renormalises at
-    the border, where part of the Gaussian has no pixels.
+    Both are separable and linear, so D and D B are one matrix per axis. The blur is renormalised at the
+    border, where a part of the Gaussian has no pixels.
 
     Args:
         maps: X, (B, D, H, W).
         h: rows of the grid.
-        w: its columns.
+        w: columns of the grid.
         low_pass: s, and the width of B.
 
     Returns:
@@ -111,19 +110,19 @@ def low_pass_down(maps: Tensor, h: int, w: int, low_pass: LowPassConfig) -> Tens
 
 
 def bilateral_weights(images: Tensor, h: int, w: int, rows: slice) -> Tensor:
-    """Weights of joint bilateral upsampling (Kopf et al. 2007): which cells a pixel is made of.
+    """Weights of joint bilateral upsampling (Kopf et al. 2007): the share of each cell in a pixel.
 
         W_pq ~ exp(-|p - q|^2 / 2 s^2) exp(-|x_p - x_q|^2 / 2 v^2),   sum_q W_pq = 1
 
-    over cells q at most 2 cells from pixel p along either axis; x_q is the mean colour of cell q. A pixel so
-    takes its features from near cells of its own colour. Our choice: s = 1 cell, the reach of bilinear
+    over cells q at most 2 cells from pixel p along either axis; x_q is the mean colour of cell q. A pixel
+    takes its features from near cells of similar colour. Our choice: s = 1 cell, the reach of bilinear
     interpolation, and v = 0.1 of the range of the image, as is common for bilateral filters.
 
     Args:
         images: in [0, 1], (B, 3, H, W).
         h: rows of the grid of cells.
-        w: its columns.
-        rows: the rows of pixels that are wanted; the weights of 256 x 256 pixels on 16 x 16 cells are 64 MiB.
+        w: columns of the grid.
+        rows: rows of pixels to compute; the weights of 256 x 256 pixels on 16 x 16 cells take 64 MiB.
 
     Returns:
         (B, rows, W, h w), float32.
@@ -133,7 +132,7 @@ def bilateral_weights(images: Tensor, h: int, w: int, rows: slice) -> Tensor:
     pixels = images[:, :, rows].permute(0, 2, 3, 1)  # (B, rows, W, 3)
     near = [_log_nearness(*size, images) for size in ((images.shape[2], h), (images.shape[3], w))]
     place = near[0][rows, None, :, None] + near[1][None, :, None, :]  # (rows, W, h, w)
-    # |x_p - x_q|^2 without |x_p|^2, which no softmax over q sees.
+    # |x_p - x_q|^2 without |x_p|^2, which cancels in the softmax over q.
     unlike = cells.square().sum(dim=-1)[:, None, None] - 2 * pixels @ cells.mT[:, None]
     return (place.flatten(2) - unlike / (2 * _COLOUR_REACH**2)).softmax(dim=-1)
 
@@ -141,18 +140,18 @@ def bilateral_weights(images: Tensor, h: int, w: int, rows: slice) -> Tensor:
 def load_anyup() -> nn.Module:
     """AnyUp (arXiv:2510.12764), a frozen upsampler for `reference_features`, from torch hub.
 
-    It runs code of github.com/wimmerth/anyup (CC BY 4.0), at the commit that we read, and downloads its
-    weights (CC BY 4.0), once: torch hub's cache serves later calls, without a network too.
+    It runs code of github.com/wimmerth/anyup (CC BY 4.0) at a pinned commit, and downloads its weights
+    (CC BY 4.0). Later calls use the cache of torch hub, also without a network.
 
     Raises:
-        FileNotFoundError: code or weights cannot be had.
+        FileNotFoundError: code or weights cannot be downloaded.
     """
     try:
-        # skip_validation: torch hub accepts a commit only so; otherwise it looks for a branch of that name.
+        # skip_validation: otherwise torch hub looks for a branch with the name of the commit.
         network: nn.Module = torch.hub.load(  # type: ignore[no-untyped-call]
             ANYUP, "anyup", pretrained=False, trust_repo=True, skip_validation=True, verbose=False
         )
-        # Not by its own loader, which unpickles whatever the file holds.
+        # Not by the loader of AnyUp, which unpickles the complete file.
         weights = torch.hub.load_state_dict_from_url(
             ANYUP_WEIGHTS, map_location="cpu", weights_only=True, progress=False
         )
@@ -166,7 +165,7 @@ def load_anyup() -> nn.Module:
 
 
 def _passes(pixels: int, cells: int, low_pass: LowPassConfig, like: Tensor) -> list[Tensor]:
-    """sqrt(1 - s) D and sqrt(s) D B of one axis, (cells, pixels) each: rows and columns bring a root each."""
+    """sqrt(1 - s) D and sqrt(s) D B of one axis, (cells, pixels) each; rows and columns have a root each."""
     down = _bilinear(pixels, cells, like)
     at = torch.arange(pixels, device=like.device) * (cells / pixels)
     blur = torch.exp(-((at[:, None] - at) ** 2) / (2 * low_pass.sigma**2))
@@ -218,5 +217,5 @@ def _check_reference(features: Tensor, images: Tensor, h: int, w: int) -> None:
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """Products in float32 under bf16 autocast too: targets are statistics, not activations."""
+    """Disable autocast: products of statistics stay in float32."""
     return torch.autocast(like.device.type, enabled=False)

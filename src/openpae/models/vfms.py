@@ -1,9 +1,9 @@
-"""The table of vision foundation models (VFMs): what is known of each. A new encoder is a new row."""
+"""The table of vision foundation models (VFMs). A new encoder is a new row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -18,49 +18,50 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What sets one VFM apart from the next."""
+    """The facts of one VFM."""
 
     family: Literal["transformers", "efficientnet-lite0", "random"] = "transformers"
-    """Who builds the network."""
+    """The builder of the network: the transformers package, or a class of `backbones.py`."""
     model_class: str = ""
     """Class of the transformers package; empty for the other families."""
     repo: str = ""
-    """Hub name of the weights; empty where they are no hub's."""
+    """Hub name of the weights; empty if they are not on the hub."""
     stride: int
-    """Input pixels per token and axis; images are resized so that every VFM yields the same token grid."""
+    """Input pixels per token and axis; images are resized so that every VFM gives the same token grid."""
     dim: int
     """Width D of the features."""
     num_heads: int
-    """Attention heads of the VFM, which the modulator and the projector take over."""
+    """Attention heads of the VFM, of the modulator and of the projectors."""
     num_prefix_tokens: int = 0
     """CLS and register tokens in front of the patch tokens."""
     final_norm: str | None = "layernorm"
-    """Its last norm, used without scale and shift: tokens then have zero mean and unit variance. None: the
-    patch tokens come without one, and are normalised behind the VFM."""
+    """The last norm, used without scale and shift, so that tokens have zero mean and unit variance. None: the
+    patch tokens have no last norm, and are normalised after the VFM."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     merge: int = 1
-    """Tokens of the VFM per axis that become one; the stride counts the merged ones."""
+    """Tokens of the VFM per axis that become one; the stride is that of merged tokens."""
     merge_by: Literal["mean", "mlp"] = "mean"
-    """How. The MLP's weights belong to a released tokenizer, and its output is taken as it is."""
+    """How tokens merge. The weights of the MLP come with a released tokenizer; its output is not
+    normalised."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the class that replace those beside the weights."""
+    """Settings of the class that replace those of the config beside the weights."""
     architecture: Mapping[str, Any] = field(default_factory=dict)
-    """The published sizes, as settings of the class: what `empty_encoder` builds."""
+    """The published sizes, as settings of the class, for `empty_encoder`."""
     asks_to_interpolate: bool = False
-    """Whether the class fits its positions to another grid only where it is asked to."""
+    """The class interpolates its positions only if an argument asks for it."""
     shuffles: bool = False
-    """Whether the class puts the tokens into the order of a noise that it is given."""
+    """The class sorts the tokens by a noise argument."""
     other_parts: tuple[str, ...] = ()
-    """How names begin that the weights may hold beside the vision tower's."""
+    """Prefixes of names that the file may hold beside those of the vision tower."""
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-    """Turns the names of the hub's file into those of the class; None where the package does it."""
+    """Maps the names of the hub's file to those of the class; None: the package does it."""
 
 
 def _vit(
     dim: int, layers: int, num_heads: int, mlp: int, patch: int, image: int, **more: Any
 ) -> dict[str, Any]:
-    """Sizes of a ViT by the names that most classes of the transformers package give them."""
+    """Sizes of a ViT under the usual names of the transformers package."""
     return {
         "hidden_size": dim,
         "num_hidden_layers": layers,
@@ -144,25 +145,37 @@ def _clip(size: str, patch: int, dim: int, layers: int, num_heads: int) -> Encod
         dim=dim,
         num_heads=num_heads,
         num_prefix_tokens=1,
-        final_norm=None,  # its post_layernorm sees the CLS token only
+        final_norm=None,  # its post_layernorm normalises only the CLS token
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
         asks_to_interpolate=True,
         other_parts=(
             *("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
-            "embeddings.position_ids",  # 0, 1, 2, ...: older files hold it
+            "embeddings.position_ids",  # 0, 1, 2, ...; only in older files
         ),
         architecture=_vit(dim, layers, num_heads, 4 * dim, patch, 224),
     )
 
 
-_INTERNVIT = _vit(1024, 24, 16, 4096, 14, 448, use_mask_token=False)
-
-
 def _convert_internvit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from openpae.models.backbones import convert_internvit  # only where weights are read: it needs torch
+    from openpae.models.backbones import convert_internvit  # needs torch, which this file does not import
 
     return convert_internvit(state)
+
+
+_INTERNVIT = EncoderSpec(
+    model_class="InternVLVisionModel",
+    repo="OpenGVLab/InternViT-300M-448px-V2_5",
+    stride=28,
+    dim=1024,
+    num_heads=16,
+    num_prefix_tokens=1,
+    final_norm=None,
+    merge=2,
+    options={"attention_bias": True},  # has another name in the hub's config
+    architecture=_vit(1024, 24, 16, 4096, 14, 448, use_mask_token=False),
+    convert=_convert_internvit,
+)
 
 
 ENCODERS = {
@@ -187,35 +200,11 @@ ENCODERS = {
     "clip-b": _clip("base", 16, 768, 12, 12),
     "clip-l": _clip("large", 14, 1024, 24, 16),
     # 448 pixels and 32 x 32 tokens for an image of 256, merged 2 x 2.
-    "internvit-300m": EncoderSpec(
-        model_class="InternVLVisionModel",
-        repo="OpenGVLab/InternViT-300M-448px-V2_5",
-        stride=28,
-        dim=1024,
-        num_heads=16,
-        num_prefix_tokens=1,
-        final_norm=None,
-        merge=2,
-        options={"attention_bias": True},  # the hub's config says it by another name
-        architecture=_INTERNVIT,
-        convert=_convert_internvit,
-    ),
-    # As the authors' released tokenizer has it, which alone holds the weights of the MLP.
-    "internvit-300m-mlp": EncoderSpec(
-        model_class="InternVLVisionModel",
-        repo="OpenGVLab/InternViT-300M-448px-V2_5",
-        stride=28,
-        dim=1024,
-        num_heads=16,
-        num_prefix_tokens=1,
-        final_norm=None,
-        merge=2,
-        merge_by="mlp",
-        options={"attention_bias": True},
-        architecture=_INTERNVIT,
-        convert=_convert_internvit,
-    ),
-    # A CNN: block 10 (112 channels) beside block 15 (320 channels, upsampled), each normalised per token.
+    "internvit-300m": _INTERNVIT,
+    # The encoder of the authors' released tokenizer; only that file holds the weights of the MLP.
+    "internvit-300m-mlp": replace(_INTERNVIT, merge_by="mlp"),
+    # A CNN: blocks 10 (112 channels) and 15 (320 channels, upsampled) concatenated, each normalised per
+    # token.
     "efficientnet-lite0": EncoderSpec(
         family="efficientnet-lite0",
         stride=16,
@@ -224,7 +213,7 @@ ENCODERS = {
         image_mean=(127 / 255, 127 / 255, 127 / 255),
         image_std=(128 / 255, 128 / 255, 128 / 255),
     ),
-    # Fixed random weights: for tests and for trying a command without a download.
+    # Fixed random weights, for tests and for trials without a download.
     "random-tiny": EncoderSpec(family="random", stride=8, dim=48, num_heads=4, num_prefix_tokens=1),
 }
 

@@ -1,0 +1,1 @@
+"""What a run needs, computed with tensors that have shapes and no values: `pae plan`."""

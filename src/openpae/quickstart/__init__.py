@@ -1,0 +1,1 @@
+"""`pae quickstart`: emoji, a tokenizer, a generator and a report from one command."""

@@ -25,7 +25,7 @@ from openpae.models.tokenizer import Autoencoder
 from openpae.objective.losses import perturb
 from openpae.report import Page, png_bytes
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.files import read_json, whole_file
+from openpae.storage.files import atomic_file, read_json
 from openpae.storage.model_folder import PARTS, README, RECORD
 
 _OPENMOJI = "All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0."
@@ -227,7 +227,7 @@ def _show_pictures(page: Page, result: Result) -> None:
         "samples.png": image_grid(torch.cat(list(by_class.values())), _COLUMNS),
     }
     for name, picture in pictures.items():
-        with whole_file(result.out / name) as partial:
+        with atomic_file(result.out / name) as partial:
             partial.write_bytes(png_bytes(picture))
 
 

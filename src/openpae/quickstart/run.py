@@ -35,9 +35,9 @@ from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.files import read_json, whole_file, write_json
+from openpae.storage.files import atomic_file, read_json, write_json
 from openpae.storage.model_folder import PARTS, identity_of
-from openpae.storage.outputs import spare
+from openpae.storage.outputs import check_outputs
 from openpae.train.generator import train_generator
 from openpae.train.refiner import train_refiner
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -195,7 +195,7 @@ def _same_plan(out: Path, plan: dict[str, Any]) -> None:
     """
     file = out / "plan.json"
     if not file.is_file():
-        spare(*(out / name for name in _WRITTEN))
+        check_outputs(*(out / name for name in _WRITTEN))
         write_json(file, plan)
     elif (begun := read_json(file)) != plan:
         shown = ", ".join(f"{name} {begun.get(name)}" for name in plan if begun.get(name) != plan[name])
@@ -291,7 +291,7 @@ def _measure(
     count = max(108, min(1800, int(budget / 2) // 9 * 9))
     labels = balanced_labels(count, len(CATEGORIES))
     samples = _sampled(tokenizer, load_generator(out / "generator"), labels, seed, batch_size=60)
-    with whole_file(out / "samples.npz") as partial, partial.open("wb") as file:
+    with atomic_file(out / "samples.npz") as partial, partial.open("wb") as file:
         np.savez(file, quantize(samples).permute(0, 2, 3, 1).numpy(), labels.numpy())
     extractor = load_extractor("vgg16")  # not the encoder's own features: that would be circular
     train = PackedImages(out / "data" / "train")

@@ -1,0 +1,7 @@
+"""Where a run computes: processes, device and precision, seeded draws, versions.
+
+- Processes: `processes` holds the process group and every collective. Three rooms may import
+  torch.distributed: this one, `engine` (DDP, FSDP2, sharded checkpoints) and `plan` (a fake process group).
+- Precision: `device.autocast` is the one place where bf16 is opened.
+- Draws: every random number is a function of a seed, a step and a name (`draws`). No generator has a state.
+"""

@@ -1,4 +1,4 @@
-"""What GPUs can hold and do, from their makers' data sheets."""
+"""Memory and speed of GPUs, from their data sheets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Card:
     """One kind of GPU."""
 
     pattern: str
-    """A part of the name that its driver gives."""
+    """Regular expression for a part of its device name."""
     half: float
-    """Dense bfloat16 operations per second. Most data sheets give them with sparsity, that is doubled."""
+    """Dense bfloat16 operations per second. Most data sheets give twice this, with sparsity."""
     full: float
     """float32 operations per second, without TF32."""
     gib: float
@@ -35,20 +35,16 @@ CARDS = {
     "l4": Card(pattern="L4", half=121e12, full=30.3e12, gib=22),
     "4090": Card(pattern="RTX 4090", half=165e12, full=82.6e12, gib=23.5),
 }
-"""By the name that `pae plan --card` takes. RTX 4090: from the Ada whitepaper."""
+"""Keyed by the values of `pae plan --card`. RTX 4090: from the Ada whitepaper."""
 
 
 def card_of(name: str) -> Card | None:
-    """The card of a device's name; None where the table has none. The first match counts."""
+    """The first card that matches a device name, or None."""
     return next((card for card in CARDS.values() if re.search(rf"\b{card.pattern}\b", name)), None)
 
 
 def card(name: str) -> Card:
-    """A card by its short name.
-
-    Raises:
-        ValueError: no such card.
-    """
+    """A card by its key. Raises ValueError if there is none."""
     if name not in CARDS:
         raise ValueError(f"--card must be one of {', '.join(CARDS)}, got {name!r}")
     return CARDS[name]

@@ -1,4 +1,4 @@
-"""Where it runs: the device, how batches get there, and the precision of the arithmetic."""
+"""Device and precision: choice of the device, mixed precision, copies of batches."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from torch import Tensor
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The one place where mixed precision is opened."""
+    """Mixed precision for "bf16", full precision otherwise. Nothing else in the package opens autocast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that a config means.
-
-    Raises:
-        ValueError: cuda is asked for and there is none.
-    """
+    """The device for "auto", "cpu" or "cuda". Raises ValueError for "cuda" if torch sees no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Batches, NamedTuples of tensors, on a device. A GPU copies the next one, from pinned memory, while it
-    computes on this one."""
+    """Move batches (NamedTuples of tensors) to a device. A GPU copies the next batch while it computes.
+
+    The copies are asynchronous only from pinned memory.
+    """
     if device.type != "cuda":
         yield from (_moved(batch, device) for batch in batches)
         return
@@ -41,11 +39,12 @@ def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
             coming = _moved(batch, device)
         if waiting is not None:
             yield waiting
-        here = torch.cuda.current_stream(device)
-        here.wait_stream(copies)
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(copies)
         for tensor in coming:
-            if isinstance(tensor, Tensor):  # its memory must not serve anew before the losses have read it
-                tensor.record_stream(here)
+            # The allocator must not reuse this memory before the losses have read it.
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(compute)
         waiting = coming
     if waiting is not None:
         yield waiting
@@ -57,11 +56,11 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU by its name, a CPU by its model and number of cores."""
+    """Name of a GPU, or model and number of cores of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if info.is_file():  # Linux, where Python does not know the model
+    if info.is_file():  # Linux: platform does not know the model
         lines = info.read_text(encoding="utf-8").splitlines()
         model = next(
             (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model

@@ -1,4 +1,4 @@
-"""Text from outside (names of files, messages of libraries) as it may stand on a terminal, page or chart."""
+"""Escape file names and messages of libraries for terminals, Markdown, CSV and charts."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import re
 
 
 def one_line(text: object) -> str:
-    """The text in one line: what is not printable, such as a newline or an escape, is written out."""
+    """The text with non-printable characters, such as newlines, as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def without_html(text: str) -> str:
-    """The text as Markdown in which no raw HTML works."""
+    """The text with raw HTML disabled, for Markdown."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def markdown(text: object) -> str:
-    """The text in a cell of a Markdown table, without raw HTML."""
+    """The text for a cell of a Markdown table: one line, no raw HTML, no column separator."""
     return without_html(one_line(text)).replace("|", "/")
 
 
 def spreadsheet(value: object) -> object:
-    """The value in a cell of a CSV file: text that a spreadsheet would compute stays text."""
+    """The value for a CSV cell. Text that a spreadsheet would take for a formula gets a leading quote."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def chart(text: str) -> str:
-    """The text as a label of matplotlib, which takes $ for mathematics and hides what begins with _."""
+    """The text as a matplotlib label, where $ starts mathematics and a leading _ hides the label."""
     plain = one_line(text).replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain

@@ -1,6 +1,6 @@
-"""The processes that work on one task: none but this one, or those that torchrun has started.
+"""Ranks and collectives: the processes that torchrun started, or this process alone.
 
-A command joins the others once, with `process_group`; the library asks `rank` and `world_size`.
+A command joins the group once, with `process_group`. Without a group every function works for one rank.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Number of this process, 0 for the first or the only one."""
+    """Rank of this process; 0 without a group."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Number of ranks; 1 without a group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that writes and tells."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait for all ranks."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def broadcast(value: T) -> T:
-    """What the first process holds, in every process; the others' value is ignored."""
+    """Rank 0's value, on every rank."""
     if not distributed.is_initialized():
         return value
     box = [value]
@@ -48,19 +48,18 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """What every process holds, in the order of their ranks, in every process."""
+    """The values of all ranks in order, on every rank."""
     if not distributed.is_initialized():
         return [value]
     values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
-    return values  # type: ignore[return-value]  # every process has filled its place
+    return values  # type: ignore[return-value]  # every rank has filled its place
 
 
 def on_rank0(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in every process; where it raises, every process raises that.
+    """Call `make` on rank 0. Every rank returns its result, or raises its error.
 
-    For what one process does on behalf of all, such as writing a file: none waits for one that has failed,
-    and none goes on before it is done.
+    All ranks wait until the call is done.
     """
     if not distributed.is_initialized():
         return make()
@@ -73,15 +72,12 @@ def on_rank0(make: Callable[[], T]) -> T:
     value, failure = broadcast(outcome)
     if failure is not None:
         raise failure
-    return value  # type: ignore[return-value]  # None only where `make` gives None
+    return value  # type: ignore[return-value]  # None only if `make` returns None
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """An error in the block of any process is raised in all, once every process has come to its end.
-
-    For work that each does by itself: none then waits for one that has failed.
-    """
+    """Wait for all ranks at the end of the block. An error on any rank is raised on all."""
     if not distributed.is_initialized():
         yield
         return
@@ -95,7 +91,7 @@ def failing_together() -> Iterator[None]:
 
 
 def any_rank(value: bool) -> bool:
-    """Whether it holds in any process; all of them wait for the answer."""
+    """Whether the value is true on any rank; all ranks wait for the result."""
     if not distributed.is_initialized():
         return value
     flag = torch.tensor(int(value))
@@ -104,7 +100,7 @@ def any_rank(value: bool) -> bool:
 
 
 def mean_of(value: Tensor) -> Tensor:
-    """The mean of one tensor over all processes, in every process; nothing waits on a GPU."""
+    """Mean of a tensor over ranks, on every rank; the host does not wait for a GPU."""
     if not distributed.is_initialized():
         return value
     total = value.clone()
@@ -113,7 +109,7 @@ def mean_of(value: Tensor) -> Tensor:
 
 
 def largest_of(value: Tensor) -> Tensor:
-    """The largest value of each element over all processes, in every process; nothing waits on a GPU."""
+    """Elementwise maximum over ranks, on every rank; the host does not wait for a GPU."""
     if not distributed.is_initialized():
         return value
     largest = value.clone()
@@ -122,7 +118,7 @@ def largest_of(value: Tensor) -> Tensor:
 
 
 def norm_of(norm: Tensor) -> Tensor:
-    """The norm of all processes' parts together, from that of each: the root of the sum of squares."""
+    """Norm of a vector that is split over ranks, from the norms of its parts."""
     if not distributed.is_initialized():
         return norm
     total = norm.square()
@@ -131,10 +127,10 @@ def norm_of(norm: Tensor) -> Tensor:
 
 
 class Ballot:
-    """A number that all processes agree on step by step without waiting for each other.
+    """Maximum of a number over ranks at every step, without waiting.
 
-    Every process calls it once a step with a number of its own; what it gets is the largest that any process
-    has put in, one call ago where there are several processes, and in this call where there is one.
+    Every rank calls it once per step. The result is the maximum of the previous call, or the own number of
+    this call without a group.
     """
 
     def __init__(self) -> None:
@@ -146,12 +142,12 @@ class Ballot:
         agreed = self.close()
         number = torch.tensor(own)
         work = distributed.all_reduce(number, distributed.ReduceOp.MAX, async_op=True)
-        assert work is not None  # only a process outside of the group gets none
+        assert work is not None  # None only outside of the group
         self._pending = (number, work)
         return agreed
 
     def close(self) -> int:
-        """Wait for the vote that is under way, if there is one; returns what was agreed, or 0."""
+        """Wait for the pending reduction, if any, and return its result, or 0."""
         if self._pending is None:
             return 0
         number, work = self._pending
@@ -161,24 +157,23 @@ class Ballot:
 
 
 def own_cores() -> int:
-    """How many of this machine's cores are this process's share, where torchrun has started several on it."""
+    """Number of cores per rank on this machine, at least 1."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def rank_slice(count: int) -> range:
-    """Which of `count` rows are this process's: every world-th, so that all finish together."""
+    """Rows of this rank: every `world_size`-th of `count` rows."""
     return range(rank(), count, world_size())
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
-    """Join the processes that torchrun has started, for as long as the block runs; alone it does nothing.
+    """Join the group that torchrun started, for the duration of the block. Without torchrun it does nothing.
 
-    Each process of a machine takes the GPU of its local rank. Collectives go over NCCL and, for
-    what lies on the CPU, over gloo.
+    Each process takes the GPU of its local rank. Collectives use NCCL on GPUs and gloo on the CPU.
 
     Args:
-        device: as in `LoopConfig.device`: cpu keeps off GPUs that are there.
+        device: see `LoopConfig.device`; "cpu" uses no GPU.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         yield

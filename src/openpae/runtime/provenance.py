@@ -1,4 +1,4 @@
-"""What made a result: versions of the packages and of this code."""
+"""Versions of the packages and of this code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import openpae
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a number may depend on, as far as they are installed."""
+    """Versions of Python and of the installed packages that results depend on."""
     names = ("openpae", "torch", "numpy", "pillow", "scipy", "scikit-learn", "transformers", "diffusers")
     versions = {}
     for name in names:
@@ -23,8 +23,7 @@ def package_versions() -> dict[str, str]:
 
 
 def version() -> str:
-    """Version of the package, and the last commit that changed it where it is a checkout; + if changed
-    since."""
+    """Version of the package and, in a checkout, the last commit that changed it; "+" marks later edits."""
     folder = str(Path(__file__).parent.parent)
 
     def git(*arguments: str) -> str:

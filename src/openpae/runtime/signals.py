@@ -10,26 +10,24 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was told to stop by a signal and has saved; the same command goes on."""
+    """A signal stopped the run after it saved. The same command resumes it."""
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on"
-        )
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; the same command goes on")
         self.signum = signum
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM end nothing: the list gets the signal. A second SIGINT is a
-    KeyboardInterrupt."""
+    """Collect SIGINT and SIGTERM in a list instead of ending. A second SIGINT raises KeyboardInterrupt."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        # The second Ctrl-C means now. A second SIGTERM does not: a scheduler and torchrun may send one each.
+        # A second Ctrl-C means now. A second SIGTERM does not: scheduler and torchrun may send one each.
         if signum == signal.SIGINT in caught:
             raise KeyboardInterrupt
         caught.append(signum)

@@ -1,4 +1,4 @@
-"""The velocity that is followed: a generator's, guided by its null class or by a weaker generator."""
+"""The guided velocity of a generator: guided by its null class, or by a weaker generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openpae.sampling.solvers import Field
 
 
 class LatentConfig(Protocol):
-    """What sampling asks of a generator's config."""
+    """What sampling needs of a generator's config."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -22,7 +22,7 @@ class LatentConfig(Protocol):
 
 
 class VelocityModel(Protocol):
-    """What sampling asks of a generator: LightningDiT, or a module of your own."""
+    """What sampling needs of a generator: LightningDiT, or any module with these members."""
 
     @property
     def config(self) -> LatentConfig:
@@ -31,19 +31,19 @@ class VelocityModel(Protocol):
 
     @property
     def null_label(self) -> int:
-        """The label that means no class; the classes are those below it."""
+        """The label that means no class, K. Classes are in [0, K)."""
         ...
 
     def denormalise(self, x: Tensor) -> Tensor:
-        """What it generates, (B, C, h, w), in the tokenizer's scale."""
+        """Bring generated latents (B, C, h, w) to the tokenizer's scale."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its weights; where they are, it runs."""
+        """Its weights. They decide the device."""
         ...
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Velocity (B, C, h, w) of x_t (B, C, h, w) at t (B,) for labels (B,)."""
+        """Velocity (B, C, h, w) of x (B, C, h, w) at t (B,) for labels (B,)."""
         ...
 
 
@@ -56,28 +56,29 @@ def guided_velocity(
 ) -> Field:
     """The velocity of these classes, guided at some positions (`flow.guide`).
 
-    Whether it is guided is asked of the position, which the host knows, so no step waits for the device.
-    Where it is not, nothing but the generator's own velocity is computed.
+    The decision needs the position alone, which the host knows, so that no step waits for the device. At
+    other positions only the generator's own velocity is computed.
 
     Args:
         model: the generator.
         labels: classes, (B,).
         guidance: w.
         guides_at: whether to guide at position t.
-        weak: gives the worse velocity; without it the generator's own null class does.
+        weak: gives the worse velocity; None takes the generator with its null class.
 
     Returns:
         A velocity for the solvers.
     """
-    twice = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    labels_and_null = torch.cat([labels, torch.full_like(labels, model.null_label)])
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        here = torch.full((len(x),), t, device=x.device)
+        times = torch.full((len(x),), t, device=x.device)
         if not guides_at(t):
-            return model(x, here, labels)
+            return model(x, times, labels)
         if weak is not None:
-            return guide(model(x, here, labels).float(), weak(x, here, labels).float(), guidance)
-        conditional, null = model(torch.cat([x, x]), torch.cat([here, here]), twice).float().chunk(2)
+            return guide(model(x, times, labels).float(), weak(x, times, labels).float(), guidance)
+        both = model(torch.cat([x, x]), torch.cat([times, times]), labels_and_null).float()
+        conditional, null = both.chunk(2)
         return guide(conditional, null, guidance)
 
     return velocity
@@ -87,7 +88,7 @@ def check_labels(model: VelocityModel, labels: Tensor) -> None:
     """Refuse labels that the generator does not know.
 
     Raises:
-        ValueError: names them.
+        ValueError: a label outside [0, K]; K is the null class.
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
         raise ValueError(
@@ -97,7 +98,7 @@ def check_labels(model: VelocityModel, labels: Tensor) -> None:
 
 
 def check_weak(model: VelocityModel, weak: VelocityModel) -> None:
-    """Refuse a generator that cannot guide another.
+    """Refuse a weak generator that does not fit the generator.
 
     Raises:
         ValueError: it makes latents of another shape or scale, or knows another number of classes.
@@ -111,7 +112,7 @@ def check_weak(model: VelocityModel, weak: VelocityModel) -> None:
                 f"the weak generator must have the {name} of the other, {ours}, got {theirs}; take one that "
                 "was trained on the same latents"
             )
-    # Velocities of two scales cannot be subtracted. Statistics of two caches differ in their last digits.
+    # Velocities of two scales cannot be subtracted. The tolerance allows the rounding of two caches.
     shape, device = model.config.latent_shape, next(model.parameters()).device
     ends = torch.stack([torch.zeros(shape), torch.ones(shape)]).to(device)
     if not torch.allclose(model.denormalise(ends), weak.denormalise(ends), rtol=0.02, atol=0.02):

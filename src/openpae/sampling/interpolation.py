@@ -1,4 +1,4 @@
-"""`pae interpolate`: pictures on the way from one image, or one seed, to another."""
+"""`pae interpolate`: images between two images, or between two seeds."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from openpae.sampling.settings import SamplerConfig
 def interpolate_images(
     tokenizer: Autoencoder, first: Tensor, last: Tensor, frames: int, batch_size: int = 16
 ) -> Tensor:
-    """Encode two images, walk from one latent to the other along the sphere, and decode.
+    """Encode two images, interpolate their latents along the sphere, and decode.
 
-    Each token walks on its own sphere (`PAEConfig.sphere` "token") or the whole latent on its one, at even
-    angles, so that all latents on the way are ones that an encoder could have made.
+    Steps have equal angles. Each token moves on its own sphere (`PAEConfig.sphere` is "token"), or the full
+    latent on one sphere ("sample"). So all latents between stay on the sphere of the encoder.
 
     Args:
         tokenizer: in evaluation mode.
         first: image in [0, 1], (3, H, W); its reconstruction is the first frame.
-        last: likewise the last.
-        frames: how many, the two ends counted.
-        batch_size: latents decoded at once.
+        last: image in [0, 1], (3, H, W); its reconstruction is the last frame.
+        frames: number of images, with the two ends.
+        batch_size: latents per call of the decoder.
 
     Returns:
         Images in [0, 1], (frames, 3, H, W), on the CPU.
@@ -52,29 +52,29 @@ def interpolate_seeds(
     batch_size: int = 16,
     weak: VelocityModel | None = None,
 ) -> Tensor:
-    """Walk from the noise of one seed to that of another at even angles, and generate an image from each.
+    """Interpolate the noise of two seeds at equal angles, and generate an image from each.
 
-    The noise of a frame is normal as the ends are: it is a sum of the two whose squared weights add up to one
-    but for the angle between them, which is nearly a right one.
+    The two noises are nearly orthogonal. So the squared weights of each sum add up to nearly one, and the
+    noise of every frame is close to standard normal.
 
     Args:
         tokenizer: decodes.
         generator: makes the latents, in evaluation mode.
         config: solver and guidance.
-        seeds: the ends; they are sample 0 of these seeds.
+        seeds: the ends are sample 0 of these seeds.
         label: class of all frames.
-        frames: how many, the two ends counted.
-        batch_size: frames at once.
+        frames: number of images, with the two ends.
+        batch_size: frames per batch.
         weak: guides in place of the null class.
 
     Returns:
         Images in [0, 1], (frames, 3, H, W), on the CPU.
 
     Raises:
-        ValueError: fewer than two frames, or solver sde, whose own noise would part neighbouring frames.
+        ValueError: fewer than two frames; or solver sde, whose noise at every step differs between frames.
     """
     if config.solver == "sde":
-        raise ValueError("solver sde adds noise of its own at every step, so frames would jump; take another")
+        raise ValueError("solver sde adds noise at every step, so frames would jump; take another solver")
     device, shape = next(generator.parameters()).device, generator.config.latent_shape
     a, b = (initial_noise(seed, [0], shape) for seed in seeds)
     noise = torch.cat([slerp(a, b, t) for t in _weights(frames)]).to(device)
@@ -99,5 +99,5 @@ def _decoded(tokenizer: Decoder, z: Tensor, batch_size: int) -> Tensor:
 
 def _weights(frames: int) -> list[float]:
     if frames < 2:
-        raise ValueError(f"a walk has at least 2 frames, its ends, got {frames}")
+        raise ValueError(f"frames must be at least 2, the two ends, got {frames}")
     return [frame / (frames - 1) for frame in range(frames)]

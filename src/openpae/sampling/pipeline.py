@@ -24,18 +24,18 @@ from openpae.storage.model_folder import PARTS, README, identity_of, new_model_f
 
 @dataclass(frozen=True)
 class SamplingModels:
-    """The models that draw images, loaded, checked against each other and placed on one device."""
+    """Tokenizer and generators on one device, checked against each other."""
 
     tokenizer: Autoencoder
-    """Decodes; its encoder is left out."""
+    """Decodes; it has no encoder."""
     generator: LatentGenerator
     """Makes the latents."""
     weak: LatentGenerator | None
     """Guides in place of the null class (AutoGuidance); None for classifier-free guidance."""
     device: torch.device
-    """Where all of them are."""
+    """The device of all models."""
     facts: dict[str, Any]
-    """What a record says of them: fingerprints, precision, compile."""
+    """For records: fingerprints, precision, compile."""
 
     @classmethod
     def load(
@@ -53,14 +53,14 @@ class SamplingModels:
         Args:
             tokenizer: a tokenizer folder or a run folder.
             generator: a generator folder or a run folder.
-            weak: a smaller or less trained generator of the same latents, alike.
-            device: where they go.
-            precision: fp32 or bf16; only recorded here, the caller opens autocast.
+            weak: folder of a smaller or less trained generator of the same latents.
+            device: device of the models.
+            precision: fp32 or bf16. It is only recorded; the caller opens autocast.
             compile: compile the generators.
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: the models do not belong together, or damaged or unfitting weights.
+            ValueError: the models do not belong together, or weights are damaged or do not fit.
         """
         facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
         if weak is not None:
@@ -81,8 +81,8 @@ class Pipeline:
     """A generator and the tokenizer that decodes its latents.
 
     Args:
-        tokenizer: decodes; it must be the one whose latents the generator was trained on. `from_pretrained`
-            and `join` see to that.
+        tokenizer: decodes. The generator must have been trained on its latents; `from_pretrained` and `join`
+            check that.
         generator: makes the latents.
     """
 
@@ -93,17 +93,17 @@ class Pipeline:
     def from_pretrained(
         cls, name_or_folder: str | Path, *, revision: str | None = None, decode_only: bool = True
     ) -> Self:
-        """A saved pair, in evaluation mode.
+        """Load a saved pair, in evaluation mode.
 
         Args:
-            name_or_folder: a folder with the subfolders tokenizer and generator (model or run folders, as the
-                quickstart leaves them), or a name OWNER/NAME of the hub.
+            name_or_folder: a folder with the subfolders tokenizer and generator (model or run folders, as
+                `pae quickstart` writes them), or a name OWNER/NAME of the hub.
             revision: branch, tag or commit of the hub.
             decode_only: leave out the frozen encoder, which sampling does not need.
 
         Raises:
-            FileNotFoundError: no such folder or name, or not both of a pair in it.
-            ValueError: the two do not belong together, or damaged or unfitting weights.
+            FileNotFoundError: no such folder or name, or a subfolder is missing.
+            ValueError: the two do not belong together, or weights are damaged or do not fit.
         """
         folder = hub.find_model(name_or_folder, revision)
         if missing := [part for part in PARTS if not (folder / part).is_dir()]:
@@ -114,19 +114,21 @@ class Pipeline:
 
     @classmethod
     def join(cls, tokenizer: str | Path, generator: str | Path, *, decode_only: bool = True) -> Self:
-        """A pair of two places.
+        """Load a tokenizer and a generator from two places.
 
         Args:
             tokenizer: a model or run folder, or a name of the hub.
-            generator: alike.
+            generator: a model or run folder, or a name of the hub.
             decode_only: see `from_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: see `from_pretrained`.
         """
-        places = [hub.find_model(place) for place in (tokenizer, generator)]
-        check_pair(*places)
-        return cls(Autoencoder.from_pretrained(places[0], decode_only=decode_only), load_generator(places[1]))
+        folders = [hub.find_model(name) for name in (tokenizer, generator)]
+        check_pair(*folders)
+        return cls(
+            Autoencoder.from_pretrained(folders[0], decode_only=decode_only), load_generator(folders[1])
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """Move both to a device."""
@@ -168,18 +170,18 @@ class Pipeline:
         batch_size: int = 32,
         output: Literal["pil", "tensor"] = "pil",
     ) -> list[Image.Image] | Tensor:
-        """Draw an image of each of these classes.
+        """Sample one image of each of these classes.
 
         Args:
-            class_labels: classes, in [0, K); K itself draws without a class.
-            steps: of the solver, in place of the sampler's.
+            class_labels: classes, in [0, K); K is the null class.
+            steps: steps of the solver, in place of the sampler's.
             seed: image i depends on (seed, i) and its class alone.
             sampler: solver and guidance; None is the paper's guided setting.
-            batch_size: images at once; it does not change them but for rounding.
+            batch_size: images per batch. It changes rounding only.
             output: "pil" for Pillow images, "tensor" for (n, 3, H, W) in [0, 1] on the CPU.
 
         Raises:
-            ValueError: no classes, one that the generator does not know, or another output.
+            ValueError: no classes, a class that the generator does not know, or another output.
         """
         if output not in ("pil", "tensor"):
             raise ValueError(f"output must be 'pil' or 'tensor', got {output!r}")
@@ -196,24 +198,24 @@ class Pipeline:
         return [to_image(pixels) for batch in batches for pixels in batch]
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
-        """Write both into the subfolders tokenizer and generator, and a model card.
+        """Write both to the subfolders tokenizer and generator, and a model card.
 
         Args:
-            folder: where; replaced if it holds nothing but a saved model or pair.
-            precision: of the parameters in the files. It changes the tokenizer's fingerprint, which the saved
-                generator then names.
+            folder: the new folder. An old one is replaced if it holds nothing but a saved model or pair.
+            precision: type of the saved parameters. It changes the fingerprint of the tokenizer, which the
+                saved generator repeats.
 
         Raises:
-            ValueError: the folder holds something else, or the tokenizer was loaded without an encoder that
-                is saved with it.
+            ValueError: the folder holds something else, or the tokenizer was loaded without the encoder that
+                belongs to its file.
         """
         with new_model_folder(Path(folder)) as partial:
-            places = {part: partial / part for part in PARTS}
-            self.tokenizer.save_pretrained(places["tokenizer"], precision=precision)
-            made_with = identity_of(places["tokenizer"]).fingerprint
-            hub.save(self.generator, places["generator"], made_with=made_with, precision=precision)
-            (partial / README).write_text(model_card(places, str(folder), None), encoding="utf-8")
+            folders = {part: partial / part for part in PARTS}
+            self.tokenizer.save_pretrained(folders["tokenizer"], precision=precision)
+            made_with = identity_of(folders["tokenizer"]).fingerprint
+            hub.save(self.generator, folders["generator"], made_with=made_with, precision=precision)
+            (partial / README).write_text(model_card(folders, str(folder), None), encoding="utf-8")
 
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
-        """Save and upload to the hub; see `hub.push`. Returns the address."""
+        """Save and upload to the hub, and return the address; see `hub.push`."""
         return hub.push_saved(self.save_pretrained, repo, licence=licence, private=private)

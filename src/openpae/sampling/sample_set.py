@@ -1,9 +1,9 @@
-"""Samples on disk: drawn in parts by any number of processes, resumed where they stopped, and then one file.
+"""Sample sets on disk. Any number of processes write parts, an interrupted call goes on, one file results.
 
-parts/              memory-mapped shards, one per batch, whole or absent; removed at the end
-samples.npz         or images/, samples.safetensors, latents.safetensors: what the parts become
-grid.png            the first of them, to look at
-samples.json        how they were made, written last: with it the folder is complete
+parts/              memory-mapped shards, one per batch, complete or absent; removed at the end
+samples.npz         or images/, samples.safetensors, latents.safetensors: the samples
+grid.png            the first samples
+samples.json        the record; written last, so a folder with it is complete
 """
 
 from __future__ import annotations
@@ -25,49 +25,50 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.pixels import hash_of_all, hashes_of, image_grid, quantize, to_unit
-from openpae.data.shards import Layout, Shards, ShardWriter
+from openpae.data.shard_writer import ShardWriter
+from openpae.data.shards import Layout, Shards
 from openpae.runtime import processes
 from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
-from openpae.sampling.sampler import Decoder, decoded, evaluations, sample_batches
+from openpae.sampling.sampler import Decoder, evaluations, sample_batches, sample_images
 from openpae.sampling.settings import FILES, Format, SamplerConfig
 from openpae.storage.files import (
+    atomic_file,
+    atomic_folder,
     discard,
     file_hash,
     read_json,
     remove_folder,
-    whole_file,
-    whole_folder,
     write_json,
 )
-from openpae.storage.outputs import alone, made_by, read_record, spare
+from openpae.storage.outputs import check_outputs, made_by, read_record, run_lock
 
-_SHOWN = 256  # images in a picture that can still be looked at
+_SHOWN = 256  # images in grid.png
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """What is to be drawn, and how it is kept."""
+    """The samples to make, and their format."""
 
     labels: Tensor
-    """Classes, (n,), on the CPU; sample i has its own noise from (seed, i)."""
+    """Classes, (n,), on the CPU."""
     scheme: str
-    """What a record says of the labels."""
+    """How the labels were chosen; the record repeats it."""
     sampler: SamplerConfig
     """Solver and guidance."""
     seed: int = 0
-    """Another seed, other samples."""
+    """Sample i has its own noise from (seed, i)."""
     batch_size: int = 32
-    """Samples at once, and per part."""
+    """Samples per batch and per part."""
     format: Format = "npz"
-    """What becomes of them."""
+    """File format of the samples."""
     columns: int = 8
-    """Of the picture."""
+    """Columns of grid.png."""
     facts: Mapping[str, Any]
-    """What else makes them what they are: fingerprints, precision."""
+    """What else the samples depend on: fingerprints, precision."""
 
     def as_record(self) -> dict[str, Any]:
-        """All that a sample set must share with another to be the same: what the record repeats."""
+        """Everything that two equal sample sets have in common; part of samples.json."""
         unused = ("steps", "shift") if self.sampler.solver == "rk45" else ("tolerance",)
         sampler = {key: value for key, value in configs.to_dict(self.sampler).items() if key not in unused}
         return {
@@ -82,7 +83,7 @@ class SampleSet:
         }
 
 
-def draw_samples(
+def write_samples(
     out: Path,
     samples: SampleSet,
     tokenizer: Decoder,
@@ -93,52 +94,52 @@ def draw_samples(
     inputs: Sequence[Path | None] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Draw samples into a folder; an interrupted call goes on with the parts that are missing.
+    """Write samples to a folder. An interrupted call goes on with the missing parts.
 
-    No more than a batch is in memory. The files do not depend on interruptions, to the bit, nor on the
-    number of processes. Under torchrun every process must call it, and all get the record.
+    Memory holds one batch. Neither interruptions nor the number of processes change a bit of the files. Under
+    torchrun every process must call this function, and all get the record.
 
     Args:
         out: the folder.
-        samples: what to draw.
-        tokenizer: decodes; the one whose latents the generator was trained on.
+        samples: labels, sampler, seed and format.
+        tokenizer: decodes. The generator must have been trained on its latents.
         generator: makes the latents, in evaluation mode.
-        weak: guides in place of the null class, see `sampling.sample_latents`.
-        progress: called with (done, all) parts, of those that were missing, by this process.
-        inputs: what was read for it; nothing is written there.
-        overwrite: replace what has the names of these files.
+        weak: guides in place of the null class, see `sampler.sample_latents`.
+        progress: called with (done, all) of the missing parts of this process.
+        inputs: paths that were read; nothing is written there.
+        overwrite: replace files with the same names.
 
     Returns:
         The record, as in samples.json.
 
     Raises:
-        ValueError: the folder holds other samples, or files of the user with the names of these, or another
-            process draws there; or the settings do not fit the generator.
-        DiskFull: there is no room for them.
+        ValueError: the folder holds other samples or files of the user with these names, another process
+            samples there, or the settings do not fit the generator.
+        DiskFull: the disk has no room for them.
     """
     processes.on_rank0(lambda: _spare(out, samples.format, inputs, overwrite))
-    with alone(out, "sampling"):
+    with run_lock(out, "sampling"):
         if overwrite:
             processes.on_rank0(lambda: _forget(out))
-        return _draw(out, samples, tokenizer, generator, weak, progress)
+        return _write_missing(out, samples, tokenizer, generator, weak, progress)
 
 
 def _spare(out: Path, format: Format, inputs: Sequence[Path | None], overwrite: bool) -> None:
-    """See that what will be written is new, or of an earlier call."""
+    """Refuse to replace files that are not of an earlier call."""
     names = [out / name for name in (FILES[format], "grid.png", "samples.json")]
     begun = made_by(out / "parts" / "header.json", kind="samples")
     ours = names if begun or "samples_sha256" in read_record(out / "samples.json") else ()
-    spare(*names, into=out, inputs=inputs, ours=ours, overwrite=overwrite)
+    check_outputs(*names, into=out, inputs=inputs, own=ours, overwrite=overwrite)
 
 
 def _forget(out: Path) -> None:
-    """Have the samples of an earlier call drawn anew."""
+    """Remove the record and the parts of an earlier call."""
     (out / "samples.json").unlink(missing_ok=True)
     if made_by(out / "parts" / "header.json", kind="samples"):
         remove_folder(out / "parts")
 
 
-def _draw(
+def _write_missing(
     out: Path,
     samples: SampleSet,
     tokenizer: Decoder,
@@ -153,18 +154,15 @@ def _draw(
     writer = processes.on_rank0(lambda: ShardWriter(out / "parts", layout))
     missing = processes.broadcast(writer.missing())
     own = [missing[i] for i in processes.rank_slice(len(missing))]
-    latents = sample_batches(
-        generator,
-        samples.labels,
-        samples.sampler,
-        (layout.span(part) for part in own),
-        seed=samples.seed,
-        weak=weak,
-    )
-    batches = latents if samples.format == "latents" else map(quantize, decoded(tokenizer, latents))
-    for done, (part, batch) in enumerate(zip(own, batches, strict=True), 1):
-        span = layout.span(part)
-        writer.write(part, batch, samples.labels[span.start : span.stop].tolist())
+    labels, config, seed = samples.labels, samples.sampler, samples.seed
+    spans = [layout.span(part) for part in own]
+    if samples.format == "latents":
+        batches = sample_batches(generator, labels, config, spans, seed=seed, weak=weak)
+    else:
+        images = sample_images(tokenizer, generator, labels, config, seed=seed, batches=spans, weak=weak)
+        batches = map(quantize, images)
+    for done, (part, span, batch) in enumerate(zip(own, spans, batches, strict=True), 1):
+        writer.write(part, batch, labels[span.start : span.stop].tolist())
         if progress is not None:
             progress(done, len(own))
     processes.barrier()
@@ -172,14 +170,14 @@ def _draw(
 
 
 def _finished(out: Path, samples: SampleSet) -> dict[str, Any] | None:
-    """The record of a folder that holds these samples already; None where they are still to be drawn."""
+    """The record of a folder that holds all of these samples, otherwise None."""
     if not (out / "samples.json").is_file():
         return None
-    record, told = read_json(out / "samples.json"), samples.as_record()
-    if changed := [key for key, value in told.items() if record.get(key) != value]:
-        facts = ", ".join(f"{key} ({record.get(key)} there, {told[key]} now)" for key in changed[:4])
+    record, wanted = read_json(out / "samples.json"), samples.as_record()
+    if changed := [key for key, value in wanted.items() if record.get(key) != value]:
+        facts = ", ".join(f"{key} ({record.get(key)} there, {wanted[key]} now)" for key in changed[:4])
         raise ValueError(f"{out} holds other samples: another {facts}; name another folder, or delete it")
-    if made_by(out / "parts" / "header.json", kind="samples"):  # killed between the record and this
+    if made_by(out / "parts" / "header.json", kind="samples"):  # killed after the record was written
         remove_folder(out / "parts")
     discard(out / ".parts.removed")
     return record
@@ -190,15 +188,15 @@ def _layout(samples: SampleSet, tokenizer: Decoder, generator: VelocityModel, de
     if samples.format != "latents":
         with torch.no_grad():
             shape = tokenizer.decode(torch.zeros(1, *shape, device=device)).shape[1:]
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Layout(
         kind="samples",
         dtype="float32" if samples.format == "latents" else "uint8",
         shape=tuple(shape),
         sources=len(samples.labels),
         per_shard=samples.batch_size,
-        # Parts of two devices or releases would not be those of an undisturbed run.
-        attributes=samples.as_record() | {"device": place, "torch": torch.__version__},
+        # Two devices or two releases round differently; their parts must not mix.
+        attributes=samples.as_record() | {"device": device_name, "torch": torch.__version__},
     )
 
 
@@ -210,11 +208,13 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         sha256 = file_hash(target)
     else:
         hashes: list[bytes] = []
-        write = {"npz": _write_npz, "png": _write_pngs, "safetensors": _write_images}[samples.format]
-        write(target, shards, hashes)
+        if samples.format == "safetensors":
+            _write_safetensors(target, "images", shards, hashes)
+        else:
+            (_write_npz if samples.format == "npz" else _write_pngs)(target, shards, hashes)
         sha256 = hash_of_all(hashes)
         first = shards.gather(np.arange(min(len(shards), _SHOWN)))
-        with whole_file(out / "grid.png") as partial:
+        with atomic_file(out / "grid.png") as partial:
             image_grid(to_unit(first), samples.columns).save(partial, format="PNG")
     record = {
         **samples.as_record(),
@@ -229,10 +229,10 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
 
 
 def _write_npz(path: Path, shards: Shards, hashes: list[bytes]) -> None:
-    """As numpy.savez(path, images, labels) would, a block at a time."""
+    """Equal to numpy.savez(path, images, labels), a block at a time."""
     _, height, width = shards.shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(shards), height, width, 3)}
-    with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for block in _blocks(shards, hashes):
@@ -242,7 +242,7 @@ def _write_npz(path: Path, shards: Shards, hashes: list[bytes]) -> None:
 
 
 def _write_pngs(path: Path, shards: Shards, hashes: list[bytes]) -> None:
-    with whole_folder(path) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with atomic_folder(path) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
         done = 0
         for block in _blocks(shards, hashes):
             names = [partial / f"{done + row:06d}.png" for row in range(len(block))]
@@ -251,12 +251,8 @@ def _write_pngs(path: Path, shards: Shards, hashes: list[bytes]) -> None:
             done += len(block)
 
 
-def _write_images(path: Path, shards: Shards, hashes: list[bytes]) -> None:
-    _write_safetensors(path, "images", shards, hashes)
-
-
 def _write_safetensors(path: Path, name: str, shards: Shards, hashes: list[bytes] | None = None) -> None:
-    """A safetensors file of labels and rows, a block at a time: its library wants all of it in memory."""
+    """A safetensors file of labels and rows, a block at a time: its library needs all in memory."""
     count, itemsize = len(shards), shards.dtype.itemsize
     ends = (8 * count, 8 * count + itemsize * count * int(np.prod(shards.shape)))
     header: dict[str, Any] = {
@@ -268,15 +264,15 @@ def _write_safetensors(path: Path, name: str, shards: Shards, hashes: list[bytes
         },
     }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    with whole_file(path) as partial, partial.open("wb") as file:
+    text += b" " * (-len(text) % 8)  # data start at a multiple of 8
+    with atomic_file(path) as partial, partial.open("wb") as file:
         file.writelines((struct.pack("<Q", len(text)), text, shards.labels.astype("<i8").tobytes()))
         for block in _blocks(shards, hashes):
             file.write(block.numpy().data)
 
 
 def _blocks(shards: Shards, hashes: list[bytes] | None, size: int = 256) -> Iterator[Tensor]:
-    """All rows in order, a few at a time; what names each image is added to `hashes`."""
+    """All rows in order, `size` at a time. The hash of each image is appended to `hashes`."""
     for start in range(0, len(shards), size):
         block = shards.gather(np.arange(start, min(start + size, len(shards))))
         if hashes is not None:

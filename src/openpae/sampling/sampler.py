@@ -1,8 +1,8 @@
-"""From noise to latents to images: guidance with an interval, one seed per sample, decoding alongside."""
+"""From noise to latents to images. Each sample has its own noise; decoding overlaps with sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from openpae.sampling.solvers import euler, euler_maruyama, heun, multistep, run
 
 
 class Decoder(Protocol):
-    """What sampling asks of a tokenizer."""
+    """What sampling needs of a tokenizer."""
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) around [0, 1] of latents (B, C, h, w)."""
@@ -25,11 +25,14 @@ class Decoder(Protocol):
 
 
 def balanced_labels(count: int, num_classes: int | Sequence[int]) -> Tensor:
-    """Labels 0, 1, ..., K - 1, 0, ... so that every class has count / K samples (up to one): (count,).
+    """Labels 0, 1, ..., K - 1, 0, ...: every class gets count / K samples, up to one.
 
     Args:
-        count: of labels.
-        num_classes: K; or the labels to take in turn, where some classes have no training image.
+        count: number of labels.
+        num_classes: K; or the labels to take in turn, if some classes have no training image.
+
+    Returns:
+        (count,) int64.
     """
     if isinstance(num_classes, int):
         return torch.arange(count) % num_classes
@@ -37,11 +40,19 @@ def balanced_labels(count: int, num_classes: int | Sequence[int]) -> Tensor:
 
 
 def evaluations(config: SamplerConfig) -> int | None:
-    """Generator evaluations per sample (NFE): one where it is not guided, two where it is. None for rk45,
-    which finds its own."""
+    """Generator evaluations per sample (NFE): two at each guided position, one at the others.
+
+    None for rk45, which chooses its own positions.
+    """
     if config.solver == "rk45":
         return None
-    return sum(1 + config.guides_at(t) for t in _visited(config))
+    grid: list[float] = _grid(config).tolist()
+    visited = grid[:-1]
+    if config.solver == "sde":
+        visited = [*visited, 1 - LAST_STEP]
+    elif config.solver == "heun":
+        visited += grid[1:-1]
+    return sum(1 + config.guides_at(t) for t in visited)
 
 
 @torch.no_grad()
@@ -58,17 +69,17 @@ def sample_latents(
     Args:
         model: the generator, in evaluation mode.
         labels: classes, (B,).
-        noise: x_0, (B, C, h, w), or where it comes from: solver sde draws from it at every step.
+        noise: x_0, (B, C, h, w), or its source. Solver sde needs the source: it draws at every step.
         config: solver and guidance.
-        weak: a smaller or less trained generator of the same latents, which then guides in place of the null
-            class (AutoGuidance).
+        weak: a smaller or less trained generator of the same latents. It guides in place of the null class
+            (AutoGuidance).
 
     Returns:
-        z, (B, C, h, w), as the tokenizer's decoder takes them.
+        z, (B, C, h, w), in the scale of the tokenizer's decoder.
 
     Raises:
-        ValueError: a label that the generator does not know, a weak generator of other latents or one that is
-            never asked, or solver sde without a source of noise.
+        ValueError: the generator does not know a label, the weak generator makes other latents or is never
+            evaluated, or solver sde has no source of noise.
     """
     _check(model, labels, config, weak)
     return model.denormalise(_follow(model, labels, noise, config, weak))
@@ -83,21 +94,12 @@ def sample_batches(
     seed: int = 0,
     weak: VelocityModel | None = None,
 ) -> Iterator[Tensor]:
-    """Draw latents of the samples with these indices, batch by batch; nothing in here waits for the device.
+    """Sample the latents with these indices, batch by batch. The host never waits for the device.
 
-    Args:
-        model: the generator, in evaluation mode.
-        labels: classes of all samples, (n,), on the CPU.
-        config: solver and guidance.
-        batches: the indices of each batch.
-        seed: sample i has its own noise from (seed, i).
-        weak: see `sample_latents`.
+    Arguments and errors are those of `sample_images`.
 
     Yields:
         z, (B, C, h, w), on the generator's device.
-
-    Raises:
-        ValueError: see `sample_latents`.
     """
     _check(model, labels, config, weak)
     device, shape = next(model.parameters()).device, model.config.latent_shape
@@ -117,17 +119,20 @@ def sample_images(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    batches: Iterable[Sequence[int]] | None = None,
     weak: VelocityModel | None = None,
 ) -> Iterator[Tensor]:
-    """Draw images of these classes, batch by batch; on a GPU a batch is decoded while the next is sampled.
+    """Sample images of these classes, batch by batch. A GPU decodes a batch while it samples the next.
 
     Args:
-        tokenizer: decodes; the one whose latents the generator was trained on.
-        generator: makes the latents.
-        labels: classes, (n,), on the CPU; sample i has its own noise from (seed, i).
+        tokenizer: decodes. The generator must have been trained on its latents.
+        generator: makes the latents, in evaluation mode.
+        labels: classes of all samples, (n,), on the CPU.
         config: solver and guidance.
-        seed: another seed, other samples.
-        batch_size: samples at once; it does not change them but for rounding.
+        seed: sample i has its own noise from (seed, i).
+        batch_size: samples per batch. It changes rounding only.
+        batches: indices of the samples of each batch, in [0, n); None takes all in order, `batch_size` at a
+            time.
         weak: see `sample_latents`.
 
     Yields:
@@ -136,22 +141,16 @@ def sample_images(
     Raises:
         ValueError: see `sample_latents`.
     """
-    batches = (
-        range(start, min(start + batch_size, len(labels))) for start in range(0, len(labels), batch_size)
+    if batches is None:
+        rows = range(len(labels))
+        batches = (rows[start : start + batch_size] for start in range(0, len(labels), batch_size))
+    return _decode_batches(
+        tokenizer, sample_batches(generator, labels, config, batches, seed=seed, weak=weak)
     )
-    return decoded(tokenizer, sample_batches(generator, labels, config, batches, seed=seed, weak=weak))
 
 
-def decoded(tokenizer: Decoder, latents: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Decode batches of latents. On a GPU that happens on a stream of its own, while the next is sampled.
-
-    Args:
-        tokenizer: decodes.
-        latents: batches z, (B, C, h, w); the next is asked for before the decode of one is waited for.
-
-    Yields:
-        Images in [0, 1], (B, 3, H, W), float32, on the CPU.
-    """
+def _decode_batches(tokenizer: Decoder, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Decode each batch. A GPU decodes on a second stream while the first samples the next batch."""
     waiting: tuple[Tensor, torch.cuda.Event] | None = None
     side: torch.cuda.Stream | None = None
     for z in latents:
@@ -159,13 +158,13 @@ def decoded(tokenizer: Decoder, latents: Iterable[Tensor]) -> Iterator[Tensor]:
             yield _pixels(tokenizer, z)
             continue
         side = side or torch.cuda.Stream(z.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(z.device))  # z is being sampled there
+        side.wait_stream(torch.cuda.current_stream(z.device))  # that stream still samples z
         with torch.cuda.stream(side):
             images = _pixels(tokenizer, z)
             host = torch.empty_like(images, device="cpu", pin_memory=True)
             host.copy_(images, non_blocking=True)
             done = side.record_event()
-        z.record_stream(side)  # or its memory would be given away while it is decoded
+        z.record_stream(side)  # the allocator must not reuse its memory before the decode has read it
         if waiting is not None:
             waiting[1].synchronize()
             yield waiting[0]
@@ -194,7 +193,7 @@ def _follow(
     """From noise to data, in the generator's scale."""
     x_0 = (noise.draw() if isinstance(noise, SampleNoise) else noise).float()
     if config.solver == "rk45":
-        # One by one: the steps of a batch would suit it as a whole.
+        # One by one: step sizes must not depend on the other samples of the batch.
         rows = [slice(row, row + 1) for row in range(len(x_0))]
         return torch.cat([_adaptive(model, labels[row], x_0[row], config, weak) for row in rows])
     velocity = guided_velocity(model, labels, config.guidance, config.guides_at, weak)
@@ -211,31 +210,17 @@ def _follow(
 def _adaptive(
     model: VelocityModel, label: Tensor, x: Tensor, config: SamplerConfig, weak: VelocityModel | None
 ) -> Tensor:
-    """RK45 in up to three parts: where guidance sets in or ends, the velocity jumps."""
+    """RK45 in up to three parts: the velocity jumps where guidance starts or ends."""
     ends = {0.0, 1.0} if config.guidance == 1 else {0.0, config.guidance_start, config.guidance_end, 1.0}
     for start, stop in pairwise(sorted(ends)):
-        velocity = guided_velocity(
-            model, label, config.guidance, _always(config.guides_at((start + stop) / 2)), weak
-        )
+        guided = config.guides_at((start + stop) / 2)
+        velocity = guided_velocity(model, label, config.guidance, lambda _, guided=guided: guided, weak)
         x = runge_kutta(velocity, x, start, stop, config.tolerance)
     return x
 
 
-def _always(guided: bool) -> Callable[[float], bool]:
-    return lambda t: guided
-
-
 def _grid(config: SamplerConfig) -> Tensor:
     return (noisy_grid if config.solver == "sde" else time_grid)(config.steps + 1, config.shift)
-
-
-def _visited(config: SamplerConfig) -> list[float]:
-    """Where a solver with a grid asks for the velocity."""
-    grid: list[float] = _grid(config).tolist()
-    starts = grid[:-1]
-    if config.solver == "sde":
-        return [*starts, 1 - LAST_STEP]
-    return starts + grid[1:-1] if config.solver == "heun" else starts
 
 
 def _pixels(tokenizer: Decoder, z: Tensor) -> Tensor:

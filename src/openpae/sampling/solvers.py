@@ -1,13 +1,13 @@
 """Solvers that follow a velocity from noise (t = 0) to data (t = 1), one pure function each.
 
-All take a grid of positions that lies on the host, so that no step waits for the device. The path is followed
-in the precision of x_0, whatever that of the velocity.
+Positions lie on the host, so that no step waits for the device. x keeps the precision of x_0, whatever that
+of the velocity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -35,8 +35,8 @@ def euler(velocity: Field, x_0: Tensor, times: Tensor) -> Tensor:
         x at times[-1], (B, C, h, w).
     """
     x = x_0
-    for now, then in _steps(times):
-        x = x + (then - now) * velocity(x, now).to(x.dtype)
+    for t, t_next in pairwise(times.tolist()):
+        x = x + (t_next - t) * velocity(x, t).to(x.dtype)
     return x
 
 
@@ -45,8 +45,8 @@ def heun(velocity: Field, x_0: Tensor, times: Tensor) -> Tensor:
 
         x' = x + h v(x, t_i);   x <- x + h/2 (v(x, t_i) + v(x', t_{i+1}))
 
-    The last step is Euler's, so that the velocity at the data itself, where no generator is trained, is never
-    asked for (as in EDM, arXiv:2206.00364): one step of first order leaves the order of the whole at two.
+    The last step is an Euler step, as in EDM (arXiv:2206.00364): no generator is trained at the data itself,
+    t = 1. One first-order step keeps the method at second order.
 
     Args:
         velocity: v.
@@ -57,29 +57,27 @@ def heun(velocity: Field, x_0: Tensor, times: Tensor) -> Tensor:
         x at times[-1], (B, C, h, w).
     """
     x, last = x_0, len(times) - 2
-    for number, (now, then) in enumerate(_steps(times)):
-        v = velocity(x, now).to(x.dtype)
+    for number, (t, t_next) in enumerate(pairwise(times.tolist())):
+        v = velocity(x, t).to(x.dtype)
         if number < last:
-            v = (v + velocity(x + (then - now) * v, then).to(x.dtype)) / 2
-        x = x + (then - now) * v
+            v = (v + velocity(x + (t_next - t) * v, t_next).to(x.dtype)) / 2
+        x = x + (t_next - t) * v
     return x
 
 
 def multistep(velocity: Field, x_0: Tensor, times: Tensor) -> Tensor:
-    """Follow dx/dt = v(x, t) in the manner of DPM-Solver++(2M): second order, one evaluation a step.
+    """Follow dx/dt = v(x, t) by a method after DPM-Solver++(2M): second order, one evaluation a step.
 
-    A step from s to t needs x_t = x_s + integral_s^t v du. What can be integrated exactly is, and what the
-    network says is put on a line through its last two values. DPM-Solver++ (arXiv:2211.01095) draws that line
-    for the data D = x + (1 - u) v that the velocity heads for, over the log signal-to-noise ratio
-    log(u / (1 - u)), and integrates v = (D - x) / (1 - u). With D constant that is Euler's step here, because
-    the path is straight. But the ratio is infinite at both ends of this path, so there published code falls
-    back to first order; and v is bounded up to the data, which a line for D is not (dD/du = (1 - u) dv/du).
-    Our choice is the line for v over u, which has no exception at either end, with p the position before s:
+    A step from s to t needs x_t = x_s + integral_s^t v du. DPM-Solver++ (arXiv:2211.01095) extrapolates the
+    predicted data D = x + (1 - u) v linearly from its last two values, over the log signal-to-noise ratio
+    log(u / (1 - u)). That ratio is infinite at both ends of this path, where published code falls back to
+    first order. Our choice: extrapolate v over u, which needs no exception at either end. With p the position
+    before s:
 
         x <- x + (t - s) v_s + (t - s)^2 / 2  (v_s - v_p) / (s - p)
 
-    The first step has no v_p and is Euler's. On trained generators its error is half that of the lines for D,
-    over t or over the ratio (docs/results.md).
+    The first step has no v_p and is an Euler step. On trained generators the error is half that of
+    extrapolating D, over u or over the ratio (docs/results.md).
 
     Args:
         velocity: v.
@@ -91,12 +89,12 @@ def multistep(velocity: Field, x_0: Tensor, times: Tensor) -> Tensor:
     """
     x = x_0
     before: tuple[float, Tensor] | None = None
-    for now, then in _steps(times):
-        v = velocity(x, now).to(x.dtype)
-        x = x + (then - now) * v
+    for t, t_next in pairwise(times.tolist()):
+        v = velocity(x, t).to(x.dtype)
+        x = x + (t_next - t) * v
         if before is not None:
-            x = x + (then - now) ** 2 / 2 / (now - before[0]) * (v - before[1])
-        before = (now, v)
+            x = x + (t_next - t) ** 2 / 2 / (t - before[0]) * (v - before[1])
+        before = (t, v)
     return x
 
 
@@ -106,14 +104,14 @@ def euler_maruyama(velocity: Field, x_0: Tensor, times: Tensor, noise: Callable[
         x <- x + h (v + g s) + sqrt(2 g h) n,   n ~ N(0, 1),   v, g, s at t_i,   h = t_{i+1} - t_i
         x <- x + h (v + g s),                   v, g, s at 1 - h,   h = LAST_STEP
 
-    as in the authors' code. On a shifted grid the last position is not 1 - LAST_STEP; the last step is
-    evaluated there all the same, as theirs is (docs/deviations.md).
+    as in the official code. The last position of a shifted grid is not 1 - LAST_STEP; the last step is
+    evaluated at 1 - LAST_STEP anyway, as in the official code (docs/deviations.md).
 
     Args:
         velocity: v.
         x_0: noise, (B, C, h, w), float32 or float64.
         times: positions on the CPU, (T,), above 0, as `flow.noisy_grid` gives them; T - 1 noisy steps.
-        noise: standard normal draws of the shape of x_0, new ones at each call, on its device.
+        noise: each call gives a new standard normal draw with the shape and device of x_0.
 
     Returns:
         x after the last step, (B, C, h, w).
@@ -124,30 +122,30 @@ def euler_maruyama(velocity: Field, x_0: Tensor, times: Tensor, noise: Callable[
         return v + diffusion(t) * score(v, x, t)
 
     x = x_0
-    for now, then in _steps(times):
-        h = then - now
-        x = x + h * drift(x, now) + math.sqrt(2 * diffusion(now) * h) * noise()
+    for t, t_next in pairwise(times.tolist()):
+        h = t_next - t
+        x = x + h * drift(x, t) + math.sqrt(2 * diffusion(t) * h) * noise()
     return x + LAST_STEP * drift(x, 1 - LAST_STEP)
 
 
 def runge_kutta(velocity: Field, x_0: Tensor, start: float, stop: float, tolerance: float) -> Tensor:
-    """Follow dx/dt = v(x, t) with SciPy's adaptive RK45 in float64: what the others converge to.
+    """Follow dx/dt = v(x, t) with SciPy's adaptive RK45 in float64. The other solvers converge to its result.
 
-    The steps suit the batch as a whole. For results that do not depend on the batch, call it sample by
-    sample. Every evaluation waits for the device.
+    Step sizes depend on all samples of the batch. For results that do not, call it sample by sample. Every
+    evaluation waits for the device.
 
     Args:
-        velocity: v, smooth between start and stop: split the path where guidance sets in.
-        x_0: x at start, (B, C, h, w), float32 or float64; the velocity gets x in its precision.
+        velocity: v, smooth between start and stop; split the path where guidance starts or ends.
+        x_0: x at start, (B, C, h, w), float32 or float64; the velocity gets x in that precision.
         start: first position.
         stop: last position.
-        tolerance: error that a step may make, absolute and relative.
+        tolerance: error of a step, absolute and relative.
 
     Returns:
         x at stop, (B, C, h, w).
 
     Raises:
-        FloatingPointError: the solver cannot go on; its reason is given.
+        FloatingPointError: the solver stops early, with its reason.
     """
     from scipy.integrate import solve_ivp
 
@@ -157,11 +155,7 @@ def runge_kutta(velocity: Field, x_0: Tensor, start: float, stop: float, toleran
         return out
 
     y = x_0.double().cpu().numpy().reshape(-1)
-    found = solve_ivp(slope, (start, stop), y, method="RK45", t_eval=(stop,), rtol=tolerance, atol=tolerance)
-    if not found.success:
-        raise FloatingPointError(f"RK45 stopped between t = {start:.4g} and {stop:.4g}: {found.message}")
-    return torch.from_numpy(found.y[:, -1].reshape(x_0.shape)).to(x_0)
-
-
-def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
-    return pairwise(times.tolist())
+    path = solve_ivp(slope, (start, stop), y, method="RK45", t_eval=(stop,), rtol=tolerance, atol=tolerance)
+    if not path.success:
+        raise FloatingPointError(f"RK45 stopped between t = {start:.4g} and {stop:.4g}: {path.message}")
+    return torch.from_numpy(path.y[:, -1].reshape(x_0.shape)).to(x_0)

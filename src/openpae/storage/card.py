@@ -1,4 +1,4 @@
-"""The model card of a saved model or pair: what it is, how to load it, its metrics and its licence."""
+"""The model card of a saved model or pair: description, loading code, metrics and licence."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PAPER = "https://arxiv.org/abs/2605.07915"
 
 @dataclass(frozen=True)
 class _Kind:
-    """How the card speaks of a model whose config is of one kind."""
+    """Words for a model whose config is of one kind."""
 
-    what: str
+    summary: str
     name: str
     loader: str
     made_with: str
@@ -38,7 +38,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the card says of one model."""
+    """Contents of the card for one model."""
 
     kind: _Kind
     config: Mapping[str, Any]
@@ -51,13 +51,13 @@ def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> s
     """Markdown with the front matter that the hub reads.
 
     Args:
-        folders: a model folder, under any name, or those of a pair under "tokenizer" and "generator".
-        repo: name of the hub, OWNER/NAME, from which the card says how to load.
-        licence: of the weights, as the hub calls it; None says that none is stated.
+        folders: one model folder under any key, or a pair under "tokenizer" and "generator".
+        repo: OWNER/NAME on the hub, for the loading code.
+        licence: licence of the weights in the hub's spelling; None if none is stated.
 
     Raises:
-        FileNotFoundError: no model in a folder.
-        ValueError: a model that is neither a tokenizer nor a generator, or a damaged one.
+        FileNotFoundError: a folder holds no model.
+        ValueError: a model is damaged, or neither a tokenizer nor a generator.
     """
     models = {part: _facts(folder) for part, folder in folders.items()}
     names = sorted({facts.kind.name for facts in models.values()})
@@ -88,7 +88,7 @@ def _facts(folder: Path) -> _Facts:
     kind = _KINDS.get(config.pop("kind", ""))
     if kind is None:
         raise ValueError(f"{folder} holds neither a tokenizer nor a generator, so it has no model card")
-    identity = identity_of(folder)  # first: it sees whether the file is damaged
+    identity = identity_of(folder)  # first, as it detects damage
     with safe_open(folder / WEIGHTS, "pt") as file:
         weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
@@ -96,7 +96,7 @@ def _facts(folder: Path) -> _Facts:
 
 
 def is_record(record: Mapping[str, Any]) -> bool:
-    """Whether it holds metrics as pae evaluate writes them."""
+    """Whether a record holds metrics in the format of pae evaluate."""
     metrics = record.get("metrics")
     return isinstance(metrics, Mapping) and all(
         isinstance(metric, Mapping)
@@ -109,7 +109,7 @@ def is_record(record: Mapping[str, Any]) -> bool:
 def _about(facts: _Facts) -> list[str]:
     home = facts.identity
     return [
-        f"{facts.kind.name.capitalize()}: {facts.kind.what} ([PAE]({PAPER})), {facts.weights:,} weights.",
+        f"{facts.kind.name.capitalize()}: {facts.kind.summary} ([PAE]({PAPER})), {facts.weights:,} weights.",
         "",
         *(f"- {markdown(key)}: {markdown(_short(value))}" for key, value in facts.config.items()),
         f"- fingerprint: `{markdown(home.fingerprint)}`, made with the {facts.kind.made_with} "

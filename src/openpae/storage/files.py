@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever kills the process."""
+"""Atomic writes of files and folders, JSON, hashes and fingerprints."""
 
 from __future__ import annotations
 
@@ -17,31 +17,27 @@ import torch
 from torch import Tensor
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""A full disk, a quota that is used up, and a file larger than the file system or a limit allows."""
-
-
+"""Errors of a full disk, a used-up quota and a file size limit."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-"""How a partial file is opened: made anew, never through a link that somebody has put there."""
-
-
+"""Flags for a partial file: create it, and follow no link with its name."""
 _LARGEST_JSON = 2**28
-"""Bytes of a JSON file that is read; a larger one is something else."""
+"""Largest size in bytes of a JSON file."""
 
 
 class DiskFull(OSError):
-    """There is no room for a file or folder; the message says how much was written and what to free."""
+    """No space is left for a file or folder; the message says how much was written and what to free."""
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
-    """A path to write to; when the block ends well it becomes `path`, otherwise `path` stays as it was.
+def atomic_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
+    """A path to write to. It replaces `path` if the block succeeds; otherwise `path` stays unchanged.
 
     Args:
-        path: of the file; where it is a link, the file that it leads to is replaced.
-        wanted: bytes that it will take, where that is known, for the message if there is no room.
+        path: the file; the target of a link is replaced.
+        wanted: expected size in bytes, for the message of `DiskFull`.
 
     Raises:
-        DiskFull: there is no room for it.
+        DiskFull: no space is left.
         IsADirectoryError: a folder has this name.
     """
     given, path = path, resolved(path)
@@ -50,7 +46,7 @@ def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     discard(partial)
     try:
-        with told_if_full(given, partial, wanted):
+        with explain_disk_full(given, partial, wanted):
             os.close(os.open(partial, _NEW, 0o666))
             yield partial
             _sync(partial)
@@ -61,18 +57,17 @@ def whole_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
-    """A new folder to fill; when the block ends well it becomes `path` and replaces what stood there.
+def atomic_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
+    """A new folder to write into. It replaces `path` if the block succeeds.
 
-    Between the removal of an old folder and the renaming of the new one lies an instant in which `path` is
-    absent; nothing half-written is ever seen there.
+    `path` is absent for an instant between two renames, but never incomplete.
 
     Args:
-        path: of the folder; where it is a link, the folder that it leads to is replaced.
-        wanted: as in `whole_file`.
+        path: the folder; the target of a link is replaced.
+        wanted: see `atomic_file`.
 
     Raises:
-        DiskFull: there is no room for it.
+        DiskFull: no space is left.
         NotADirectoryError: a file has this name.
     """
     given, path = path, resolved(path)
@@ -80,15 +75,13 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
         raise NotADirectoryError(f"{given} is a file, but a folder is to be written; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
-    if (
-        old.is_dir() and not old.is_symlink() and not path.exists()
-    ):  # killed in that instant: until the block ends, the old one counts
+    if old.is_dir() and not old.is_symlink() and not path.exists():  # killed in that instant: restore
         os.rename(old, path)
     for leftover in (partial, old):
         discard(leftover)
     partial.mkdir()
     try:
-        with told_if_full(given, partial, wanted):
+        with explain_disk_full(given, partial, wanted):
             yield partial
             for file in partial.rglob("*"):
                 _sync(file)
@@ -105,11 +98,7 @@ def whole_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
 
 
 def resolved(path: Path) -> Path:
-    """The absolute path behind all links; what does not exist yet stays as it is.
-
-    Raises:
-        OSError: the links lead in a circle.
-    """
+    """The absolute path with all links resolved; it need not exist. Raises OSError for a circle of links."""
     place = Path(os.path.realpath(path))
     if place.is_symlink():
         raise OSError(f"{path} is a link in a circle of links; remove it or name another")
@@ -117,9 +106,9 @@ def resolved(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder of ours, if it is there, and what a kill left of an earlier removal.
+    """Remove a folder, if present, and what a killed removal left.
 
-    It is out of sight at once: killed in the middle, half a folder would look like a whole one.
+    The folder is renamed first, so that a kill leaves no partial folder under its name.
     """
     removed = path.with_name(f".{path.name}.removed")
     discard(removed)
@@ -129,7 +118,7 @@ def remove_folder(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what a kill left behind; of a link only the link."""
+    """Remove a file or folder, if present; of a link only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -137,16 +126,10 @@ def discard(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_if_full(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
-    """Turn what libraries raise on a full disk into one error that says what to free; leave others alone.
+def explain_disk_full(path: Path, partial: Path | None = None, wanted: int | None = None) -> Iterator[None]:
+    """Turn any error of a full disk into `DiskFull`; pass other errors on.
 
-    Args:
-        path: what is being written.
-        partial: the file or folder that takes the bytes until it is whole, and is given up if it fails.
-        wanted: bytes that it will take, where that is known.
-
-    Raises:
-        DiskFull: a write in the block failed for want of room.
+    The block writes `path`, or `partial` first if it is given. `wanted` is the expected size in bytes.
     """
     try:
         yield
@@ -167,17 +150,17 @@ def told_if_full(path: Path, partial: Path | None = None, wanted: int | None = N
 def _is_full(error: BaseException, partial: Path | None) -> bool:
     cause: BaseException | None = error
     while cause is not None:
-        # safetensors gives the number in its text and removes the file.
-        told = re.search(r"\(os error (\d+)\)", str(cause))
-        if getattr(cause, "errno", None) in _FULL or (told and int(told[1]) in _FULL):
+        # safetensors states the number only in its message.
+        stated = re.search(r"\(os error (\d+)\)", str(cause))
+        if getattr(cause, "errno", None) in _FULL or (stated and int(stated[1]) in _FULL):
             return True
         cause = cause.__cause__ or cause.__context__
-    # torch's and NumPy's own writers hide the number.
+    # The writers of torch and NumPy hide the number.
     return partial is not None and isinstance(error, OSError | RuntimeError) and _takes_no_more(partial)
 
 
 def _takes_no_more(partial: Path) -> bool:
-    """Whether the file that was written last cannot grow."""
+    """Whether the file written last cannot grow."""
     files = _files(partial)
     if not files:
         return False
@@ -200,24 +183,20 @@ def _size(path: Path) -> int:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    with whole_file(path) as partial:
+    """Write JSON atomically."""
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping.
-
-    Raises:
-        ValueError: not JSON, or not a mapping.
-    """
+    """Read a JSON mapping. Raises ValueError if the file holds none, or is larger than 256 MiB."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a file, got a folder, a pipe or a device")
     if (size := path.stat().st_size) > _LARGEST_JSON:
-        raise ValueError(f"{path} is none of ours: it has {size:,} bytes, at most {_LARGEST_JSON:,} are read")
+        raise ValueError(f"{path} is too large: it has {size:,} bytes, at most {_LARGEST_JSON:,} are read")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of 5,000 digits
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8 or a huge number
         raise ValueError(f"{path} is damaged: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is damaged: it must hold a mapping, got {type(data).__name__}")
@@ -231,11 +210,11 @@ def file_hash(path: Path) -> str:
 
 
 def fingerprint(state: Mapping[str, Tensor], *facts: str) -> str:
-    """16 hexadecimal digits that name exactly these weights (and facts): SHA-256 over names, types and bytes.
+    """16 hexadecimal digits of a SHA-256 over names, types, shapes and bytes of weights, and over `facts`.
 
-    The order of the entries, the device and the file format do not matter; one changed bit does.
+    The order of the entries, the device and the file format do not matter.
     """
-    digest = hashlib.sha256(repr(facts).encode())  # quoted, so that no fact can pass for two, or for a tensor
+    digest = hashlib.sha256(repr(facts).encode())  # quoted, so that facts stay apart
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
@@ -243,16 +222,16 @@ def fingerprint(state: Mapping[str, Tensor], *facts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprints_agree(kept: str, now: str) -> bool:
-    """Whether two fingerprints can name the same: they agree part by part, as far as both go.
+def fingerprints_agree(first: str, second: str) -> bool:
+    """Whether two fingerprints agree in all parts that both have.
 
     Those of image folders have parts from coarse to fine, joined by dots; older ones have only the first.
     """
-    return all(a == b for a, b in zip(kept.split("."), now.split("."), strict=False))
+    return all(a == b for a, b in zip(first.split("."), second.split("."), strict=False))
 
 
 def _sync(path: Path) -> None:
-    """Have the operating system write a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

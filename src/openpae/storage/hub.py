@@ -1,7 +1,7 @@
-"""The Hugging Face hub: saved models by name, and saved models given away with a model card.
+"""Load models from the Hugging Face hub, and save or upload them with a model card.
 
-Nothing here knows a model: the `from_pretrained`, `save_pretrained` and `push_to_hub` of the models and of
-`Pipeline` are made of these parts.
+This module knows no model. `from_pretrained`, `save_pretrained` and `push_to_hub` of the models and of
+`Pipeline` call it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from openpae.storage.model_folder import (
 from openpae.storage.weights import check_size, load_strict
 
 _NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
-"""A name of the hub: OWNER/NAME."""
+"""A repository on the hub: OWNER/NAME."""
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,11 +44,11 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Saveable(Protocol):
-    """What saving asks of a model: an nn.Module with a config."""
+    """A model that can be saved: an nn.Module with a config."""
 
     @property
     def config(self) -> Any:
-        """A config of `openpae.config`."""
+        """Config of the model."""
         ...
 
     def state_dict(self) -> Mapping[str, Tensor]:
@@ -60,20 +60,20 @@ class Saveable(Protocol):
         ...
 
 
-# What of a folder is the model: no optimizer state, no logs.
+# The files of a model, without optimizer state and logs.
 _FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, RECORD)
 
 
 def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a saved model (or pair), downloaded from the hub where it is not one already.
+    """The local folder of a saved model or pair, downloaded from the hub if needed.
 
     Args:
-        name_or_folder: a folder, or a name OWNER/NAME of the hub. A folder of that name goes first.
-        revision: branch, tag or commit of the hub; a folder has none.
+        name_or_folder: a folder, or OWNER/NAME on the hub. A folder takes precedence.
+        revision: branch, tag or commit on the hub; None for a folder.
 
     Raises:
         FileNotFoundError: neither a folder nor a name, or the hub does not have it or cannot be reached.
-        ValueError: a revision of a folder.
+        ValueError: a revision is given for a folder.
     """
     places = ("", *(f"{part}/" for part in PARTS))
     wanted = [f"{place}{file}" for place in places for file in (*_FILES, README)]
@@ -81,13 +81,7 @@ def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
 
 
 def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str | None = None) -> Path:
-    """As `find_model`, for other files of the hub.
-
-    Args:
-        name_or_folder: a folder, or a name OWNER/NAME of the hub.
-        wanted: patterns of the names of the files that are downloaded.
-        revision: branch, tag or commit of the hub; a folder has none.
-    """
+    """`find_model` for other files: `wanted` are name patterns of the files to download."""
     folder = Path(name_or_folder)
     if folder.is_dir():
         if revision is not None:
@@ -110,17 +104,17 @@ def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str
 def load_saved(
     kind: Callable[[C], M], config: type[C], name_or_folder: str | Path, revision: str | None
 ) -> tuple[M, str]:
-    """A saved model that is built of its config alone, in evaluation mode, and what it was made with.
+    """A saved model that its config alone defines, in evaluation mode, and its `made_with`.
 
     Args:
-        kind: its class.
+        kind: class of the model.
         config: class of its config.
-        name_or_folder: a model or run folder, or a name of the hub.
-        revision: of the hub; see `find_model`.
+        name_or_folder: a model or run folder, or OWNER/NAME on the hub.
+        revision: see `find_model`.
 
     Raises:
         FileNotFoundError: see `find_model`.
-        ValueError: a model of another kind, or damaged or unfitting weights.
+        ValueError: the model is of another kind, or its weights are damaged or do not fit.
     """
     path = model_folder(find_model(name_or_folder, revision))
     loaded = configs.load(config, path / CONFIG)
@@ -143,15 +137,15 @@ def save(
     """Write a model folder with a model card.
 
     Args:
-        model: what is saved.
-        folder: where; replaced if it holds nothing but a saved model.
-        made_with: see `folders.Identity`.
+        model: the model.
+        folder: output folder; replaced if it holds only a saved model.
+        made_with: see `model_folder.Identity`.
         precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs.
-        leave_out: how the names begin that are not saved.
-        architecture: of an encoder whose weights are saved with the others.
+        leave_out: prefix of the names that are not saved.
+        architecture: architecture of an encoder whose weights are saved too.
 
     Raises:
-        ValueError: made_with is not known, or the folder holds something else.
+        ValueError: made_with is None, or the folder holds something else.
     """
     name = type(model).__name__
     if made_with is None:
@@ -171,21 +165,20 @@ def save(
 
 
 def stage(folder: Path, out: Path, repo: str, *, licence: str | None = None) -> None:
-    """Copy a saved model or pair as it can be given away: its own files and a model card, nothing else.
+    """Copy the files of a saved model or pair for publication, and write a model card.
 
-    The `encoder_source` of a config is dropped where it is a folder, which only this machine has; it is no
-    part of the fingerprint.
+    An `encoder_source` that is a local folder is dropped from the config; the fingerprint does not cover it.
 
     Args:
         folder: a model or run folder, or a folder with the subfolders tokenizer and generator.
-        out: where; replaced if it holds nothing but such a copy.
-        repo: name of the hub, OWNER/NAME, from which the card says how to load.
-        licence: of the weights, as the hub calls it (apache-2.0, cc-by-sa-4.0, ...).
+        out: output folder; replaced if it holds only such a copy.
+        repo: OWNER/NAME on the hub, for the loading code in the card.
+        licence: licence of the weights in the hub's spelling (apache-2.0, cc-by-sa-4.0, ...).
 
     Raises:
         FileNotFoundError: no saved model in the folder.
-        ValueError: a model that is neither tokenizer nor generator, damaged, or with a file that is a link;
-            no name of the hub; or `out` holds something else.
+        ValueError: the model is damaged, has a link among its files, or is neither tokenizer nor generator;
+            `repo` is no valid name; or `out` holds something else.
     """
     _check_repo(repo)
     pair = all((folder / part).is_dir() for part in PARTS)
@@ -198,13 +191,13 @@ def stage(folder: Path, out: Path, repo: str, *, licence: str | None = None) -> 
 
 
 def push(folder: Path, repo: str, *, licence: str | None = None, private: bool = False) -> str:
-    """Upload a saved model or pair, as `stage` copies it, to the hub.
+    """Upload a copy made by `stage` to the hub.
 
     Args:
-        folder: a model or run folder, or a folder with the subfolders tokenizer and generator.
-        repo: OWNER/NAME; made where it does not exist.
-        licence: of the weights, as the hub calls it (apache-2.0, cc-by-sa-4.0, ...).
-        private: whether only its owner sees it, if it is made now.
+        folder: see `stage`.
+        repo: OWNER/NAME; created if absent.
+        licence: see `stage`.
+        private: create the repository as private.
 
     Returns:
         Address of the repository.
@@ -216,7 +209,7 @@ def push(folder: Path, repo: str, *, licence: str | None = None, private: bool =
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Where no answer comes at all, the HTTP client's own error gets through: a base of the hub's.
+    # Without any answer the HTTP client's own error is raised, a base class of the hub's error.
     refusals = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))
     with tempfile.TemporaryDirectory() as work:
         staged = Path(work) / "model"
@@ -234,7 +227,7 @@ def push(folder: Path, repo: str, *, licence: str | None = None, private: bool =
 
 
 def push_saved(save: Callable[[Path], None], repo: str, *, licence: str | None, private: bool) -> str:
-    """Save a model into a passing folder with `save`, and `push` that."""
+    """`save` a model into a temporary folder and `push` it."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
         save(folder)
@@ -242,14 +235,14 @@ def push_saved(save: Callable[[Path], None], repo: str, *, licence: str | None, 
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy the files of a model folder, or of the newest checkpoint of a run, if its fingerprint holds."""
+    """Copy the files of a model folder, or of a run's newest checkpoint, after a check of the fingerprint."""
     path = model_folder(source)
     read_model(path)
     for name in _FILES:
-        # The record of a run lies beside its checkpoints.
+        # The record of a run is beside its checkpoints.
         for place in (source, path):
             if (place / name).is_file() and (name == RECORD or place == path):
-                if (place / name).is_symlink():  # it may lead to any file of this machine
+                if (place / name).is_symlink():  # it may point to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
                 if name in (ENCODER, RECORD):
                     content = read_json(place / name)
@@ -264,7 +257,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _check_repo(repo: str) -> None:
-    """Refuse what cannot be a name of the hub, before anything is copied or asked."""
+    """Raise ValueError unless `repo` is a valid name on the hub."""
     parts = repo.split("/")
     if (
         not re.fullmatch(_NAME, repo)

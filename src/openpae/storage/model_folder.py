@@ -1,6 +1,6 @@
 """Saved models: a folder of weights (safetensors), config (YAML) and one line on how to load it.
 
-A folder says who it is (a fingerprint of weights and config) and with what it was made.
+A folder states its fingerprint (of weights and config) and that of the model it was made with.
 """
 
 from __future__ import annotations
@@ -18,68 +18,67 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpae import config as configs
-from openpae.storage.files import fingerprint, read_json, whole_folder, write_json
+from openpae.storage.files import atomic_folder, fingerprint, read_json, write_json
 from openpae.storage.weights import some
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 README = "README.md"
 ENCODER = "encoder.json"
-"""Architecture of an encoder whose weights are saved with the tokenizer's."""
+"""Architecture of an encoder whose weights are saved with the tokenizer."""
 CLASSES = "classes.json"
-"""Number, name and training images of each class of a generator."""
+"""Label, name and number of training images of each class of a generator."""
 RUN_CONFIG = "run.yaml"
-"""The config of the run, in each of its checkpoints."""
+"""Config of the run, in each checkpoint."""
 RECORD = "evaluation.json"
-"""What pae evaluate found."""
+"""Record of pae evaluate."""
 PARTS = ("tokenizer", "generator")
 """Subfolders of a folder that holds a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Which weights a folder holds, and which others they belong to. 16 hexadecimal digits each."""
+    """Fingerprints of 16 hexadecimal digits each."""
 
     fingerprint: str
-    """Of these weights and their config."""
+    """Fingerprint of these weights and their config."""
     made_with: str
-    """Of the frozen encoder (for a tokenizer or a refiner), or of the tokenizer whose latents it makes (for a
-    generator)."""
+    """Fingerprint of the frozen encoder (of a tokenizer or refiner) or of the tokenizer (of a generator)."""
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: str, loader: str) -> None:
-    """Write a model's files into an existing folder; `storage.whole_folder` makes it whole or nothing.
+    """Write a model's files into an existing folder, such as that of `atomic_folder`.
 
     Args:
-        folder: where.
-        state: its state dict.
-        config: a config of `openpae.config`.
-        made_with: fingerprint of what it belongs to; see `Identity`.
+        folder: output folder.
+        state: state dict of the model.
+        config: config of the model.
+        made_with: see `Identity`.
         loader: name of the function that loads the folder, for its README.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    identity = {"fingerprint": _print_of(weights, configs.to_dict(config), made_with), "made_with": made_with}
-    save_file(weights, folder / WEIGHTS, metadata=identity)
+    own = _fingerprint_of(weights, configs.to_dict(config), made_with)
+    save_file(weights, folder / WEIGHTS, metadata={"fingerprint": own, "made_with": made_with})
     _sort_metadata(folder / WEIGHTS)
     configs.save(config, folder / CONFIG)
     (folder / README).write_text(f"`{loader}(FOLDER)` of the package openpae loads this folder.\n")
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
-    """The weights of a model folder, and who they are.
+    """Weights and identity of a model folder.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: damaged or edited: weights and config do not give the fingerprint.
+        ValueError: the folder is damaged or edited: weights and config do not give the fingerprint.
     """
-    # The config as it stands in the file: a field that a later version adds must not change old fingerprints.
+    # The raw config of the file: a field added by a later version must not change old fingerprints.
     config = configs.read_yaml(path / CONFIG)
     identity = identity_of(path)
     try:
         state = dict(load_file(path / WEIGHTS))
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from None
-    if _print_of(state, config, identity.made_with) != identity.fingerprint:
+    if _fingerprint_of(state, config, identity.made_with) != identity.fingerprint:
         raise ValueError(
             f"{path} is damaged or was edited: weights and config do not give its fingerprint "
             f"{identity.fingerprint}; bring them back as they were, or take another checkpoint"
@@ -88,7 +87,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
 
 
 def identity_of(folder: str | Path) -> Identity:
-    """Who a saved model is, without loading it.
+    """Identity of a saved model, without loading its weights.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -106,7 +105,7 @@ def identity_of(folder: str | Path) -> Identity:
 
 
 def write_classes(folder: Path, names: Sequence[str], counts: Sequence[int]) -> None:
-    """Write beside a generator which label is which class, and how many training images each had."""
+    """Write name and number of training images of each class of a generator."""
     rows = [
         {"label": label, "name": name, "images": count}
         for label, (name, count) in enumerate(zip(names, counts, strict=True))
@@ -115,7 +114,7 @@ def write_classes(folder: Path, names: Sequence[str], counts: Sequence[int]) -> 
 
 
 def read_classes(folder: str | Path) -> tuple[list[str], list[int]] | None:
-    """Names of a generator's classes and how many training images each had; None where nobody wrote them.
+    """Name and number of training images of each class of a generator; None without the file.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -135,7 +134,7 @@ def read_classes(folder: str | Path) -> tuple[list[str], list[int]] | None:
 
 
 def trained_classes(folder: str | Path, num_classes: int) -> list[int]:
-    """The labels of a generator that saw a training image: all of them where nobody wrote which.
+    """Labels of a generator with a training image, or all labels if the folder does not list them.
 
     Raises:
         FileNotFoundError, ValueError: see `read_classes`.
@@ -147,11 +146,7 @@ def trained_classes(folder: str | Path, num_classes: int) -> list[int]:
 
 
 def seen_classes(folder: str | Path, num_classes: int, wanted: Sequence[int] | None) -> list[int]:
-    """`trained_classes`, once it is sure that none of the `wanted` ones is missing.
-
-    Raises:
-        ValueError: a wanted class had no training image.
-    """
+    """`trained_classes`. Raises ValueError if one of the `wanted` classes had no training image."""
     trained = trained_classes(folder, num_classes)
     if unseen := sorted(label for label in {*(wanted or ())} - {*trained} if 0 <= label < num_classes):
         names, _ = read_classes(folder) or ([], [])
@@ -164,10 +159,10 @@ def seen_classes(folder: str | Path, num_classes: int, wanted: Sequence[int] | N
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder that holds weights: the given one, or the newest checkpoint of a run folder.
+    """The folder of the weights: the given one, or the newest checkpoint of a run folder.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: neither holds weights.
     """
     path = Path(folder)
     if (path / WEIGHTS).is_file():
@@ -182,7 +177,7 @@ def model_folder(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_model_folder(path: Path) -> Iterator[Path]:
-    """`storage.whole_folder` for a saved model or pair; it replaces nothing but such.
+    """`atomic_folder` for a saved model or pair; it replaces nothing else.
 
     Raises:
         ValueError: the folder holds something else.
@@ -194,7 +189,7 @@ def new_model_folder(path: Path) -> Iterator[Path]:
         if not (file.is_file() and file.name in known) and str(file.relative_to(path)) not in PARTS
     ]
     models = {file.parent for file in path.rglob(WEIGHTS)}
-    for folder in models:  # weights of another program may lie under the same name
+    for folder in models:  # raises for weights of another program
         identity_of(folder)
     if not models:
         strange += [file.name for file in path.glob("*")]
@@ -203,35 +198,34 @@ def new_model_folder(path: Path) -> Iterator[Path]:
             f"{path} holds something else than a saved model ({some(strange) or 'a file'}), so it is not "
             "replaced; name a new folder"
         )
-    with whole_folder(path) as partial:
+    with atomic_folder(path) as partial:
         yield partial
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where a run keeps its checkpoint of a step."""
+    """Folder of a run's checkpoint at a step."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps of the complete checkpoints of a run, in order: by number, never by size or date."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    """Sorted steps of the complete checkpoints of a run."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
+    return sorted(int(match[1]) for match in names if match)
 
 
 def _sort_metadata(file: Path) -> None:
-    """Equal models give equal files: safetensors writes the metadata in an order that changes from run to
-    run."""
+    """Sort the metadata, whose order changes from run to run, so that equal models give equal files."""
     with file.open("r+b") as content:
         size = int.from_bytes(content.read(8), "little")
         header = json.loads(content.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:  # as long as before: what follows stays in place
+        if len(text) == size:  # same length: the tensors stay in place
             content.seek(8)
             content.write(text)
 
 
-def _print_of(state: Mapping[str, Tensor], config: Mapping[str, Any], made_with: str) -> str:
-    # Where the encoder's weights come from is no part of what the model is.
+def _fingerprint_of(state: Mapping[str, Tensor], config: Mapping[str, Any], made_with: str) -> str:
+    # The source of the encoder's weights does not change the model.
     facts = {key: value for key, value in config.items() if key not in ("kind", "encoder_source")}
     return fingerprint(state, repr(sorted(facts.items())), made_with)

@@ -1,8 +1,8 @@
-"""Where commands may write: never into an input, never over what the program did not make, and alone."""
+"""Checks before a command writes: inputs and files of others stay, and one process writes a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,32 @@ from openpae.runtime import processes
 from openpae.storage.files import read_json, resolved, write_json
 
 INDEX = ".openpae.json"
-"""Lists what a command has written into a folder, where no record of its own says so."""
+"""Index of the files that commands have written into a folder, for commands without a record of their own."""
 LOCK = ".lock"
-"""Held by the process that writes into a folder."""
+"""Lock file of the process that writes into a folder."""
 
 
-def spare(
+def check_outputs(
     *targets: Path,
     into: Path | None = None,
     inputs: Sequence[Path | None] = (),
-    ours: Collection[Path] = (),
+    own: Collection[Path] = (),
     overwrite: bool | None = None,
 ) -> None:
-    """Refuse to write where something of the user would be lost.
+    """Refuse to write if a file of the user would be lost.
 
     Args:
-        targets: files and folders that will be made or replaced. Links are resolved first.
-        into: folder that gets them; it may hold other files.
-        inputs: what the command reads; paths that do not exist count for nothing.
-        ours: those of the targets that this program made.
-        overwrite: whether the user wants them replaced, whoever made them; None where the command has no such
-            option. Inputs are spared all the same.
+        targets: files and folders to be made or replaced. Links are resolved first.
+        into: folder for the targets; it may hold other files.
+        inputs: paths that the command reads; absent ones are ignored.
+        own: targets that this program made; they may be replaced.
+        overwrite: replace targets of any origin, but no inputs; None if the command has no such option.
 
     Raises:
-        ValueError: a target exists and is not ours, or it is an input, lies in one or holds one.
+        ValueError: a target exists and is not in `own`, or is an input, lies in one or holds one.
         NotADirectoryError: a target lies below a file.
     """
-    made = {resolved(path) for path in ours}
+    made = {resolved(path) for path in own}
     for target in (*targets, *([] if into is None else [into])):
         place = resolved(target)
         for given in (path for path in inputs if path is not None and path.exists()):
@@ -49,21 +48,19 @@ def spare(
                 raise ValueError(
                     f"{target} {relation} {given}, which is read; name another place to write to"
                 )
-        for parent in place.parents:
-            if parent.exists() and not parent.is_dir():
-                raise NotADirectoryError(f"{target} cannot be written: {parent.name} is a file, not a folder")
+        _check_folders(target, place.parents)
         if place.exists() and place not in made and target is not into and not overwrite:
             replace = "" if overwrite is None else ", or add --overwrite"
             raise ValueError(
                 f"{target} exists and was not made by this command; move it away or name another folder"
                 f"{replace}"
             )
-    if into is not None and into.exists() and not into.is_dir():
-        raise NotADirectoryError(f"{into} is a file, but a folder is needed; name another")
+    if into is not None:
+        _check_folders(into, [resolved(into)])
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What a JSON file of ours holds; nothing where it is none, or not there."""
+    """Content of a JSON record; empty if the file is absent or no record."""
     try:
         return read_json(file)
     except (OSError, ValueError):
@@ -71,62 +68,66 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def made_by(file: Path, **facts: Any) -> bool:
-    """Whether a JSON file is a record of ours: it holds these values."""
-    found = read_record(file)
-    return all(found.get(name) == value for name, value in facts.items())
+    """Whether a JSON record holds these values, which identify the command that wrote it."""
+    record = read_record(file)
+    return all(record.get(name) == value for name, value in facts.items())
 
 
 def check_claim(
     out: Path, names: Sequence[str], *, inputs: Sequence[Path | None], overwrite: bool = False
 ) -> list[str]:
-    """`spare` the names in a folder but for those that its index lists.
+    """`check_outputs` for names in a folder; those in its index may be replaced.
 
     Args:
         out: the folder.
-        names: files and folders that will be written, relative to it.
-        inputs: see `spare`.
-        overwrite: see `spare`.
+        names: files and folders to be written, relative to it.
+        inputs, overwrite: see `check_outputs`.
 
     Returns:
-        All names that the index must list before these are written.
+        All names for the index, to be written before the files.
 
     Raises:
-        ValueError, NotADirectoryError: see `spare`.
+        ValueError, NotADirectoryError: see `check_outputs`.
     """
     files = read_record(out / INDEX).get("files")
     listed = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-    ours = [out / name for name in {*listed} & {*names}]
-    spare(*(out / name for name in names), into=out, inputs=inputs, ours=ours, overwrite=overwrite)
+    own = [out / name for name in {*listed} & {*names}]
+    check_outputs(*(out / name for name in names), into=out, inputs=inputs, own=own, overwrite=overwrite)
     return sorted({*listed, *names})
 
 
 def claim(out: Path, names: Sequence[str], *, inputs: Sequence[Path | None], overwrite: bool = False) -> None:
-    """`check_claim`, and list the names in the folder's index: they are ours from now on."""
+    """`check_claim`, then add the names to the folder's index."""
     listed = check_claim(out, names, inputs=inputs, overwrite=overwrite)
     make_folder(out)
     write_json(out / INDEX, {"files": listed})
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder with its parents; one that exists is kept.
+    """Make a folder and its parents if they are absent.
 
     Raises:
         NotADirectoryError: a file has its name, or that of a parent.
     """
     place = resolved(folder)
-    for path in (place, *place.parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{folder} cannot be a folder: {path.name} is a file; name another")
+    _check_folders(folder, (place, *place.parents))
     place.mkdir(parents=True, exist_ok=True)
+
+
+def _check_folders(path: Path, folders: Iterable[Path]) -> None:
+    """Raise NotADirectoryError, which names `path`, if one of these folders is a file."""
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{path} cannot be written: {folder.name} is a file, not a folder")
 
 
 @contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """Hold a folder: two processes that write there would mix their files. A kill lets it go.
+    """Hold a lock on a folder, so that no second process writes there. It ends with the process.
 
     Args:
         folder: made if absent.
-        doing: what the process does, for the message to another: "training".
+        doing: the work of this process, for the error in another one: "training".
 
     Raises:
         ValueError: another process holds it.
@@ -149,8 +150,8 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
-    """`locked` for all processes of torchrun: the first holds the folder. Each must come here."""
+def run_lock(folder: Path, doing: str) -> Iterator[None]:
+    """`locked` for a run: rank 0 holds the folder. Every rank must enter."""
     with ExitStack() as stack:
         processes.on_rank0(lambda: stack.enter_context(locked(folder, doing)))
         yield

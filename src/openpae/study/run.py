@@ -20,7 +20,7 @@ from openpae.runtime import processes
 from openpae.runtime.children import Children
 from openpae.runtime.provenance import version
 from openpae.runtime.signals import Stopped
-from openpae.storage.files import whole_file
+from openpae.storage.files import atomic_file
 from openpae.study.once import run_stage
 from openpae.study.page import study_page, study_text
 from openpae.study.plan import Plan
@@ -80,7 +80,7 @@ def write_results(plan: Plan, command: str) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         results = collect(plan, [study.name for study in studies])
         write_table(results, folder / "results.csv")
-        with whole_file(folder / "results.md") as partial:
+        with atomic_file(folder / "results.md") as partial:
             partial.write_text(
                 study_text(plan, studies, results, command), encoding="utf-8", errors="backslashreplace"
             )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from openpae.runtime.escape import spreadsheet
-from openpae.storage.files import whole_file
+from openpae.storage.files import atomic_file
 from openpae.study.plan import Plan
 
 
@@ -55,7 +55,7 @@ def collect(plan: Plan, names: Sequence[str]) -> list[Result]:
 def write_table(results: Sequence[Result], path: Path) -> None:
     """Write results as CSV, whole or not at all; a standard error or step that is not there is empty."""
     with (
-        whole_file(path) as partial,
+        atomic_file(path) as partial,
         partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.DictWriter(file, [part.name for part in fields(Result)], lineterminator="\n")

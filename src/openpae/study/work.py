@@ -13,13 +13,14 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.data.caches import cache_features, cache_latents, cache_latents_of_features, cache_targets
-from openpae.data.images import ImageSource, PackedImages, Subset, open_images, pack_images, spread
+from openpae.data.images import ImageSource, PackedImages, Subset, open_images, spread
+from openpae.data.packing import pack_images
 from openpae.data.pixels import image_grid
 from openpae.data.shards import Shards
 from openpae.eval.evaluate import evaluate_samples
 from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import features_of
-from openpae.eval.image_stream import Batch, ImageStream, drawn_images, real_images
+from openpae.eval.image_stream import Batch, ImageStream, real_images, sampled_images
 from openpae.eval.reference import reference_of, save_reference
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.spaces import LatentSpace, open_tokenizer
@@ -292,7 +293,7 @@ def _judge(stage: Stage, places: StageLayout, quiet: bool) -> Metrics:
     settings, device = part.settings, pick_device("auto")
     folder = checkpoint_path(at.inputs["generator"], part.step)
     generator = load_generator(folder).to(device)
-    stream = drawn_images(
+    stream = sampled_images(
         _decoder(at, device),
         generator,
         balanced_labels(settings.samples, trained_classes(folder, generator.config.num_classes)),

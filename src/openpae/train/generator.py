@@ -24,7 +24,7 @@ from openpae.engine.run_folder import check_run, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
-from openpae.eval.image_stream import drawn_images
+from openpae.eval.image_stream import sampled_images
 from openpae.eval.reference import open_reference
 from openpae.models.configs import GeneratorConfig
 from openpae.models.ditdh import build_generator
@@ -67,8 +67,10 @@ class GeneratorTask:
                 warnings.warn(
                     f"{run.latents} has no image of class {', '.join(empty)}; it is not sampled", stacklevel=2
                 )
-        self.judge = (
-            None if run.tokenizer is None else _SampleEvaluator(run, self.device, self._tokenizer_print())
+        self.evaluator = (
+            None
+            if run.tokenizer is None
+            else _SampleEvaluator(run, self.device, self._tokenizer_fingerprint())
         )
         torch.manual_seed(run.loop.seed)
         self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
@@ -89,7 +91,7 @@ class GeneratorTask:
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
         latents = TrainingLatents(self.latents, seed=loop.seed)
         pin = self.device.type == "cuda"
-        return read_batches(latents, sampler, loop.num_workers, pin=pin, what="latents")
+        return read_batches(latents, sampler, loop.num_workers, pin=pin, label="latents")
 
     def updates(self, batch: LatentBatch, draws: Draws, step: int) -> Iterator[Update]:
         """L = MSE(v, x_1 - x_0) + w (1 - cos(v, x_1 - x_0))."""
@@ -112,20 +114,20 @@ class GeneratorTask:
 
     def _sample_metrics(self, step: int) -> dict[str, float]:
         run = self.run
-        if self.judge is None:
+        if (evaluator := self.evaluator) is None:
             return {}
-        samples = drawn_images(
-            self.judge.tokenizer,
+        samples = sampled_images(
+            evaluator.tokenizer,
             self.model,
             balanced_labels(run.evaluation_samples, self._trained_classes()),
             run.sampler,
-            size=self.judge.tokenizer.config.image_shape,
-            facts={"labels": "class-balanced", "tokenizer": self._tokenizer_print()},
+            size=evaluator.tokenizer.config.image_shape,
+            facts={"labels": "class-balanced", "tokenizer": self._tokenizer_fingerprint()},
         )
         record = evaluate_samples(
             samples,
-            self.judge.reference,
-            extractor=self.judge.extractor,
+            evaluator.reference,
+            extractor=evaluator.extractor,
             batch_size=len(device_batches(run.loop)[0]),
             min_samples=2,  # a curve over steps: what counts is that every point has the same count
         )
@@ -150,14 +152,14 @@ class GeneratorTask:
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a generator folder."""
-        write_generator(folder, weights, self.run.model, self._tokenizer_print(), self.classes)
+        write_generator(folder, weights, self.run.model, self._tokenizer_fingerprint(), self.classes)
 
     def _trained_classes(self) -> int | list[int]:
         if self.classes is None:
             return self.run.model.num_classes
         return [label for label, count in enumerate(self.classes[1]) if count]
 
-    def _tokenizer_print(self) -> str:
+    def _tokenizer_fingerprint(self) -> str:
         return str(self.latents.attributes["tokenizer"])
 
     def _losses(self, generator: nn.Module, z: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ class TokenizerRun:
     """Initial weights. vit: those of ViT-MAE. local: both projectors start with each token attending to
     itself, and images with the spectrum of photographs. In a run of minutes it is a decibel ahead
     (docs/results.md). Its effect on a long run is not known.
-    patches: the principal components of patches pass from the first step (`models.patch_start`). Before it,
+    patches: the principal components of patches pass from the first step (`models.starts`). Before it,
     held-out emoji have 17 decibels at width 96 and 22 at width 256 (docs/log.md)."""
     checkpoint_blocks: int = added(0)
     """Blocks of the decoder, from the first on, whose activations are computed again in the backward pass

@@ -15,7 +15,7 @@ from openpae.eval.image_stream import source_batches
 from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint
 from openpae.models.priors import LinearTargets, fit_pca, random_targets
 from openpae.models.saved import write_prior
-from openpae.storage.files import whole_folder
+from openpae.storage.files import atomic_folder
 
 
 @torch.no_grad()
@@ -79,6 +79,6 @@ def fit_targets(
                     progress(done, len(rows))
 
         targets = fit_pca(features(), latent_dim)
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         write_prior(partial, targets.state_dict(), targets.config, encoder_fingerprint(encoder))
     return targets

@@ -46,8 +46,8 @@ from openpae.models.discriminator import (
 from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
-from openpae.models.patch_start import start_from_patches
 from openpae.models.saved import load_prior, write_tokenizer
+from openpae.models.starts import start_from_patches, start_local
 from openpae.models.tokenizer import tokenizer_class
 from openpae.objective.losses import (
     compared_pairs,
@@ -99,7 +99,7 @@ class TokenizerTask:
         self.model = tokenizer_class(run.model)(run.model, encoder)
         self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
-            self.model.start_local()
+            start_local(self.model)
         self.model.to(self.device)
         # Before training: a finetuned encoder is told by what it started from.
         self.encoder_fingerprint = encoder_fingerprint(encoder)

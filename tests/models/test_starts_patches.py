@@ -1,4 +1,4 @@
-"""The linear start: the first decodes already show the images."""
+"""The start `patches`: the first decodes already show the images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from openpae import config as configs
 from openpae.data.images import PackedImages
 from openpae.models.configs import PAEConfig
-from openpae.models.patch_start import start_from_patches
+from openpae.models.starts import start_from_patches
 from openpae.models.tokenizer import build_tokenizer
 from openpae.train.settings import TokenizerRun
 from openpae.train.tokenizer import TokenizerTask
@@ -27,7 +27,7 @@ def smooth_images(count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def test_new_images_pass_a_started_tokenizer(tiny_config: PAEConfig) -> None:
-    """Images that it has not seen lose less than half of their variance; with random weights, all of it."""
+    """Unseen images lose less than half of their variance; with random weights, all of it."""
     model = build_tokenizer(tiny_config)
     x = smooth_images(64, seed=1)
     before = F.mse_loss(model.decode(model.encode(x)), x)
@@ -38,7 +38,7 @@ def test_new_images_pass_a_started_tokenizer(tiny_config: PAEConfig) -> None:
 
 @torch.no_grad()
 def test_the_readout_is_the_best_linear_one(tiny_config: PAEConfig) -> None:
-    """Least squares: whatever is added to the last layer, the images that it was fitted to get worse."""
+    """Least squares: any change of the last layer increases the error on the images of the fit."""
     model, x = build_tokenizer(tiny_config), smooth_images(64, seed=0)
     start_from_patches(model, x)
     z = model.encode(x)
@@ -51,7 +51,7 @@ def test_the_readout_is_the_best_linear_one(tiny_config: PAEConfig) -> None:
 
 
 def test_latents_stay_on_the_sphere_and_gradients_reach_every_weight(tiny_config: PAEConfig) -> None:
-    """Two steps: the first one wakes the branches that start at 0, then all weights learn."""
+    """Two steps: the first moves the branches off 0; after it all weights get a gradient."""
     model, x = build_tokenizer(tiny_config), smooth_images(8, seed=0)
     start_from_patches(model, x)
     optimizer = torch.optim.SGD(model.trained_parameters(), lr=0.1)
@@ -90,7 +90,7 @@ def test_a_width_below_the_latents_is_refused(tiny_config: PAEConfig) -> None:
 
 
 def test_a_run_starts_from_its_own_first_images(packed: PackedImages) -> None:
-    """Twice the same config: the same start; a start by name differs from the others."""
+    """The same config gives the same start; `patches` and `local` differ."""
     run = configs.load(TokenizerRun, "tokenizer/tiny")
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, images=packed.shards.folder))
     first, again, local = (
