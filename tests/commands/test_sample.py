@@ -276,7 +276,7 @@ def test_half_a_walk_is_refused(
 
 
 def searched(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[object, str]:
-    """Exit code and output; the code is 3 where guidance is of no use, as chance has it for random weights."""
+    """Exit code and output; the code is 3 where guidance is of no use, by chance with random weights."""
     code: object = 0
     try:
         run(*arguments)
