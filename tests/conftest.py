@@ -34,8 +34,10 @@ from tests.engine.runs import L1_ONLY, LOOP, OPTIM
 
 M = TypeVar("M", bound=torch.nn.Module)
 
-# One thread: tiny tensors gain nothing from more, and a forked child must not wait for its parent's pool.
+# One thread, as tiny tensors gain nothing from more.
 torch.set_num_threads(int(os.environ.get("OPENPAE_TEST_THREADS", "1")))
+# A forked child has none of its parent's threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 settings.register_profile("openpae", derandomize=True, database=None, deadline=None, max_examples=50)
 settings.load_profile("openpae")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from openpae import cli
-from openpae.quickstart import run
+from openpae.quickstart import plans, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,16 +20,21 @@ BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join(PAGES), re.S)).rep
 COMMANDS = re.findall(r"^pae (.*)$", BLOCKS, re.M)
 
 
-# Thirty emoji are all of one class.
+# A dozen emoji are all of one class.
 @pytest.mark.filterwarnings("ignore:.* has no image of class")
 @pytest.mark.assets
 def test_the_python_runs_on_what_the_quickstart_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole quickstart on a few emoji, then the README's ten lines on its result."""
+    """The whole quickstart on a few emoji, two seconds a stage, then the README's ten lines on its result."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "SAMPLER", replace(run.SAMPLER, steps=3))
+    timed = plans.timed
+    monkeypatch.setattr(
+        plans, "timed", lambda stage, name, left, **options: timed(stage, name, left / 5, **options)
+    )
     out = Path("runs/quickstart")
-    page = run.run_quickstart(out, 1.0, limit=30).report.read_text(encoding="utf-8")
+    page = run.run_quickstart(out, 1.0, limit=12).report.read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 2
     assert page.count("<svg") >= 4
     assert not re.findall(r'(?:src|href)="http', page)  # nothing is fetched from elsewhere
@@ -48,9 +54,9 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     assert tuple(names["again"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
     assert tuple(names["pictures"].shape) == (4, 3, 64, 64)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"holds a quickstart with budget 1\.0"):
-        run.run_quickstart(out, 2.0, limit=30)
+        run.run_quickstart(out, 2.0, limit=12)
     before = (out / "tokenizer" / "config.yaml").read_bytes()
-    run.run_quickstart(out, 1.0, limit=30)  # again: nothing is trained anew
+    run.run_quickstart(out, 1.0, limit=12)  # again: nothing is trained anew
     assert (out / "tokenizer" / "config.yaml").read_bytes() == before
 
 

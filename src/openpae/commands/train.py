@@ -166,10 +166,11 @@ def fit_targets(
     from openpae.train import targets
 
     check_outputs(out, inputs=[images])
+    source = open_images(images)  # a wrong path is an error before the encoder is loaded
     with Progress("VFM features", "img") as progress:
         targets.fit_targets(
             load_encoder(encoder, encoder_source),
-            open_images(images),
+            source,
             out,
             kind=kind,
             latent_dim=latent_dim,
