@@ -113,7 +113,7 @@ class LatentGenerator(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder or name, or the hub cannot be reached.
-            ValueError: another kind of model, or damaged or unfitting weights.
+            ValueError: another kind of model, or damaged or incompatible weights.
         """
         model, made_with = hub.load_saved(cls, cls.config_class, name_or_folder, revision)
         model.made_with = made_with

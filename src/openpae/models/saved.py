@@ -87,7 +87,7 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: no such folder, or the encoder's weights cannot be loaded.
-        ValueError: another kind of folder, damaged or unfitting weights, or another encoder than in training.
+        ValueError: another kind of folder, damaged or incompatible weights, or another encoder than in training.
     """
     return Autoencoder.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
 
@@ -100,7 +100,7 @@ def load_generator(folder: str | Path) -> LatentGenerator:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: another kind of folder, damaged or unfitting weights.
+        ValueError: another kind of folder, damaged or incompatible weights.
     """
     path = model_folder(folder)
     config = configs.load_one_of(GENERATORS, path / CONFIG)
@@ -126,7 +126,7 @@ def load_prior(folder: str | Path) -> FrozenPrior:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: another kind of folder, damaged or unfitting weights.
+        ValueError: another kind of folder, damaged or incompatible weights.
     """
     path = model_folder(folder)
     kind = configs.read_yaml(path / CONFIG).get("kind")

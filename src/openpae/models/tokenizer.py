@@ -151,7 +151,7 @@ class Autoencoder(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder or name, or weights that cannot be loaded.
-            ValueError: another kind of model, damaged or unfitting weights, or another encoder than in
+            ValueError: another kind of model, damaged or incompatible weights, or another encoder than in
                 training.
         """
         path = model_folder(hub.find_model(name_or_folder, revision))
