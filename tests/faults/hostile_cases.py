@@ -70,9 +70,9 @@ HOSTILE = rows(
         "an optimizer state of another type",
         moments(exp_avg=torch.zeros(3, dtype=torch.int8)),
         RESUME,
-        ": exp_avg; it is",
+        ": exp_avg; the checkpoint is damaged",
     ),
-    ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; it is damaged"),
+    ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; the checkpoint is damaged"),
     (
         "a strided tensor of 10^12 numbers",
         moments(exp_avg=torch.zeros(1).expand(10**12)),
@@ -101,7 +101,7 @@ HOSTILE = rows(
         "norms that are none",
         state_with(lambda s: s.update(health={"generator": torch.zeros(9)})),
         RESUME,
-        "health does not hold",
+        "health does not match the config: its norms",
     ),
     (
         "a list of files that names a device",

@@ -349,7 +349,7 @@ def test_label_maps_that_cannot_be_meant_are_named(tmp_path: Path) -> None:
             read_segmented(images, maps, size=8)
     Image.new("L", (8, 8), 3).save(maps / "1.png")
     Image.new("RGB", (8, 8)).save(images / "1.png")
-    with pytest.raises(ValueError, match=r"1.jpg and 1.png would share one label map"):
+    with pytest.raises(ValueError, match=r"1.jpg and 1.png would share a label map"):
         read_segmented(images, maps, size=8)
 
 

@@ -212,7 +212,7 @@ def test_the_prior_must_fit(packed: PackedImages, refiner: Path) -> None:
     run = a_run(packed, refiner)
     with pytest.raises(ValueError, match=r"8 channels, model\.latent_dim is 4"):
         TokenizerTask(dataclasses.replace(run, model=dataclasses.replace(run.model, latent_dim=4)))
-    with pytest.raises(ValueError, match="need prior, the folder of a refiner"):
+    with pytest.raises(ValueError, match="need prior, a refiner's folder"):
         dataclasses.replace(run, prior=None)
 
 

@@ -42,15 +42,18 @@ def test_a_change_reaches_a_deeply_nested_field() -> None:
     setup = configs.load(StudySetup, "study/setup/tiny")
     before, after = (
         resolve(setup, changes)
-        for changes in ([], ["tokenizer.model.decoder.mlp_dim=48", "judge.sampler.guidance_start=0.25"])
+        for changes in ([], ["tokenizer.model.decoder.mlp_dim=48", "judge.sampler.guidance_start=0.5"])
     )
     assert after.tokenizer.model.decoder.mlp_dim == 48
-    assert after.judge.sampler.guidance_start == 0.25
+    assert after.judge.sampler.guidance_start == 0.5
     decoder = dataclasses.replace(
         after.tokenizer.model.decoder, mlp_dim=before.tokenizer.model.decoder.mlp_dim
     )
     assert decoder == before.tokenizer.model.decoder
-    assert dataclasses.replace(after.judge.sampler, guidance_start=0.0) == before.judge.sampler
+    assert (
+        dataclasses.replace(after.judge.sampler, guidance_start=before.judge.sampler.guidance_start)
+        == before.judge.sampler
+    )
     assert after.generator == before.generator
 
 

@@ -34,5 +34,5 @@ def test_results_are_read_by_their_last_step(done: Plan) -> None:
         -finals(results, "tiny", row, "gfid")[0] for row in ("none", "full")
     ]
     none, full = done.runs
-    again = dataclasses.replace(full, row="another generator", judges=none.evaluations)
+    again = dataclasses.replace(full, row="another generator", evaluations=none.evaluations)
     assert len(points(dataclasses.replace(done, runs=(none, full, again)), ["tiny"])) == 2  # tokenizers

@@ -244,6 +244,8 @@ def check_features(features: Shards, source: ImageSource, augment: str) -> None:
     if augment == "crop":
         raise ValueError("cached features do not fit random crops; use augment 'none' or 'flip'")
     if features.attributes["images"] != source.fingerprint() or len(features) != len(source):
-        raise ValueError(f"the features in {features.folder} are not of the images in {source.shards.folder}")
+        raise ValueError(
+            f"the features in {features.folder} are not those of the images in {source.shards.folder}"
+        )
     if augment == "flip" and features.shape[0] < 2:
         raise ValueError(f"the features in {features.folder} lack the mirrored images; cache them with flips")
