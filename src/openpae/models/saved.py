@@ -87,7 +87,7 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: no such folder, or the encoder's weights cannot be loaded.
-        ValueError: another kind of folder, damaged or incompatible weights, or another encoder than in training.
+        ValueError: another kind of folder, damaged or incompatible weights, or not the encoder of training.
     """
     return Autoencoder.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
 
