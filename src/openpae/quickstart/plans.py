@@ -17,7 +17,8 @@ Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
 LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 300}
 """Fewest steps for a usable result. The tokenizer's value is measured (docs/results.md, "Beginning from
-patches"). For the generator, 140 steps gave noise and 1,060 outlines."""
+patches"). The generator's value is too low: 302 steps gave samples worse than the repeated mean picture
+(docs/results.md, "Quickstart"), and 1,060 gave outlines of the latents before."""
 
 _AROUND = 650
 """Time of features, latents, samples and metrics, in steps of the tokenizer. An undisturbed run of 12 minutes
