@@ -20,7 +20,8 @@ class SamplerChoice:
 
     preset: str = "official-250"
     """official-250 (the paper's guided samples), official-sde (its unguided samples), fast-28, fast-45,
-    few-15, or a file of kind SamplerConfig, such as best.yaml of pae search-guidance. The flags below change it."""
+    few-15, or a file of kind SamplerConfig, such as best.yaml of pae search-guidance. The flags below change
+    it."""
     solver: Solver | None = None
     """euler, heun, multistep (second order) and adams (third) solve the ODE, sde the SDE; rk45 is adaptive
     and slow."""
