@@ -42,7 +42,7 @@ FILES_OF = {
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
     "eval": "settings npz image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
-    "geometry": "settings clusters metrics interpolation spaces measure profile_page profile",
+    "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
     "bench": "record noise generator tokenizer",
