@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,7 +89,7 @@ def step_seconds(changes: dict[str, Any], steps: int) -> float:
     task, times = TokenizerTask(run), [time.process_time()]
     for _ in trial_steps(task, run.optim, run.loop, range(1, steps + 3)):
         times.append(time.process_time())
-    return median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+    return median(after - before for before, after in pairwise(times[2:]))
 
 
 if __name__ == "__main__":
