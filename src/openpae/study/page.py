@@ -75,7 +75,8 @@ def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Compar
     for claim in study.claims:
         names = claim.better, claim.worse
         better, worse = (finals(results, study.name, name, claim.metric) for name in names)
-        paired = all(item.startswith("judge.") for name in names for item in changes[name])
+        same = all(item.startswith("judge.") for name in names for item in changes[name])
+        paired = study.paired or same
         pairs.append((claim, compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER, paired=paired)))
     return pairs
 
@@ -313,7 +314,8 @@ def _show_method(page: Page, plan: Plan, studies: Sequence[Study], command: str)
         "A gain is the difference of the means over seeds. It is positive if it has the sign that the paper "
         "claims. Its 95 % interval is Welch's t interval. A claim is shown if the interval lies above 0, "
         "contradicted if it lies below 0, and not shown otherwise. With one seed the result only agrees or "
-        "disagrees. Rows that share tokenizer and generator are compared per seed (paired t interval). The "
+        "disagrees. Rows that share tokenizer and generator are compared per seed (paired t interval), as "
+        "are all rows of a study with paired: true. The "
         "claims are tested separately: of claims without any effect, one in forty is shown and one in forty "
         "contradicted. With two or three seeds many true claims are not shown. The intervals cover the "
         "seeds only: all runs use the same images, and refiner and raw targets are made once."
@@ -352,14 +354,14 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     for study in studies:
         header, rows = numbers(study, results)
         parts += [f"## {markdown(study.title)}", _filled(without_html(study.text))]
-        parts.append(_table(header, rows) if rows else "No run is done yet.")
+        parts.append(markdown_table(header, rows) if rows else "No run is done yet.")
         for header, rows in (verdicts(study, results), speed(study, results)):
-            parts.append(_table(header, rows) if rows else "")
+            parts.append(markdown_table(header, rows) if rows else "")
     names = [study.name for study in studies]
     tables = [ranks(points(plan, names, quality), quality) for quality in ("gfid", "gfid_own")]
     if any(rows for _, rows in tables):
         parts.append("## Rank correlations with sample quality")
-        parts += [_table(header, rows) for header, rows in tables if rows]
+        parts += [markdown_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
     how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
     parts += ["## How", _filled(how)]
@@ -370,6 +372,7 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
