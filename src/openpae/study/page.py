@@ -23,13 +23,14 @@ from openpae.study.verdicts import Comparison, Verdict, compare, mean_error, spe
 TITLES = {
     "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "viv": "VIV", "sec": "SEC", "lnc": "LNC",
     "srss": "SRSS", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD",
-    "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID", "precision": "precision", "recall": "recall",
+    "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID", "mind": "MIND", "precision": "precision",
+    "recall": "recall",
 }  # fmt: skip
 """Titles of the metrics. FD is an FID only in Inception features."""
 
 _TABLE = (
     "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "rfid", "ifid", "gfid", "gfid_own",
-    "kid",
+    "kid", "mind",
 )  # fmt: skip
 _QUALITIES = ("gfid", "gfid_own")
 """The paper makes claims about gfid only: gfid_own has no verdicts."""
@@ -284,7 +285,7 @@ def ranks(tokenizers: Sequence[Point], quality: str) -> tuple[list[str], list[li
     settings = len({point.group for point in tokenizers})
     title = f"with {TITLES[quality]}: {len(tokenizers)} tokenizers, {settings} settings"
     header = [title, "rank correlation", "95 % interval", "minus PSNR's", "minus rFD's", "verdict"]
-    of_samples = ("gfid", "gfid_own", "kid", "precision", "recall")
+    of_samples = ("gfid", "gfid_own", "kid", "mind", "precision", "recall")
     metrics = [name for name in get_args(MetricName) if name not in of_samples]
     rows = []
     for one in correlations(tokenizers, metrics, against=("psnr", "rfid")):

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 MetricName = Literal[
     "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "ssim", "lpips", "rfid", "ifid",
-    "gfid", "gfid_own", "kid", "precision", "recall",
+    "gfid", "gfid_own", "kid", "mind", "precision", "recall",
 ]  # fmt: skip
 """rfid, ifid and gfid are Frechet distances to real images: of reconstructions, of decoded mixtures of
 neighbours, and of samples. gfid_own is the distance of samples to the tokenizer's reconstructions. All are in
