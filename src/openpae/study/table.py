@@ -65,6 +65,31 @@ def write_table(results: Sequence[Result], path: Path) -> None:
         )
 
 
+def read_table(path: Path) -> list[Result]:
+    """Read a results.csv of `write_table`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no results.csv.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results at {path}; pae study writes results.csv into its folder")
+    names = [part.name for part in fields(Result)]
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != names:
+            raise ValueError(f"{path} is no results.csv of pae study: its columns must be {', '.join(names)}")
+        return [
+            Result(
+                study=line["study"], row=line["row"], seed=int(line["seed"]), metric=line["metric"],
+                step=int(line["step"]) if line["step"] else None, value=float(line["value"]),
+                stderr=float(line["stderr"]) if line["stderr"] else None, seconds=float(line["seconds"]),
+                commit=line["commit"],
+            )
+            for line in reader
+        ]  # fmt: skip
+
+
 def finals(results: Sequence[Result], study: str, row: str, metric: str) -> dict[int, float]:
     """Map each seed to the value of a metric at the last evaluated step."""
     last: dict[int, tuple[int, float]] = {}
