@@ -87,6 +87,7 @@ def profile(
     /,
     run: tyro.conf.OmitArgPrefixes[ProfileRun],
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank and proxies), and compare them in
     profile.html.
@@ -97,12 +98,15 @@ def profile(
     Args:
         tokenizers: one or more tokenizers to measure.
         device: auto uses a GPU if there is one.
+        overwrite: replace a profile.json and profile.html that this command did not make.
     """
     from openpae.geometry.profile import run_profile
     from openpae.runtime.device import pick_device
 
     with Progress("measuring", "img") as progress:
-        profiles = run_profile(tokenizers, run, device=pick_device(device), progress=progress)
+        profiles = run_profile(
+            tokenizers, run, device=pick_device(device), progress=progress, overwrite=overwrite
+        )
     for one in profiles:
         say(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
         for estimate in one.metrics.values():

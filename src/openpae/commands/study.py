@@ -61,7 +61,7 @@ def study(
     from openpae.storage.outputs import check_outputs
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
-    from openpae.study.run import describe_plan, run_plan
+    from openpae.study.run import check_results, describe_plan, run_plan
     from openpae.study.settings import Study
 
     loaded = [configs.load(Study, name) for name in studies]
@@ -76,6 +76,7 @@ def study(
         known = estimates(plan, rehearse=True, log=lambda line: print(line, file=sys.stderr))
         print(describe_plan(plan, known, workers))
         return
+    check_results(plan, [*given.values(), reference])
     command = _command(studies, {"set": set, "rows": rows, "seeds": seeds}, given | {"reference": reference})
     with processes.process_group():
         failed = run_plan(plan, workers=workers, command=command, log=say_on_rank0)
