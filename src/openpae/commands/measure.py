@@ -93,7 +93,8 @@ def profile(
     profile.html.
 
     A tokenizer is a folder of openpae or diffusers, diffusers:OWNER/NAME, encoder:NAME for the features of a
-    VFM (encoder:NAME/8 with a token per 8 pixels), or python:FILE.py with your own encode and decode.
+    VFM (encoder:NAME/8 with a token per 8 pixels), targets:NAME/8:FOLDER for the targets of a refiner, or
+    python:FILE.py with your own encode and decode.
 
     Args:
         tokenizers: one or more tokenizers to measure.

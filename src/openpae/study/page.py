@@ -17,7 +17,7 @@ from openpae.runtime.escape import markdown, without_html
 from openpae.study.correlations import Point, correlations, points
 from openpae.study.plan import Plan, Run
 from openpae.study.settings import HIGHER_IS_BETTER, Claim, MetricName, Study, StudyRow, StudySetup, reported
-from openpae.study.table import Result, cost, curves, finals
+from openpae.study.table import Result, cost, curves, epochs_until, finals
 from openpae.study.verdicts import Comparison, Verdict, compare, mean_error, speed_up, verdict_of
 
 TITLES = {
@@ -99,9 +99,9 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
         )
     if study.claims:
         page.table(*verdicts(study, results))
-    header, rows = speed(study, results)
-    if rows:
-        page.table(header, rows)
+    for header, rows in (speed(study, results), reached(plan, study, results)):
+        if rows:
+            page.table(header, rows)
     _show_plots(page, study, results)
     _show_samples(page, plan, study)
 
@@ -191,6 +191,19 @@ def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list
         "is it earlier?",
     ]
     return header, rows
+
+
+def reached(plan: Plan, study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the epochs until each level of gFD in `until`; no rows without levels."""
+    columns = {goal: epochs_until(plan, study, results, goal) for goal in study.until}
+    rows = []
+    for row in [one.name for one in study.rows if any(one.name in column for column in columns.values())]:
+        texts = [
+            ", ".join("never" if epochs is None else f"{epochs:.1f}" for epochs in column[row].values())
+            for column in columns.values()
+        ]
+        rows.append([row, *texts])
+    return ["epochs of the generator, by seed", *(f"until gFD {goal:g}" for goal in columns)], rows
 
 
 def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
@@ -356,7 +369,8 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         header, rows = numbers(study, results)
         parts += [f"## {markdown(study.title)}", _filled(without_html(study.text))]
         parts.append(markdown_table(header, rows) if rows else "No run is done yet.")
-        for header, rows in (verdicts(study, results), speed(study, results)):
+        further = (verdicts(study, results), speed(study, results), reached(plan, study, results))
+        for header, rows in further:
             parts.append(markdown_table(header, rows) if rows else "")
     names = [study.name for study in studies]
     tables = [ranks(points(plan, names, quality), quality) for quality in ("gfid", "gfid_own")]

@@ -235,6 +235,9 @@ class Study:
     """Claims to test."""
     faster: str | None = None
     """Row that is claimed to reach the final quality of the others in fewer steps; needs `judge.curve`."""
+    until: tuple[float, ...] = added(())
+    """Levels of gFD: a table says after how many epochs of the generator each row reaches them; needs
+    `judge.curve`."""
     x_label: str = ""
     """Label of the axis of a sweep."""
     radar: tuple[MetricName, ...] = ()
