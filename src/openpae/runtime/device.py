@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for "bf16", full precision otherwise. Nothing else in the package opens autocast."""
+    """Mixed precision for "bf16". Nothing else turns it on; some losses turn it off."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

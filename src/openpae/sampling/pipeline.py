@@ -27,7 +27,7 @@ class SamplingModels:
     """Tokenizer and generators on one device, checked against each other."""
 
     tokenizer: Autoencoder
-    """Decodes; it has no encoder."""
+    """Loaded without its encoder; it can only decode."""
     generator: LatentGenerator
     """Makes the latents."""
     weak: LatentGenerator | None

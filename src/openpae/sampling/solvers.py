@@ -1,7 +1,7 @@
 """Solvers that follow a velocity from noise (t = 0) to data (t = 1), one pure function each.
 
-Positions lie on the host, so that no step waits for the device. x keeps the precision of x_0, whatever that
-of the velocity.
+Positions are Python floats, so that no step waits for the device. x keeps the precision of x_0, whatever
+that of the velocity. `sampling/__init__` says where a new solver is registered.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def adams(velocity: Field, x_0: Tensor, times: Tensor, breaks: Collection[float]
         h = t_next - t
         if t in breaks:
             past = []
-        # Behind a break: at it, the velocity may be that of the other side.
+        # Just after a break: at the break itself the velocity may still be that of the other side.
         v = velocity(x, after(t) if t in breaks else t).to(x.dtype)
         if not past:
             x = x + h * velocity(x + h / 2 * v, t + h / 2).to(x.dtype)
