@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from openpae.models.lpips import LPIPS
 from openpae.models.priors import FrozenPrior, Refiner
 from openpae.models.vfms import encoder_spec
 from openpae.runtime import processes
+from openpae.runtime.extras import needs
 from openpae.storage.model_folder import CONFIG, model_folder
 from openpae.train import generator, refiner, tokenizer
 from openpae.train.generator import GeneratorTask
@@ -117,7 +119,8 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
     """
     if config.kind == "patch":
         return PatchDiscriminator(config.width, config.num_layers)
-    from transformers import ViTConfig, ViTModel
+    with needs("vfm", "a discriminator on DINO"):
+        from transformers import ViTConfig, ViTModel
 
     if config.source in VITS:
         sizes = ViTConfig(**VITS[config.source])
@@ -135,6 +138,8 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
 
 def _without_values(build: Callable[[], Any]) -> Any:
     """Build a network of the transformers package without initialisation, which would read values."""
+    if find_spec("transformers") is None:  # then no network of it is built
+        return build()
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
@@ -227,6 +232,8 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
 
 def _uncached() -> list[tuple[Any, str, Any]]:
     """Replacements for cached functions, whose fake results must not outlive the mode."""
+    if find_spec("transformers") is None:
+        return []
     from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
     name = "get_patches_center_coordinates"

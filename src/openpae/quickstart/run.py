@@ -31,6 +31,7 @@ from openpae.quickstart import plans
 from openpae.quickstart.page import Result, pretrained_report, quickstart_report
 from openpae.quickstart.verdict import advice, baseline_frechet, baseline_psnr, problems, recognised
 from openpae.quickstart.workers import Workers, run_in, time_workers
+from openpae.runtime.extras import require
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
@@ -62,6 +63,10 @@ class Outcome:
     """One line with the reason and the advice if the result is not usable; else empty."""
 
 
+PACKAGES = ("resvg_py", "efficientnet_lite_pytorch", "pooch", "scipy", "sklearn", "matplotlib")
+"""Packages that the quickstart uses; it looks for all of them before it trains."""
+
+
 def run_quickstart(
     out: Path, budget: float, *, seed: int = 0, limit: int | None = None, strict: bool = False
 ) -> Outcome:
@@ -80,6 +85,7 @@ def run_quickstart(
     Raises:
         ValueError: the folder holds another quickstart, or `strict` is set and the budget is too short.
     """
+    require("quickstart", "pae quickstart", *PACKAGES)
     clock = _Clock(out, budget)
     _same_plan(out, {"budget": budget, "seed": seed, "limit": limit})
     train, held_out = (side[:limit] for side in split_catalog(emoji_catalog()))

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from openpae.runtime.extras import needs
+
 Verdict = Literal["shown", "not shown", "contradicted", "agrees", "disagrees"]
 """The last two are for one seed: the sign of the difference, without an error bar."""
 
@@ -80,7 +82,8 @@ def compare(
 
 def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
     """Welch's 95 % interval of mean(a) - mean(b); a single point if neither row varies."""
-    from scipy.stats import ttest_ind
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import ttest_ind
 
     gain = float(a.mean() - b.mean())
     if not (a.var() or b.var()):
@@ -95,7 +98,8 @@ def needed_seeds(gain: float, spread: float, *, more_than: int = 1) -> str:
     Power of the two-sided t test of two rows of n: noncentral t with 2 n - 2 degrees of freedom and
     noncentrality gain / spread sqrt(n / 2).
     """
-    from scipy.stats import nct, t
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import nct, t
 
     for n in range(more_than + 1, MOST_SEEDS + 1):
         limit, centre = t.ppf(0.975, 2 * n - 2), abs(gain) / spread * math.sqrt(n / 2)
@@ -123,7 +127,8 @@ def _decided(gains: Sequence[float]) -> Comparison:
     gain, error = mean_error(gains)
     if error is None:
         return _of_one_seed(gain)
-    from scipy.stats import ttest_1samp
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import ttest_1samp
 
     interval = ttest_1samp(gains, 0.0).confidence_interval() if error else None
     low, high = (gain, gain) if interval is None else (float(interval.low), float(interval.high))
