@@ -30,8 +30,8 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape signals processes children device draws provenance cards",
-    "storage": "files outputs weights assets model_folder card hub",
+    "runtime": "escape extras signals processes children device draws provenance cards",
+    "storage": "files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "backgrounds order readers images packing caches openmoji training label_maps scenes",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "

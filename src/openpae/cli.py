@@ -27,6 +27,7 @@ from openpae.commands.search import search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
 from openpae.runtime.escape import one_line
+from openpae.runtime.extras import MissingExtra
 from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = (
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of the output has left, such as head
         sys.stderr.close()
         sys.exit(1)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, MissingExtra) as error:
         if debug:
             raise
         sys.exit(_fail(str(error)))

@@ -30,6 +30,7 @@ from openpae.models.encoders import EncoderInput, FrozenEncoder, encoder_fingerp
 from openpae.models.layers import to_grid, to_tokens
 from openpae.models.saved import load_prior, load_tokenizer
 from openpae.models.tokenizer import Autoencoder
+from openpae.runtime.extras import needs
 from openpae.storage.files import file_hash, fingerprint
 from openpae.storage.model_folder import identity_of
 
@@ -213,11 +214,8 @@ def _diffusers(source: str, device: torch.device) -> LatentSpace:
 
 def _load_diffusers(name: str) -> tuple[Any, dict[str, Any]]:
     """The model and its config. Missing or unexpected weights raise, unlike in diffusers."""
-    if importlib.util.find_spec("diffusers") is None:
-        raise ValueError(
-            f"{name} needs the package diffusers, which is not installed; pip install openpae[diffusers]"
-        )
-    import diffusers
+    with needs("diffusers", name):
+        import diffusers
 
     source, subfolder = name, None
     if not Path(name).is_dir():

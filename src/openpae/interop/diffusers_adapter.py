@@ -9,16 +9,19 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from openpae import config as configs
 from openpae.models.configs import PAEConfig
 from openpae.models.encoders import FrozenEncoder, empty_encoder, encoder_architecture
 from openpae.models.tokenizer import Autoencoder, tokenizer_class
+from openpae.runtime.extras import needs
+
+with needs("diffusers", "AutoencoderPAE"):
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+    from diffusers.models.autoencoders.vae import DecoderOutput
 
 
 class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types

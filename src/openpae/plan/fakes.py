@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from openpae.models.lpips import LPIPS
 from openpae.models.priors import FrozenPrior, Refiner
 from openpae.models.vfms import encoder_spec
 from openpae.runtime import processes
+from openpae.runtime.extras import needs
 from openpae.storage.model_folder import CONFIG, model_folder
 from openpae.train import generator, refiner, tokenizer
 from openpae.train.generator import GeneratorTask
@@ -70,7 +72,6 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
     Raises:
         ValueError: a process group exists already, or the values of a tensor are read.
     """
-    from transformers.initialization import no_init_weights
 
     if distributed.is_initialized():
         raise ValueError("pae plan runs in one process; start it without torchrun and give --gpus")
@@ -84,7 +85,10 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
         for module, name, stand_in in [*_fake_stand_ins(), *_uncached()]:
             stack.enter_context(mock.patch.object(module, name, stand_in))
         stack.enter_context(without_files())
-        stack.enter_context(no_init_weights())  # the transformers package reads values
+        if find_spec("transformers") is not None:  # its networks read values when they are built
+            from transformers.initialization import no_init_weights
+
+            stack.enter_context(no_init_weights())
         stack.enter_context(warnings.catch_warnings())
         for harmless in ("Accessing the data pointer of FakeTensor", "Grad strides do not match bucket"):
             warnings.filterwarnings("ignore", message=harmless)
@@ -128,7 +132,8 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
     """
     if config.kind == "patch":
         return PatchDiscriminator(config.width, config.num_layers)
-    from transformers import ViTConfig, ViTModel
+    with needs("vfm", "a discriminator on DINO"):
+        from transformers import ViTConfig, ViTModel
 
     if config.source in VITS:
         sizes = ViTConfig(**VITS[config.source])
@@ -235,6 +240,8 @@ def _fake_stand_ins() -> list[tuple[Any, str, Any]]:
 
 def _uncached() -> list[tuple[Any, str, Any]]:
     """Replacements for cached functions, whose fake results must not outlive the mode."""
+    if find_spec("transformers") is None:
+        return []
     from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
     name = "get_patches_center_coordinates"

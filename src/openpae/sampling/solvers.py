@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.objective.flow import LAST_STEP, diffusion, score
+from openpae.runtime.extras import needs
 
 Field = Callable[[Tensor, float], Tensor]
 """(x (B, C, h, w), t) -> velocity (B, C, h, w) at position t."""
@@ -201,7 +202,8 @@ def runge_kutta(velocity: Field, x_0: Tensor, start: float, stop: float, toleran
     Raises:
         FloatingPointError: the solver stops early, with its reason.
     """
-    from scipy.integrate import solve_ivp
+    with needs("eval", "solver rk45"):
+        from scipy.integrate import solve_ivp
 
     def slope(t: float, y: NDArray[np.float64]) -> NDArray[np.float64]:
         x = torch.from_numpy(y.reshape(x_0.shape)).to(x_0)

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from openpae import config as configs
+from openpae.runtime.extras import needs
 from openpae.storage.card import is_record, model_card
 from openpae.storage.files import read_json, write_json
 from openpae.storage.model_folder import (
@@ -90,7 +91,8 @@ def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str
     name = str(name_or_folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"no folder at {name}, and it is no name of the hub (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
+    with needs("hub", f"{name}, which is no folder,"):
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
@@ -206,8 +208,9 @@ def push(folder: Path, repo: str, *, licence: str | None = None, private: bool =
         FileNotFoundError: no saved model in the folder.
         ConnectionError: the hub cannot be reached, or refuses.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    with needs("hub", "pae push"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
     # Without any answer the HTTP client's own error is raised, a base class of the hub's error.
     refusals = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from openpae.runtime.extras import needs
+
 Verdict = Literal["shown", "not shown", "contradicted", "agrees", "disagrees"]
 """The last two are for one seed: the sign of the difference, without an error bar."""
 
@@ -83,7 +85,8 @@ def compare(
 
 def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
     """Welch's 95 % interval of mean(a) - mean(b); a single point if neither row varies."""
-    from scipy.stats import ttest_ind
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import ttest_ind
 
     gain = float(a.mean() - b.mean())
     if not (a.var() or b.var()):
@@ -111,8 +114,9 @@ def visible_difference(spread: float, seeds: int, *, paired: bool = False) -> fl
         seeds: n, seeds of each row, at least 2.
         paired: whether the rows are compared seed by seed.
     """
-    from scipy.optimize import brentq
-    from scipy.stats import nct, t
+    with needs("eval", "a verdict of a study"):
+        from scipy.optimize import brentq
+        from scipy.stats import nct, t
 
     degrees = seeds - 1 if paired else 2 * seeds - 2
     limit = t.ppf(0.975, degrees)
@@ -145,7 +149,8 @@ def _decided(gains: Sequence[float]) -> Comparison:
     gain, error = mean_error(gains)
     if error is None:
         return _of_one_seed(gain)
-    from scipy.stats import ttest_1samp
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import ttest_1samp
 
     interval = ttest_1samp(gains, 0.0).confidence_interval() if error else None
     low, high = (gain, gain) if interval is None else (float(interval.low), float(interval.high))
