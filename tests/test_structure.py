@@ -43,7 +43,7 @@ FILES_OF = {
     "eval": "settings npz image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
-    "train": "settings targets refiner tokenizer generator",
+    "train": "settings given targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations power once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",

@@ -17,7 +17,14 @@ from openpae.engine.journal import read_log
 from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
 from openpae.storage.files import read_json
-from openpae.storage.model_folder import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of, read_classes
+from openpae.storage.model_folder import (
+    WEIGHTS,
+    checkpoint_path,
+    checkpoint_steps,
+    identity_of,
+    read_classes,
+    read_parent,
+)
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
@@ -113,6 +120,8 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
         relation: identity.made_with,
         **{key: _short(value) for key, value in data.items() if key != "kind"},
     }
+    if (parent := read_parent(folder)) is not None:
+        facts["started from"] = f"{parent.fingerprint}, trained {parent.trained}"
     if (classes := read_classes(folder)) is not None:
         facts["labels"] = class_list(*classes)
     if (folder / "checkpoint.json").is_file():

@@ -36,6 +36,8 @@ def write_tokenizer(
     config: PAEConfig,
     encoder_fingerprint: str,
     architecture: Mapping[str, Any] | None = None,
+    *,
+    keep_encoder: bool = False,
 ) -> None:
     """Write the files of a tokenizer into an existing folder.
 
@@ -44,12 +46,13 @@ def write_tokenizer(
         state: state dict of the tokenizer; weights of a frozen encoder are not written.
         config: of the tokenizer.
         encoder_fingerprint: fingerprint of the encoder; loading compares it.
-        architecture: output of `encoder_architecture`, written beside the weights of a finetuned encoder.
+        architecture: output of `encoder_architecture`, written beside the weights of an encoder.
+        keep_encoder: write the weights of the encoder too; those of a finetuned one are always written.
     """
-    finetuned = config.fusion == "finetune"
-    own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
+    keep = keep_encoder or config.fusion == "finetune"
+    own = {name: value for name, value in state.items() if keep or not name.startswith("encoder.")}
     write_model(folder, own, config, encoder_fingerprint, "openpae.load_tokenizer")
-    if finetuned and architecture is not None:
+    if keep and architecture is not None:
         write_json(folder / ENCODER, architecture)
 
 

@@ -72,7 +72,6 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
     Raises:
         ValueError: a process group exists already, or the values of a tensor are read.
     """
-
     if distributed.is_initialized():
         raise ValueError("pae plan runs in one process; start it without torchrun and give --gpus")
     mode = FakeTensorMode(allow_non_fake_inputs=True)

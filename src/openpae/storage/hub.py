@@ -25,6 +25,7 @@ from openpae.storage.model_folder import (
     CLASSES,
     CONFIG,
     ENCODER,
+    PARENT,
     PARTS,
     README,
     RECORD,
@@ -62,7 +63,7 @@ class Saveable(Protocol):
 
 
 # The files of a model, without optimizer state and logs.
-_FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, RECORD)
+_FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, PARENT, RECORD)
 
 
 def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
@@ -247,7 +248,7 @@ def _copy(source: Path, target: Path) -> None:
             if (place / name).is_file() and (name == RECORD or place == path):
                 if (place / name).is_symlink():  # it may point to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
-                if name in (ENCODER, RECORD):
+                if name in (ENCODER, PARENT, RECORD):
                     content = read_json(place / name)
                     if name == RECORD and not is_record(content):
                         raise ValueError(f"{place / name} is no record of pae evaluate; remove it")

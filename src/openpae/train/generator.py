@@ -33,7 +33,8 @@ from openpae.objective.flow import dimension_shift, interpolate, shift_time, tra
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.sampling.sampler import balanced_labels
-from openpae.storage.model_folder import identity_of
+from openpae.storage.model_folder import Parent, identity_of, write_parent
+from openpae.train.given import start_from
 from openpae.train.settings import GeneratorRun
 
 
@@ -72,11 +73,17 @@ class GeneratorTask:
         )
         torch.manual_seed(run.loop.seed)
         self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
+        self.parent: Parent | None = None
+        """The model from whose weights the run starts."""
+        if run.init_from is not None:
+            statistics = ("latent_mean", "latent_std")
+            self.parent, _ = start_from(self.model, run.init_from, run.init_new, own_buffers=statistics)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
         self.model.to(self.device)
         self.inputs: Mapping[str, str] = {
             "latents": self.latents.fingerprint(),
             "tokenizer": self.latents.attributes["tokenizer"],
+            **({} if self.parent is None else {"init_from": self.parent.fingerprint}),
         }
         self.players: Mapping[str, nn.Module] = {"generator": distribute(self.model, run.loop)}
         self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.players["generator"], run.optim)}
@@ -150,6 +157,8 @@ class GeneratorTask:
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a generator folder."""
         write_generator(folder, weights, self.run.model, self._tokenizer_fingerprint, self.classes)
+        if self.parent is not None:
+            write_parent(folder, self.parent)
 
     def _trained_classes(self) -> int | list[int]:
         if self.classes is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ from openpae.objective.terms import (
 from openpae.runtime import processes
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.storage.model_folder import identity_of
+from openpae.storage.model_folder import Parent, identity_of, write_parent
+from openpae.train.given import freeze_rest, kept_encoder, start_tokenizer
 from openpae.train.settings import TokenizerRun
 
 _START_IMAGES = 256
@@ -97,15 +99,26 @@ class TokenizerTask:
         source, self.held_out = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
-        encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
+        kept = None if run.init_from is None else kept_encoder(run.init_from, run.model)
+        encoder = (
+            encoder or kept or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
+        )
         self.model = tokenizer_class(run.model)(run.model, encoder)
         self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
             start_local(self.model)
+        self.model.keeps_encoder |= kept is not None
         self.model.to(self.device)
         # Before training: the fingerprint of a finetuned encoder is that of its initial weights.
         self.encoder_fingerprint = encoder_fingerprint(encoder)
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
+        self.parent: Parent | None = None
+        """The model from whose weights the run starts."""
+        if run.init_from is not None:
+            parent = start_tokenizer(self.model, run.init_from, run.init_new, self.encoder_fingerprint)
+            self.parent = replace(parent, trained=run.train)
+            self.inputs = {**self.inputs, "init_from": parent.fingerprint}
+            freeze_rest(self.model, run.train)
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
         if run.start == "patches":
@@ -233,7 +246,10 @@ class TokenizerTask:
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
         architecture = encoder_architecture(self.model.encoder)
-        write_tokenizer(folder, weights, self.run.model, self.encoder_fingerprint, architecture)
+        keep, config = self.model.keeps_encoder, self.run.model
+        write_tokenizer(folder, weights, config, self.encoder_fingerprint, architecture, keep_encoder=keep)
+        if self.parent is not None:
+            write_parent(folder, self.parent)
 
     def _perceptual(self, net: PerceptualNet) -> LPIPS:
         return load_perceptual(net, self.run.loss.lpips_weights).to(self.device)
