@@ -18,11 +18,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from openpae import config as configs
 from openpae.models.saved import load_generator
 from openpae.objective.flow import time_grid
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.guidance import guided_velocity
-from openpae.sampling.sampler import balanced_labels, sample_latents
+from openpae.sampling.sampler import balanced_labels, evaluations, sample_latents
 from openpae.sampling.settings import SamplerConfig
 from openpae.sampling.solvers import Field, euler, heun, multistep
 
@@ -87,6 +88,7 @@ def main(
     steps: tuple[int, ...] = (10, 15, 25, 45, 100, 249),
     count: int = 18,
     tolerance: float = 1e-5,
+    presets: bool = False,
 ) -> None:
     """Print a table of errors.
 
@@ -98,6 +100,7 @@ def main(
         steps: columns of the table.
         count: samples, of all classes in turn.
         tolerance: of the reference.
+        presets: compare the presets, with this guidance, in place of the solvers.
     """
     model = load_generator(generator)
     labels = balanced_labels(count, model.config.num_classes)
@@ -105,6 +108,12 @@ def main(
     settings = {"guidance": guidance, "guidance_start": guidance_start}
     exact = SamplerConfig(solver="rk45", tolerance=tolerance, **settings)
     reference = model.normalise(sample_latents(model, labels, noise, exact))
+    if presets:
+        for name in ("official-250", "fast-45", "fast-28", "few-15"):
+            config = configs.changed(configs.load(SamplerConfig, f"sampler/{name}"), settings)
+            error = model.normalise(sample_latents(model, labels, noise, config)) - reference
+            print(f"| {name} | {evaluations(config)} | {error.square().mean().sqrt():.4f} |", flush=True)
+        return
     velocity = guided_velocity(model, labels, guidance, exact.guides_at)
     print("| solver | " + " | ".join(map(str, steps)) + " |\n|---" + "|---" * len(steps) + "|")
     for name, solve in SOLVERS.items():

@@ -38,12 +38,12 @@ FILES_OF = {
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
     "decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
-    "objective": "settings flow losses terms",
+    "objective": "settings flow losses rivals terms",
     "interop": "foreign_latents released diffusers_adapter export",
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
-    "geometry": "settings clusters metrics interpolation spaces measure profile_page profile",
+    "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
     "bench": "record noise generator tokenizer",

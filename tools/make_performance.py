@@ -1,5 +1,8 @@
-"""Write the tables of docs/performance.md from the models themselves: python tools/make_performance.py
+"""Write the tables of docs/performance.md from the models themselves.
 
+    python tools/make_performance.py --plans
+
+`--plans` also plans every preset of the paper's size, which takes some ten minutes of one core.
 Parameters, products and kept activations are counted on PyTorch's meta device, where a model has shapes and
 no numbers, so that the largest costs nothing. What depends on a machine is computed from the constants below.
 """
@@ -8,17 +11,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from openpae import config as configs
 from openpae.models.configs import SIZES, LightningDiTConfig, PAEConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.tokenizer import tokenizer_class
+from openpae.plan.estimate import plan_data, plan_run
+from openpae.plan.settings import PlanSettings
+from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 IMAGENET = 1_281_167
@@ -32,31 +41,40 @@ DISK = 1e9  # bytes per second at which one process writes a checkpoint: our ass
 # 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, arXiv:2407.21783, Sec. 3.3.4).
 GPU_HOURS_PER_FAILURE = 54 * 24 * 16384 / 419
 ADAM_BYTES = 4 + 4 + 8 + 4  # per trained parameter: weight, gradient, two moments, average, all float32
+COPY_BYTES = (
+    2  # per trained parameter: autocast's copy in bf16, from the forward to the end of the backward pass
+)
 FILE_BYTES = 4 + 8 + 4 + 4  # in a checkpoint: weight, two moments, average, exported weight
 VFM_PARAMETERS = 304e6
+STAGES = ("refiner", "tokenizer", "generator")
 
 
-def kept_bytes(call: Callable[[], Any], module: nn.Module, tokens: int) -> float:
-    """Bytes that autograd keeps for the backward pass, half of float32, weights and constants aside.
+def kept_bytes(build: Callable[[], nn.Module], call: Callable[[Any, int], Any]) -> float:
+    """Bytes per image that autograd keeps for the backward pass under bf16 autocast, weights aside.
 
-    Attention maps do not count: fused kernels never hold them, but the meta device takes the plain path.
+    The model runs under fake tensors, on one image and on two. The difference leaves out what does not grow
+    with the batch, such as the bf16 copies of the weights.
     """
-    own = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
-    kept: dict[int, tuple[int, Tensor]] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.shape[-1:] == tensor.shape[-2:-1] and tensor.shape[-1] in (tokens, tokens + 1):
+    def kept(images: int) -> int:
+        sizes: dict[int, tuple[int, Tensor]] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = (storage.nbytes(), tensor)  # the tensor too, so that no address is reused
             return tensor
-        kept[storage._cdata] = (
-            storage.nbytes(),
-            tensor,
-        )  # the tensor too, or its address would be used again
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        call()
-    return sum(size for key, (size, _) in kept.items() if key not in own) / 2
+        with FakeTensorMode():
+            module = build()
+            own = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast("cpu", torch.bfloat16),
+            ):
+                call(module, images)
+            return sum(size for key, (size, _) in sizes.items() if key not in own)
+
+    return float(kept(2) - kept(1))
 
 
 def products(call: Callable[[], Any]) -> float:
@@ -74,31 +92,43 @@ def trained(module: nn.Module) -> int:
 def generator_row(size: str) -> dict[str, float]:
     """Parameters, operations and memory of one generator on 16 x 16 latents, per image."""
     config = LightningDiTConfig.of_size(size)
+
+    def call(model: Any, images: int) -> Tensor:
+        x, t = torch.empty(images, *config.latent_shape), torch.empty(images)
+        out: Tensor = model(x, t, torch.zeros(images, dtype=torch.long))
+        return out
+
     with torch.device("meta"):
         model = LightningDiT(config)
-        x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
-        label = torch.zeros(1, dtype=torch.long)
-    return {
-        "parameters": trained(model),
-        "forward": products(lambda: model(x, t, label)),
-        "kept": kept_bytes(lambda: model(x, t, label), model, 256),
-    }
+        forward = products(lambda: call(model, 1))
+    kept = kept_bytes(lambda: LightningDiT(config), call)
+    return {"parameters": trained(model), "forward": forward, "kept": kept}
 
 
 def tokenizer_row(size: int) -> dict[str, float]:
     """Parameters, operations and memory of the main tokenizer at an image size, per image, VFM aside."""
     config = PAEConfig(encoder="dinov2-l", image_size=size)
-    side = size // 16
+
+    def build() -> Any:
+        return tokenizer_class(config)(config)
+
+    def images_of(model: Any, images: int) -> tuple[Tensor, Tensor]:
+        x = torch.empty(images, 3, size, size)
+        return x, torch.empty(images, math.prod(config.grid_shape), model.spec.dim)
+
+    def decode(model: Any, images: int) -> Any:
+        return model.decode(torch.empty(images, *config.latent_shape))
+
     with torch.device("meta"):
-        model = tokenizer_class(config)(config)
-        x, u = torch.empty(1, 3, size, size), torch.empty(1, side * side, model.spec.dim)
-        z = torch.empty(1, *config.latent_shape)
+        model = build()
+        encoding = products(lambda: model.encode(*images_of(model, 1)))
+        decoding = products(lambda: decode(model, 1))
     return {
         "parameters": trained(model),
-        "encode": products(lambda: model.encode(x, u)),
-        "decode": products(lambda: model.decode(z)),
-        "kept": kept_bytes(lambda: model(x, u), model, side * side),
-        "kept decode": kept_bytes(lambda: model.decode(z), model, side * side),
+        "encode": encoding,
+        "decode": decoding,
+        "kept": kept_bytes(build, lambda model, images: model(*images_of(model, images))),
+        "kept decode": kept_bytes(build, decode),
     }
 
 
@@ -123,11 +153,12 @@ def vit_products(tokens: int, dim: int, layers: int, patch: int) -> float:
     return tokens * (layers * (24 * dim**2 + 4 * tokens * dim) + 2 * 3 * patch**2 * dim)
 
 
-def tables() -> dict[str, str]:
-    """The page's tables by name."""
+def tables(plans: bool = False) -> dict[str, str]:
+    """The page's tables by name, that of the planned presets only if asked for."""
     generators = {size: generator_row(size) for size in SIZES}
     tokenizers = {size: tokenizer_row(size) for size in (256, 512)}
-    return {
+    planned = {"presets": _preset_table()} if plans else {}
+    return planned | {
         "generators": _generator_table(generators),
         "tokenizers": _tokenizer_table(tokenizers),
         "scale": _scale_table(generators["xl"]),
@@ -153,11 +184,12 @@ def _generator_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     found = []
     for size, row in rows.items():
         state, rate = row["parameters"] * ADAM_BYTES, SPEED / (3 * row["forward"])
+        copies = row["parameters"] * COPY_BYTES
         found.append(
             (
                 *(size, f"{row['parameters'] / 1e6:.1f}"),
                 *(f"{row['forward'] / 1e9:.1f}", f"{3 * row['forward'] / 1e9:.0f}", f"{state / 1e9:.1f}"),
-                *(f"{row['kept'] / 1e6:.0f}", f"{(ROOM - state) / row['kept']:.0f}", f"{rate:.0f}"),
+                *(f"{row['kept'] / 1e6:.0f}", f"{(ROOM - state - copies) / row['kept']:.0f}", f"{rate:.0f}"),
                 f"{80 * IMAGENET / rate / 86400:.1f}",
             )
         )
@@ -175,7 +207,7 @@ def _tokenizer_table(rows: Mapping[int, Mapping[str, float]]) -> str:
         # VGG16 on four pictures, and back to the pixels of three at the cost of a forward pass.
         whole = vfm + 3 * row["encode"] + 9 * row["decode"] + 7 * vgg
         kept = row["kept"] + 2 * row["kept decode"] + 3 * vgg_kept(size)
-        state = row["parameters"] * ADAM_BYTES + 2 * VFM_PARAMETERS
+        state = row["parameters"] * (ADAM_BYTES + COPY_BYTES) + 2 * VFM_PARAMETERS
         found.append(
             (
                 *(str(size), f"{vfm / 1e9:.0f}", f"{row['encode'] / 1e9:.0f}", f"{row['decode'] / 1e9:.0f}"),
@@ -249,14 +281,39 @@ def _failure_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return _markdown((*head, "time lost, %"), found)
 
 
-def page() -> str:
+def large_presets() -> dict[str, Any]:
+    """The presets that set a device batch, which are those of the paper's size, by name."""
+    kinds = [RefinerRun, TokenizerRun, GeneratorRun]
+    files = sorted(file for kind in STAGES for file in (configs.PRESETS / kind).glob("*.yaml"))
+    runs = {f"{file.parent.name}/{file.stem}": configs.load_one_of(kinds, file) for file in files}
+    return {name: run for name, run in runs.items() if run.loop.device_batch_size is not None}
+
+
+def _preset_table() -> str:
+    head = ("preset", "device batch", "peak, GiB", "largest that fits", "with all blocks checkpointed")
+    head += ("checkpoint, GB", "H100 hours at 40 %")
+    rows = []
+    for name, run in large_presets().items():
+        plan = plan_data(plan_run(run, PlanSettings(card="h100", utilisation=0.4)))
+        plain, *checkpointed = [fit["largest"] for fit in plan["fits"]]
+        rows.append(
+            (
+                *(f"`{name}`", f"{plan['device_batch_size']}", f"{plan['peak']['total'] / 2**30:.1f}"),
+                *(f"{plain}", f"{checkpointed[0]}" if checkpointed else "-"),
+                *(f"{plan['checkpoint_bytes'] / 1e9:.1f}", f"{plan['gpu_hours']:,.0f}"),
+            )
+        )
+    return _markdown(head, rows)
+
+
+def page(plans: bool = False) -> str:
     """The page with its tables between their marks.
 
     Raises:
         ValueError: the page lacks a mark.
     """
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables().items():
+    for name, table in tables(plans).items():
         start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         if start not in text or end not in text:
             raise ValueError(f"{PAGE.name} holds no marks {start} and {end}")
@@ -265,4 +322,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page("--plans" in sys.argv[1:]), encoding="utf-8")

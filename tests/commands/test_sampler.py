@@ -22,7 +22,7 @@ def test_every_setting_of_the_sampler_has_its_flag_here() -> None:
     assert set(FLAGS) == {part.name for part in fields(SamplerConfig)} - {"tolerance", "tuned_on"}
 
 
-@pytest.mark.parametrize("preset", ["official-250", "fast-45", "few-15"])
+@pytest.mark.parametrize("preset", ["official-250", "fast-28", "fast-45", "few-15"])
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_changes_its_setting_and_no_other(name: str, preset: str) -> None:
     base = configs.load(SamplerConfig, f"sampler/{preset}")

@@ -22,6 +22,12 @@ from openpae.geometry.measure import METRIC_NAMES, Measured, measure_tokenizer, 
 from openpae.geometry.metrics import effective_rank, global_semantic_quality, spatial_structure_consistency
 from openpae.geometry.profile import run_profile
 from openpae.geometry.profile_page import radar_scores
+from openpae.geometry.proxies import (
+    latent_neighbour_consistency,
+    region_self_similarity,
+    spectral_energy_concentration,
+    velocity_irreducible_variance,
+)
 from openpae.geometry.settings import MeasureConfig, ProfileRun
 from openpae.geometry.spaces import open_tokenizer
 from openpae.models.lpips import LPIPS
@@ -85,6 +91,14 @@ def test_metrics_equal_those_of_the_library(
         "gsq": global_semantic_quality(z, labels).value,
         "erank": effective_rank(z).value,
     }
+    proxies = (
+        velocity_irreducible_variance(z, labels),
+        spectral_energy_concentration(z),
+        latent_neighbour_consistency(z, labels),
+        region_self_similarity(scene, segmented.labels),
+    )
+    literal |= {one.name: one.value for one in proxies if isinstance(one, Estimate)}
+    assert len(literal) == 7
     for name, value in literal.items():
         assert result.metrics[name].value == pytest.approx(value, rel=1e-5), name
     torch.testing.assert_close(result.pooled, z.mean(dim=(2, 3)))
@@ -113,8 +127,8 @@ def test_undefined_metrics_have_a_reason(tmp_path: Path, packed: Any, segmented:
     packed.labels = np.zeros(len(packed), np.int64)
     flat = Segmented(name="flat", images=segmented.images, labels=0 * segmented.labels, ignore=None)
     result = measure_tokenizer(open_tokenizer("encoder:random-tiny/8"), packed, size=32, segmented=flat)
-    assert result.metrics.keys() == {"erank"}
-    assert result.undefined.keys() == EVERY_METRIC - {"erank"}
+    assert result.metrics.keys() == {"erank", "sec"}
+    assert result.undefined.keys() == EVERY_METRIC - {"erank", "sec"}
     assert result.undefined["lpc"].startswith("random-tiny (VFM) has no decoder")
     assert result.undefined["ssc"] == "no label map has two segments on the 4 x 4 latent grid"
     assert "one subfolder per class" in result.undefined["gsq"]
@@ -164,7 +178,8 @@ def test_profile_compares_tokenizers_and_records_everything(
     assert ours["metrics"].keys() == EVERY_METRIC
     assert {"value", "stderr", "n", "settings"} <= ours["metrics"]["ssc"].keys()
     assert ours["metrics"]["ssc"]["settings"]["ignore"] == 255
-    assert bare["undefined"].keys() == EVERY_METRIC - {"ssc", "gsq", "erank"}
+    of_latents = {"ssc", "gsq", "erank", "viv", "sec", "lnc", "srss"}
+    assert bare["undefined"].keys() == EVERY_METRIC - of_latents
     assert record["image_size"] == 32
     assert record["images"] == {
         "fingerprint": ImageFolder(image_folder).fingerprint(), "known": 10, "measured": 10,
@@ -199,7 +214,7 @@ def test_profile_of_one_tokenizer_without_maps(tokenizer_folder: Path, packed: A
         measure=MeasureConfig(count=6, lpc_count=1),
     )
     (result,) = run_profile([str(tokenizer_folder)], run)
-    assert result.undefined.keys() == {"ssc", "frechet", "interpolated_frechet"}
+    assert result.undefined.keys() == {"ssc", "srss", "viv", "frechet", "interpolated_frechet"}
     headings = Outline((tmp_path / "profile.html").read_text()).headings
     assert "At a glance" not in headings
     assert "Clusters of the tokens beside the label maps" not in headings

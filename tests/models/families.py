@@ -133,8 +133,8 @@ def saved(family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return hub_model
 
 
-def reference(family: Family, tower: Any, pixels: Tensor) -> Tensor:
-    """Features by the package's class: its last hidden states, normalised without scale and shift."""
+def reference(family: Family, tower: Any, pixels: Tensor, layers: int = 1) -> Tensor:
+    """Features by the package's class: the sum of its last hidden states, without scale and shift."""
     spec = ENCODERS[family.row]
     options: dict[str, Any] = {"output_hidden_states": True}
     options |= {"interpolate_pos_encoding": True} if family.row[:3] in ("sig", "cli", "mae") else {}
@@ -142,7 +142,7 @@ def reference(family: Family, tower: Any, pixels: Tensor) -> Tensor:
         tower.config.mask_ratio = 0.0
     with torch.no_grad():
         output = tower(pixels, **options)
-    hidden = output.hidden_states[-1]
+    hidden = torch.stack(output.hidden_states[-layers:]).sum(dim=0)
     tokens = hidden[:, spec.num_prefix_tokens :]
     if family.row == "mae-l":  # the class shuffles them, and returns their order
         tokens = tokens.gather(1, output.ids_restore[..., None].expand_as(tokens))

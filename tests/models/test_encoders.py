@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from openpae.models.backbones import drop_norm_affine
+from openpae.models.backbones import EfficientNetTokens, drop_norm_affine
 from openpae.models.encoders import FrozenEncoder, load_encoder
 from openpae.models.vfms import ENCODERS, EncoderSpec, encoder_spec
 
@@ -187,3 +187,36 @@ def test_weights_of_another_size_are_refused(dinov2_folder: Path) -> None:
 def test_that_mlp_has_no_other_home() -> None:
     with pytest.raises(ValueError, match=r"MLP whose weights only a released tokenizer holds; import one"):
         load_encoder("internvit-300m-mlp", "anywhere")
+
+
+def test_a_sum_of_layers_of_efficientnet_adds_blocks_of_one_shape() -> None:
+    torch.manual_seed(0)
+    tokens = EfficientNetTokens(pretrained=False).eval()
+    summed = EfficientNetTokens(pretrained=False, layers=3).eval()
+    summed.load_state_dict(tokens.state_dict())
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        x, taps = tokens.stem(pixels), []
+        for block in tokens.fine:
+            x = block(x)
+            taps.append(x)
+        out, plain = summed(pixels), tokens(pixels)
+    total = (taps[8] + taps[9] + taps[10]).flatten(2).mT
+    torch.testing.assert_close(out[..., :112], nn.functional.layer_norm(total, (112,)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out[..., 112:], plain[..., 112:])
+    with pytest.raises(
+        ValueError, match="efficientnet-lite0 has 3 layers of one shape, so no sum of its last 4"
+    ):
+        EfficientNetTokens(pretrained=False, layers=4)
+
+
+def test_the_number_of_layers_belongs_to_the_name() -> None:
+    assert encoder_spec("dinov2-l+1") == encoder_spec("dinov2-l") == ENCODERS["dinov2-l"]
+    assert encoder_spec("dinov2-l+4") == replace(ENCODERS["dinov2-l"], layers=4)
+    for name in ("dinov2-l+", "dinov2-l+0", "dinov2-l+-1", "dinov2-l+x"):
+        with pytest.raises(
+            ValueError, match=r"must be NAME\+K with K >= 1, the number of last layers to sum"
+        ):
+            encoder_spec(name)
+    with pytest.raises(ValueError, match="RandomViT has 1 layers, so no sum of its last 2"):
+        load_encoder("random-tiny+2")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from openpae.models.configs import DecoderConfig, PAEConfig
-from openpae.models.encoders import FrozenEncoder, load_encoder
+from openpae.models.encoders import FrozenEncoder, encoder_fingerprint, load_encoder
 from openpae.models.tokenizer import PAE
 from openpae.models.vfms import ENCODERS
 from tests.models.families import FAMILIES, Family, reference, saved, under_hub_names
@@ -34,6 +34,21 @@ def test_features_are_the_packages_own(
     torch.testing.assert_close(
         features.var(-1, correction=0), torch.ones(features.shape[:2]), atol=1e-2, rtol=0
     )
+
+
+def test_a_sum_of_layers_is_normalised_once(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NAME+2: the outputs of the last two blocks are added, then normalised as the last one alone."""
+    hub_model = saved(family, tmp_path, monkeypatch)
+    one, two = (load_encoder(name, str(tmp_path)) for name in ("tiny", "tiny+2"))
+    pixels = torch.randn(2, 3, 3 * one.spec.stride, 2 * one.spec.stride)
+    summed = reference(family, family.tower(hub_model), pixels, layers=2)
+    torch.testing.assert_close(two(pixels), summed, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(two(pixels), one(pixels), atol=1e-2)
+    assert encoder_fingerprint(one) != encoder_fingerprint(two)
+    with pytest.raises(ValueError, match=r"layers, so no sum of its last 9"):
+        load_encoder("tiny+9", str(tmp_path))
 
 
 def test_a_bright_patch_changes_its_own_token_most(encoder: FrozenEncoder) -> None:

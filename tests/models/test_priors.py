@@ -185,7 +185,9 @@ def naive_bilateral(image: Any, grid: Any) -> Any:
     return out
 
 
-def naive_reference(features: Tensor, images: Tensor, h: int, w: int, kind: str) -> Any:
+def naive_reference(
+    features: Tensor, images: Tensor, h: int, w: int, kind: str, low_pass: str = "blend"
+) -> Any:
     """H_ref of each image, (B, h w, D); cells must be square."""
     out = []
     for grid, image in zip(to_grid(features, h, w), images.double().numpy(), strict=True):
@@ -193,8 +195,12 @@ def naive_reference(features: Tensor, images: Tensor, h: int, w: int, kind: str)
             full = naive_bilateral(image, grid.double().numpy())
         else:
             full = F.interpolate(grid[None].double(), size=image.shape[1:], mode=kind)[0].numpy()
-        low = 0.6 * full + 0.4 * naive_blur(full, 0.5 * image.shape[1] / h)
-        out.append(naive_down(low, h, w).reshape(len(full), -1).T)
+        blurred = 0.4 * naive_blur(full, 0.5 * image.shape[1] / h)
+        low = {"blend": 0.6 * full + blurred, "subtract": full - blurred, "spatial-norm": full}[low_pass]
+        tokens = naive_down(low, h, w).reshape(len(full), -1).T
+        if low_pass == "spatial-norm":
+            tokens = (tokens - 0.4 * tokens.mean(axis=0)) / np.sqrt(tokens.var(axis=0) + 1e-6)
+        out.append(tokens)
     return np.stack(out)
 
 
@@ -211,6 +217,21 @@ def test_reference_features_against_numpy(upsampler: Any, kind: str) -> None:
     expected = naive_reference(features, images, 3, 5, kind)
     targets = reference_features(features, images, 3, 5, upsampler)
     np.testing.assert_allclose(targets.numpy(), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("low_pass", ["subtract", "spatial-norm"])
+@pytest.mark.parametrize(
+    ("upsampler", "kind"), [("bilinear", "bilinear"), ("jbu", "jbu"), (nearest, "nearest")]
+)
+def test_other_kinds_of_low_pass_against_numpy(upsampler: Any, kind: str, low_pass: Any) -> None:
+    features, images = torch.randn(2, 3 * 5, 6), torch.rand(2, 3, 12, 20)
+    expected = naive_reference(features, images, 3, 5, kind, low_pass)
+    targets = reference_features(features, images, 3, 5, upsampler, LowPassConfig(kind=low_pass))
+    np.testing.assert_allclose(targets.numpy(), expected, atol=5e-5)
+    if upsampler == "bilinear":
+        full = F.interpolate(to_grid(features, 3, 5), size=(12, 20), mode="bilinear")
+        down = low_pass_down(full, 3, 5, LowPassConfig(kind=low_pass))
+        np.testing.assert_allclose(to_tokens(down).numpy(), expected, atol=5e-5)
 
 
 @pytest.mark.parametrize("upsampler", ["bilinear", "jbu", nearest])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from openpae.models.layers import to_sphere, to_tokens
 from openpae.models.lpips import LPIPS
@@ -88,6 +89,20 @@ def test_gram_alignment_against_numpy() -> None:
                 theirs = fb[i] @ fb[j] / math.sqrt((fb[i] @ fb[i]) * (fb[j] @ fb[j]))
                 total += (ours - theirs) ** 2
     assert gram_alignment(z, f).item() == pytest.approx(total / (2 * 81), rel=1e-5)
+
+
+def test_gram_alignment_of_inner_products() -> None:
+    """On the sphere they are C cosines, and so is the gradient's scale; off it lengths count."""
+    z, f = torch.randn(2, 9, 8, requires_grad=True), torch.randn(2, 9, 8)
+    on_sphere = [8**0.5 * F.normalize(x, dim=-1) for x in (z, f)]
+    inner = gram_alignment(*on_sphere, "inner")
+    torch.testing.assert_close(inner, 64 * gram_alignment(z, f))
+    expected = np.mean([(a @ a.T - b @ b.T) ** 2 for a, b in zip(array(z.detach()), array(f), strict=True)])
+    assert gram_alignment(z, f, "inner").item() == pytest.approx(expected, rel=1e-5)
+    (slope,) = torch.autograd.grad(gram_alignment(z, f, "inner"), z)
+    # d/dz of mean (z z^T - f f^T)^2 is 4 (z z^T - f f^T) z / (B N^2).
+    gap = z @ z.mT - f @ f.mT
+    torch.testing.assert_close(slope, (4 * gap @ z / (2 * 81)).detach())
 
 
 def test_gram_alignment_ignores_autocast() -> None:

@@ -62,7 +62,7 @@ def test_the_noise_of_the_steps_does_not_depend_on_the_batch(batch: int) -> None
     assert correlation.abs().max() < 0.5
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "sde", "rk45"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "adams", "sde", "rk45"])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_images_do_not_depend_on_the_batch_size(
     tiny_pae: PAE, tiny_dit: LightningDiT, batch: int, solver: Any
@@ -211,16 +211,16 @@ def test_the_solvers_converge_to_the_adaptive_reference(tiny_dit: LightningDiT, 
         tiny_dit, labels, noise, SamplerConfig(solver="rk45", tolerance=1e-4, **common)
     )
     errors = {}
-    for solver in ("euler", "heun", "multistep"):
+    for solver in ("euler", "heun", "multistep", "adams"):
         for steps in (20, 160):
             samples = sample_latents(
                 tiny_dit, labels, noise, SamplerConfig(solver=solver, steps=steps, **common)
             )
             errors[solver, steps] = float((samples - reference).abs().max())
-    for solver in ("euler", "heun", "multistep"):
+    for solver in ("euler", "heun", "multistep", "adams"):
         assert errors[solver, 160] < 0.15 * errors[solver, 20]
         assert errors[solver, 160] < 0.02
-    assert errors["multistep", 20] < errors["euler", 20]
+    assert errors["adams", 20] < errors["multistep", 20] < errors["euler", 20]
 
 
 def test_the_sde_needs_a_source_of_noise(tiny_dit: LightningDiT) -> None:
@@ -310,7 +310,7 @@ def test_invalid_settings_are_refused(changes: dict[str, float], message: str) -
         SamplerConfig(**changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "sde"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "adams", "sde"])
 @pytest.mark.parametrize(
     ("guidance", "start", "end"),
     [(1.0, 0.0, 1.0), (2.5, 0.0, 1.0), (2.5, 0.25, 1.0), (2.5, 0.25, 0.7), (2.5, 1.0, 1.0)],

@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openpae.objective.flow import LAST_STEP, noisy_grid, time_grid
-from openpae.sampling.solvers import Field, euler, euler_maruyama, heun, multistep, runge_kutta
+from openpae.sampling.solvers import (
+    Field,
+    adams,
+    euler,
+    euler_maruyama,
+    heun,
+    multistep,
+    runge_kutta,
+    with_breaks,
+)
 
 Solver = Callable[[Field, Tensor, Tensor], Tensor]
-ORDERS = {euler: 1, heun: 2, multistep: 2}
+ORDERS = {euler: 1, heun: 2, multistep: 2, adams: 3}
 MEAN, STD = 1.5, 0.6
 shifts = st.floats(0.2, 5)
 
@@ -49,6 +58,42 @@ def test_the_second_order_solvers_are_exact_for_a_velocity_linear_in_t(points: i
     field = lambda x, t: torch.full_like(x, 2 * t)  # noqa: E731
     assert float(multistep(field, zero, grid)) == pytest.approx(1 - first**2, abs=1e-9)
     assert float(heun(field, zero, grid)) == pytest.approx(1 - last**2, abs=1e-9)
+
+
+@given(points=st.integers(3, 12), shift=shifts)
+def test_the_third_order_solver_is_exact_for_a_velocity_quadratic_in_t(points: int, shift: float) -> None:
+    """v = 3 t^2 from 0 gives t^3. A midpoint step misses h^3/4, the second step the parabola's part."""
+    grid = time_grid(points, shift)
+    x = adams(lambda x, t: torch.full_like(x, 3 * t**2), torch.zeros(1, 1, 1, 1, dtype=torch.float64), grid)
+    t = grid.tolist()
+    missed = (t[1] - t[0]) ** 3 / 4
+    if points > 2:
+        h, a = t[2] - t[1], t[1] - t[0]
+        missed += 3 * (h**3 / 3 + a * h**2 / 2)  # v[i, i-1, i-2] = 3
+    assert float(x) == pytest.approx(1 - missed, abs=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.4])
+def test_third_order_needs_its_breaks_where_the_velocity_jumps(shift: float) -> None:
+    """As guidance does: at the break itself the velocity is still that of one side."""
+    breaks = (0.25, 0.7)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return 2 * to_gaussian(x, t) if breaks[0] <= t <= breaks[1] else to_gaussian(x, t)
+
+    x = start()
+    for begin, end, factor in ((0.0, 0.25, 1), (0.25, 0.7, 2), (0.7, 1.0, 1)):
+        x = runge_kutta(lambda x, t, factor=factor: factor * to_gaussian(x, t), x, begin, end, 1e-10)  # type: ignore[misc]
+    errors = []
+    for steps in (80, 160, 320):
+        grid = with_breaks(time_grid(steps + 1, shift), breaks)
+        assert set(breaks) <= set(grid.tolist())
+        assert bool((grid.diff() > 0).all())
+        errors.append(float((adams(velocity, start(), grid, breaks) - x).abs().max()))
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(3, abs=0.3)
+    unbroken = adams(velocity, start(), time_grid(321, shift))
+    assert errors[-1] < 0.01 * float((unbroken - x).abs().max())
 
 
 @pytest.mark.parametrize("shift", [1.0, 0.4])

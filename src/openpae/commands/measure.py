@@ -88,7 +88,8 @@ def profile(
     run: tyro.conf.OmitArgPrefixes[ProfileRun],
     device: Device = "auto",
 ) -> None:
-    """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank), and compare them in profile.html.
+    """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank and proxies), and compare them in
+    profile.html.
 
     A tokenizer is a folder of openpae or diffusers, diffusers:OWNER/NAME, encoder:NAME for the features of a
     VFM (encoder:NAME/8 with a token per 8 pixels), or python:FILE.py with your own encode and decode.

@@ -19,10 +19,12 @@ class SamplerChoice:
     """A sampler preset, and flags that change it."""
 
     preset: str = "official-250"
-    """official-250 (the paper's guided samples), official-sde (its unguided samples), fast-45, few-15, or a
-    file of kind SamplerConfig, such as best.yaml of pae search-guidance. The flags below change it."""
+    """official-250 (the paper's guided samples), official-sde (its unguided samples), fast-28, fast-45,
+    few-15, or a file of kind SamplerConfig, such as best.yaml of pae search-guidance. The flags below change
+    it."""
     solver: Solver | None = None
-    """euler, heun and multistep (second order) solve the ODE, sde the SDE; rk45 is adaptive and slow."""
+    """euler, heun, multistep (second order) and adams (third) solve the ODE, sde the SDE; rk45 is adaptive
+    and slow."""
     steps: int | None = None
     """Number of steps."""
     shift: float | None = None

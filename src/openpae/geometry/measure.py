@@ -29,11 +29,20 @@ from openpae.geometry.metrics import (
     singular_values,
     spatial_structure_consistency,
 )
+from openpae.geometry.proxies import (
+    latent_neighbour_consistency,
+    region_self_similarity,
+    spectral_energy_concentration,
+    velocity_irreducible_variance,
+)
 from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import Tokenizer, check_tokenizer
 from openpae.models.lpips import LPIPS
 
-METRIC_NAMES = ("ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
+METRIC_NAMES = (
+    "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "ssim", "lpips", "frechet",
+    "interpolated_frechet",
+)  # fmt: skip
 """In display order."""
 
 Tick = Callable[[int], None]
@@ -87,8 +96,10 @@ def measure_tokenizer(
     tick = tick or (lambda _: None)
     rows = chosen_rows(source, config.count)
     results, pooled, latents = _reconstruct(tokenizer, source, rows, size, lpips, real, config, tick)
-    results += [effective_rank(pooled), _semantics(pooled, torch.from_numpy(source.labels[rows]), config)]
-    results.append(_structure(tokenizer, segmented, config))
+    labels = torch.from_numpy(source.labels[rows])
+    results += [effective_rank(pooled), _semantics(pooled, labels, config)]
+    results += [velocity_irreducible_variance(latents, labels), latent_neighbour_consistency(latents, labels)]
+    results += [spectral_energy_concentration(latents), *_structure(tokenizer, segmented, config)]
     tick(0 if segmented is None else len(segmented.images))
     if tokenizer.decode is None:
         missing = ("lpc", "psnr", "ssim", "lpips", "frechet", "interpolated_frechet")
@@ -126,7 +137,7 @@ def _reconstruct(
     config: MeasureConfig,
     tick: Tick,
 ) -> tuple[list[Estimate | Undefined], Tensor, Tensor]:
-    """Metrics of reconstructions, pooled latents (n, C), and latents (n, C, h, w) if there is a decoder."""
+    """Metrics of reconstructions, pooled latents (n, C), and latents (n, C, h, w)."""
     decode = tokenizer.decode
     pairs = ReconstructionMetrics(lpips)
     decoded = None if real is None else FeatureSet(real.extractor)
@@ -136,8 +147,8 @@ def _reconstruct(
             check_tokenizer(tokenizer, x[:2])
         z = tokenizer.encode(x)
         pooled.append(z.float().mean(dim=(2, 3)).cpu())
-        if decode is not None:  # features of a VFM are large, and no metric needs them
-            latents.append(z.float().cpu())
+        latents.append(z.float().cpu())
+        if decode is not None:
             y = decode(z)
             pairs.update(x.to(y.device), y)
             if decoded is not None:
@@ -148,7 +159,7 @@ def _reconstruct(
         distance = frechet_distance(decoded.pooled.gaussian(), real.pooled.gaussian())
         settings: Settings = {"extractor": real.extractor.name, "reference": real.n}
         results.append(Estimate(name="frechet", value=distance, n=decoded.n, settings=settings))
-    return results, torch.cat(pooled), torch.cat(latents) if latents else torch.empty(0)
+    return results, torch.cat(pooled), torch.cat(latents)
 
 
 def _semantics(pooled: Tensor, labels: Tensor, config: MeasureConfig) -> Estimate | Undefined:
@@ -183,16 +194,20 @@ def _continuity(
 @torch.no_grad()
 def _structure(
     tokenizer: Tokenizer, segmented: Segmented | None, config: MeasureConfig
-) -> Estimate | Undefined:
+) -> list[Estimate | Undefined]:
+    """SSC and SRSS."""
     if segmented is None:
-        return Undefined("ssc", "no label maps were given")
+        return [Undefined(name, "no label maps were given") for name in ("ssc", "srss")]
     latents = torch.cat(
         [tokenizer.encode(to_unit(x)).cpu() for x in torch.split(segmented.images, config.batch_size)]
     )
-    grid = majority_labels(segmented.labels, *latents.shape[-2:], ignore=segmented.ignore)
-    if all(len(torch.unique(cells[cells != segmented.ignore])) < 2 for cells in grid):
+    maps, ignore = segmented.labels, segmented.ignore
+    grid = majority_labels(maps, *latents.shape[-2:], ignore=ignore)
+    if all(len(torch.unique(cells[cells != ignore])) < 2 for cells in grid):
         h, w = grid.shape[1:]
-        return Undefined("ssc", f"no label map has two segments on the {h} x {w} latent grid")
-    return spatial_structure_consistency(
-        latents, segmented.labels, sigma=config.sigma, ignore=segmented.ignore, seed=config.seed
-    )
+        reason = f"no label map has two segments on the {h} x {w} latent grid"
+        return [Undefined(name, reason) for name in ("ssc", "srss")]
+    return [
+        spatial_structure_consistency(latents, maps, sigma=config.sigma, ignore=ignore, seed=config.seed),
+        region_self_similarity(latents, maps, ignore=ignore),
+    ]

@@ -53,7 +53,7 @@ def spatial_structure_consistency(
     from sklearn.metrics import normalized_mutual_info_score
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    _check_latents(latents)
+    check_latents(latents)
     if labels.ndim != 3 or len(labels) != len(latents):
         raise ValueError(
             f"labels must be one map (H, W) for each of the {len(latents)} images, got {tuple(labels.shape)}"
@@ -161,7 +161,7 @@ def latent_perturbation_consistency(
     """
     if decode is None:
         raise ValueError("LPC is not defined without a decoder: it compares decoded images; leave it out")
-    _check_latents(latents)
+    check_latents(latents)
     if directions < 1 or batch_size < 1:
         raise ValueError(f"directions and batch_size must be at least 1, got {directions} and {batch_size}")
     if not radii or min(radii) <= 0:
@@ -348,11 +348,12 @@ def _pool(latents: Tensor) -> Tensor:
         if not latents.isfinite().all():
             raise ValueError("latents hold NaN or infinity")
         return latents
-    _check_latents(latents)
+    check_latents(latents)
     return latents.float().mean(dim=(2, 3))
 
 
-def _check_latents(latents: Tensor) -> None:
+def check_latents(latents: Tensor) -> None:
+    """Raise ValueError unless latents are (B, C, h, w) with B > 0, and finite."""
     if latents.ndim != 4 or len(latents) == 0:
         raise ValueError(f"latents must be (B, C, h, w) with B > 0, got {tuple(latents.shape)}")
     if not latents.isfinite().all():

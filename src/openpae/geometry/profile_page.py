@@ -67,6 +67,29 @@ METRICS = {
         on_radar=True,
         meaning="diagnostic: share of its channels that the pooled latent uses",
     ),
+    "viv": Metric(
+        title="VIV",
+        better="lower",
+        meaning="what a generator cannot know of the velocity, from the covariance within classes "
+        "(arXiv:2606.03578)",
+    ),
+    "sec": Metric(
+        title="SEC",
+        better="lower",
+        on_radar=True,
+        meaning="share of high spatial frequencies in the latent's energy (arXiv:2606.03578)",
+    ),
+    "lnc": Metric(
+        title="LNC",
+        better="higher",
+        on_radar=True,
+        meaning="share of the five nearest images that have the same class (arXiv:2606.03578)",
+    ),
+    "srss": Metric(
+        title="SRSS",
+        better="higher",
+        meaning="cosine of tokens within a segment, minus that across segments (arXiv:2512.10794)",
+    ),
     "psnr": Metric(title="PSNR", better="higher", meaning="of reconstructions, in dB"),
     "ssim": Metric(title="SSIM", better="higher", on_radar=True, meaning="of reconstructions, up to 1"),
     "lpips": Metric(

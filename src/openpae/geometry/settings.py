@@ -16,7 +16,7 @@ class MeasureConfig:
     """Settings of a measurement. The record repeats them."""
 
     count: int = 5000
-    """Images for GSQ, eRank and reconstruction, evenly spread over the source."""
+    """Images for GSQ, eRank, VIV, SEC, LNC, iFD and reconstruction, evenly spread over the source."""
     lpc_count: int = 200
     """Images for LPC, a part of these; each costs nine decodes."""
     directions: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import ERROR
 from pickle import UnpicklingError
@@ -66,6 +66,39 @@ def drop_norm_affine(backbone: nn.Module, final_norm: str) -> None:
         outer = ", ".join(name for name in names if name.count(".") < 2)
         raise ValueError(f"{type(backbone).__name__} has no LayerNorm {final_norm!r}; it has: {outer}")
     setattr(owner, leaf, nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+
+
+def last_blocks(backbone: nn.Module, count: int) -> tuple[nn.Module, ...]:
+    """The last blocks of a transformer, whose outputs are to be summed; none for a count of 1.
+
+    Raises:
+        ValueError: the transformer has fewer blocks.
+    """
+    if count == 1:
+        return ()
+    stacks = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(stacks, key=len, default=nn.ModuleList())
+    if count > len(blocks):
+        raise ValueError(
+            f"{type(backbone).__name__} has {max(1, len(blocks))} layers, so no sum of its last {count}"
+        )
+    return tuple(blocks[-count:])
+
+
+@contextmanager
+def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of modules while they run."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        kept.append(output if isinstance(output, Tensor) else output[0])
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_pretrained(
@@ -202,12 +235,21 @@ class TokenMerger(nn.Module):
 
 
 class EfficientNetTokens(nn.Module):
-    """Tokens (B, h w, 432) of EfficientNet-Lite0 at stride 16: spatial detail beside semantics."""
+    """Tokens (B, h w, 432) of EfficientNet-Lite0 at stride 16: spatial detail beside semantics.
 
-    def __init__(self, *, pretrained: bool = True) -> None:
+    Args:
+        pretrained: take the weights of the registry package.
+        layers: last blocks of the fine tap that are summed, at most the three of its shape. The coarse tap
+            has one block of its shape.
+    """
+
+    def __init__(self, *, pretrained: bool = True, layers: int = 1) -> None:
         super().__init__()
+        if layers > 3:
+            raise ValueError(f"efficientnet-lite0 has 3 layers of one shape, so no sum of its last {layers}")
         from efficientnet_lite_pytorch import EfficientNet
 
+        self.layers = layers
         net = EfficientNet.from_name("efficientnet-lite0")
         if pretrained:
             (file,) = fetch("efficientnet-lite0").rglob("*.pth")
@@ -218,8 +260,10 @@ class EfficientNetTokens(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, 16 h, 16 w). Returns tokens: (B, h w, 432)."""
-        fine = self.fine(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
+        with outputs_of([*self.fine][-self.layers : -1]) as earlier:
+            fine = self.fine(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
         coarse = F.interpolate(self.coarse(fine), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        fine = sum(earlier, fine)
         taps = (to_tokens(tap).float() for tap in (fine, coarse))
         return torch.cat([F.layer_norm(tap, tap.shape[-1:]) for tap in taps], dim=-1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from openpae.config import check_fields
+from openpae.config import added, check_fields
 
 COUNT, WIDTH, LAYERS = "[1, 16777216]", "[1, 65536]", "[1, 1024]"
 """Allowed intervals of sizes. A value beyond is a mistake, and the model would be built for hours."""
@@ -52,13 +52,16 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LowPassConfig:
-    """The low-pass between upsampling and the latent grid: (1 - s) H + s blur(H).
+    """The low-pass between upsampling and the latent grid.
 
     Our choice: the paper says "low-pass" and "spatial normalisation, strength 0.4" (docs/deviations.md).
     """
 
+    kind: Literal["blend", "subtract", "spatial-norm"] = added("blend")
+    """blend: (1 - s) H + s blur(H). subtract: H - s blur(H), a high-pass. spatial-norm: (H - s mean) / std,
+    both over the places of an image, as in iREPA (arXiv:2512.10794); it acts as a high-pass too."""
     strength: float = 0.4
-    """Weight s of the blurred features; 0 disables the low-pass."""
+    """Strength s; with 0, blend and subtract change nothing."""
     sigma: float = 0.5
     """Standard deviation of the Gaussian, in cells of the latent grid. Half a cell leaves 29 % of the
     amplitude at the Nyquist frequency of the grid, and 0.7 % at twice that, which sampling would alias to a
@@ -146,7 +149,7 @@ class PAEConfig:
     """A tokenizer. The defaults are the paper's main model: DINOv2-L, 32 channels on 16x16."""
 
     encoder: str = "dinov2-l"
-    """The VFM, a row of openpae.models.vfms.ENCODERS."""
+    """The VFM, a row of openpae.models.vfms.ENCODERS. NAME+K sums its last K layers, as in RAEv2."""
     encoder_source: str | None = None
     """Hub name or local folder of its weights; null: the repository of the row."""
     image_size: int = 256

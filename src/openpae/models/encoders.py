@@ -17,7 +17,9 @@ from openpae.models.backbones import (
     TokenMerger,
     build_tower,
     drop_norm_affine,
+    last_blocks,
     load_pretrained,
+    outputs_of,
 )
 from openpae.models.layers import to_grid, to_tokens
 from openpae.models.vfms import EncoderSpec, encoder_spec
@@ -53,6 +55,7 @@ class FrozenEncoder(nn.Module):
         self.spec = spec
         self.trainable = trainable
         self.backbone = backbone
+        self.last_blocks = last_blocks(backbone, spec.layers) if spec.family != "efficientnet-lite0" else ()
         self.merger = TokenMerger(spec.dim, spec.dim, spec.merge) if spec.merge_by == "mlp" else None
         self.eval().requires_grad_(trainable)
 
@@ -69,8 +72,7 @@ class FrozenEncoder(nn.Module):
         spec = self.spec
         h, w = (side * spec.merge // spec.stride for side in pixels.shape[-2:])
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            output = self.backbone(pixels, **self._options(h * w, pixels))
-            tokens: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
+            tokens = self._tokens(pixels, self._options(h * w, pixels))
             tokens = tokens[:, spec.num_prefix_tokens :]
             if tokens.shape[1] != h * w:
                 raise ValueError(
@@ -84,6 +86,18 @@ class FrozenEncoder(nn.Module):
             if spec.final_norm is None:
                 tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-6)
             return tokens
+
+    def _tokens(self, pixels: Tensor, options: dict[str, Any]) -> Tensor:
+        """All tokens after the last norm, if there is one, (B, P + N, D): of the last layer, or of a sum."""
+        with outputs_of(self.last_blocks) as kept:
+            output = self.backbone(pixels, **options)
+        if not self.last_blocks:
+            return output if isinstance(output, Tensor) else output.last_hidden_state
+        total = torch.stack(kept).sum(dim=0)
+        if self.spec.final_norm is None:
+            return total
+        normed: Tensor = self.backbone.get_submodule(self.spec.final_norm)(total)
+        return normed
 
     def _options(self, count: int, pixels: Tensor) -> dict[str, Any]:
         """Arguments of the backbone beside the pixels."""
@@ -206,7 +220,9 @@ def encoder_fingerprint(encoder: Encoder) -> str:
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
     spec = encoder.spec
-    facts = (spec.stride, spec.num_prefix_tokens, spec.image_mean, spec.image_std)
+    facts: tuple[object, ...] = (spec.stride, spec.num_prefix_tokens, spec.image_mean, spec.image_std)
+    if spec.layers > 1:
+        facts += (spec.layers,)
     return fingerprint({}, repr(facts), *sorted(fingerprint({"": w}) for w in encoder.state_dict().values()))
 
 
@@ -223,7 +239,7 @@ def encoder_architecture(encoder: Encoder | None) -> dict[str, Any] | None:
 
 def _backbone(spec: EncoderSpec, tower: Callable[[], nn.Module], pretrained: bool) -> nn.Module:
     if spec.family == "efficientnet-lite0":
-        return EfficientNetTokens(pretrained=pretrained)
+        return EfficientNetTokens(pretrained=pretrained, layers=spec.layers)
     if spec.family == "random":
         return RandomViT(spec.dim, spec.stride, spec.num_heads)
     built = tower()

@@ -66,14 +66,14 @@ def reference_features(
     features = features.float()
     grid = to_grid(features, h, w)
     with full_precision(features):
-        rows, columns = (_passes(*size, low_pass, features) for size in ((height, h), (width, w)))
+        rows, columns = _passes(((height, h), (width, w)), low_pass, features)
         if upsampler == "bilinear":
             # The passes act on upsampled maps, so each is multiplied by the upsampling.
             rows = [part @ _bilinear(h, height, features) for part in rows]
             columns = [part @ _bilinear(w, width, features) for part in columns]
-            return to_tokens(_pass_down(grid, rows, columns))
+            return _normalised(to_tokens(_pass_down(grid, rows, columns)), low_pass)
         if upsampler == "jbu":
-            return _bilateral_mixing(images.float(), h, w, rows, columns) @ features
+            return _normalised(_bilateral_mixing(images.float(), h, w, rows, columns) @ features, low_pass)
         if isinstance(upsampler, str):
             raise ValueError(
                 f"upsampler must be 'bilinear', 'jbu' or a network (load_anyup()), got {upsampler!r}"
@@ -84,13 +84,15 @@ def reference_features(
             _pass_down(upsampler(guides[i : i + 1], grid[i : i + 1]).float(), rows, columns)
             for i in range(len(images))
         ]
-        return to_tokens(torch.cat(downs))
+        return _normalised(to_tokens(torch.cat(downs)), low_pass)
 
 
 def low_pass_down(maps: Tensor, h: int, w: int, low_pass: LowPassConfig) -> Tensor:
     """Low-pass at full resolution, then bilinear sampling at the latent grid.
 
-        D ((1 - s) X + s B X),   B a Gaussian blur, D bilinear sampling at the centres of the cells
+        blend         D ((1 - s) X + s B X),   B a Gaussian blur, D bilinear sampling at the cells' centres
+        subtract      D (X - s B X)
+        spatial-norm  (Y - s mean Y) / std Y,   Y = D X, mean and standard deviation over the places
 
     Both are separable and linear, so D and D B are one matrix per axis. The blur is renormalised at the
     border, where a part of the Gaussian has no pixels.
@@ -99,14 +101,15 @@ def low_pass_down(maps: Tensor, h: int, w: int, low_pass: LowPassConfig) -> Tens
         maps: X, (B, D, H, W).
         h: rows of the grid.
         w: columns of the grid.
-        low_pass: s, and the width of B.
+        low_pass: kind, s, and the width of B.
 
     Returns:
         (B, D, h, w), float32.
     """
     with full_precision(maps):
         sizes = ((maps.shape[-2], h), (maps.shape[-1], w))
-        return _pass_down(maps.float(), *(_passes(*size, low_pass, maps) for size in sizes))
+        down = _pass_down(maps.float(), *_passes(sizes, low_pass, maps))
+        return to_grid(_normalised(to_tokens(down), low_pass), h, w)
 
 
 def bilateral_weights(images: Tensor, h: int, w: int, rows: slice) -> Tensor:
@@ -164,13 +167,35 @@ def load_anyup() -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _passes(pixels: int, cells: int, low_pass: LowPassConfig, like: Tensor) -> list[Tensor]:
-    """sqrt(1 - s) D and sqrt(s) D B of one axis, (cells, pixels) each; rows and columns have a root each."""
-    down = _bilinear(pixels, cells, like)
-    at = torch.arange(pixels, device=like.device) * (cells / pixels)
-    blur = torch.exp(-((at[:, None] - at) ** 2) / (2 * low_pass.sigma**2))
-    blur = blur / blur.sum(dim=1, keepdim=True)
-    return [math.sqrt(1 - low_pass.strength) * down, math.sqrt(low_pass.strength) * down @ blur]
+def _passes(
+    sizes: tuple[tuple[int, int], tuple[int, int]], low_pass: LowPassConfig, like: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """D and D B of rows and of columns, (cells, pixels) each, for (pixels, cells) of both axes.
+
+    Their weights are 1 - s and s for "blend", 1 and -s for "subtract". Rows and columns have the root of a
+    weight each, and the columns its sign.
+    """
+    plain = 1 - low_pass.strength if low_pass.kind == "blend" else 1.0
+    sign = -1 if low_pass.kind == "subtract" else 1
+    axes = []
+    for pixels, cells in sizes:
+        down = _bilinear(pixels, cells, like)
+        at = torch.arange(pixels, device=like.device) * (cells / pixels)
+        blur = torch.exp(-((at[:, None] - at) ** 2) / (2 * low_pass.sigma**2))
+        blur = blur / blur.sum(dim=1, keepdim=True)
+        axes.append([math.sqrt(plain) * down, math.sqrt(low_pass.strength) * down @ blur])
+    rows, columns = axes
+    if low_pass.kind == "spatial-norm":
+        return rows[:1], columns[:1]
+    return rows, [columns[0], sign * columns[1]]
+
+
+def _normalised(tokens: Tensor, low_pass: LowPassConfig) -> Tensor:
+    """The spatial norm of tokens (B, N, D), if it is the kind of the low-pass; 1e-6 beside the variance."""
+    if low_pass.kind != "spatial-norm":
+        return tokens
+    variance, mean = torch.var_mean(tokens, dim=1, correction=0, keepdim=True)
+    return (tokens - low_pass.strength * mean) * torch.rsqrt(variance + 1e-6)
 
 
 def _pass_down(maps: Tensor, rows: list[Tensor], columns: list[Tensor]) -> Tensor:

@@ -41,6 +41,8 @@ class EncoderSpec:
     image_std: tuple[float, float, float] = IMAGENET_STD
     merge: int = 1
     """Tokens of the VFM per axis that become one; the stride is that of merged tokens."""
+    layers: int = 1
+    """Number K of last layers whose outputs are summed (RAEv2, arXiv:2605.18324), before the last norm."""
     merge_by: Literal["mean", "mlp"] = "mean"
     """How tokens merge. The weights of the MLP come with a released tokenizer; its output is not
     normalised."""
@@ -219,13 +221,16 @@ ENCODERS = {
 
 
 def encoder_spec(name: str) -> EncoderSpec:
-    """A row of the table.
+    """A row of the table. NAME+K is the row with the sum of its last K layers.
 
     Raises:
-        ValueError: no such row.
+        ValueError: no such row, or K is no number from 1 on.
     """
-    if name not in ENCODERS:
+    row, plus, layers = name.partition("+")
+    if row not in ENCODERS:
         raise ValueError(
-            f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}, or pass a module of your own"
+            f"unknown encoder {row!r}; known: {', '.join(ENCODERS)}, or pass a module of your own"
         )
-    return ENCODERS[name]
+    if plus and (not layers.isdecimal() or int(layers) < 1):
+        raise ValueError(f"{name!r} must be NAME+K with K >= 1, the number of last layers to sum")
+    return replace(ENCODERS[row], layers=int(layers)) if plus else ENCODERS[row]

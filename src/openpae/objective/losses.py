@@ -30,21 +30,23 @@ _PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def gram_alignment(latent: Tensor, prior: Tensor) -> Tensor:
+def gram_alignment(latent: Tensor, prior: Tensor, gram: Literal["cosine", "inner"] = "cosine") -> Tensor:
     """Align the Gram matrices of latent and prior tokens (SSR, Eq. 3 of arXiv:2605.07915).
 
-        L = mean_b 1/N^2 ||G(z_b) - G(f_b)||_F^2,   G(x)_ij = cos(x_i, x_j)
+        L = mean_b 1/N^2 ||G(z_b) - G(f_b)||_F^2,   G(x)_ij = cos(x_i, x_j), or x_i . x_j for "inner"
 
-    The loss depends on cosines only: C and D may differ, and it is invariant to the scale of a token and to
-    a rotation of the channels. Our choice: the paper gives neither the normalisation of the tokens nor of
-    the sum (docs/deviations.md). The refiner uses it too, between Z_T and H_ref (Sec. 3.3).
+    With cosines C and D may differ, and the loss is invariant to the scale of a token and to a rotation of
+    the channels. Our choice: the paper gives neither the normalisation of the tokens nor of the sum
+    (docs/deviations.md). Inner products of tokens on the sphere are C cosines, so their loss is C^2 times as
+    large where both have C channels. The refiner uses cosines, between Z_T and H_ref (Sec. 3.3).
 
     Args:
         latent: latent tokens z, (B, N, C). Gradients flow to these.
         prior: refined target tokens f on the same grid, (B, N, D). Treated as a constant.
+        gram: the entries of the Gram matrices.
 
     Returns:
-        Scalar in [0, 4]; 0 where both Gram matrices agree.
+        Scalar, in [0, 4] for cosines; 0 where both Gram matrices agree.
 
     Raises:
         ValueError: the two do not hold the same B images of N tokens.
@@ -54,8 +56,9 @@ def gram_alignment(latent: Tensor, prior: Tensor) -> Tensor:
             f"latent and prior must hold the same tokens, got (B, N) = {tuple(latent.shape[:2])} and "
             f"{tuple(prior.shape[:2])}; resample the prior to the latent grid first"
         )
-    z = F.normalize(latent.float(), dim=-1)
-    f = F.normalize(prior.detach().float(), dim=-1)
+    z, f = latent.float(), prior.detach().float()
+    if gram == "cosine":
+        z, f = F.normalize(z, dim=-1), F.normalize(f, dim=-1)
     # Autocast would compute the products in bfloat16 despite .float(), with two digits per cosine.
     with torch.autocast(z.device.type, enabled=False):
         return (z @ z.mT - f @ f.mT).square().mean()

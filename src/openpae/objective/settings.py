@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from openpae.config import added, check_fields
-from openpae.models.configs import DiscriminatorConfig, PerceptualNet
+from openpae.models.configs import DiscriminatorConfig, LowPassConfig, PerceptualNet
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_RAMPED = ("lpips", "ssr", "mcr", "scr", "mix", "va")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,12 @@ class TokenizerLoss:
     """Share of the training after which the discriminator learns."""
     ssr: float = 0.2
     """Spatial structure: Gram matrix of the tokens of one image (Eq. 3). Needs a prior."""
+    ssr_gram: Literal["cosine", "inner"] = added("cosine")
+    """Entries of these Gram matrices: cosines, or inner products, whose loss is latent_dim squared times as
+    large."""
+    ssr_low_pass: LowPassConfig | None = added(None)
+    """A low-pass on the latent grid for the target of SSR alone; null: the target is that of SCR. The
+    refiner's own low-pass (`low_pass`) acts on both."""
     mcr: float = 0.5
     """Manifold continuity: decodes of perturbed latents (Eq. 4)."""
     mcr_design: Literal["small", "large", "cascaded"] = "cascaded"
@@ -67,11 +76,19 @@ class TokenizerLoss:
     """Semantic consistency: pooled latent and tokens (Eq. 5). Needs a prior."""
     scr_tokens: Literal["pooled", "tokens", "both"] = "both"
     """What it compares (Table 3c)."""
+    mix: float = added(0.0)
+    """Decodes of mixtures of two images' latents are pulled to both decodes: a rival of MCR, after InterpTok
+    (arXiv:2610.16759). It sees the images that both `mcr_share` and `lpips_share` leave."""
+    va: float = added(0.0)
+    """Alignment of the latent with the VFM's features by a learnt projection (VA-VAE, arXiv:2501.01423): a
+    rival of SSR and SCR. Needs no prior."""
+    va_margins: tuple[float, float] = added((0.5, 0.25))
+    """Margins of its cosines and of their matrix, within which there is no loss."""
     ramp: tuple[float, float] = added((0.0, 0.0))
-    """Shares of the training between which LPIPS, SSR, MCR and SCR rise together to their weights: (begin,
-    end). Their ratio is the same at every step."""
+    """Shares of the training between which LPIPS, SSR, MCR, SCR, mix and va rise together to their weights:
+    (begin, end). Their ratio is the same at every step."""
     ramp_from: float = added(1.0)
-    """Share of their weights that these four have before the ramp, in (0, 1]; they rise by a constant factor
+    """Share of their weights that these have before the ramp, in (0, 1]; they rise by a constant factor
     a step. 1 as in the paper. A small decoder learns to see by L1 first (docs/log.md)."""
     kl: float = 0.0
     """Generic regulariser of Table 3(a); there 1e-6."""
@@ -84,14 +101,14 @@ class TokenizerLoss:
     """Steps between logs of each term's gradient norm at the latent, in shares of their sum; 0 logs none."""
 
     def __post_init__(self) -> None:
-        weights = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion", "latent_noise")
+        weights = ("lpips", "gan", "ssr", "mcr", "scr", "mix", "va", "kl", "diffusion", "latent_noise")
         shares = ("gan_start", "discriminator_start", "mcr_start", "mcr_angle_ramp", "lpips_late_start")
         check_fields(
             self,
             "loss.",
             mcr_angles="(0, 90)",
             **dict.fromkeys((*weights, "lpips_shift", "gradients_every"), "[0, inf)"),
-            **dict.fromkeys((*shares, "ramp"), "[0, 1]"),
+            **dict.fromkeys((*shares, "ramp", "va_margins"), "[0, 1]"),
             **dict.fromkeys(("lpips_share", "mcr_share", "ramp_from"), "(0, 1]"),
         )
         if self.gan_start < self.discriminator_start:
@@ -112,13 +129,13 @@ class TokenizerLoss:
     @property
     def weights(self) -> dict[str, float | Tensor]:
         """The weight of each term by its symbol."""
-        names = ("lpips", "gan", "ssr", "mcr", "scr", "kl", "diffusion")
+        names = ("lpips", "gan", "ssr", "mcr", "scr", "mix", "va", "kl", "diffusion")
         return {"l1": 1.0} | {name: getattr(self, name) for name in names}
 
     def weights_at(self, progress: float) -> dict[str, float | Tensor]:
         """The weights after a share of the training in [0, 1], with `ramp`."""
         factor = self.ramp_from ** (1 - _risen(progress, *self.ramp))
-        ramped = {name: getattr(self, name) * factor for name in ("lpips", "ssr", "mcr", "scr")}
+        ramped = {name: getattr(self, name) * factor for name in _RAMPED}
         return self.weights | ramped
 
     def angles_at(self, progress: float) -> tuple[float, float]:

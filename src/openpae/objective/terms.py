@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models.layers import to_tokens
+from openpae.models.layers import to_grid, to_tokens
 from openpae.models.lpips import LPIPS
+from openpae.models.upsampling import low_pass_down
 from openpae.objective.losses import (
     adaptive_weight,
     compared_pairs,
@@ -21,11 +22,12 @@ from openpae.objective.losses import (
     kl_penalty,
     semantic_alignment,
 )
+from openpae.objective.rivals import mixture_consistency
 from openpae.objective.settings import TokenizerLoss
 from openpae.runtime import processes
 from openpae.runtime.draws import Draws
 
-BALANCED = ("l1", "lpips", "mcr", "gan")
+BALANCED = ("l1", "lpips", "mcr", "mix", "gan")
 """The terms of the decodes, which `balance_gan` adds."""
 
 
@@ -51,15 +53,18 @@ def image_terms(
     lpips: LPIPS | None,
     loss: TokenizerLoss,
     shift: Sequence[int] = (0, 0),
+    mixed: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """L1, LPIPS and MCR. Each image passes the perceptual network once, all decodes in one batch.
+    """L1, LPIPS, MCR and mix. Each image passes the perceptual network once, all decodes in one batch.
 
     Args:
         x: images in [0, 1], (B, 3, H, W).
-        decoded: decodes r of x, and m and l if MCR's design compares them, (B or fewer, 3, H, W).
+        decoded: decodes r of x, m and l if MCR's design compares them, and "mix" of mixtures, (B or fewer, 3,
+            H, W).
         lpips: the perceptual network, or None if no term needs it.
         loss: weights and designs of the terms.
         shift: pixels by which LPIPS shifts all images to the right and down, with repeated borders.
+        mixed: shares of the next image in the mixtures, one for each.
 
     Returns:
         Scalars by symbol.
@@ -79,7 +84,12 @@ def image_terms(
         with torch.no_grad():
             target = lpips.features(_shifted(x[:count], shift))
         terms["lpips"] = lpips.distance(perceived["r"], target).mean()
-    if len(decoded) > 1:
+    if mixed is not None:
+        parents = [stage[: len(mixed)] for stage in perceived["r"]]
+        terms["mix"] = mixture_consistency(
+            decoded["mix"], decoded["r"][: len(mixed)], mixed, perceived["mix"], parents, lpips.distance
+        )
+    if len(decoded) > (1 if mixed is None else 2):
         distances = []
         for a, b in compared_pairs(loss.mcr_design):
             nearer = [stage[: len(shown[a])] for stage in perceived[b]]
@@ -99,7 +109,11 @@ def prior_terms(z: Tensor, target: Tensor, loss: TokenizerLoss) -> dict[str, Ten
     """SSR and SCR of latents (B, C, h, w) against refined targets (B, N, C): scalars by symbol."""
     terms = {}
     if loss.ssr:
-        terms["ssr"] = gram_alignment(to_tokens(z), target)
+        structure = target
+        if loss.ssr_low_pass is not None:
+            h, w = z.shape[-2:]
+            structure = to_tokens(low_pass_down(to_grid(target, h, w), h, w, loss.ssr_low_pass))
+        terms["ssr"] = gram_alignment(to_tokens(z), structure, loss.ssr_gram)
     if loss.scr:
         terms["scr"] = semantic_alignment(to_tokens(z), target, loss.scr_tokens)
     return terms

@@ -92,9 +92,7 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
                     hook = partial(_mark_gradient, tracker)
                     weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         parts = planned_batches(run.loop)
-        shares, steps = _phases(run)
-        if not phases:
-            shares, steps = [1.0], steps[-2:]
+        shares, steps = _phases(run) if phases else ([1.0], last_steps(run))
         counts: list[Mapping[torch.dtype, int]] = []
         tracker.reset()
         for state in loop_module.trial_steps(task, run.optim, run.loop, steps):
@@ -114,6 +112,11 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
             operations=_per_image(counts, shares, images := len(parts) * len(parts[0])),
             most_operations=sum(counts[-1].values()) / images,
         )
+
+
+def last_steps(run: Run) -> list[int]:
+    """Return two steps of the phase in which all losses are active. The second is the most expensive."""
+    return _phases(run)[1][-2:]
 
 
 def _networks(task: AnyTask) -> dict[str, nn.Module]:

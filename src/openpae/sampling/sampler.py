@@ -13,7 +13,16 @@ from openpae.objective.flow import LAST_STEP, noisy_grid, time_grid
 from openpae.runtime.draws import SampleNoise, _moved
 from openpae.sampling.guidance import VelocityModel, check_labels, check_weak, guided_velocity
 from openpae.sampling.settings import SamplerConfig
-from openpae.sampling.solvers import euler, euler_maruyama, heun, multistep, runge_kutta
+from openpae.sampling.solvers import (
+    adams,
+    after,
+    euler,
+    euler_maruyama,
+    heun,
+    multistep,
+    runge_kutta,
+    with_breaks,
+)
 
 
 class Decoder(Protocol):
@@ -52,6 +61,11 @@ def evaluations(config: SamplerConfig) -> int | None:
         visited = [*visited, 1 - LAST_STEP]
     elif config.solver == "heun":
         visited += grid[1:-1]
+    elif config.solver == "adams":
+        breaks = _breaks(config)
+        restarts = [(t, t_next) for t, t_next in pairwise(grid) if t == 0 or t in breaks]
+        visited = [after(t) if t in breaks else t for t in visited]
+        visited += [(t + t_next) / 2 for t, t_next in restarts]
     return sum(1 + config.guides_at(t) for t in visited)
 
 
@@ -203,6 +217,8 @@ def _follow(
                 "solver sde needs noise at every step: give it a SampleNoise, not the initial noise alone"
             )
         return euler_maruyama(velocity, x_0, _grid(config), noise.draw)
+    if config.solver == "adams":
+        return adams(velocity, x_0, _grid(config), _breaks(config))
     solve = {"euler": euler, "heun": heun, "multistep": multistep}[config.solver]
     return solve(velocity, x_0, _grid(config))
 
@@ -211,8 +227,7 @@ def _adaptive(
     model: VelocityModel, label: Tensor, x: Tensor, config: SamplerConfig, weak: VelocityModel | None
 ) -> Tensor:
     """RK45 in up to three parts: the velocity jumps where guidance starts or ends."""
-    ends = {0.0, 1.0} if config.guidance == 1 else {0.0, config.guidance_start, config.guidance_end, 1.0}
-    for start, stop in pairwise(sorted(ends)):
+    for start, stop in pairwise(sorted({0.0, 1.0, *_breaks(config)})):
         guided = config.guides_at((start + stop) / 2)
         velocity = guided_velocity(model, label, config.guidance, _constant(guided), weak)
         x = runge_kutta(velocity, x, start, stop, config.tolerance)
@@ -224,7 +239,14 @@ def _constant(guided: bool) -> Callable[[float], bool]:
 
 
 def _grid(config: SamplerConfig) -> Tensor:
-    return (noisy_grid if config.solver == "sde" else time_grid)(config.steps + 1, config.shift)
+    grid = (noisy_grid if config.solver == "sde" else time_grid)(config.steps + 1, config.shift)
+    return with_breaks(grid, _breaks(config)) if config.solver == "adams" else grid
+
+
+def _breaks(config: SamplerConfig) -> tuple[float, ...]:
+    """Inner positions where guidance starts or ends, and the velocity jumps."""
+    ends = () if config.guidance == 1 else (config.guidance_start, config.guidance_end)
+    return tuple(t for t in ends if 0 < t < 1)
 
 
 def _pixels(tokenizer: Decoder, z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from openpae.config import check_fields
 
-Solver = Literal["euler", "heun", "multistep", "sde", "rk45"]
+Solver = Literal["euler", "heun", "multistep", "adams", "sde", "rk45"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,9 @@ class SamplerConfig:
     """Solver and guidance. The defaults are the paper's guided 80-epoch setting."""
 
     solver: Solver = "euler"
-    """euler (the paper's), heun and multistep (after DPM-Solver++ 2M) follow the ODE; sde is the paper's for
-    unguided samples: noisy steps, and a last one without noise; rk45 is adaptive, slow and most exact."""
+    """euler (the paper's), heun, multistep (after DPM-Solver++ 2M) and adams (third order) follow the ODE;
+    sde is the paper's for unguided samples: noisy steps, and a last one without noise; rk45 is adaptive, slow
+    and most exact."""
     steps: int = 249
     """Steps of the grid; rk45 chooses its own."""
     shift: float = 0.4

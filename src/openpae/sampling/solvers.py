@@ -7,7 +7,7 @@ of the velocity.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -96,6 +96,60 @@ def multistep(velocity: Field, x_0: Tensor, times: Tensor) -> Tensor:
             x = x + (t_next - t) ** 2 / 2 / (t - before[0]) * (v - before[1])
         before = (t, v)
     return x
+
+
+def adams(velocity: Field, x_0: Tensor, times: Tensor, breaks: Collection[float] = ()) -> Tensor:
+    """Follow dx/dt = v(x, t) by the Adams-Bashforth method of third order, one evaluation a step.
+
+    A step integrates the parabola through the last three velocities, at unequal distances. With h = t_{i+1} -
+    t_i, a = t_i - t_{i-1} and Newton's divided differences v[.]:
+
+        x <- x + h v_i + h^2/2 v[i, i-1] + (h^3/3 + a h^2/2) v[i, i-1, i-2]
+
+    The first step, and the first after a break, has no earlier velocity and is a midpoint step, with two
+    evaluations. The second has one earlier velocity and leaves out the last term.
+
+    Args:
+        velocity: v.
+        x_0: noise, (B, C, h, w), float32 or float64.
+        times: positions on the CPU, (T,), among them the breaks, as `with_breaks` gives them; T - 1 steps.
+        breaks: positions where v jumps, as guidance does where it starts or ends. No parabola crosses them.
+
+    Returns:
+        x at times[-1], (B, C, h, w).
+    """
+    x = x_0
+    past: list[tuple[float, Tensor]] = []
+    for t, t_next in pairwise(times.tolist()):
+        h = t_next - t
+        if t in breaks:
+            past = []
+        # Behind a break: at it, the velocity may be that of the other side.
+        v = velocity(x, after(t) if t in breaks else t).to(x.dtype)
+        if not past:
+            x = x + h * velocity(x + h / 2 * v, t + h / 2).to(x.dtype)
+        else:
+            a, slope = t - past[0][0], (v - past[0][1]) / (t - past[0][0])
+            x = x + h * v + h**2 / 2 * slope
+            if len(past) == 2:
+                earlier = (past[0][1] - past[1][1]) / (past[0][0] - past[1][0])
+                x = x + (h**3 / 3 + a * h**2 / 2) / (t - past[1][0]) * (slope - earlier)
+        past = [(t, v), *past[:1]]
+    return x
+
+
+def with_breaks(times: Tensor, breaks: Iterable[float]) -> Tensor:
+    """Move the nearest inner position onto each break. Returns float64, (T,)."""
+    moved = times.double()
+    for position in breaks:
+        if len(moved) > 2:
+            moved[1 + int((moved[1:-1] - position).abs().argmin())] = position
+    return moved
+
+
+def after(t: float) -> float:
+    """The next position in float32, the type of positions inside the generator."""
+    return float(np.nextafter(np.float32(t), np.float32(2)))
 
 
 def euler_maruyama(velocity: Field, x_0: Tensor, times: Tensor, noise: Callable[[], Tensor]) -> Tensor:

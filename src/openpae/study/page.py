@@ -21,13 +21,16 @@ from openpae.study.table import Result, cost, curves, finals
 from openpae.study.verdicts import Comparison, Verdict, compare, mean_error, speed_up, verdict_of
 
 TITLES = {
-    "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "psnr": "PSNR", "ssim": "SSIM",
-    "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD", "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID",
-    "precision": "precision", "recall": "recall",
+    "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "viv": "VIV", "sec": "SEC", "lnc": "LNC",
+    "srss": "SRSS", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD",
+    "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID", "precision": "precision", "recall": "recall",
 }  # fmt: skip
 """Titles of the metrics. FD is an FID only in Inception features."""
 
-_TABLE = ("ssc", "lpc", "gsq", "erank", "psnr", "rfid", "gfid", "gfid_own", "kid")
+_TABLE = (
+    "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "rfid", "ifid", "gfid", "gfid_own",
+    "kid",
+)  # fmt: skip
 _QUALITIES = ("gfid", "gfid_own")
 """The paper makes claims about gfid only: gfid_own has no verdicts."""
 _DIGITS = {"psnr": 2, "rfid": 2, "gfid": 2, "gfid_own": 2, "ifid": 2}

@@ -22,8 +22,8 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 T = TypeVar("T")
 
 MetricName = Literal[
-    "ssc", "lpc", "gsq", "erank", "psnr", "ssim", "lpips", "rfid", "ifid", "gfid", "gfid_own", "kid",
-    "precision", "recall",
+    "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "ssim", "lpips", "rfid", "ifid",
+    "gfid", "gfid_own", "kid", "precision", "recall",
 ]  # fmt: skip
 """rfid, ifid and gfid are Frechet distances to real images: of reconstructions, of decoded mixtures of
 neighbours, and of samples. gfid_own is the distance of samples to the tokenizer's reconstructions. All are in
@@ -36,7 +36,9 @@ _OWN = frozenset((
 ))  # fmt: skip
 """Fields of runs that a study sets."""
 
-HIGHER_IS_BETTER: frozenset[str] = frozenset({"ssc", "gsq", "erank", "psnr", "ssim", "precision", "recall"})
+HIGHER_IS_BETTER: frozenset[str] = frozenset(
+    {"ssc", "gsq", "erank", "lnc", "srss", "psnr", "ssim", "precision", "recall"}
+)
 """For the other metrics, lower is better."""
 
 

@@ -108,7 +108,7 @@ class TokenizerRun:
     def __post_init__(self) -> None:
         check_fields(self, checkpoint_blocks=f"[0, {self.model.decoder.num_layers}]")
         if self.model.fusion == "none":
-            idle = ("ssr", "scr", "kl", "diffusion", "gradients_every")
+            idle = ("ssr", "scr", "va", "kl", "diffusion", "gradients_every")
             if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:
                 raise ValueError(
                     f"{', '.join(on)} must be 0 for model.fusion none: they act on the latent, which is then "

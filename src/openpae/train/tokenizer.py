@@ -44,6 +44,7 @@ from openpae.models.discriminator import (
     norms_once,
 )
 from openpae.models.encoders import Encoder, encoder_architecture, encoder_fingerprint, load_encoder
+from openpae.models.layers import to_tokens
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import load_prior, write_tokenizer
@@ -56,6 +57,7 @@ from openpae.objective.losses import (
     perturb,
     reached_angle,
 )
+from openpae.objective.rivals import mixtures, vfm_alignment
 from openpae.objective.terms import (
     BALANCED,
     balance_gan,
@@ -111,7 +113,7 @@ class TokenizerTask:
             features = None if first.features is None else first.features.to(self.device)
             start_from_patches(self.model, to_unit(first.images.to(self.device)), features)
         loss, steps = run.loss, run.loop.steps
-        perceptual = loss.lpips > 0 or loss.mcr > 0
+        perceptual = loss.lpips > 0 or loss.mcr > 0 or loss.mix > 0
         self.lpips = self._perceptual(loss.lpips_net) if perceptual else None
         self.late_lpips = (
             self._perceptual(loss.lpips_late_net) if perceptual and loss.lpips_late_net else None
@@ -148,17 +150,23 @@ class TokenizerTask:
     def _updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         x = to_unit(batch.images)
         features = batch.features
-        if features is None and self.prior is not None:
-            features = self.model.features(x)  # once, for the encoder's path and for the prior
-        z, decoded, logs = self._decode(x, features, draws, step)
+        if features is None and (self.prior is not None or self.projection is not None):
+            features = self.model.features(x)  # once, for the encoder's path and for the targets
+        mixed = self._mixed(draws, len(x))
+        z, decoded, logs = self._decode(x, features, draws, step, mixed)
         progress = step / self.run.loop.steps
         shift = draws.integers("lpips shift", self.run.loss.lpips_shift + 1, 2)
         late = self.late_lpips is not None and step >= self.late_from
-        terms = image_terms(x, decoded, self.late_lpips if late else self.lpips, self.run.loss, shift)
+        lpips = self.late_lpips if late else self.lpips
+        terms = image_terms(x, decoded, lpips, self.run.loss, shift, mixed)
         if self.prior is not None:
             assert features is not None  # made above, or cached
             target = self.prior(features) if batch.prior is None else batch.prior
             terms |= prior_terms(z, target, self.run.loss)
+        if self.projection is not None:
+            assert features is not None  # made above, or cached
+            margins = self.run.loss.va_margins
+            terms["va"] = vfm_alignment(to_tokens(z), features, self.players["projection"], margins)
         terms |= generic_terms(z, self.players.get("denoiser"), draws, self.run.loss)
         weights, shown = self.run.loss.weights_at(progress), None
         augment = draws.uniform("augment", AUGMENT_DRAWS) if self.discriminator is not None else x
@@ -231,9 +239,9 @@ class TokenizerTask:
         return load_perceptual(net, self.run.loss.lpips_weights).to(self.device)
 
     def _decode(
-        self, x: Tensor, features: Tensor | None, draws: Draws, step: int
+        self, x: Tensor, features: Tensor | None, draws: Draws, step: int, mixed: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Latents, the decodes r, m, l that the design needs (in one batch), and the reached angles."""
+        """Latents, the decodes r, m, l, mix that the terms need (in one batch), and the reached angles."""
         loss = self.run.loss
         due = loss.mcr > 0 and step >= self.mcr_from
         names = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
@@ -241,23 +249,35 @@ class TokenizerTask:
         logs: dict[str, Tensor] = {}
 
         def extra_latents(z: Tensor) -> list[Tensor]:
+            between = [] if mixed is None else [mixtures(z[: len(mixed)], mixed, self.run.model.sphere)]
             if not names:
-                return []
+                return between
             # One direction per sample for all angles: the perturbed latents lie on one arc.
             z = z[: math.ceil(loss.mcr_share * len(z))]
             direction = draws.normal("mcr direction", *z.shape[1:])[: len(z)]
             moved = {name: perturb(z, direction, angles[name], self.run.model.sphere) for name in names}
             logs.update({f"angle_{name}": reached_angle(z, latent) for name, latent in moved.items()})
-            return list(moved.values())
+            return [*moved.values(), *between]
 
         noise = latent_noise(draws, loss.latent_noise, self.run.model.latent_shape)
         z, decodes = self.players["autoencoder"](x, features, extra_latents, noise)
-        return z, dict(zip(["r", *names], decodes, strict=True)), logs
+        shown = ["r", *names, *([] if mixed is None else ["mix"])]
+        return z, dict(zip(shown, decodes, strict=True)), logs
+
+    def _mixed(self, draws: Draws, count: int) -> Tensor | None:
+        """Shares of the next image in the mixtures, in [0, 1/2); None without them."""
+        loss = self.run.loss
+        if not loss.mix:
+            return None
+        return draws.uniform("mix share")[: math.ceil(min(loss.mcr_share, loss.lpips_share) * count)] / 2
 
     def _players(self) -> tuple[dict[str, nn.Module], dict[str, Optimizer]]:
         run = self.run
         # The autoencoder's optimizer steps the denoiser; it is a player so that checkpoints hold it.
         self.denoiser = LatentDenoiser(run.model.latent_dim).to(self.device) if run.loss.diffusion else None
+        self.projection: nn.Linear | None = None
+        if run.loss.va:
+            self.projection = nn.Linear(run.model.latent_dim, self.model.spec.dim, bias=False).to(self.device)
         self.discriminator = (
             build_discriminator(run.loss.discriminator).to(self.device) if run.loss.gan else None
         )
@@ -267,6 +287,9 @@ class TokenizerTask:
         if self.denoiser is not None:
             players["denoiser"] = distribute(self.denoiser, run.loop)
             joint += players["denoiser"].parameters()
+        if self.projection is not None:
+            players["projection"] = distribute(self.projection, run.loop)
+            joint += players["projection"].parameters()
         optimizers = {"autoencoder": adamw(joint, run.optim)}
         if self.discriminator is not None:
             players["discriminator"] = distribute(self.discriminator, run.loop, small=True)
