@@ -33,14 +33,15 @@ FILES_OF = {
     "runtime": "escape extras signals processes children device draws provenance cards",
     "storage": "files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
-    "backgrounds order readers images packing caches openmoji training label_maps scenes",
+    "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
+    "images packing caches openmoji training label_maps scenes",
     "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
     "decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
     "objective": "settings flow losses rivals terms",
     "interop": "foreign_latents released diffusers_adapter export",
     "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
-    "eval": "settings npz image_stream estimate frechet inception reconstruction scores extractors features "
+    "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
     "train": "settings given targets refiner tokenizer generator",

@@ -1,4 +1,4 @@
-"""Describe a folder: a run, a model, a cache, packed images or a folder of images."""
+"""Describe a folder or file: a run, a model, a cache, packed images or images of any form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from openpae import config as configs
 from openpae.data.classes import class_list, count_classes
-from openpae.data.images import ImageFolder
+from openpae.data.forms import is_remote
+from openpae.data.images import ImageFolder, open_source, place_of
 from openpae.data.shards import Shards
 from openpae.engine.checkpoints import verify_checkpoint
 from openpae.engine.journal import read_log
@@ -37,17 +38,17 @@ _KINDS = {
 
 
 def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
-    """Return facts about a folder by name, the most important first.
+    """Return facts about a folder or file by name, the most important first.
 
     Args:
-        folder: a folder that pae writes or reads.
+        folder: what pae writes or reads.
         verify: also check every shard, weight and image file.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds nothing that pae reads.
         ValueError: the folder is damaged.
     """
-    if not folder.is_dir():
+    if not is_remote(folder) and not place_of(folder).exists():
         raise FileNotFoundError(f"no folder at {folder}")
     if (folder / "header.json").is_file():
         return _shards(folder, verify)
@@ -55,10 +56,10 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
         return _model(folder, verify)
     if (folder / "config.yaml").is_file():
         return _run(folder, verify)
-    source = ImageFolder(folder, full_hash=verify)
+    source = open_source(folder, full_hash=verify)
     counts = count_classes(source.classes, source.labels)
     facts = {
-        "what": "a folder of images",
+        "what": "a folder of images" if isinstance(source, ImageFolder) else "images to be packed",
         "images": f"{len(source):,}",
         "classes": f"{len(source.classes)} ({min(counts)} to {max(counts)} images each)",
         "labels": class_list(source.classes, counts),
@@ -67,7 +68,7 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
     if verify:
         for index in range(len(source)):
             source.read(index)
-        facts["verified"] = "every file can be decoded"
+        facts["verified"] = "every image can be decoded"
     return facts
 
 
