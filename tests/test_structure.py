@@ -44,7 +44,7 @@ FILES_OF = {
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
     "train": "settings targets refiner tokenizer generator",
-    "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
+    "study": "settings shared stage plan work verdicts table correlations power once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",

@@ -27,10 +27,11 @@ def bench(
     precision: Precision | None = None,
     compile: bool = False,
     checkpoint_blocks: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Measure the speed of the generator or the tokenizer on this machine; optionally compare two records.
 
-    The options after `compare` are for the generator.
+    The options from `sizes` to `checkpoint_blocks` are for the generator.
 
     Args:
         part: generator: parameters and operations of each size, speed of training and sampling; tokenizer: a
@@ -44,6 +45,7 @@ def bench(
         precision: precision of training and sampling; bf16 by default.
         compile: compile the generator.
         checkpoint_blocks: blocks with activation checkpointing; none by default.
+        overwrite: replace a file OUT that this command did not make.
     """
     from openpae.bench import generator, record, tokenizer
     from openpae.storage.files import write_json
@@ -64,7 +66,8 @@ def bench(
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} belongs to pae bench generator; pae bench {part} has no such option")
     if out is not None:
-        check_outputs(out, inputs=[compare], own=[out] if "figures" in read_record(out) else [])
+        known = [out] if "figures" in read_record(out) else []
+        check_outputs(out, inputs=[compare], own=known, overwrite=overwrite)
     other = None if compare is None else record.read_record(compare, part)
     measured = generator.bench_generator(**given) if part == "generator" else tokenizer.bench_tokenizer()
     own = record.record(part, measured)

@@ -25,6 +25,7 @@ def search_guidance(
     extractor: ExtractorName = "vgg16",
     extractor_weights: Path | None = None,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Tune guidance scale and interval on the Frechet distance, and write search.json and best.yaml.
 
@@ -40,6 +41,7 @@ def search_guidance(
         extractor: features of the distance; distances of two extractors are not comparable.
         extractor_weights: weights file of inception, or local folder of dinov2.
         device: auto uses a GPU if there is one.
+        overwrite: replace a search.json and best.yaml that this command did not make.
     """
     import torch
 
@@ -69,7 +71,7 @@ def search_guidance(
         )
         log = print if processes.is_rank0() else None
         inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
-        record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs)
+        record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs, overwrite=overwrite)
         if log is not None:
             _print_best(record, out)
     if record["verdict"]:

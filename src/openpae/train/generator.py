@@ -20,7 +20,7 @@ from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.run_folder import check_run, open_run
+from openpae.engine.run_folder import check_run, continued, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
@@ -194,13 +194,14 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     """Train a generator, or resume the run in run_dir.
 
     Args:
-        run: the config; it must equal that of an existing run_dir.
+        run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
 
     Returns:
         The last evaluation.
     """
+    run = continued(run_dir, run)
     check_run(run_dir, run)
     task = GeneratorTask(run)
     task.run_dir = run_dir

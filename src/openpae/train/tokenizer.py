@@ -26,7 +26,7 @@ from openpae.data.training import (
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.run_folder import check_run, open_run
+from openpae.engine.run_folder import check_run, continued, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -112,7 +112,7 @@ class TokenizerTask:
             (first,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
             features = None if first.features is None else first.features.to(self.device)
             start_from_patches(self.model, to_unit(first.images.to(self.device)), features)
-        loss, steps = run.loss, run.loop.steps
+        loss, steps = run.loss, run.loop.schedule_steps
         perceptual = loss.lpips > 0 or loss.mcr > 0 or loss.mix > 0
         self.lpips = self._perceptual(loss.lpips_net) if perceptual else None
         self.late_lpips = (
@@ -154,7 +154,7 @@ class TokenizerTask:
             features = self.model.features(x)  # once, for the encoder's path and for the targets
         mixed = self._mixed(draws, len(x))
         z, decoded, logs = self._decode(x, features, draws, step, mixed)
-        progress = step / self.run.loop.steps
+        progress = min(1.0, step / self.run.loop.schedule_steps)
         shift = draws.integers("lpips shift", self.run.loss.lpips_shift + 1, 2)
         late = self.late_lpips is not None and step >= self.late_from
         lpips = self.late_lpips if late else self.lpips
@@ -245,7 +245,7 @@ class TokenizerTask:
         loss = self.run.loss
         due = loss.mcr > 0 and step >= self.mcr_from
         names = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
-        angles = dict(zip("ml", loss.angles_at(step / self.run.loop.steps), strict=True))
+        angles = dict(zip("ml", loss.angles_at(step / self.run.loop.schedule_steps), strict=True))
         logs: dict[str, Tensor] = {}
 
         def extra_latents(z: Tensor) -> list[Tensor]:
@@ -357,7 +357,7 @@ def train_tokenizer(
     """Train a tokenizer, or resume the run in run_dir.
 
     Args:
-        run: the config; it must equal that of an existing run_dir.
+        run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
@@ -365,6 +365,7 @@ def train_tokenizer(
     Returns:
         The last evaluation.
     """
+    run = continued(run_dir, run)
     check_run(run_dir, run)
     task = TokenizerTask(run, progress=progress)
     task.run_dir = run_dir
