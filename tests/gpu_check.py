@@ -66,19 +66,21 @@ def run_checks(worker: Worker, device: str, end: float) -> Iterator[Result]:
         end: reading of time.monotonic at the end.
     """
     on_gpu = worker.facts["type"] == "cuda"
-    for check in worker.checks:
-        if end - time.monotonic() < LEAST:
-            yield Result(check.name, "not run", "no time left")
-            continue
-        if not worker.alive or (on_gpu and worker.deterministic != check.deterministic):
-            worker.stop()
-            try:
-                worker = Worker(device, deterministic=check.deterministic)
-            except ValueError as error:
-                yield Result(check.name, "failed", str(error))
+    try:
+        for check in worker.checks:
+            if end - time.monotonic() < LEAST:
+                yield Result(check.name, "not run", "no time left")
                 continue
-        yield worker.run(check.name, min(check.limit, end - time.monotonic()))
-    worker.stop()
+            if not worker.alive or (on_gpu and worker.deterministic != check.deterministic):
+                worker.stop()
+                try:
+                    worker = Worker(device, deterministic=check.deterministic)
+                except ValueError as error:
+                    yield Result(check.name, "failed", str(error))
+                    continue
+            yield worker.run(check.name, min(check.limit, end - time.monotonic()))
+    finally:
+        worker.stop()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Worker:
         self.deterministic, self._usable = deterministic, True
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, device, deterministic), daemon=True)
+        self._process = context.Process(target=_serve, args=(child, device, deterministic))
         self._process.start()
         child.close()  # so that the end of the process ends the pipe
         answer = self._receive(START)
