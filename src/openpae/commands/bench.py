@@ -31,14 +31,13 @@ def bench(
 ) -> None:
     """Measure the speed of the generator or the tokenizer on this machine; optionally compare two records.
 
-    The options from `sizes` to `checkpoint_blocks` are for the generator.
-
     Args:
-        part: generator: parameters and operations of each size, speed of training and sampling; tokenizer: a
-            training step of the quickstart with the full objective, and with L1 + LPIPS alone.
+        part: generator (each size: cost, speed of training and sampling), or tokenizer (a training step of
+            the quickstart with the full objective, and with L1 + LPIPS alone).
         out: file for the record (JSON).
         compare: record of the same part to compare with; prints the ratio of each figure.
-        sizes: generators to measure; by default all on a GPU and none on a CPU.
+        sizes: generators to measure; by default all on a GPU and none on a CPU. The options from here to
+            checkpoint_blocks are for the generator.
         patch_size: latent cells per token and axis; 1 by default.
         batch_size: images per step; by default 256 on a GPU, halved until it fits, and 2 on a CPU.
         sample_steps: Euler steps of the timed samples; 45 by default.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from openpae.commands.console import Device, Images, Out, Progress, TokenizerPath, at_least_one
+from openpae.commands.console import Device, Images, Out, Progress, TokenizerPath, at_least_one, say_on_rank0
 
 
 def reconstruct(
@@ -65,9 +65,8 @@ def reconstruct(
                 done += len(y)
                 progress(done, len(own))
         metrics.gather()
-        if processes.is_rank0():
-            for estimate in metrics.compute().values():
-                print(estimate)
+        for estimate in metrics.compute().values():
+            say_on_rank0(str(estimate))
 
 
 def _names(images: list[str], out: Path) -> list[str]:

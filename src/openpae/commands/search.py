@@ -43,8 +43,6 @@ def search_guidance(
         device: auto uses a GPU if there is one.
         overwrite: replace a search.json and best.yaml that this command did not make.
     """
-    import torch
-
     from openpae.eval.extractors import load_extractor
     from openpae.eval.guidance_search import SampleEvaluator
     from openpae.eval.guidance_search import search_guidance as run_search
@@ -56,9 +54,7 @@ def search_guidance(
     with processes.process_group(device):
         models = load_models(tokenizer, generator, sampler, device)
         check_reference(reference, generator)
-        network = load_extractor(extractor, extractor_weights)
-        if isinstance(network, torch.nn.Module):
-            network.to(models.device)
+        network = load_extractor(extractor, extractor_weights, models.device)
         evaluator = SampleEvaluator(
             *(models.tokenizer, models.generator, sampler.config()),
             extractor=network,

@@ -14,6 +14,7 @@ from openpae import config as configs
 from openpae.commands.console import at_least_one, say_on_rank0
 
 if TYPE_CHECKING:
+    from openpae.study.plan import Plan
     from openpae.study.settings import Study, StudyData
 
 
@@ -51,17 +52,15 @@ def study(
         seeds: seeds that replace the study's own.
         workers: number of processes; they divide the threads, and the GPUs if there are several.
         dry_run: print the stages and the estimated time on this machine; run nothing.
-        power: the results.csv of a pilot; print which differences the claims can show with more seeds; run
-            nothing.
+        power: results.csv of a pilot; print the differences that more seeds would show, and run nothing.
     """
     at_least_one(workers=workers)
     if not studies:
         raise ValueError("pae study needs at least one STUDY, a file or a preset such as study/table2a-small")
-    from openpae.runtime import processes
     from openpae.storage.outputs import check_outputs
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
-    from openpae.study.run import check_results, describe_plan, run_plan
+    from openpae.study.run import check_results, describe_plan
     from openpae.study.settings import Study
 
     loaded = [configs.load(Study, name) for name in studies]
@@ -78,9 +77,16 @@ def study(
         return
     check_results(plan, [*given.values(), reference])
     command = _command(studies, {"set": set, "rows": rows, "seeds": seeds}, given | {"reference": reference})
+    _run(plan, workers, command)
+
+
+def _run(plan: Plan, workers: int, command: str) -> None:
+    from openpae.runtime import processes
+    from openpae.study.run import run_plan
+
     with processes.process_group():
         failed = run_plan(plan, workers=workers, command=command, log=say_on_rank0)
-        for folder in (out / study.name for study in plan.studies):
+        for folder in (plan.layout.out / study.name for study in plan.studies):
             say_on_rank0(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
     if failed:
         raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
