@@ -18,6 +18,7 @@ from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
 from openpae.storage.files import read_json
 from openpae.storage.model_folder import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of, read_classes
+from openpae.storage.pairs import PARTS, is_pair
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
@@ -42,6 +43,10 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
+    if is_pair(folder):
+        about = {part: describe(folder / part, verify=verify) for part in PARTS}
+        facts = {f"{part} {name}": value for part in PARTS for name, value in about[part].items()}
+        return {"what": "a pair: a tokenizer and a generator of its latents", **facts}
     if (folder / "header.json").is_file():
         return _shards(folder, verify)
     if (folder / WEIGHTS).is_file():
