@@ -48,8 +48,8 @@ FILES_OF = {
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
-    "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search measure "
-    "publish study bench plan",
+    "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search "
+    "measure publish study bench plan",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
