@@ -30,8 +30,8 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape extras signals processes children device draws provenance cards",
-    "storage": "files outputs weights registry assets model_folder card hub",
+    "runtime": "escape names extras signals processes children device draws provenance cards",
+    "storage": "pairs files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
     "images packing caches openmoji training label_maps scenes",
@@ -49,8 +49,8 @@ FILES_OF = {
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
-    "commands": "console describe data train sampler sample reconstruct interpolate search measure publish "
-    "study bench plan",
+    "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search "
+    "measure publish study bench plan",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

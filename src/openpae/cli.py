@@ -19,7 +19,9 @@ from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
 from openpae.commands.interpolate import interpolate
 from openpae.commands.measure import evaluate, profile
+from openpae.commands.pairs import with_pairs
 from openpae.commands.plan import plan
+from openpae.commands.presets import presets
 from openpae.commands.publish import export, import_official, push
 from openpae.commands.reconstruct import reconstruct
 from openpae.commands.sample import sample
@@ -28,6 +30,7 @@ from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
 from openpae.runtime.escape import one_line
 from openpae.runtime.extras import MissingExtra
+from openpae.runtime.names import did_you_mean
 from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = (
@@ -56,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"openpae {__version__}")
         return
     if name not in COMMANDS:
-        sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
+        hint = did_you_mean(name, COMMANDS)
+        sys.exit(_fail(f"unknown command {name!r}; {hint + ' ' if hint else ''}known: {', '.join(COMMANDS)}"))
 
     if isinstance(
         sys.stdout, io.TextIOWrapper
@@ -156,7 +160,7 @@ def _command(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
         def collect(*args: Any, **named: Any) -> tuple[Any, Any]:
             return args, named
 
-        args, named = parsed(collect, args=list(argv), prog=f"pae {_name(function)}")
+        args, named = parsed(collect, args=with_pairs(_name(function), argv), prog=f"pae {_name(function)}")
         function(*args, **named)
 
     run.__doc__ = function.__doc__
@@ -172,7 +176,7 @@ _WITH_CONFIG = (plan, train_refiner, train_tokenizer, train_generator)
 _FUNCTIONS: tuple[Callable[..., None], ...] = (
     *(quickstart, pack, plan, train_refiner, fit_targets, train_tokenizer, cache_latents, train_generator),
     *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study),
-    *(import_official, export, push, info, bench),
+    *(import_official, export, push, info, presets, bench),
 )
 COMMANDS = {_name(each): each if each in _WITH_CONFIG else _command(each) for each in _FUNCTIONS}
 

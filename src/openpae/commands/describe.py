@@ -26,6 +26,7 @@ from openpae.storage.model_folder import (
     read_classes,
     read_parent,
 )
+from openpae.storage.pairs import PARTS, is_pair
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
@@ -50,6 +51,10 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
     """
     if not is_remote(folder) and not place_of(folder).exists():
         raise FileNotFoundError(f"no folder at {folder}")
+    if is_pair(folder):
+        about = {part: describe(folder / part, verify=verify) for part in PARTS}
+        facts = {f"{part} {name}": value for part in PARTS for name, value in about[part].items()}
+        return {"what": "a pair: a tokenizer and a generator of its latents", **facts}
     if (folder / "header.json").is_file():
         return _shards(folder, verify)
     if (folder / WEIGHTS).is_file():

@@ -97,7 +97,8 @@ class Pipeline:
 
         Args:
             name_or_folder: a folder with the subfolders tokenizer and generator (model or run folders, as
-                `pae quickstart` writes them), or a name OWNER/NAME of the hub.
+                `pae quickstart` writes them), a name of `list_models()` such as openmoji, or a name
+                OWNER/NAME of the hub.
             revision: branch, tag or commit of the hub.
             decode_only: leave out the frozen encoder, which sampling does not need.
 

@@ -35,6 +35,7 @@ from openpae.storage.model_folder import (
     read_model,
     write_model,
 )
+from openpae.storage.pairs import packaged_pair
 from openpae.storage.weights import check_size, load_strict
 
 _NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
@@ -90,6 +91,8 @@ def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str
             raise ValueError(f"{folder} is a folder and has no revision {revision!r}; leave revision out")
         return folder
     name = str(name_or_folder)
+    if revision is None and (pair := packaged_pair(name)) is not None:
+        return pair
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"no folder at {name}, and it is no name of the hub (OWNER/NAME)")
     with needs("hub", f"{name}, which is no folder,"):

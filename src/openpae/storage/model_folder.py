@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpae import config as configs
+from openpae.storage import pairs
 from openpae.storage.files import atomic_folder, fingerprint, read_json, write_json
 from openpae.storage.weights import some
 
@@ -34,7 +35,7 @@ RUN_CONFIG = "run.yaml"
 """Config of the run, in each checkpoint."""
 RECORD = "evaluation.json"
 """Record of pae evaluate."""
-PARTS = ("tokenizer", "generator")
+PARTS = pairs.PARTS
 """Subfolders of a folder that holds a pair."""
 
 
