@@ -35,12 +35,12 @@ FILES_OF = {
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
     "images packing caches openmoji training label_maps scenes",
-    "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
+    "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
+    "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
     "objective": "settings flow losses rivals terms",
     "interop": "foreign_latents released diffusers_adapter export",
-    "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
+    "sampling": "settings solvers guidance sampler sample_set arguments pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",

@@ -76,8 +76,8 @@ class LoopConfig:
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     """fp32: all in float32. tf32: as fp32, but a GPU multiplies in TF32. bf16: autocast around the losses.
     Weights, optimizer and EMA stay float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one. mps, an Apple GPU, is not tested."""
     compile: bool = False
     """Whole-module torch.compile."""
     ema_decay: float | None = None

@@ -146,7 +146,8 @@ def save(
         model: the model.
         folder: output folder; replaced if it holds only a saved model.
         made_with: see `model_folder.Identity`.
-        precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs.
+        precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs. fp32
+            also holds for a model in half precision.
         leave_out: prefix of the names that are not saved.
         architecture: architecture of an encoder whose weights are saved too.
 
@@ -163,6 +164,8 @@ def save(
     if precision == "bf16":
         parameters = {name for name, _ in model.named_parameters()}
         state = {k: v.to(torch.bfloat16) if k in parameters else v for k, v in state.items()}
+    else:
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     with new_model_folder(Path(folder)) as partial:
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
         if architecture is not None:
