@@ -14,6 +14,7 @@ from openpae import config as configs
 from openpae.commands.console import at_least_one, say_on_rank0
 
 if TYPE_CHECKING:
+    from openpae.study.plan import Plan
     from openpae.study.settings import Study, StudyData
 
 
@@ -51,8 +52,7 @@ def study(
         seeds: seeds that replace the study's own.
         workers: number of processes; they divide the threads, and the GPUs if there are several.
         dry_run: print the stages and the estimated time on this machine; run nothing.
-        power: the results.csv of a pilot; print which differences the claims can show with more seeds; run
-            nothing.
+        power: results.csv of a pilot; print which gains the claims can show, and run nothing.
     """
     at_least_one(workers=workers)
     if not studies:
@@ -60,29 +60,37 @@ def study(
     from openpae.runtime import processes
     from openpae.storage.outputs import check_outputs
     from openpae.study.plan import make_plan, own_data
-    from openpae.study.rehearse import estimates
-    from openpae.study.run import describe_plan, run_plan
+    from openpae.study.run import run_plan
     from openpae.study.settings import Study
 
     loaded = [configs.load(Study, name) for name in studies]
     if power is not None:
-        _print_power(loaded, power)
-        return
+        return _print_power(loaded, power)
     given = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
     data = dataclasses.replace(_data(given) or own_data(loaded), reference=reference)
     check_outputs(into=out, inputs=[*given.values(), reference])
     plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
-        known = estimates(plan, rehearse=True, log=lambda line: print(line, file=sys.stderr))
-        print(describe_plan(plan, known, workers))
-        return
+        return _print_plan(plan, workers)
     command = _command(studies, {"set": set, "rows": rows, "seeds": seeds}, given | {"reference": reference})
     with processes.process_group():
         failed = run_plan(plan, workers=workers, command=command, log=say_on_rank0)
-        for folder in (out / study.name for study in plan.studies):
-            say_on_rank0(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
+        _say_where(plan, out)
     if failed:
         raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
+
+
+def _say_where(plan: Plan, out: Path) -> None:
+    for folder in (out / study.name for study in plan.studies):
+        say_on_rank0(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
+
+
+def _print_plan(plan: Plan, workers: int) -> None:
+    from openpae.study.rehearse import estimates
+    from openpae.study.run import describe_plan
+
+    known = estimates(plan, rehearse=True, log=lambda line: print(line, file=sys.stderr))
+    print(describe_plan(plan, known, workers))
 
 
 def _print_power(studies: Sequence[Study], pilot: Path) -> None:
