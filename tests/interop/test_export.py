@@ -104,14 +104,6 @@ def test_a_graph_that_differs_is_not_written(
         export.export_model(model, tmp_path / "out", "torch-export")
 
 
-def test_missing_packages_are_named(
-    tiny_config: PAEConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs onnx and onnxscript and onnxruntime, .*openpae\[onnx\]"):
-        export.export_model(PAE(tiny_config), tmp_path / "out", "onnx")
-
-
 def test_a_full_disk_is_one_error(tiny_dit: LightningDiT, tmp_path: Path) -> None:
     """torch's own writer ends the process."""
     ended = run_in_child(
