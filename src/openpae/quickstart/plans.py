@@ -15,9 +15,9 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
-LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 1500}
-"""Fewest steps for a usable result, as measured (docs/results.md, "Beginning from patches" and "Steps of the
-quickstart's generator")."""
+LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 2000}
+"""Fewest steps for a usable result (docs/results.md, "Beginning from patches" and "Steps of the quickstart's
+generator"). 1,500 steps of the generator are measured to be too few."""
 
 _AROUND = 650
 """Time of features, latents, samples and metrics, in steps of the tokenizer. An undisturbed run of 12 minutes
