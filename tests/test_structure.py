@@ -23,7 +23,7 @@ FLOORS = [
     ("eval",),
     ("geometry",),
     ("train",),
-    ("quickstart", "study", "bench", "plan"),
+    ("quickstart", "study", "bench", "plan", "demo"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -48,8 +48,9 @@ FILES_OF = {
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
+    "demo": "inputs studio page",
     "commands": "console describe data train sampler sample reconstruct interpolate search measure publish "
-    "study bench plan",
+    "study bench plan demo",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
