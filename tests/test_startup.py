@@ -19,6 +19,7 @@ HEAVY = (
     "tensorboard",
     "huggingface_hub",
     "resvg_py",
+    "gradio",
 )
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     ("eval",),
     ("geometry",),
     ("train",),
-    ("quickstart", "study", "bench", "plan"),
+    ("quickstart", "study", "bench", "plan", "demo"),
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -50,7 +50,8 @@ FILES_OF = {
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
     "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search "
-    "measure publish study bench plan",
+    "measure publish study bench plan demo",
+    "demo": "inputs studio page",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -17,6 +17,7 @@ from openpae import __version__
 from openpae.commands.bench import bench
 from openpae.commands.console import parsed
 from openpae.commands.data import info, pack
+from openpae.commands.demo import demo
 from openpae.commands.interpolate import interpolate
 from openpae.commands.measure import evaluate, profile
 from openpae.commands.pairs import with_pairs
@@ -175,7 +176,7 @@ _WITH_CONFIG = (plan, train_refiner, train_tokenizer, train_generator)
 """Commands that parse their arguments themselves: the fields of a config are their flags."""
 _FUNCTIONS: tuple[Callable[..., None], ...] = (
     *(quickstart, pack, plan, train_refiner, fit_targets, train_tokenizer, cache_latents, train_generator),
-    *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study),
+    *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study, demo),
     *(import_official, export, push, info, presets, bench),
 )
 COMMANDS = {_name(each): each if each in _WITH_CONFIG else _command(each) for each in _FUNCTIONS}
