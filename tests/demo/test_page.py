@@ -130,7 +130,7 @@ def test_other_classes_files_and_drawings(address: str, browser: Any, tmp_path: 
     wait(lambda: source(browser, "encode-4"))
 
     def upload(name: str, file: Path) -> None:
-        browser.find_element("css selector", f"#{name} button[aria-label*=lear]").click()
+        browser.find_element("css selector", f"#{name} button[aria-label='Remove Image']").click()
         wait(lambda: browser.find_elements("css selector", f"#{name} input[type=file]"))
         browser.find_element("css selector", f"#{name} input[type=file]").send_keys(str(file))
 

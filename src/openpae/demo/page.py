@@ -23,6 +23,7 @@ CSS = """
 .gradio-container {max-width: 60rem !important; margin: auto}
 footer {display: none !important}
 .shown label[data-testid="block-label"] {position: static; border: 0}  /* above the picture, not over it */
+.tab-wrapper {contain: inline-size}  /* the tabs must not widen a narrow page */
 """
 
 
