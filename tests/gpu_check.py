@@ -1,113 +1,87 @@
-"""What only a machine with a GPU can show. Run it there: pytest -s tests/gpu_check.py
+"""What only a machine with a GPU can show, in one command of a few minutes:
 
-bfloat16 against float32, every stage and its resume at tiny size, steps that wait for nothing, the speed of
-XL/1. What it prints goes to docs/results.md, with the commit and the device.
+    python tests/gpu_check.py OUT [--device auto|cuda|cpu] [--minutes 9]
+
+It needs no data, no download and no pytest: networks have their published sizes and random weights. On a CPU
+the sizes are tiny. OUT gets gpu_check.json and gpu_check.md: device, versions, commit, and for each check its
+result and figures. The exit code is 1 if a check failed. docs/testing.md describes the checks.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from openpae import config as configs
-from openpae.bench.generator import bench_generator
-from openpae.bench.record import record
-from openpae.data.images import PackedImages
-from openpae.data.shards import Shards
-from openpae.models.configs import DiTDHConfig, LightningDiTConfig
-from openpae.models.ditdh import build_generator
-from openpae.models.saved import load_generator, load_tokenizer
-from openpae.runtime.draws import Draws, initial_noise
-from openpae.sampling.sampler import sample_latents
-from openpae.sampling.settings import SamplerConfig
-from openpae.train.generator import GeneratorTask, train_generator
-from openpae.train.refiner import train_refiner
-from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
-from openpae.train.tokenizer import train_tokenizer
+from tests.gpu.table import summary, write
+from tests.gpu.worker import Result, Worker
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
-CUDA = torch.device("cuda")
+RESERVE = 10.0
+"""Seconds of the given time that are kept for the end."""
+LEAST = 5.0
+"""A check with less time is not started."""
 
 
-@pytest.mark.parametrize("kind", [LightningDiTConfig, DiTDHConfig])
-def test_half_precision_changes_the_velocity_little(kind: Any) -> None:
-    """Size S at its full grid, weights off their start: float32 on both devices, and bfloat16."""
-    model = build_generator(kind.of_size("s")).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))  # more would blow a path of width 2,048 up
-    x, t, labels = torch.randn(4, *model.config.latent_shape), torch.rand(4), torch.arange(4)
-    with torch.no_grad():
-        host = model(x, t, labels)
-        model.to(CUDA)
-        x, t, labels = x.to(CUDA), t.to(CUDA), labels.to(CUDA)
-        exact = model(x, t, labels)
-        with torch.autocast("cuda", torch.bfloat16):
-            half = model(x, t, labels).float()
-    scale = host.std()
-    assert (exact.cpu() - host).abs().max() < 1e-2 * scale  # TF32 is off: rounding alone
-    assert torch.nn.functional.cosine_similarity(half.flatten(1), exact.flatten(1)).min() > 0.99
-    assert (half - exact).square().mean().sqrt() < 0.05 * scale
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all checks and write their results. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        worker = Worker(options.device, deterministic=True)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    facts: dict[str, Any] = {
+        "command": shlex.join(["python", "tests/gpu_check.py", *(arguments or sys.argv[1:])]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **worker.facts,
+    }
+    results: list[Result] = []
+    for result in run_checks(worker, options.device, start + 60 * options.minutes - RESERVE):
+        results.append(result)
+        print(f"{result.result:8} {result.seconds:6.1f} s  {result.name}  {result.reason}", flush=True)
+        write(options.out, {**facts, "seconds": round(time.monotonic() - start, 1)}, results)
+    print(f"{summary(results)}; {options.out}")
+    return int(any(result.result == "failed" for result in results))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_stage_trains(precision: str, packed: PackedImages, latents: Shards, tmp_path: Path) -> None:
-    """Refiner, tokenizer and generator train, are found complete when called again, and make images."""
-    loop = {"device": "cuda", "precision": precision, "steps": 6, "save_every": 3, "global_batch_size": 4}
-    stages: list[tuple[type, str, Any]] = [
-        (RefinerRun, "refiner/tiny", train_refiner),
-        (TokenizerRun, "tokenizer/tiny", train_tokenizer),
-        (GeneratorRun, "generator/tiny", train_generator),
-    ]
-    for kind, preset, train in stages:
-        run: Any = configs.load(kind, preset)
-        run = dataclasses.replace(run, loop=dataclasses.replace(run.loop, **loop))
-        if kind is GeneratorRun:
-            run = dataclasses.replace(run, latents=latents.folder)
-        else:
-            run = dataclasses.replace(run, data=dataclasses.replace(run.data, images=packed.shards.folder))
-        folder = tmp_path / preset
-        train(run, folder, quiet=True)
-        train(run, folder, quiet=True)  # reads the last checkpoint back
-    tokenizer = load_tokenizer(tmp_path / "tokenizer/tiny").to(CUDA)
-    generator = load_generator(tmp_path / "generator/tiny").to(CUDA)
-    noise = initial_noise(0, range(2), generator.config.latent_shape).to(CUDA)
-    z = sample_latents(generator, torch.tensor([0, 1], device=CUDA), noise, SamplerConfig(steps=4))
-    assert tokenizer.decode(z).isfinite().all()
+def run_checks(worker: Worker, device: str, end: float) -> Iterator[Result]:
+    """Run the checks of a worker one by one until the time is over.
+
+    Args:
+        worker: the first process.
+        device: for further processes.
+        end: reading of time.monotonic at the end.
+    """
+    on_gpu = worker.facts["type"] == "cuda"
+    try:
+        for check in worker.checks:
+            if end - time.monotonic() < LEAST:
+                yield Result(check.name, "not run", "no time left")
+                continue
+            if not worker.alive or (on_gpu and worker.deterministic != check.deterministic):
+                worker.stop()
+                try:
+                    worker = Worker(device, deterministic=check.deterministic)
+                except ValueError as error:
+                    yield Result(check.name, "failed", str(error))
+                    continue
+            yield worker.run(check.name, min(check.limit, end - time.monotonic()))
+    finally:
+        worker.stop()
 
 
-def test_steps_wait_for_nothing(latents: Shards) -> None:
-    """PyTorch raises where the host would wait, in a training step and in sampling."""
-    run = configs.load(GeneratorRun, "generator/tiny")
-    loop = dataclasses.replace(run.loop, device="cuda", precision="bf16", global_batch_size=4)
-    task = GeneratorTask(dataclasses.replace(run, latents=latents.folder, loop=loop))
-    batch = next(iter(task.batches(range(1))))
-    batch = type(batch)(*(part.to(CUDA) for part in batch))
-    noise = initial_noise(0, range(4), run.model.latent_shape).to(CUDA)
-    for mode in (0, "error"):  # once without, so that what is set up once is set up
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            for update in task.updates(batch, Draws(0, 0, range(4), 4, CUDA), 0):
-                update.loss.backward()
-                optimizer = task.optimizers[update.player]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            task.model(noise, torch.full((4,), 0.5, device=CUDA), batch.labels)
-        finally:
-            torch.cuda.set_sync_debug_mode(0)
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_the_speed_of_xl(compile: bool) -> None:
-    """Target on an H200: at least 600 training images/s in bfloat16 at batch 256 or the largest that fits."""
-    found = record("generator", bench_generator(sizes=("xl",), precision="bf16", compile=compile))
-    print(json.dumps({**found, "figures": found["figures"]["xl"]}, indent=1))
-    assert found["figures"]["xl"]["train_images_per_second"] > 0
+if __name__ == "__main__":
+    sys.exit(main())

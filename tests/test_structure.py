@@ -30,27 +30,28 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape signals processes children device draws provenance cards",
-    "storage": "files outputs weights assets model_folder card hub",
+    "runtime": "escape names extras signals processes children device draws provenance cards",
+    "storage": "pairs files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
-    "backgrounds order readers images packing caches openmoji training label_maps scenes",
-    "models": "configs layers lpips lpips_weights backbones vfms encoders upsampling priors modulator "
-    "decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
+    "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
+    "images packing caches openmoji training label_maps scenes",
+    "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
+    "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings optim task ema health journal parallel checkpoints diagnosis run_folder loop",
     "objective": "settings flow losses rivals terms",
     "interop": "foreign_latents released diffusers_adapter export",
-    "sampling": "settings solvers guidance sampler sample_set pipeline interpolation",
-    "eval": "settings npz image_stream estimate frechet inception reconstruction scores extractors features "
+    "sampling": "settings solvers guidance sampler sample_set arguments pipeline interpolation",
+    "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
-    "train": "settings targets refiner tokenizer generator",
-    "study": "settings shared stage plan work verdicts table correlations once page rehearse run",
+    "train": "settings given targets refiner tokenizer generator",
+    "study": "settings shared stage plan work verdicts table correlations power once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
+    "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search "
+    "measure publish study bench plan demo",
     "demo": "inputs studio page",
-    "commands": "console describe data train sampler sample reconstruct interpolate search measure publish "
-    "study bench plan demo",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

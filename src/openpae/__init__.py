@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_HOMES` says the same 
     from openpae.sampling.sampler import balanced_labels, sample_images, sample_latents
     from openpae.sampling.settings import SamplerConfig
     from openpae.storage.model_folder import identity_of
+    from openpae.storage.pairs import list_models
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "identity_of",
     "import_generator",
     "import_tokenizer",
+    "list_models",
     "load_encoder",
     "load_generator",
     "load_prior",
@@ -62,6 +64,7 @@ _HOMES = {
     "sampling.sampler": ("balanced_labels", "sample_images", "sample_latents"),
     "sampling.settings": ("SamplerConfig",),
     "storage.model_folder": ("identity_of",),
+    "storage.pairs": ("list_models",),
 }
 
 

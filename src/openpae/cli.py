@@ -20,7 +20,9 @@ from openpae.commands.data import info, pack
 from openpae.commands.demo import demo
 from openpae.commands.interpolate import interpolate
 from openpae.commands.measure import evaluate, profile
+from openpae.commands.pairs import with_pairs
 from openpae.commands.plan import plan
+from openpae.commands.presets import presets
 from openpae.commands.publish import export, import_official, push
 from openpae.commands.reconstruct import reconstruct
 from openpae.commands.sample import sample
@@ -28,6 +30,8 @@ from openpae.commands.search import search_guidance
 from openpae.commands.study import study
 from openpae.commands.train import cache_latents, fit_targets, train_generator, train_refiner, train_tokenizer
 from openpae.runtime.escape import one_line
+from openpae.runtime.extras import MissingExtra
+from openpae.runtime.names import did_you_mean
 from openpae.runtime.signals import Stopped
 
 _NO_MEMORY = (
@@ -56,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"openpae {__version__}")
         return
     if name not in COMMANDS:
-        sys.exit(_fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}"))
+        hint = did_you_mean(name, COMMANDS)
+        sys.exit(_fail(f"unknown command {name!r}; {hint + ' ' if hint else ''}known: {', '.join(COMMANDS)}"))
 
     if isinstance(
         sys.stdout, io.TextIOWrapper
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of the output has left, such as head
         sys.stderr.close()
         sys.exit(1)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, MissingExtra) as error:
         if debug:
             raise
         sys.exit(_fail(str(error)))
@@ -156,7 +161,7 @@ def _command(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
         def collect(*args: Any, **named: Any) -> tuple[Any, Any]:
             return args, named
 
-        args, named = parsed(collect, args=list(argv), prog=f"pae {_name(function)}")
+        args, named = parsed(collect, args=with_pairs(_name(function), argv), prog=f"pae {_name(function)}")
         function(*args, **named)
 
     run.__doc__ = function.__doc__
@@ -172,7 +177,7 @@ _WITH_CONFIG = (plan, train_refiner, train_tokenizer, train_generator)
 _FUNCTIONS: tuple[Callable[..., None], ...] = (
     *(quickstart, pack, plan, train_refiner, fit_targets, train_tokenizer, cache_latents, train_generator),
     *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study, demo),
-    *(import_official, export, push, info, bench),
+    *(import_official, export, push, info, presets, bench),
 )
 COMMANDS = {_name(each): each if each in _WITH_CONFIG else _command(each) for each in _FUNCTIONS}
 

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from openpae.runtime.names import did_you_mean
+
 T = TypeVar("T")
 
 PRESETS = Path(__file__).parent / "configs"
@@ -171,8 +173,16 @@ def find(path: str | Path) -> Path:
         return Path(path)
     if (preset := PRESETS / f"{path}.yaml").is_file():
         return preset
-    presets = sorted(file.relative_to(PRESETS).with_suffix("").as_posix() for file in PRESETS.rglob("*.yaml"))
-    raise FileNotFoundError(f"no config file or preset {str(path)!r}; presets: {', '.join(presets)}")
+    known = preset_names()
+    hint = did_you_mean(str(path), known)
+    raise FileNotFoundError(
+        f"no config file or preset {str(path)!r}; {hint + ' ' if hint else ''}presets: {', '.join(known)}"
+    )
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, such as tokenizer/tiny."""
+    return sorted(file.relative_to(PRESETS).with_suffix("").as_posix() for file in PRESETS.rglob("*.yaml"))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

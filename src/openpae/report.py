@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from openpae.runtime.escape import chart
+from openpae.runtime.extras import needs
 from openpae.storage.files import atomic_file
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ def _line_chart(
     log: bool = False,
     dots: bool = False,
 ) -> str:
-    from matplotlib.figure import Figure  # not pyplot, which has global state
-
+    with needs("report", "a chart"):
+        from matplotlib.figure import Figure  # not pyplot, which has global state
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
     axes = figure.add_subplot()
     for (name, points), colour in zip(lines.items(), itertools.cycle(PALETTE), strict=False):
@@ -229,8 +230,8 @@ def _line_chart(
 
 
 def _radar_chart(names: Sequence[str], scores: Mapping[str, Sequence[float | None]]) -> str:
-    from matplotlib.figure import Figure
-
+    with needs("report", "a chart"):
+        from matplotlib.figure import Figure
     figure = Figure(figsize=(5.2, 4.4), layout="constrained")
     axes = figure.add_subplot(projection="polar")
     axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]

@@ -77,7 +77,12 @@ def test_the_record_of_samples_is_complete(reference: Reference, extractor: Feat
     assert record.keys() == COMMON | DISTANCE | sampling
     assert (record["tokenizer"], record["generator"], record["samples_from"]) == ("t", "g", "six")
     assert record["sampler"] == {"seed": 3, "nfe": 20, "labels": "class-balanced"}
-    assert record["metrics"].keys() == {"frechet", "kid", "precision", "recall", "frechet_floor"}
+    metrics = record["metrics"]
+    assert metrics.keys() == {
+        "frechet", "kid", "mind", "precision", "recall", "frechet_floor", "frechet_ratio",
+    }  # fmt: skip
+    ratio = metrics["frechet"]["value"] / metrics["frechet_floor"]["value"]
+    assert metrics["frechet_ratio"]["value"] == pytest.approx(ratio)
     assert record["undefined"].keys() == {"spatial_frechet", "inception_score"}
     json.dumps(record)
 
@@ -209,7 +214,8 @@ def test_training_a_tokenizer_measures_geometry_and_distances(packed: PackedImag
     task.model.eval()
     metrics = task.evaluate(7)
     assert metrics.keys() == {
-        *("psnr", "ssim", "lpips", "frechet", "frechet_floor", "kid", "precision", "recall"),
+        *("psnr", "ssim", "lpips", "frechet", "frechet_floor", "frechet_ratio"),
+        *("kid", "mind", "precision", "recall"),
         *("lpc", "gsq", "erank"),
     }
     space = pae_space(task.model, "same", "")

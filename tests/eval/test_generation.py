@@ -64,7 +64,7 @@ def test_metrics_do_not_depend_on_batches_and_processes() -> None:
     first.merge(second.samples)
     (one, _), (two, _) = together.compute(), first.compute()
     assert one.keys() == {
-        "frechet", "spatial_frechet", "inception_score", "kid", "precision", "recall",
+        "frechet", "spatial_frechet", "inception_score", "kid", "mind", "precision", "recall",
     }  # fmt: skip
     for name, estimate in one.items():
         assert two[name].value == pytest.approx(estimate.value, rel=1e-5), name
@@ -190,7 +190,7 @@ def test_adm_statistics_alone_leave_three_metrics_undefined(
     evaluation.update(pictures(40))
     metrics, undefined = evaluation.compute()
     assert metrics.keys() == {"frechet", "spatial_frechet", "inception_score"}
-    assert undefined.keys() == {"kid", "precision", "recall"}
+    assert undefined.keys() == {"kid", "mind", "precision", "recall"}
     assert "statistics only" in undefined["kid"]
     assert evaluation.reference.pooled.n is None
 

@@ -261,6 +261,34 @@ def test_training_on_two_processes_evaluates_as_on_one(
         assert two["metrics"][name]["value"] == pytest.approx(one["metrics"][name]["value"], rel=1e-3), name
 
 
+def test_two_processes_reconstruct_what_one_does(
+    tokenizer_folder: Path, packed: PackedImages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reconstruct", tokenizer_folder, packed.shards.folder]
+    run(*command, tmp_path / "one", "--device", "cpu")
+    shown = capsys.readouterr().out
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "openpae"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *map(str, command), str(tmp_path / "two"), "--device", "cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    means = [dict(re.findall(r"(psnr|ssim) ([0-9.]+)", text)) for text in (shown, done.stdout)]
+    assert means[0].keys() == means[1].keys() == {"psnr", "ssim"}
+    for name, value in means[0].items():
+        assert float(means[1][name]) == pytest.approx(float(value), rel=0.02)
+    one, two = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "two"))
+    assert (
+        [path.name for path in one]
+        == [path.name for path in two]
+        == [f"{i:06d}.png" for i in range(len(packed))]
+    )
+    for ours, theirs in zip(one, two, strict=True):
+        # Batches of other sizes may round a level to its neighbour.
+        difference = np.asarray(Image.open(ours)).astype(int) - np.asarray(Image.open(theirs))
+        assert np.abs(difference).max() <= 1
+
+
 @pytest.mark.slow
 def test_torchrun_splits_an_evaluation(npz: Path, image_folder: Path, tmp_path: Path) -> None:
     common = ["evaluate", image_folder, "--samples", npz, *FAST]

@@ -1,4 +1,4 @@
-"""Inception Score, KID, precision and recall: properties, references, errors."""
+"""Inception Score, KID, MIND, precision and recall: properties, references, errors."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from openpae.eval.frechet import frechet_distance, gaussian_of
-from openpae.eval.scores import inception_score, kid, precision_recall
+from openpae.eval.scores import inception_score, kid, monge_inception_distance, precision_recall
 from openpae.eval.settings import EvaluationConfig
 
 
@@ -128,3 +128,32 @@ def test_precision_and_recall_do_not_depend_on_the_blocks() -> None:
     assert 0 < min(expected) < max(expected) < 1
     for block in (1, 7, 16, 100):
         assert [share.value for share in precision_recall(x, y, k=k, block=block)] == pytest.approx(expected)
+
+
+def test_mind_against_numpy() -> None:
+    draw = np.random.default_rng(1)
+    x, y = draw.normal(size=(40, 6)), draw.normal(size=(40, 6)) + 0.5
+    u = np.random.default_rng(2020).standard_normal((1000, 6))
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    values = [3 * 6 * np.mean((np.sort(x @ one) - np.sort(y @ one)) ** 2) for one in u]
+    result = monge_inception_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert result.value == pytest.approx(np.mean(values), rel=1e-5)
+    assert result.stderr == pytest.approx(np.std(values, ddof=1) / 1000**0.5, rel=1e-4)
+
+
+def test_mind_of_a_shift_is_three_times_its_square() -> None:
+    """The mean of (u . d)^2 over the sphere is |d|^2 / F."""
+    x, shift = torch.randn(500, 8), torch.linspace(-1, 1, 8)
+    result = monge_inception_distance(x, x + shift, projections=20_000)
+    # (u . d)^2 has a standard deviation below sqrt(2) of its mean: 1 % over 20,000 directions.
+    assert result.value == pytest.approx(3 * float(shift.square().sum()), rel=0.04)
+    assert monge_inception_distance(x, x[torch.randperm(500)]).value == pytest.approx(0, abs=1e-9)
+
+
+def test_mind_draws_from_the_larger_set() -> None:
+    x = torch.randn(300, 5)
+    part = monge_inception_distance(x[:100], x)
+    assert part.settings == {"samples": 100, "reference": 300, "used": 100, "seed": 2020}
+    assert 0 < part.value < 1
+    with pytest.raises(ValueError, match="features must be"):
+        monge_inception_distance(x, torch.randn(10, 4))

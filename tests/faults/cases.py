@@ -101,7 +101,7 @@ CASES: tuple[Case, ...] = (
         given="no such file or preset",
         spoil=nothing,
         command="pae train-generator generator/tinny run",
-        says="no config file or preset 'generator/tinny'; presets: .*generator/tiny",
+        says="no config file or preset 'generator/tinny'; did you mean 'generator/tiny'\\? presets: .*/tiny",
         foreign="(?<=presets: ).*",
     ),
     cache(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +65,32 @@ def folder(given: str, spoil: Callable[[], object], says: str, command: str = PA
         says=says,
         **more,  # type: ignore[arg-type]
     )
+
+
+def archive(given: str, spoil: Callable[[], object], says: str, source: str, foreign: str = "") -> Case:
+    return Case(
+        group="Images in other files",
+        given=given,
+        spoil=spoil,
+        command=f"pae pack {source} out --size 16",
+        says=says,
+        foreign=foreign,
+    )
+
+
+def tarred(name: str, link: str = "") -> Callable[[], object]:
+    def make() -> None:
+        with tarfile.open("images.tar", "w") as tar:
+            info = tar.gettarinfo("images/cats/0.png", arcname=name)
+            info.type, info.linkname = (tarfile.SYMTYPE, link) if link else (info.type, "")
+            tar.addfile(info, None if link else io.BytesIO(Path("images/cats/0.png").read_bytes()))
+
+    return make
+
+
+def zipped_zeros() -> None:
+    with zipfile.ZipFile("images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cats/0.bmp", bytes(2**25))
 
 
 IMAGE_CASES: tuple[Case, ...] = (
@@ -231,5 +260,33 @@ IMAGE_CASES: tuple[Case, ...] = (
         "pae pack images out --size 32",
         largest_file=5_000,
         foreign=r"[\d,]+(?= are free)",
+    ),
+    archive(
+        "a file of another kind", written("images.h5", "HDF"), "no form that is read; known: cl", "images.h5"
+    ),
+    archive(
+        "a label file without one of the images",
+        written("labels.csv", "0.png,cat\n"),
+        "labels.csv has no label for 2 images of images/cats, such as 1.png",
+        "images/cats#labels.csv",
+    ),
+    archive(
+        "a name that leads out of a tar",
+        tarred("../0.png"),
+        "images.tar holds the name '../0.png'; names must stay inside of the archive",
+        "images.tar",
+    ),
+    archive(
+        "a link in a tar",
+        tarred("cats/0.png", link="/etc/passwd"),
+        "images.tar holds cats/0.png, a link, device or sparse file",
+        "images.tar",
+    ),
+    archive(
+        "a zip bomb",
+        zipped_zeros,
+        r"images.zip holds cats/0.bmp, [\d,]+ bytes that would become 33,554,432",
+        "images.zip",
+        foreign=r"[\d,]+(?= bytes that)",
     ),
 )

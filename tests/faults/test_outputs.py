@@ -27,6 +27,9 @@ SEARCH = (
 )
 GENERATE = GENERATOR.replace(" run ", " out ")
 TRAIN = TOKENIZER.replace(" run ", " out ")
+STUDY = (
+    "pae study study/fig1-small --images images --held-out images --set generator.model.num_classes=2 --out"
+)
 CACHE = "pae cache-latents tokenizer packed out --device cpu"
 
 
@@ -82,6 +85,7 @@ TARGETS = {
     "pae evaluate packed --samples packed --out out/mine.json": ("mine.json",),
     "pae evaluate packed --save-reference out/mine.npz": ("mine.npz",),
     "pae bench generator --out out/mine.json": ("mine.json",),
+    f"{STUDY} out": tuple(f"fig1-small/{name}" for name in ("results.csv", "results.md", "report.html")),
 }
 
 
@@ -110,6 +114,14 @@ def test_files_of_the_user_survive_every_command(command: str, name: str, shape:
     assert contents(copy) == before
 
 
+def test_a_study_says_which_file_is_in_its_way(copy: Path) -> None:
+    for name in ("results.md", "results.csv"):
+        (copy / "out" / "fig1-small").mkdir(parents=True, exist_ok=True)
+        (copy / "out" / "fig1-small" / name).write_text("years of work")
+        outcome = run(f"{STUDY} out", copy)
+        assert f"out/fig1-small/{name} exists and was not made by this command" in outcome.line
+
+
 @pytest.mark.parametrize(
     ("command", "inside"),
     [
@@ -128,7 +140,7 @@ def test_files_of_the_user_survive_every_command(command: str, name: str, shape:
         ("pae fit-targets random-tiny images out", "images/out"),
         (TRAIN, "images/run"),
         (GENERATE, "latents/run"),
-        ("pae study study/tiny --images images --held-out images --out out", "images/study"),
+        (f"{STUDY} out", "images/study"),
     ],
 )
 def test_nothing_is_written_into_an_input(command: str, inside: str, copy: Path) -> None:
@@ -156,6 +168,9 @@ def test_a_command_replaces_what_it_made_itself_and_a_link_is_kept(command: str,
         (SAMPLE, "samples.npz"),
         (WALK, "strip.png"),
         (RECONSTRUCT, "cats/0.png"),
+        (PROFILE, "profile.html"),
+        (SEARCH, "search.json"),
+        ("pae bench generator --out out/mine.json", "mine.json"),
     ],
 )
 def test_overwrite_replaces_what_the_command_names(command: str, name: str, copy: Path) -> None:
@@ -163,7 +178,7 @@ def test_overwrite_replaces_what_the_command_names(command: str, name: str, copy
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("years of work")
     outcome = run(f"{command} --overwrite", copy)
-    assert outcome.code == 0, outcome.everything
+    assert outcome.code == (3 if command == SEARCH else 0), outcome.everything
     assert not (copy / "out" / name).is_file() or (copy / "out" / name).read_bytes() != b"years of work"
     assert (copy / "out" / "notes").read_text() == "years of work"
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from openpae.geometry.spaces import LatentSpace, Tokenizer, check_tokenizer, open_tokenizer
-from openpae.models.encoders import load_encoder
-from openpae.models.saved import load_tokenizer
+from openpae.models.configs import RefinerConfig
+from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
+from openpae.models.priors import Refiner
+from openpae.models.saved import load_tokenizer, write_prior
 from openpae.storage.model_folder import identity_of
 
 needs_diffusers = pytest.mark.skipif(
@@ -69,6 +71,34 @@ def test_encoder_features_equal_those_of_the_tokenizer(tokenizer_folder: Path, i
     check_tokenizer(space, images)
     with pytest.raises(ValueError, match=r"multiples of 8, got \(1, 3, 36, 36\)"):
         space.latent_shape(36)
+
+
+def test_targets_are_those_of_the_refiner(tmp_path: Path, images: Tensor) -> None:
+    """So the SSC of Z_T can be measured."""
+    sizes = RefinerConfig(
+        feature_dim=48, latent_dim=8, grid_size=4, num_heads=4, decoder_layers=1, decoder_dim=32,
+        decoder_heads=4,
+    )  # fmt: skip
+    encoder = load_encoder("random-tiny")
+    torch.manual_seed(0)
+    refiner = Refiner(sizes)
+    (tmp_path / "refiner").mkdir()
+    write_prior(tmp_path / "refiner", refiner.state_dict(), sizes, encoder_fingerprint(encoder))
+    space = open_tokenizer(f"targets:random-tiny/8:{tmp_path / 'refiner'}")
+    assert (space.name, space.decode, space.latent_shape(32)) == ("refiner (targets)", None, (8, 4, 4))
+    check_tokenizer(space, images)
+    with torch.no_grad():
+        features = encoder(EncoderInput(encoder.spec, 8)(images))
+        expected = refiner.project(features).mT.reshape(3, 8, 4, 4)
+    torch.testing.assert_close(space.encode(images), expected)
+    with pytest.raises(ValueError, match="must be targets:ENCODER/PIXELS_PER_TOKEN:FOLDER of a refiner"):
+        open_tokenizer("targets:random-tiny/8")
+    (tmp_path / "other").mkdir()
+    write_prior(tmp_path / "other", refiner.state_dict(), sizes, "0" * 16)
+    with pytest.raises(
+        ValueError, match="refines features of the encoder 0000000000000000, but random-tiny/8"
+    ):
+        open_tokenizer(f"targets:random-tiny/8:{tmp_path / 'other'}")
 
 
 def test_python_file_of_two_functions(tmp_path: Path, images: Tensor) -> None:
@@ -202,7 +232,7 @@ def test_a_video_autoencoder_is_refused_by_name(tmp_path: Path, images: Tensor) 
 
 def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"kind of tokenizer 'difusers' .* openpae, diffusers, encoder, python"
+        ValueError, match=r"kind of tokenizer 'difusers' .* openpae, diffusers, encoder, targets, python"
     ):
         open_tokenizer("difusers:x/y")
     with pytest.raises(FileNotFoundError, match="no model at"):

@@ -35,6 +35,9 @@ def test_it_is_the_tokenizer_on_images_in_minus_one_to_one(vae: Any, tiny_pae: P
     torch.testing.assert_close(vae.decode(latents).sample, 2 * tiny_pae.decode(latents) - 1)
     torch.testing.assert_close(vae(2 * images - 1).sample, vae.decode(latents).sample, rtol=0, atol=1e-4)
     assert torch.equal(vae.encode(2 * images - 1, return_dict=False)[0], latents)
+    posterior = vae.encode(2 * images - 1).latent_dist
+    assert torch.equal(posterior.sample(torch.Generator()), latents)
+    assert torch.equal(posterior.mode(), latents)
     assert torch.equal(vae.decode(latents, return_dict=False)[0], vae.decode(latents).sample)
     assert (vae.config.latent_channels, vae.config.sample_size, vae.config.scaling_factor) == (8, 32, 1.0)
     assert 2 ** (len(vae.config.block_out_channels) - 1) == 8  # as pipelines compute the patch size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from openpae.models.configs import DiTDHConfig, HeadConfig, PAEConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.ditdh import DiTDH
 from openpae.models.tokenizer import PAE
+from openpae.runtime.extras import MissingExtra
 from tests.conftest import shaken
 from tests.faults.children import run_in_child
 
@@ -107,8 +109,8 @@ def test_a_graph_that_differs_is_not_written(
 def test_missing_packages_are_named(
     tiny_config: PAEConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs onnx and onnxscript and onnxruntime, .*openpae\[onnx\]"):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtra, match=r"format onnx needs onnxscript; .*openpae\[onnx\]"):
         export.export_model(PAE(tiny_config), tmp_path / "out", "onnx")
 
 

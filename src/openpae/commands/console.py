@@ -24,7 +24,7 @@ TokenizerPath = Annotated[Path, tyro.conf.arg(metavar="TOKENIZER")]
 GeneratorPath = Annotated[Path, tyro.conf.arg(metavar="GENERATOR")]
 ReferencePath = Annotated[Path, tyro.conf.arg(metavar="REFERENCE")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]
 
 

@@ -11,6 +11,7 @@ from openpae.commands.console import (
     print_classes,
     print_skipped,
     say,
+    say_on_rank0,
 )
 
 
@@ -23,10 +24,11 @@ def pack(
     skip_broken: bool = False,
     whole_content: bool = False,
 ) -> None:
-    """Decode and centre-crop a folder of images once, for training to read from a memory map.
+    """Decode and centre-crop images once, for training to read from a memory map.
 
     Args:
-        images: folder with one subfolder per class, or with all images.
+        images: class folders, FOLDER#LABELFILE, a tar, zip or npz, WebDataset shards, parquet files, or
+            hf:OWNER/NAME#SPLIT of the hub.
         out: folder for the packed images; an interrupted command resumes when it is run again.
         size: side in pixels; the height if width is given.
         width: width in pixels; by default the images are square.
@@ -36,24 +38,25 @@ def pack(
     """
     shape = (size, size if width is None else width)
     at_least_one(size=size, width=shape[1])
-    from openpae.data.images import ImageFolder
+    from openpae.data.images import open_source, place_of
     from openpae.data.packing import pack_images
+    from openpae.runtime import processes
     from openpae.storage.outputs import check_outputs
 
-    check_outputs(into=out, inputs=[images])
-    with Progress("packing", "img") as progress:
-        source = ImageFolder(images, full_hash=whole_content)
+    check_outputs(into=out, inputs=[place_of(images)])
+    with processes.process_group("cpu"), Progress("packing", "img") as progress:
+        source = open_source(images, full_hash=whole_content)
         packed = pack_images(source, out, size=shape, skip_broken=skip_broken, progress=progress)
-    say(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
-    print_classes(packed.classes, packed.labels)
-    print_skipped(packed.shards.index["skipped"])
+        say_on_rank0(f"{len(packed):,} images of {len(packed.classes)} classes in {out}")
+        print_classes(packed.classes, packed.labels)
+        print_skipped(packed.shards.index["skipped"])
 
 
 def info(folder: Folder, /, verify: bool = False) -> None:
-    """Print what a folder is: a run, a model, a cache, packed images or a folder of images.
+    """Print what a folder or file is: a run, a model, a cache, packed images or images of any form.
 
     Args:
-        folder: the folder.
+        folder: the folder or file.
         verify: also read every file and compare it with its checksum.
     """
     from openpae.commands.describe import describe

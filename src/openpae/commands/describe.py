@@ -1,4 +1,4 @@
-"""Describe a folder: a run, a model, a cache, packed images or a folder of images."""
+"""Describe a folder or file: a run, a model, a cache, packed images or images of any form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from safetensors import safe_open
 
 from openpae import config as configs
 from openpae.data.classes import class_list, count_classes
-from openpae.data.images import ImageFolder
+from openpae.data.forms import is_remote
+from openpae.data.images import ImageFolder, open_source, place_of
 from openpae.data.shards import Shards
 from openpae.engine.checkpoints import verify_checkpoint
 from openpae.engine.journal import read_log
 from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
 from openpae.storage.files import read_json
-from openpae.storage.model_folder import WEIGHTS, checkpoint_path, checkpoint_steps, identity_of, read_classes
+from openpae.storage.model_folder import (
+    WEIGHTS,
+    checkpoint_path,
+    checkpoint_steps,
+    identity_of,
+    read_classes,
+    read_parent,
+)
+from openpae.storage.pairs import PARTS, is_pair
 
 _KINDS = {
     "PAEConfig": ("a tokenizer", "encoder"),
@@ -30,28 +39,32 @@ _KINDS = {
 
 
 def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
-    """Return facts about a folder by name, the most important first.
+    """Return facts about a folder or file by name, the most important first.
 
     Args:
-        folder: a folder that pae writes or reads.
+        folder: what pae writes or reads.
         verify: also check every shard, weight and image file.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds nothing that pae reads.
         ValueError: the folder is damaged.
     """
-    if not folder.is_dir():
+    if not is_remote(folder) and not place_of(folder).exists():
         raise FileNotFoundError(f"no folder at {folder}")
+    if is_pair(folder):
+        about = {part: describe(folder / part, verify=verify) for part in PARTS}
+        facts = {f"{part} {name}": value for part in PARTS for name, value in about[part].items()}
+        return {"what": "a pair: a tokenizer and a generator of its latents", **facts}
     if (folder / "header.json").is_file():
         return _shards(folder, verify)
     if (folder / WEIGHTS).is_file():
         return _model(folder, verify)
     if (folder / "config.yaml").is_file():
         return _run(folder, verify)
-    source = ImageFolder(folder, full_hash=verify)
+    source = open_source(folder, full_hash=verify)
     counts = count_classes(source.classes, source.labels)
     facts = {
-        "what": "a folder of images",
+        "what": "a folder of images" if isinstance(source, ImageFolder) else "images to be packed",
         "images": f"{len(source):,}",
         "classes": f"{len(source.classes)} ({min(counts)} to {max(counts)} images each)",
         "labels": class_list(source.classes, counts),
@@ -60,7 +73,7 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
     if verify:
         for index in range(len(source)):
             source.read(index)
-        facts["verified"] = "every file can be decoded"
+        facts["verified"] = "every image can be decoded"
     return facts
 
 
@@ -113,6 +126,8 @@ def _model(folder: Path, verify: bool) -> dict[str, str]:
         relation: identity.made_with,
         **{key: _short(value) for key, value in data.items() if key != "kind"},
     }
+    if (parent := read_parent(folder)) is not None:
+        facts["started from"] = f"{parent.fingerprint}, trained {parent.trained}"
     if (classes := read_classes(folder)) is not None:
         facts["labels"] = class_list(*classes)
     if (folder / "checkpoint.json").is_file():

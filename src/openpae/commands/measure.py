@@ -87,22 +87,27 @@ def profile(
     /,
     run: tyro.conf.OmitArgPrefixes[ProfileRun],
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank and proxies), and compare them in
     profile.html.
 
     A tokenizer is a folder of openpae or diffusers, diffusers:OWNER/NAME, encoder:NAME for the features of a
-    VFM (encoder:NAME/8 with a token per 8 pixels), or python:FILE.py with your own encode and decode.
+    VFM (encoder:NAME/8 with a token per 8 pixels), targets:NAME/8:FOLDER for the targets of a refiner, or
+    python:FILE.py with your own encode and decode.
 
     Args:
         tokenizers: one or more tokenizers to measure.
         device: auto uses a GPU if there is one.
+        overwrite: replace a profile.json and profile.html that this command did not make.
     """
     from openpae.geometry.profile import run_profile
     from openpae.runtime.device import pick_device
 
     with Progress("measuring", "img") as progress:
-        profiles = run_profile(tokenizers, run, device=pick_device(device), progress=progress)
+        profiles = run_profile(
+            tokenizers, run, device=pick_device(device), progress=progress, overwrite=overwrite
+        )
     for one in profiles:
         say(f"{one.name}  {' x '.join(map(str, one.latent_shape))}  {one.fingerprint}")
         for estimate in one.metrics.values():

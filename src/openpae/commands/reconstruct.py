@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from openpae.commands.console import Device, Images, Out, Progress, TokenizerPath, at_least_one
+from openpae.commands.console import Device, Images, Out, Progress, TokenizerPath, at_least_one, say_on_rank0
 
 
 def reconstruct(
@@ -17,7 +17,9 @@ def reconstruct(
     device: Device = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Encode and decode images, write PNGs of the same names, and print the PSNR.
+    """Encode and decode images, write PNGs of the same names, and print PSNR and SSIM.
+
+    torchrun splits the images over processes.
 
     Args:
         tokenizer: a tokenizer folder or a run folder of pae train-tokenizer.
@@ -36,30 +38,35 @@ def reconstruct(
     from openpae.eval.image_stream import source_batches
     from openpae.eval.reconstruction import ReconstructionMetrics
     from openpae.models.saved import load_tokenizer
+    from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import atomic_file
     from openpae.storage.outputs import claim, run_lock
 
-    torch_device = pick_device(device)
-    model = load_tokenizer(tokenizer).to(torch_device)
     source = open_images(images)
     rows = range(len(source) if count is None else min(count, len(source)))
     names = _names([f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows], out)
-    claim(out, names, inputs=(tokenizer, images), overwrite=overwrite)
     metrics = ReconstructionMetrics()
-    with run_lock(out, "reconstructing"), Progress("reconstructing", "img") as progress, torch.no_grad():
-        done = 0
-        for x in source_batches(source, model.config.image_shape, batch_size, rows):
-            y = model.reconstruct(x.to(torch_device)).float().cpu()
-            metrics.update(x, y)
-            for name, pixels in zip(names[done : done + len(y)], y, strict=True):
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(out / name) as partial:
-                    to_image(pixels).save(partial, format="PNG")
-            done += len(y)
-            progress(done, len(rows))
-    for estimate in metrics.compute().values():
-        print(estimate)
+    with processes.process_group(device), torch.no_grad():
+        torch_device = pick_device(device)
+        model = load_tokenizer(tokenizer).to(torch_device)
+        processes.on_rank0(lambda: claim(out, names, inputs=(tokenizer, images), overwrite=overwrite))
+        own = processes.rank_slice(len(rows))
+        with run_lock(out, "reconstructing"), Progress("reconstructing", "img") as progress:
+            done = 0
+            for x in source_batches(source, model.config.image_shape, batch_size, own):
+                y = model.reconstruct(x.to(torch_device)).float().cpu()
+                part = own[done : done + len(y)]
+                metrics.update(x, y, part)
+                for row, pixels in zip(part, y, strict=True):
+                    (out / names[row]).parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_file(out / names[row]) as partial:
+                        to_image(pixels).save(partial, format="PNG")
+                done += len(y)
+                progress(done, len(own))
+        metrics.gather()
+        for estimate in metrics.compute().values():
+            say_on_rank0(str(estimate))
 
 
 def _names(images: list[str], out: Path) -> list[str]:

@@ -25,6 +25,7 @@ def search_guidance(
     extractor: ExtractorName = "vgg16",
     extractor_weights: Path | None = None,
     device: Device = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Tune guidance scale and interval on the Frechet distance, and write search.json and best.yaml.
 
@@ -40,9 +41,8 @@ def search_guidance(
         extractor: features of the distance; distances of two extractors are not comparable.
         extractor_weights: weights file of inception, or local folder of dinov2.
         device: auto uses a GPU if there is one.
+        overwrite: replace a search.json and best.yaml that this command did not make.
     """
-    import torch
-
     from openpae.eval.extractors import load_extractor
     from openpae.eval.guidance_search import SampleEvaluator
     from openpae.eval.guidance_search import search_guidance as run_search
@@ -54,9 +54,7 @@ def search_guidance(
     with processes.process_group(device):
         models = load_models(tokenizer, generator, sampler, device)
         check_reference(reference, generator)
-        network = load_extractor(extractor, extractor_weights)
-        if isinstance(network, torch.nn.Module):
-            network.to(models.device)
+        network = load_extractor(extractor, extractor_weights, models.device)
         evaluator = SampleEvaluator(
             *(models.tokenizer, models.generator, sampler.config()),
             extractor=network,
@@ -69,7 +67,7 @@ def search_guidance(
         )
         log = print if processes.is_rank0() else None
         inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
-        record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs)
+        record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs, overwrite=overwrite)
         if log is not None:
             _print_best(record, out)
     if record["verdict"]:

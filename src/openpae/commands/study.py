@@ -14,7 +14,8 @@ from openpae import config as configs
 from openpae.commands.console import at_least_one, say_on_rank0
 
 if TYPE_CHECKING:
-    from openpae.study.settings import StudyData
+    from openpae.study.plan import Plan
+    from openpae.study.settings import Study, StudyData
 
 
 def study(
@@ -31,6 +32,7 @@ def study(
     seeds: tuple[int, ...] = (),
     workers: int = 1,
     dry_run: bool = False,
+    power: Path | None = None,
 ) -> None:
     """Run a grid of trainings and measurements, and compare it with the paper: table, verdicts, report.
 
@@ -50,18 +52,21 @@ def study(
         seeds: seeds that replace the study's own.
         workers: number of processes; they divide the threads, and the GPUs if there are several.
         dry_run: print the stages and the estimated time on this machine; run nothing.
+        power: results.csv of a pilot; print the differences that more seeds would show, and run nothing.
     """
     at_least_one(workers=workers)
     if not studies:
         raise ValueError("pae study needs at least one STUDY, a file or a preset such as study/table2a-small")
-    from openpae.runtime import processes
     from openpae.storage.outputs import check_outputs
     from openpae.study.plan import make_plan, own_data
     from openpae.study.rehearse import estimates
-    from openpae.study.run import describe_plan, run_plan
+    from openpae.study.run import check_results, describe_plan
     from openpae.study.settings import Study
 
     loaded = [configs.load(Study, name) for name in studies]
+    if power is not None:
+        _print_power(loaded, power)
+        return
     given = {"images": images, "held-out": held_out, "label-images": label_images, "label-maps": label_maps}
     data = dataclasses.replace(_data(given) or own_data(loaded), reference=reference)
     check_outputs(into=out, inputs=[*given.values(), reference])
@@ -70,13 +75,31 @@ def study(
         known = estimates(plan, rehearse=True, log=lambda line: print(line, file=sys.stderr))
         print(describe_plan(plan, known, workers))
         return
+    check_results(plan, [*given.values(), reference])
     command = _command(studies, {"set": set, "rows": rows, "seeds": seeds}, given | {"reference": reference})
+    _run(plan, workers, command)
+
+
+def _run(plan: Plan, workers: int, command: str) -> None:
+    from openpae.runtime import processes
+    from openpae.study.run import run_plan
+
     with processes.process_group():
         failed = run_plan(plan, workers=workers, command=command, log=say_on_rank0)
-        for folder in (out / study.name for study in plan.studies):
+        for folder in (plan.layout.out / study.name for study in plan.studies):
             say_on_rank0(f"open {folder / 'report.html'} in a browser; numbers in {folder / 'results.csv'}")
     if failed:
         raise FloatingPointError(f"{len(failed)} stages failed: {'; '.join(failed)}")
+
+
+def _print_power(studies: Sequence[Study], pilot: Path) -> None:
+    from openpae.study.page import markdown_table
+    from openpae.study.power import power_table
+    from openpae.study.table import read_table
+
+    results = read_table(pilot)
+    for study in studies:
+        print(f"## {study.name}\n\n{markdown_table(*power_table(study, results))}\n")
 
 
 def _data(given: Mapping[str, Path | None]) -> StudyData | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from openpae.data.crops import Size, plain_size
 from openpae.data.images import ImageSource, PackedImages
 from openpae.data.packing import decode_batch, in_order
 from openpae.data.pixels import to_unit
-from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shard_writer import Part, write_shards
 from openpae.data.shards import TYPES, Layout, Shards
 from openpae.runtime import processes
 
@@ -164,7 +163,7 @@ def cache_latents_of_features(
             ]
             yield Part(rows=torch.stack(latents, dim=1), labels=source.labels[rows].tolist())
 
-    return _write_shards(folder, layout, parts)
+    return write_shards(folder, layout, parts)
 
 
 @torch.no_grad()
@@ -208,7 +207,7 @@ def cache_targets(
             targets = prior(flat).to(torch.float16).cpu().view(len(part), *layout.shape)
             yield Part(rows=targets, labels=features.labels[part].tolist())
 
-    return _write_shards(folder, layout, parts)
+    return write_shards(folder, layout, parts)
 
 
 def _layout(
@@ -257,18 +256,7 @@ def _fill(
 
     threads = processes.own_cores()
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        return _write_shards(folder, layout, parts)
-
-
-def _write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterator[Part]]) -> Shards:
-    """Write the missing shards, split over ranks; rank 0 creates and finalises the folder."""
-    with ExitStack() as stack:
-        writer = processes.on_rank0(lambda: stack.enter_context(shard_folder(folder, layout)))
-        missing = processes.broadcast(writer.missing())
-        with processes.failing_together():
-            for number in processes.rank_slice(len(missing)):
-                writer.write_parts(missing[number], parts(layout.span(missing[number])))
-        return processes.on_rank0(writer.finish)
+        return write_shards(folder, layout, parts)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,26 +25,30 @@ class BrokenImage(ValueError):
     """An image file that cannot be decoded; the message names it."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, data: bytes | None = None) -> Image.Image:
     """Decode a still image to RGB as viewers show it: upright, in sRGB, transparent parts on white.
 
     Of 16 bits the upper 8 are kept. The content determines the format, not the file name. An unusable colour
     profile raises an `UnreadProfile` warning.
+
+    Args:
+        path: the file.
+        data: its content, if it is part of an archive; then `path` is its name in messages.
 
     Raises:
         BrokenImage: the file cannot be decoded, is animated, has 32-bit pixels of unknown range, sides of
             more than 100 to 1, or more than 178,956,970 pixels (Pillow's limit). The message names the file
             and the reason.
     """
-    image, fault = decode_file(path, _checked)
+    image, fault = decode_file(path, _checked, data)
     if fault:
         text = f"the colour profile of {path} cannot be used: {fault}; its numbers are taken as sRGB"
         warnings.warn(text, UnreadProfile, stacklevel=2)
     return image
 
 
-def decode_file(path: Path, convert: Callable[[Image.Image], R]) -> R:
-    """Open an image file and return `convert(image)`.
+def decode_file(path: Path, convert: Callable[[Image.Image], R], data: bytes | None = None) -> R:
+    """Open an image file, or its content `data`, and return `convert(image)`.
 
     Raises:
         BrokenImage: the file cannot be decoded, or `convert` raises; the message names the file.
@@ -51,7 +56,10 @@ def decode_file(path: Path, convert: Callable[[Image.Image], R]) -> R:
     """
     try:
         # Pillow would not close a file that it cannot read.
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        with (
+            path.open("rb") if data is None else io.BytesIO(data) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             return convert(image)
     except UnidentifiedImageError:
         reason = f"no known image format ({' '.join(FORMATS)})"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 
 SAMPLED_BYTES = 2048
@@ -50,18 +51,47 @@ def _parts(path: str, name: str, full_hash: bool) -> list[bytes]:
     coarse = os.fsencode(f"{name} {size}\n")
     try:
         with open(path, "rb") as file:
-            return [coarse, _three_places(file, size), *([_content(file)] if full_hash else [])]
+            return [coarse, _three_places(file, 0, size), *([_content(file)] if full_hash else [])]
     except OSError as error:
         if error.errno in MACHINE_ERRORS:
             raise
     return [coarse] * (3 if full_hash else 2)
 
 
-def _three_places(file: BufferedReader, size: int) -> bytes:
+def joined(*parts: Iterable[bytes]) -> str:
+    """A fingerprint of several parts: 16 hexadecimal digits for the bytes of each, joined by dots."""
+    digests = [hashlib.sha256() for _ in parts]
+    for digest, content in zip(digests, parts, strict=True):
+        for piece in content:
+            digest.update(piece)
+    return ".".join(digest.hexdigest()[:16] for digest in digests)
+
+
+def span_samples(spans: Iterable[tuple[Path, int, int]]) -> Iterator[bytes]:
+    """Hash of `SAMPLED_BYTES` bytes at three places of each span (file, first byte, bytes) of a file."""
+
+    def read(span: tuple[Path, int, int]) -> bytes:
+        with span[0].open("rb") as file:
+            return _three_places(file, *span[1:])
+
+    remaining = iter(spans)
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        while block := list(islice(remaining, _BLOCK)):
+            yield from pool.map(read, block)
+
+
+def contents(files: Iterable[Path]) -> Iterator[bytes]:
+    """Hash of all bytes of each file."""
+    for path in files:
+        with path.open("rb") as file:
+            yield _content(file)
+
+
+def _three_places(file: BufferedReader, first: int, size: int) -> bytes:
     parts = hashlib.sha256()
     for start in sorted({0, max(0, (size - SAMPLED_BYTES) // 2), max(0, size - SAMPLED_BYTES)}):
-        file.seek(start)
-        parts.update(file.read(SAMPLED_BYTES))
+        file.seek(first + start)
+        parts.update(file.read(min(size, SAMPLED_BYTES)))
     return parts.digest()
 
 

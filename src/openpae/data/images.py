@@ -1,4 +1,4 @@
-"""Sources of labelled images: a folder of files, packed shards, or a subset of either."""
+"""Sources of labelled images: a folder of files, packed shards, another form, or a subset of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from openpae.data.crops import Size, height_width
 from openpae.data.decode import read_image
 from openpae.data.fingerprints import folder_fingerprint
+from openpae.data.forms import is_remote, open_form
 from openpae.data.listing import image_names
+from openpae.data.records import StoredImages
 from openpae.data.shards import Shards
 
 
@@ -145,13 +147,35 @@ class Subset:
         return ".".join(hashlib.sha256(part).hexdigest()[:16] for part in parts)
 
 
-def open_images(path: str | Path, *, full_hash: bool = False) -> ImageFolder | PackedImages:
-    """Open packed images if the path holds a header.json, else a folder of image files.
+def open_images(path: str | Path, *, full_hash: bool = False) -> ImageSource:
+    """Open packed images if the path holds a header.json, else as `open_source`, for reading in any order.
 
-    `full_hash` and the errors are those of `ImageFolder`. Packed images always use all checksums.
+    Raises:
+        FileNotFoundError, ValueError, PermissionError, ModuleNotFoundError: see `open_source`; or the images
+            can only be read in order.
     """
-    packed = (Path(path) / "header.json").is_file()
-    return PackedImages(path) if packed else ImageFolder(path, full_hash=full_hash)
+    if (Path(path) / "header.json").is_file():
+        return PackedImages(path)
+    source = open_source(path, full_hash=full_hash)
+    if isinstance(source, StoredImages) and not source.at_random:
+        raise ValueError(f"{path} can only be read in order; pack it first: pae pack {path} OUT")
+    return source
+
+
+def open_source(path: str | Path, *, full_hash: bool = False) -> ImageFolder | StoredImages:
+    """Open images as they come: one of the forms of `forms.open_form`, or a folder of image files.
+
+    `full_hash` and the errors are those of `ImageFolder` and `forms.open_form`.
+    """
+    return open_form(Path(path), full_hash=full_hash) or ImageFolder(path, full_hash=full_hash)
+
+
+def place_of(path: Path) -> Path:
+    """The file or folder of a path that may name a part of it (`FOLDER#LABELFILE`), or shards (`{0..9}`)."""
+    if path.exists() or is_remote(path):
+        return path
+    base = str(path).split("#")[0]
+    return Path(base).parent if "{" in base else Path(base)
 
 
 def chosen_rows(source: ImageSource, count: int) -> NDArray[np.int64]:

@@ -50,12 +50,54 @@ def image_names(root: Path) -> dict[str, list[str]]:
     if flat:
         return {"all": flat}
     if not any(classes.values()):
-        raise FileNotFoundError(f"no images in {root}; known endings: {' '.join(sorted(EXTENSIONS))}")
+        raise no_images(root)
     _check_splits(root, classes)
     if empty := [name for name, files in classes.items() if not files]:
         raise ValueError(f"{root} has {len(empty)} class folders without images: {', '.join(empty[:5])}")
     _check_alike(root, classes)
     return classes
+
+
+def archive_names(archive: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of images in an archive by class, grouped and sorted as `image_names` does for a folder.
+
+    A folder that holds all images is passed over if they lie in folders inside of it.
+
+    Raises:
+        FileNotFoundError: no images.
+        ValueError: as `image_names`.
+    """
+    split = sorted(name.split("/") for name in names)
+    if not split:
+        raise no_images(archive)
+    depth = min(len(parts) for parts in split) - 2  # folders above every class folder
+    top = 0
+    while top < depth and split[0][top] == split[-1][top]:
+        top += 1
+    folders = {len(parts) > top + 1 for parts in split}
+    if len(folders) == 2:
+        raise ValueError(
+            f"{archive} holds images both directly and in subfolders "
+            f"({next(parts[top] for parts in split if len(parts) > top + 1)}); "
+            "keep one subfolder per class, or all images in one folder"
+        )
+    classes: dict[str, list[str]] = {}
+    for parts in split:
+        classes.setdefault(parts[top] if len(parts) > top + 1 else "all", []).append("/".join(parts))
+    _check_splits(archive, classes)
+    _check_alike(archive, classes)
+    return classes
+
+
+def no_images(root: Path) -> FileNotFoundError:
+    """The error about a folder or an archive without images."""
+    return FileNotFoundError(f"no images in {root}; known endings: {' '.join(sorted(EXTENSIONS))}")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a name has the ending of an image file, and no part of it begins with a dot."""
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return not hidden and os.path.splitext(name)[1].lower() in EXTENSIONS | _UNDECODED
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,6 +25,7 @@ from openpae.data.backgrounds import soft_background
 from openpae.data.images import PackedImages
 from openpae.data.shard_writer import ShardWriter
 from openpae.data.shards import Layout
+from openpae.runtime.extras import needs
 from openpae.storage.assets import fetch
 
 CATEGORIES = (
@@ -236,6 +236,8 @@ def _tile_side(size: int) -> int:
 
 def _rasterise(svg: Path, side: int) -> Image.Image:
     """The visible part of an SVG file, RGBA, without empty margins."""
+    with needs("quickstart", "drawing emoji"):
+        import resvg_py
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=side, height=side, skip_system_fonts=True)
     tile = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     box = tile.getchannel("A").getbbox()

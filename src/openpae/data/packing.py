@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +17,9 @@ from torch import Tensor
 from openpae.data.crops import Size, center_crop, height_width
 from openpae.data.decode import BrokenImage
 from openpae.data.images import ImageSource, PackedImages
-from openpae.data.shard_writer import Part, shard_folder
+from openpae.data.shard_writer import Part, write_shards
 from openpae.data.shards import Layout
+from openpae.runtime import processes
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -35,6 +35,8 @@ def pack_images(
     progress: Callable[[int, int], None] | None = None,
 ) -> PackedImages:
     """Decode and centre-crop images once, so that training reads them from a memory map.
+
+    Under torchrun every process must call it, and each decodes some of the shards.
 
     Args:
         source: the images.
@@ -65,7 +67,7 @@ def pack_images(
                 raise BrokenImage(f"{error}; remove the file, or pass --skip-broken") from None
             return str(error)
 
-    def parts(span: range, pool: ThreadPoolExecutor) -> Iterator[Part]:
+    def parts(span: range) -> Iterator[Part]:
         for index, result in zip(span, in_order(pool, read, span), strict=True):
             if isinstance(result, str):
                 yield Part(rows=torch.empty(0, *layout.shape), labels=[], skipped=[result])
@@ -74,10 +76,8 @@ def pack_images(
             if progress:
                 progress(index + 1, len(source))
 
-    with shard_folder(folder, layout) as writer, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for shard in writer.missing():
-            writer.write_parts(shard, parts(layout.span(shard), pool))
-        writer.finish()
+    with ThreadPoolExecutor(max_workers=processes.own_cores()) as pool:
+        write_shards(folder, layout, parts)
     return PackedImages(folder)
 
 

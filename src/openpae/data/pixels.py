@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openpae.runtime.extras import needs
+
 
 def to_unit(levels: Tensor) -> Tensor:
     """Levels in [0, 255], any shape, as float32 in [0, 1]."""
@@ -92,7 +94,8 @@ def label_pictures(labels: Tensor, size: int) -> Tensor:
 
     The longer side becomes `size` pixels.
     """
-    from matplotlib import colormaps
+    with needs("report", "a picture of labels"):
+        from matplotlib import colormaps
 
     table = [colormaps["tab20"](k % 20)[:3] for k in [*range(0, 20, 2), *range(1, 20, 2)]]
     colours = torch.tensor([*table, (1.0, 1.0, 1.0)])

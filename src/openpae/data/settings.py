@@ -14,9 +14,10 @@ class ImageData:
     """Training and held-out images of a run."""
 
     images: Path
-    """Training images: a folder of class subfolders, a flat folder, or packed images (pae pack)."""
+    """Training images: packed images (pae pack), a folder with or without class subfolders, or another form
+    that can be read in any order, such as a tar or hf:OWNER/NAME#SPLIT."""
     evaluation: Path | None = None
-    """Held-out images in either form; null skips evaluation."""
+    """Held-out images in any of these forms; null skips evaluation."""
     evaluation_images: int = 500
     """Number of held-out images, evenly spread."""
     augment: Literal["none", "flip", "crop"] = "crop"

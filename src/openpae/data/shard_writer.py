@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.data.shards import STORED, TYPES, Layout, Shards, index_of, read_infos
+from openpae.runtime import processes
 from openpae.storage.files import atomic_file, file_hash, fingerprints_agree, read_json, write_json
 from openpae.storage.outputs import LOCK, locked, make_folder
 
@@ -166,6 +167,25 @@ def shard_folder(folder: Path, layout: Layout) -> Iterator[ShardWriter]:
     check_shard_folder(folder, layout.kind)
     with locked(folder, "writing"):
         yield ShardWriter(folder, layout)
+
+
+def write_shards(folder: Path, layout: Layout, parts: Callable[[range], Iterator[Part]]) -> Shards:
+    """Write the missing shards, split over ranks; rank 0 creates and finalises the folder.
+
+    Args:
+        folder, layout: see `ShardWriter`.
+        parts: from the span of a shard to its parts.
+
+    Raises:
+        ValueError: see `shard_folder` and `ShardWriter`.
+    """
+    with ExitStack() as stack:
+        writer = processes.on_rank0(lambda: stack.enter_context(shard_folder(folder, layout)))
+        missing = processes.broadcast(writer.missing())
+        with processes.failing_together():
+            for number in processes.rank_slice(len(missing)):
+                writer.write_parts(missing[number], parts(layout.span(missing[number])))
+        return processes.on_rank0(writer.finish)
 
 
 def _channel_sums(rows: Tensor) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 - `loop.fit` trains a `task.Task`: a generator of losses, one `Update` for each optimizer step.
 - A resumed run equals an uninterrupted one for three reasons. `checkpoints` restores weights, optimizers,
-  averages and the plan. Draws are functions of seed, step and name (`runtime.draws`). The data order is a
-  function of the seed and the images seen (`data.order`).
+  EMA and pace. Draws are functions of seed, step and name (`runtime.draws`). The data order is a function
+  of the seed and the images seen (`data.order`).
+- `run_folder` decides which config a run folder accepts.
 """

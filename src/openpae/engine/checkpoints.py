@@ -1,6 +1,6 @@
 """Checkpoints of a run. A save is atomic, a resume verifies checksums, and both work for any number of ranks.
 
-checkpoints/step-N/   a model folder that anyone can load, and beside it
+checkpoints/step-N/   a model folder that anyone can load (model.safetensors, config.yaml), and beside it
     state.pt          the training state, or with loop.parallel fsdp:
     state/            the sharded training state (torch.distributed.checkpoint)
     run.yaml          the config of the run

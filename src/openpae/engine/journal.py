@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ class Journal:
             with atomic_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         with explain_disk_full(self.file):
-            self.board = _Board(self.run_dir / "tensorboard", self.start + 1)
+            folder = self.run_dir / "tensorboard"
+            self.board = _Board(folder, self.start + 1) if find_spec("tensorboard") else None
 
     def __exit__(self, *_: object) -> None:
-        if processes.is_rank0():
+        if processes.is_rank0() and self.board is not None:
             self.board.close()
 
     def keep(self, name: str, value: Tensor) -> None:
@@ -102,7 +104,8 @@ class Journal:
         with explain_disk_full(self.file):
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            self.board.add(step, values)
+            if self.board is not None:  # log.jsonl holds the same numbers
+                self.board.add(step, values)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

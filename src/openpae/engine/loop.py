@@ -175,7 +175,7 @@ class _Fitting:
                 bar.update(loop.global_batch_size)
                 count_step()
                 if line:
-                    shown = log.flush(done, lr_at(pace.position(step), self.optim, loop.steps))
+                    shown = log.flush(done, self._lr(step))
                     bar.set_postfix_str(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
                 with log.paused():
                     if save:  # before the evaluation: a failed one must not cost the step
@@ -195,7 +195,7 @@ class _Fitting:
             module.train()
         for optimizer in task.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(self.state.pace.position(step), self.optim, self.loop.steps)
+                group["lr"] = self._lr(step)
         for update, due in self._updates(batches, step, data_step):
             terms = {"loss": update.loss.detach(), **update.logs}
             terms = {f"{update.player}/{name}": value for name, value in terms.items()}
@@ -207,6 +207,10 @@ class _Fitting:
             (update.loss / parts).backward()  # type: ignore[no-untyped-call]
             if due:
                 self._update(task.optimizers[update.player], update.player, step, log)
+
+    def _lr(self, step: int) -> float:
+        position = self.state.pace.position(step)
+        return lr_at(position, self.optim, self.loop.steps, self.loop.extended_from)
 
     def _updates(self, batches: Iterator[Any], step: int, data_step: int) -> Iterator[tuple[Update, bool]]:
         """The updates of each device batch of this rank, and whether the batch is the last of the step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +51,11 @@ class LoopConfig:
     """How long, how much at once, and what is kept."""
 
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps. They may grow later: repeat the command with more of them."""
+    extended_from: tuple[int, ...] = added(())
+    """Ends of earlier schedules, ascending; a run whose steps grow sets them. From each on, the learning rate
+    falls again from `lr` to `final_lr`. Shares of the training, such as starts of losses, are shares of the
+    first schedule."""
     seconds: float | None = added(None)
     """Seconds that the training may take; null trains all `steps`. The run then passes through the schedule
     of `steps` (learning rate, starts of losses, average, log_every, save_every, evaluate_every) in as many
@@ -71,8 +76,8 @@ class LoopConfig:
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     """fp32: all in float32. tf32: as fp32, but a GPU multiplies in TF32. bf16: autocast around the losses.
     Weights, optimizer and EMA stay float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one. mps, an Apple GPU, is not tested."""
     compile: bool = False
     """Whole-module torch.compile."""
     ema_decay: float | None = None
@@ -127,17 +132,35 @@ class LoopConfig:
                 f"loop.keep_every must be 0 with loop.seconds, got {self.keep_every}: such a run does not "
                 "know in advance at which steps it saves"
             )
+        ends = (0, *self.extended_from, self.steps)
+        if sorted(set(ends)) != list(ends) or (self.extended_from and self.seconds is not None):
+            raise ValueError(
+                f"loop.extended_from must be ascending, in [1, steps = {self.steps}), and empty with "
+                f"loop.seconds, got {self.extended_from}"
+            )
         if self.keep_every % self.save_every:
             raise ValueError(
                 f"loop.keep_every must be a multiple of save_every = {self.save_every}, got {self.keep_every}"
             )
 
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the first schedule, whose shares start the losses."""
+        return (*self.extended_from, self.steps)[0]
 
-def lr_at(step: float, optim: OptimConfig, steps: int) -> float:
-    """Learning rate at a position in [0, steps): linear warm-up, then constant or half a cosine."""
+
+def lr_at(step: float, optim: OptimConfig, steps: int, extended_from: Sequence[int] = ()) -> float:
+    """Learning rate at a position in [0, steps).
+
+    A linear warm-up, then a constant or half a cosine. With ends of earlier schedules in `extended_from` the
+    cosine begins again at each of them, without a warm-up.
+    """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.final_lr is None:
         return optim.lr
-    progress = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)
+    ends = (*extended_from, steps)
+    end = next(end for end in ends if step < end or end == steps)
+    begin = max((before for before in ends if before < end), default=optim.warmup_steps)
+    progress = (step - begin) / max(1, end - 1 - begin)
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

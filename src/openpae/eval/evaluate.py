@@ -206,7 +206,14 @@ def _results_of(evaluation: Evaluation) -> tuple[dict[str, Estimate], dict[str, 
     samples, reference = evaluation.samples, evaluation.reference
     metrics, undefined = evaluation.compute()
     if reference.features is not None and (half := len(reference.features) // 2) >= 2:
-        metrics["frechet_floor"] = frechet_floor(reference.features, min(samples.n, half))
+        floor = metrics["frechet_floor"] = frechet_floor(reference.features, min(samples.n, half))
+        if floor.value > 0:
+            metrics["frechet_ratio"] = Estimate(
+                name="frechet_ratio",
+                value=metrics["frechet"].value / floor.value,
+                n=samples.n,
+                settings={"extractor": samples.extractor.name, "floor_images": min(samples.n, half)},
+            )
     assert samples.image_size is not None  # there are samples
     return metrics, {
         "undefined": undefined,

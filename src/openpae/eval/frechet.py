@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
+
+from openpae.runtime.extras import needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class _Sums:
     def add_products(self, rows: Tensor, weight: float = 1.0) -> None:
         """S <- S + weight rows^T rows, of rows (B, F), by BLAS syrk: it computes one triangle only."""
         if rows.device.type == "cpu":
+            with needs("eval", "the Frechet distance"):
+                from scipy.linalg.blas import dsyrk
             # Transposed views: BLAS reads by columns, so its upper triangle is the lower one of S.
             a, c = rows.numpy().T, self.scatter.numpy().T
             self.scatter = torch.from_numpy(dsyrk(weight, a, beta=1.0, c=c, overwrite_c=True).T)

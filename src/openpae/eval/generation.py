@@ -13,7 +13,7 @@ from openpae.eval.extractors import FeatureExtractor
 from openpae.eval.features import FeatureSet
 from openpae.eval.frechet import Gaussian, frechet_distance, gaussian_of
 from openpae.eval.reference import Reference
-from openpae.eval.scores import inception_score, kid, precision_recall
+from openpae.eval.scores import inception_score, kid, monge_inception_distance, precision_recall
 from openpae.eval.settings import EvaluationConfig
 
 
@@ -133,7 +133,7 @@ class Evaluation:
     def _against_features(self) -> Iterator[Estimate | Undefined]:
         config, real = self.config, self.reference.features
         if real is None:
-            for name in ("kid", "precision", "recall"):
+            for name in ("kid", "mind", "precision", "recall"):
                 yield Undefined(name, "the reference holds statistics only, no images or features")
             return
         features = self.samples.features()
@@ -145,6 +145,7 @@ class Evaluation:
         else:
             subsets, size = config.kid_subsets, config.kid_subset_size
             yield kid(features, real, subsets=subsets, subset_size=size, seed=config.seed)
+        yield monge_inception_distance(features, real, seed=config.seed)
         if smaller <= config.k:
             for name in ("precision", "recall"):
                 yield Undefined(name, f"{smaller} images have no neighbour {config.k}")

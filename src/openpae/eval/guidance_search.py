@@ -141,6 +141,7 @@ def search_guidance(
     facts: Mapping[str, Any],
     log: Callable[[str], None] | None = None,
     inputs: Sequence[Path | None] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Search the guidance of the lowest distance. An interrupted call goes on where it stopped.
 
@@ -152,6 +153,7 @@ def search_guidance(
         facts: further entries of the record, which must be equal to go on: fingerprints, precision.
         log: gets a line for every distance.
         inputs: paths that were read; nothing is written there.
+        overwrite: begin anew in place of files of these names that this command did not make.
 
     Returns:
         The record, as in search.json.
@@ -161,11 +163,11 @@ def search_guidance(
     """
     names = [out / "search.json", out / "best.yaml"]
     ours = names if made_by(out / "search.json", kind="guidance search") else ()
-    check_outputs(*names, into=out, inputs=inputs, own=ours)
+    check_outputs(*names, into=out, inputs=inputs, own=ours, overwrite=overwrite)
     search, sampler = evaluator.search, evaluator.sampler
     candidates = search.candidates(sampler)
     settings = _settings(evaluator, facts)
-    record = processes.on_rank0(lambda: _begun(out, settings))
+    record = processes.on_rank0(lambda: _begun(out, settings, afresh=not ours))
     known: dict[tuple[Candidate, int], float] = {
         (_key(row), row["samples"]): row["frechet"] for row in record["measured"]
     }
@@ -229,10 +231,10 @@ def _tuned_on(evaluator: SampleEvaluator) -> str:
     )
 
 
-def _begun(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record so far, or a new one."""
+def _begun(out: Path, settings: Mapping[str, Any], *, afresh: bool) -> dict[str, Any]:
+    """The record so far; a new one if there is none, or `afresh`."""
     path = out / "search.json"
-    if not path.is_file():
+    if afresh or not path.is_file():
         make_folder(out)
         record = {**settings, "versions": package_versions(), "measured": [], "best": None}
         write_json(path, record)

@@ -20,8 +20,8 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.data.crops import Size, center_crop, height_width
 from openpae.data.images import ImageFolder, ImageSource, PackedImages
+from openpae.data.npz import npz_entry, npz_keys
 from openpae.data.pixels import check_images, to_unit
-from openpae.eval.npz import npz_entry, npz_keys
 from openpae.runtime.device import autocast
 from openpae.runtime.processes import rank_slice
 from openpae.sampling.guidance import VelocityModel

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from openpae.data.crops import Size
 from openpae.data.images import PackedImages, open_images
+from openpae.data.npz import npz_array, npz_keys
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of
 from openpae.eval.image_stream import npz_stream, real_images
-from openpae.eval.npz import npz_array, npz_keys
 from openpae.storage.files import atomic_file, file_hash
 
 
@@ -82,9 +82,11 @@ def open_reference(
     if not path.is_dir():
         return read_reference(path, extractor, batch_size)
     source = open_images(path)
-    if size is None and not isinstance(source, PackedImages):
+    if isinstance(source, PackedImages):
+        size = size or source.image_shape
+    if size is None:
         raise ValueError(f"{path} holds images of any size, so the side to crop them to is needed: --size")
-    images = real_images(source, size or source.image_shape, name=str(path))  # type: ignore[union-attr]
+    images = real_images(source, size, name=str(path))
     return reference_of(features_of(images, extractor, batch_size), images.name, images.preprocessing)
 
 

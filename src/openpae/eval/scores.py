@@ -1,4 +1,4 @@
-"""Scores of generated images from their features: Inception Score, KID, precision and recall."""
+"""Scores of generated images from their features: Inception Score, KID, MIND, precision and recall."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpae.eval.estimate import Estimate, Settings
+from openpae.eval.estimate import Estimate, Settings, mean_of
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Estimate:
@@ -111,6 +111,47 @@ def kid(
             "seed": seed,
         },
     )
+
+
+def monge_inception_distance(
+    samples: Tensor, reference: Tensor, *, projections: int = 1000, seed: int = 2020
+) -> Estimate:
+    """Monge Inception Distance (MIND, Berthet et al., arXiv:2605.06797): a sliced Wasserstein distance.
+
+        3 F mean_u mean_i (sort(u . x)_i - sort(u . y)_i)^2,   u uniform on the unit sphere
+
+    Both sets have one size: the larger one is drawn from without replacement. It falls with the number of
+    samples, faster than the Frechet distance does. It is the published MIND in Inception features only.
+
+    Args:
+        samples: features x, (N, F).
+        reference: features y, (M, F).
+        projections: number of directions u.
+        seed: seed of the directions and of the draw.
+
+    Returns:
+        The mean over directions; the standard error counts the choice of directions only.
+
+    Raises:
+        ValueError: the widths differ, features are not finite, or there are no samples.
+    """
+    _check_widths(samples, reference)
+    size, width = min(len(samples), len(reference)), samples.shape[1]
+    draw = np.random.default_rng(seed)
+    u = torch.from_numpy(draw.standard_normal((projections, width))).float()
+    directions = (u / u.norm(dim=1, keepdim=True)).to(samples)
+    x, y = (
+        part
+        if len(part) == size
+        else part[torch.from_numpy(draw.permutation(len(part))[:size]).to(part.device)]
+        for part in (samples, reference.to(samples))
+    )
+    values = []
+    for chunk in torch.split(directions, 100):
+        gaps = (x @ chunk.T).sort(dim=0).values - (y @ chunk.T).sort(dim=0).values
+        values.append(3 * width * gaps.double().square().mean(dim=0))
+    settings: Settings = {"samples": len(samples), "reference": len(reference), "used": size, "seed": seed}
+    return mean_of("mind", torch.cat(values).cpu(), settings, over="directions")
 
 
 def precision_recall(

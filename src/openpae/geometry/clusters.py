@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae.models.layers import to_tokens
+from openpae.runtime.extras import needs
 
 
 def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int = 0) -> Tensor:
@@ -33,8 +34,9 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
     Raises:
         ValueError: sigma or k is out of range.
     """
-    import scipy.linalg
-    from sklearn.cluster import KMeans
+    with needs("eval", "SSC"):
+        import scipy.linalg
+        from sklearn.cluster import KMeans
 
     tokens = latent.shape[-2] * latent.shape[-1]
     if sigma < 0.01:  # exp(-2 / sigma) of opposite tokens would underflow

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from openpae.eval.estimate import Estimate, Settings, jackknife_error, mean_of
 from openpae.eval.reconstruction import ImageDistance
 from openpae.geometry.clusters import spectral_clusters
+from openpae.runtime.extras import needs
 
 Decode = Callable[[Tensor], Tensor]
 """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
@@ -50,8 +51,9 @@ def spatial_structure_consistency(
     Raises:
         ValueError: the shapes do not fit, latents are not finite, or no image has two segments.
     """
-    from sklearn.metrics import normalized_mutual_info_score
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    with needs("eval", "SSC"):
+        from sklearn.metrics import normalized_mutual_info_score
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     check_latents(latents)
     if labels.ndim != 3 or len(labels) != len(latents):

@@ -37,6 +37,7 @@ def run_profile(
     *,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    overwrite: bool = False,
 ) -> list[Measured]:
     """Measure tokenizers over the same images; write profile.json and profile.html.
 
@@ -45,6 +46,7 @@ def run_profile(
         run: images and settings.
         device: device of all networks.
         progress: called with (done, all).
+        overwrite: replace files of these names that this command did not make.
 
     Returns:
         The measurements, in the order of the tokenizers.
@@ -56,7 +58,7 @@ def run_profile(
     names = [run.out / "profile.json", run.out / "profile.html"]
     ours = names if made_by(names[0], kind="profile") else ()
     read = (run.images, run.label_images, run.label_maps, *map(Path, tokenizers))
-    check_outputs(*names, into=run.out, inputs=read, own=ours)
+    check_outputs(*names, into=run.out, inputs=read, own=ours, overwrite=overwrite)
     config = run.measure
     spaces = _opened(tokenizers, device)
     size: Size = run.size or spaces[0].image_size

@@ -28,6 +28,7 @@ from openpae.geometry.metrics import RADII, majority_labels, moved_latents, unit
 from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import Tokenizer
 from openpae.report import Page
+from openpae.runtime.extras import needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +280,8 @@ def _numbered(labels: Tensor, ignore: int | None) -> Tensor:
 
 def _clusters(latent: Tensor, truth: Tensor, config: MeasureConfig) -> Tensor:
     """Clusters of a latent (C, h, w), numbered as the segments (h, w) they match best; -1 stays -1."""
-    from scipy.optimize import linear_sum_assignment
+    with needs("eval", "profile.html"):
+        from scipy.optimize import linear_sum_assignment
 
     names = torch.unique(truth[truth >= 0])
     if len(names) < 2:

@@ -7,6 +7,7 @@
     diffusers:OWNER/NAME        an autoencoder of the hub, OWNER/NAME/SUBFOLDER, or a folder
     encoder:dinov2-l            features of a frozen VFM, one token per 16 x 16 pixels
     encoder:dinov2-l/8          the same, one token per 8 x 8 pixels
+    targets:dinov2-l/8:runs/r   targets Z_T of a refiner of that VFM, or raw targets
     python:my_tokenizer.py      a file with encode(images) and perhaps decode(z); its code is run
 """
 
@@ -25,10 +26,11 @@ from torch import Tensor
 from openpae.data.crops import Size, height_width
 from openpae.data.pixels import check_images
 from openpae.geometry.metrics import Decode
-from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
-from openpae.models.layers import to_grid
-from openpae.models.saved import load_tokenizer
+from openpae.models.encoders import EncoderInput, FrozenEncoder, encoder_fingerprint, load_encoder
+from openpae.models.layers import to_grid, to_tokens
+from openpae.models.saved import load_prior, load_tokenizer
 from openpae.models.tokenizer import Autoencoder
+from openpae.runtime.extras import needs
 from openpae.storage.files import file_hash, fingerprint
 from openpae.storage.model_folder import identity_of
 
@@ -71,7 +73,7 @@ class LatentSpace:
 
     name: str
     kind: str
-    """The adapter: openpae, diffusers, encoder, python."""
+    """The adapter: openpae, diffusers, encoder, targets, python."""
     fingerprint: str
     image_size: Size
     encode: Callable[[Tensor], Tensor]
@@ -212,11 +214,8 @@ def _diffusers(source: str, device: torch.device) -> LatentSpace:
 
 def _load_diffusers(name: str) -> tuple[Any, dict[str, Any]]:
     """The model and its config. Missing or unexpected weights raise, unlike in diffusers."""
-    if importlib.util.find_spec("diffusers") is None:
-        raise ValueError(
-            f"{name} needs the package diffusers, which is not installed; pip install openpae[diffusers]"
-        )
-    import diffusers
+    with needs("diffusers", name):
+        import diffusers
 
     source, subfolder = name, None
     if not Path(name).is_dir():
@@ -264,6 +263,19 @@ def _is_diffusers(folder: Path) -> bool:
 
 def _encoder(source: str, device: torch.device) -> LatentSpace:
     """Patch features of a frozen VFM as latents (those of RAE before normalisation). No decoder."""
+    encoder, patch, encode = _features(source, device)
+    return LatentSpace(
+        name=f"{source.partition('/')[0]} (VFM)",
+        kind="encoder",
+        fingerprint=encoder_fingerprint(encoder),
+        image_size=16 * patch,
+        encode=encode,
+        decode=None,
+    )
+
+
+def _features(source: str, device: torch.device) -> tuple[FrozenEncoder, int, Callable[[Tensor], Tensor]]:
+    """A VFM, the pixels of its token, and the function from images to its features (B, D, h, w)."""
     name, slash, number = source.partition("/")
     if slash and (not number.isdecimal() or int(number) < 1):
         raise ValueError(f"encoder:{source} must be encoder:NAME or encoder:NAME/PIXELS_PER_TOKEN")
@@ -275,10 +287,31 @@ def _encoder(source: str, device: torch.device) -> LatentSpace:
         h, w = images.shape[-2] // patch, images.shape[-1] // patch
         return to_grid(encoder(prepare(images.to(device))), h, w)
 
+    return encoder, patch, encode
+
+
+def _targets(source: str, device: torch.device) -> LatentSpace:
+    """Z_T of a refiner as latents. If their SSC is low, no weight of SSR raises that of a tokenizer."""
+    named, colon, folder = source.partition(":")
+    if not colon:
+        raise ValueError(f"targets:{source} must be targets:ENCODER/PIXELS_PER_TOKEN:FOLDER of a refiner")
+    encoder, patch, features = _features(named, device)
+    prior, identity = load_prior(Path(folder)).to(device), identity_of(folder)
+    if identity.made_with != encoder_fingerprint(encoder):
+        raise ValueError(
+            f"{folder} refines features of the encoder {identity.made_with}, but {named} is "
+            f"{encoder_fingerprint(encoder)}; name the encoder of the refiner"
+        )
+
+    def encode(images: Tensor) -> Tensor:
+        grid = features(images)
+        targets: Tensor = prior(to_tokens(grid))
+        return to_grid(targets, *grid.shape[-2:])
+
     return LatentSpace(
-        name=f"{name} (VFM)",
-        kind="encoder",
-        fingerprint=encoder_fingerprint(encoder),
+        name=f"{Path(folder).resolve().name} (targets)",
+        kind="targets",
+        fingerprint=identity.fingerprint,
         image_size=16 * patch,
         encode=encode,
         decode=None,
@@ -319,5 +352,6 @@ _ADAPTERS: dict[str, Callable[[str, torch.device], LatentSpace]] = {
     "openpae": _openpae,
     "diffusers": _diffusers,
     "encoder": _encoder,
+    "targets": _targets,
     "python": _python,
 }

@@ -9,20 +9,32 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from openpae import config as configs
 from openpae.models.configs import PAEConfig
 from openpae.models.encoders import FrozenEncoder, empty_encoder, encoder_architecture
 from openpae.models.tokenizer import Autoencoder, tokenizer_class
+from openpae.runtime.extras import needs
+
+with needs("diffusers", "AutoencoderPAE"):
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+    from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
+
+
+class EncoderOutput(AutoencoderTinyOutput):  # type: ignore[misc]  # diffusers has no types
+    """Latents, also as the distribution that scripts for AutoencoderKL ask for."""
+
+    @property
+    def latent_dist(self) -> IdentityDistribution:
+        """A point mass: `sample()` and `mode()` are the latents."""
+        return IdentityDistribution(self.latents)
 
 
 class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
-    """`encode(x).latents` and `decode(z).sample` of a PAE tokenizer, on images in [-1, 1].
+    """`encode(x).latents` or `.latent_dist`, and `decode(z).sample` of a tokenizer, on images in [-1, 1].
 
     Build one from a tokenizer with `of`. `save_pretrained` and `from_pretrained` are diffusers' own, and save
     the frozen encoder too. The weights stay in float32. Inputs in half precision run under autocast, and the
@@ -106,12 +118,13 @@ class AutoencoderPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         model.pae.float()
         return model
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
         """Images in [-1, 1], (B, 3, H, W), to latents (B, C, h, w) on the sphere, of the same dtype.
         Deterministic."""
         with _precision_of(x):
-            latents = self.pae.encode((x.float() + 1) / 2).to(x.dtype)
-        return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
+            # Without the check of `encode`, which would make each training step wait for the GPU.
+            latents = self.pae._encode((x.float() + 1) / 2, None).to(x.dtype)
+        return EncoderOutput(latents=latents) if return_dict else (latents,)
 
     def decode(
         self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from openpae.models.generator import LatentGenerator
 from openpae.models.tokenizer import Autoencoder
+from openpae.runtime.extras import require
 from openpae.storage.files import atomic_folder, write_json
 
 Format = Literal["torch-export", "onnx"]
@@ -70,7 +70,7 @@ def export_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; name a new folder for the export")
     if format == "onnx":
-        _need_onnx()
+        require("onnx", "format onnx", "onnx", "onnxscript", "onnxruntime")
     parts = _parts_of(model.eval())
     differences: dict[str, float] = {}
     facts: dict[str, Any] = {"format": format, "model": type(model).__name__, "graphs": {}}
@@ -189,12 +189,3 @@ def _open_onnx(file: Path, names: list[str]) -> Callable[[tuple[Tensor, ...]], T
         return torch.from_numpy(output)
 
     return run
-
-
-def _need_onnx() -> None:
-    packages = ("onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ValueError(
-            f"format onnx needs {' and '.join(missing)}, not installed; pip install openpae[onnx], or choose "
-            "torch-export"
-        )

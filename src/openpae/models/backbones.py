@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openpae.models.layers import TransformerBlock, to_tokens
+from openpae.runtime.extras import needs
 from openpae.storage.assets import fetch
 from openpae.storage.weights import first_line, pickle_refusal
 
@@ -126,8 +127,9 @@ def load_pretrained(
         FileNotFoundError: the weights cannot be loaded from the source.
         ValueError: the file is damaged; a weight of the tower is missing, unknown or of another shape.
     """
-    import transformers  # half a second and 100 MB that only this family needs
-    from transformers.utils.hub import cached_file
+    with needs("vfm", f"the VFM {source}"):
+        import transformers  # half a second and 100 MB that only this family needs
+        from transformers.utils.hub import cached_file
 
     kind = getattr(transformers, model_class)
     # Mismatched sizes go to the report, because the package's error does not name them. Weights in half
@@ -189,7 +191,8 @@ def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:
         model_class: class of the package.
         architecture: its config, as plain data.
     """
-    import transformers
+    with needs("vfm", f"a VFM of class {model_class}"):
+        import transformers
 
     check_architecture(architecture)
     kind = getattr(transformers, model_class)
@@ -247,7 +250,8 @@ class EfficientNetTokens(nn.Module):
         super().__init__()
         if layers > 3:
             raise ValueError(f"efficientnet-lite0 has 3 layers of one shape, so no sum of its last {layers}")
-        from efficientnet_lite_pytorch import EfficientNet
+        with needs("quickstart", "the VFM efficientnet-lite0"):
+            from efficientnet_lite_pytorch import EfficientNet
 
         self.layers = layers
         net = EfficientNet.from_name("efficientnet-lite0")

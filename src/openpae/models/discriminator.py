@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from openpae.models.configs import DiscriminatorConfig
 from openpae.models.layers import to_grid
 from openpae.models.vfms import IMAGENET_MEAN, IMAGENET_STD
+from openpae.runtime.extras import needs
 
 AUGMENT_DRAWS = 7
 """Uniform numbers per image that `diff_augment` needs."""
@@ -224,7 +225,8 @@ def build_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
     """
     if config.kind == "patch":
         return PatchDiscriminator(config.width, config.num_layers)
-    import transformers  # half a second and 100 MB that only this kind needs
+    with needs("vfm", "a discriminator on DINO"):
+        import transformers  # half a second and 100 MB that only this kind needs
 
     vit: Any = transformers.ViTModel
     try:

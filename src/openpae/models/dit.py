@@ -17,6 +17,7 @@ from openpae.models.layers import (
     to_tokens,
     unpatchify,
 )
+from openpae.models.precision import own_precision
 
 
 class Attention(nn.Module):
@@ -122,6 +123,7 @@ class LightningDiT(LatentGenerator):
                     nn.init.zeros_(layer.bias)
         self._reset_conditioning(*self.blocks)
 
+    @own_precision
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the velocity x_1 - x_0.
 

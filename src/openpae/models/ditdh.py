@@ -17,6 +17,7 @@ from openpae.models.configs import DiTDHConfig, GeneratorConfig, LightningDiTCon
 from openpae.models.dit import DiTBlock, LightningDiT
 from openpae.models.generator import LatentGenerator
 from openpae.models.layers import rope_2d, run_blocks, sincos_2d, to_tokens, unpatchify
+from openpae.models.precision import own_precision
 
 
 class DiTDH(LatentGenerator):
@@ -79,6 +80,7 @@ class DiTDH(LatentGenerator):
                 nn.init.zeros_(embed.bias)
         self._reset_conditioning(*self.blocks, *self.head_blocks)
 
+    @own_precision
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Predict the velocity x_1 - x_0.
 

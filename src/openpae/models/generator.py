@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openpae.models.configs import GeneratorConfig
+from openpae.models.precision import MixedPrecision, in_dtype
 from openpae.storage import hub
 
 
@@ -30,10 +31,11 @@ def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> t
     return (mean.view(-1, 1, 1), std.view(-1, 1, 1)) if mean.ndim == 1 else (mean, std)
 
 
-class LatentGenerator(nn.Module):
+class LatentGenerator(MixedPrecision):
     """A network that predicts the velocity of noisy latents; `LightningDiT` and `DiTDH` are the two.
 
     It works on normalised latents. Their statistics are buffers, so that they are saved with the weights.
+    In half precision the velocity has the type of the weights; see `MixedPrecision`.
 
     Args:
         config: its sizes.
@@ -104,20 +106,27 @@ class LatentGenerator(nn.Module):
         return x.float() * self.latent_std + self.latent_mean
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
         """Load a saved generator in evaluation mode, with the statistics of its latents.
 
         Args:
             name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
             revision: branch, tag or commit of the hub.
+            torch_dtype: torch.bfloat16 or torch.float16 for half precision; None is float32.
 
         Raises:
             FileNotFoundError: no such folder or name, or the hub cannot be reached.
-            ValueError: another kind of model, or damaged or incompatible weights.
+            ValueError: another kind of model, damaged or incompatible weights, or another torch_dtype.
         """
         model, made_with = hub.load_saved(cls, cls.config_class, name_or_folder, revision)
         model.made_with = made_with
-        return model
+        return in_dtype(model, torch_dtype)
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
         """Write a folder that `from_pretrained` loads: safetensors, config and model card.

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openpae import config as configs
@@ -36,6 +37,8 @@ def write_tokenizer(
     config: PAEConfig,
     encoder_fingerprint: str,
     architecture: Mapping[str, Any] | None = None,
+    *,
+    keep_encoder: bool = False,
 ) -> None:
     """Write the files of a tokenizer into an existing folder.
 
@@ -44,12 +47,13 @@ def write_tokenizer(
         state: state dict of the tokenizer; weights of a frozen encoder are not written.
         config: of the tokenizer.
         encoder_fingerprint: fingerprint of the encoder; loading compares it.
-        architecture: output of `encoder_architecture`, written beside the weights of a finetuned encoder.
+        architecture: output of `encoder_architecture`, written beside the weights of an encoder.
+        keep_encoder: write the weights of the encoder too; those of a finetuned one are always written.
     """
-    finetuned = config.fusion == "finetune"
-    own = {name: value for name, value in state.items() if finetuned or not name.startswith("encoder.")}
+    keep = keep_encoder or config.fusion == "finetune"
+    own = {name: value for name, value in state.items() if keep or not name.startswith("encoder.")}
     write_model(folder, own, config, encoder_fingerprint, "openpae.load_tokenizer")
-    if finetuned and architecture is not None:
+    if keep and architecture is not None:
         write_json(folder / ENCODER, architecture)
 
 
@@ -75,7 +79,11 @@ def write_generator(
 
 
 def load_tokenizer(
-    folder: str | Path, encoder: Encoder | None = None, *, decode_only: bool = False
+    folder: str | Path,
+    encoder: Encoder | None = None,
+    *,
+    decode_only: bool = False,
+    torch_dtype: torch.dtype | None = None,
 ) -> Autoencoder:
     """`Autoencoder.from_pretrained` for local folders only, so that a mistyped path is not looked up on the
     hub.
@@ -84,19 +92,23 @@ def load_tokenizer(
         folder: a tokenizer folder, a training checkpoint, or a run folder (its newest checkpoint).
         encoder: your own module, if the tokenizer was trained with one.
         decode_only: skip the frozen encoder: faster, but `encode` then needs features.
+        torch_dtype: see `Autoencoder.from_pretrained`.
 
     Raises:
         FileNotFoundError: no such folder, or the encoder's weights cannot be loaded.
         ValueError: another kind of folder, damaged or incompatible weights, or not the encoder of training.
     """
-    return Autoencoder.from_pretrained(model_folder(folder), encoder, decode_only=decode_only)
+    return Autoencoder.from_pretrained(
+        model_folder(folder), encoder, decode_only=decode_only, torch_dtype=torch_dtype
+    )
 
 
-def load_generator(folder: str | Path) -> LatentGenerator:
+def load_generator(folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> LatentGenerator:
     """`from_pretrained` of the class that the folder holds, for local folders only.
 
     Args:
         folder: a generator folder, a training checkpoint, or a run folder (its newest checkpoint).
+        torch_dtype: see `LatentGenerator.from_pretrained`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -105,7 +117,7 @@ def load_generator(folder: str | Path) -> LatentGenerator:
     path = model_folder(folder)
     config = configs.load_one_of(GENERATORS, path / CONFIG)
     kind = DiTDH if isinstance(config, DiTDHConfig) else LightningDiT
-    return kind.from_pretrained(path)
+    return kind.from_pretrained(path, torch_dtype=torch_dtype)
 
 
 def write_prior(

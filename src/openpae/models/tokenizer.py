@@ -21,16 +21,18 @@ from openpae.models.encoders import (
 )
 from openpae.models.layers import to_grid, to_sphere, to_tokens
 from openpae.models.modulator import DetailModulator, NoModulator
+from openpae.models.precision import MixedPrecision, in_dtype, own_precision
 from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
 from openpae.storage.model_folder import CONFIG, ENCODER, model_folder, read_model
 from openpae.storage.weights import check_size, load_strict
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(MixedPrecision):
     """A VFM, a bottleneck from its features to latents and back, and a ViT decoder.
 
     `PAE` and `RAE` differ in the bottleneck: `_build_bottleneck`, `_to_latent` and `_from_latent`.
+    Latents and images are float32 in every precision of the weights; see `MixedPrecision`.
 
     Args:
         config: its sizes.
@@ -68,6 +70,7 @@ class Autoencoder(nn.Module):
         """Tokens for the decoder, (B, h w, D), of latents (B, C, h, w)."""
         raise NotImplementedError
 
+    @own_precision
     def forward(
         self,
         images: Tensor,
@@ -86,7 +89,7 @@ class Autoencoder(nn.Module):
         Returns:
             z, (B, C, h, w), and the decodes of z and of the extra latents, in order.
         """
-        z = self.encode(images, features)
+        z = self._encode(images, features)
         latents = [z if noise is None else z + noise, *(extra_latents(z) if extra_latents else [])]
         decoded = self.decode(torch.cat(latents))
         return z, list(torch.split(decoded, [len(latent) for latent in latents]))
@@ -96,6 +99,7 @@ class Autoencoder(nn.Module):
         pixels: Tensor = self.encoder_input(images)
         return pixels
 
+    @own_precision
     def features(self, images: Tensor) -> Tensor:
         """Features H_vfm of images in [0, 1], (B, 3, H, W): (B, N, D).
 
@@ -113,7 +117,15 @@ class Autoencoder(nn.Module):
 
         Returns:
             z, (B, C, h, w), on the sphere: unit root mean square over the channels of each token.
+
+        Raises:
+            ValueError: integer pixels, values below 0, or sides that the patch size does not divide.
         """
+        _refuse_signed(images)
+        return self._encode(images, features)
+
+    @own_precision
+    def _encode(self, images: Tensor, features: Tensor | None) -> Tensor:
         patch = self.config.decoder.patch_size
         h, w = images.shape[-2] // patch, images.shape[-1] // patch
         pixels = self.preprocess(images)
@@ -122,6 +134,7 @@ class Autoencoder(nn.Module):
         z = self._to_latent(pixels, features.float(), h, w)  # cached features come in float16
         return to_sphere(z, self.config.sphere)
 
+    @own_precision
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) of latents z (B, C, h, w): around [0, 1], not clamped, float32."""
         z = z.float()  # cached ones come in bfloat16
@@ -140,6 +153,7 @@ class Autoencoder(nn.Module):
         *,
         decode_only: bool = False,
         revision: str | None = None,
+        torch_dtype: torch.dtype | None = None,
     ) -> Autoencoder:
         """Load a saved tokenizer in evaluation mode.
 
@@ -148,6 +162,7 @@ class Autoencoder(nn.Module):
             encoder: your own module, if the tokenizer was trained with one.
             decode_only: skip the frozen encoder: faster, but `encode` then needs features.
             revision: branch, tag or commit of the hub.
+            torch_dtype: torch.bfloat16 or torch.float16 for half precision; None is float32.
 
         Raises:
             FileNotFoundError: no such folder or name, or weights that cannot be loaded.
@@ -183,7 +198,7 @@ class Autoencoder(nn.Module):
                 f"{config.encoder!r} now has {encoder_fingerprint(encoder)}; point encoder_source to the "
                 "weights that it was trained with"
             )
-        return model.eval()
+        return in_dtype(model.eval(), torch_dtype)
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
         """Write a folder that `from_pretrained` loads: safetensors, config and model card.
@@ -199,6 +214,11 @@ class Autoencoder(nn.Module):
         """
         made_with = self.made_with
         if made_with is None and self.encoder is not None:
+            if self.half_dtype is not None:
+                raise ValueError(
+                    f"the encoder was rounded to {self.half_dtype}, so its fingerprint is not known; save "
+                    'first, with precision="bf16" for a small file'
+                )
             made_with = encoder_fingerprint(self.encoder)
         if self.keeps_encoder and self.encoder is None:
             raise ValueError(
@@ -233,6 +253,20 @@ class Autoencoder(nn.Module):
                 "beside the images; build it with build_tokenizer(config) or load it with its encoder"
             )
         return self.encoder
+
+
+def _refuse_signed(images: Tensor) -> None:
+    """Raise ValueError for images with values below 0, as in [-1, 1].
+
+    It reads a value from the device, so the training step, compiled code and tensors without values skip it.
+    """
+    if torch.compiler.is_compiling() or type(images) is not Tensor or images.is_meta or not images.numel():
+        return
+    if (lowest := images.min().item()) < 0:
+        raise ValueError(
+            f"images must lie in [0, 1], got {lowest:.3g}; bring images in [-1, 1] there by (x + 1) / 2, and "
+            "clamp decoded ones"
+        )
 
 
 class PAE(Autoencoder):

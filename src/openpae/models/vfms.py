@@ -27,7 +27,7 @@ class EncoderSpec:
     repo: str = ""
     """Hub name of the weights; empty if they are not on the hub."""
     stride: int
-    """Input pixels per token and axis; images are resized so that every VFM gives the same token grid."""
+    """Input pixels per token along each axis; images are resized so that every VFM gives the same grid."""
     dim: int
     """Width D of the features."""
     num_heads: int

@@ -173,7 +173,7 @@ def consistency(
     nearer_features: Sequence[Tensor],
     distance: Distance,
 ) -> Tensor:
-    """One term of MCR (Eq. 4): pull a farther decode to a nearer one.
+    """One term of MCR, which `terms.image_terms` adds (Eq. 4): pull a farther decode to a nearer one.
 
         L = |x_a - sg(x_b)|_1 + LPIPS(x_a, sg(x_b))
 

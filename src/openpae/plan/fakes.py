@@ -1,12 +1,13 @@
-"""Build a run's task under fake tensors, which have shapes and no memory; nothing is downloaded."""
+"""Build a run's task without data and downloads, and under fake tensors, which have shapes and no memory."""
 
 from __future__ import annotations
 
 import math
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -34,12 +35,13 @@ from openpae.engine.settings import LoopConfig
 from openpae.models.configs import DiscriminatorConfig, GeneratorConfig, RefinerConfig
 from openpae.models.discriminator import FeatureDiscriminator, PatchDiscriminator
 from openpae.models.ditdh import build_generator
-from openpae.models.encoders import FrozenEncoder, empty_encoder
+from openpae.models.encoders import empty_encoder
 from openpae.models.generator import LatentGenerator
 from openpae.models.lpips import LPIPS
 from openpae.models.priors import FrozenPrior, Refiner
 from openpae.models.vfms import encoder_spec
 from openpae.runtime import processes
+from openpae.runtime.extras import needs
 from openpae.storage.model_folder import CONFIG, model_folder
 from openpae.train import generator, refiner, tokenizer
 from openpae.train.generator import GeneratorTask
@@ -79,8 +81,13 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
 
             distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
             stack.callback(distributed.destroy_process_group)
-        for module, name, stand_in in [*_stand_ins(), *_uncached()]:
+        for module, name, stand_in in [*_fake_stand_ins(), *_uncached()]:
             stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(without_files())
+        if find_spec("transformers") is not None:  # its networks read values when they are built
+            from transformers.initialization import no_init_weights
+
+            stack.enter_context(no_init_weights())
         stack.enter_context(warnings.catch_warnings())
         for harmless in ("Accessing the data pointer of FakeTensor", "Grad strides do not match bucket"):
             warnings.filterwarnings("ignore", message=harmless)
@@ -88,25 +95,32 @@ def fake_world(processes: int = 1) -> Iterator[FakeTensorMode]:
         yield stack.enter_context(mode)
 
 
+@contextmanager
+def without_files() -> Iterator[None]:
+    """Enter a context where `build_task` reads no files and downloads nothing.
+
+    Frozen networks have their published sizes and their initial weights. A step takes only its first and last
+    device batch.
+    """
+    with ExitStack() as stack:
+        for module, name, stand_in in _stand_ins():
+            stack.enter_context(mock.patch.object(module, name, stand_in))
+        yield
+
+
 def build_task(run: Run) -> AnyTask:
-    """Build the task of a run, inside `fake_world`."""
+    """Build the task of a run with random batches, inside `without_files` or `fake_world`."""
     if isinstance(run, GeneratorRun):
-        return with_fake_batches(GeneratorTask(run), run)
+        return with_random_batches(GeneratorTask(run), run)
     name, trainable = (
         (run.model.encoder, run.model.fusion == "finetune")
         if isinstance(run, TokenizerRun)
         else (run.encoder, False)
     )
-    encoder = build_encoder(name, trainable=trainable)
+    encoder = empty_encoder(name, trainable=trainable)
     if isinstance(run, TokenizerRun):
-        return with_fake_batches(TokenizerTask(run, encoder), run)
-    return with_fake_batches(RefinerTask(run, encoder), run)
-
-
-def build_encoder(name: str, *, trainable: bool = False) -> FrozenEncoder:
-    """Build a VFM from its published sizes, inside `fake_world`."""
-    encoder: FrozenEncoder = _without_values(lambda: empty_encoder(name, trainable=trainable))
-    return encoder
+        return with_random_batches(TokenizerTask(run, encoder), run)
+    return with_random_batches(RefinerTask(run, encoder), run)
 
 
 def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | FeatureDiscriminator:
@@ -117,7 +131,8 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
     """
     if config.kind == "patch":
         return PatchDiscriminator(config.width, config.num_layers)
-    from transformers import ViTConfig, ViTModel
+    with needs("vfm", "a discriminator on DINO"):
+        from transformers import ViTConfig, ViTModel
 
     if config.source in VITS:
         sizes = ViTConfig(**VITS[config.source])
@@ -129,16 +144,7 @@ def empty_discriminator(config: DiscriminatorConfig) -> PatchDiscriminator | Fea
                 f"the sizes of loss.discriminator.source {config.source!r} are unknown; give a local "
                 f"folder or one of {', '.join(VITS)}"
             ) from None
-    backbone = _without_values(lambda: ViTModel(sizes, add_pooling_layer=False))
-    return FeatureDiscriminator(backbone, config.taps, config.head_dim)
-
-
-def _without_values(build: Callable[[], Any]) -> Any:
-    """Build a network of the transformers package without initialisation, which would read values."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        return build()
+    return FeatureDiscriminator(ViTModel(sizes, add_pooling_layer=False), config.taps, config.head_dim)
 
 
 def empty_prior(run: TokenizerRun) -> FrozenPrior:
@@ -157,8 +163,8 @@ def empty_prior(run: TokenizerRun) -> FrozenPrior:
     return FrozenPrior(Refiner(sizes))
 
 
-def with_fake_batches(task: T, run: Run) -> T:
-    """Give a task batches of the run's shapes. Like a loader, it prepares the next batch early."""
+def with_random_batches(task: T, run: Run) -> T:
+    """Give a task random batches of the run's shapes. Like a loader, it prepares the next batch early."""
     latents = isinstance(run, GeneratorRun)
 
     def batches(steps: Sequence[int]) -> Iterator[Any]:
@@ -174,8 +180,8 @@ def with_fake_batches(task: T, run: Run) -> T:
 
 
 def _latent_batch(run: Any, count: int) -> LatentBatch:
-    latents = torch.empty(count, *run.model.latent_shape, dtype=torch.bfloat16)
-    return LatentBatch(latents, torch.empty(count, dtype=torch.long))
+    latents = torch.randn(count, *run.model.latent_shape, dtype=torch.bfloat16)
+    return LatentBatch(latents, torch.randint(run.model.num_classes, (count,)))
 
 
 def _image_batch(run: Any, count: int) -> ImageBatch:
@@ -185,15 +191,15 @@ def _image_batch(run: Any, count: int) -> ImageBatch:
     if run.data.feature_cache is not None:
         tokens = math.prod(run.model.grid_shape)
         width = encoder_spec(run.model.encoder if tokenizer_run else run.encoder).dim
-        features = torch.empty(count, tokens, width, dtype=torch.float16)
+        features = torch.randn(count, tokens, width, dtype=torch.float16)
         if tokenizer_run and run.loss.needs_prior:
-            prior = torch.empty(count, tokens, run.model.latent_dim, dtype=torch.float16)
-    images = torch.empty(count, 3, *shape, dtype=torch.uint8)
-    return ImageBatch(images, torch.empty(count, dtype=torch.long), features, prior)
+            prior = torch.randn(count, tokens, run.model.latent_dim, dtype=torch.float16)
+    images = torch.randint(256, (count, 3, *shape), dtype=torch.uint8)
+    return ImageBatch(images, torch.zeros(count, dtype=torch.long), features, prior)
 
 
 def _stand_ins() -> list[tuple[Any, str, Any]]:
-    """Replacements for functions that read values, files or a network: module, name, stand-in."""
+    """Replacements for functions that read files or a network: module, name, stand-in."""
     files = SimpleNamespace(fingerprint=lambda: "")
     shared = [
         (module, name, stand_in)
@@ -207,7 +213,6 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
     ]
     return [
         *shared,
-        (nn.Module, "to", lambda module, *_, **__: module),  # device and dtype are correct already
         (tokenizer, "cache_targets", lambda *_, **__: None),
         (tokenizer, "load_perceptual", lambda net, *_: LPIPS("alex" if net == "random" else net)),
         (tokenizer, "build_discriminator", empty_discriminator),
@@ -215,18 +220,27 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
         (refiner, "load_anyup", _Upsampler),
         (generator, "_open_latents", _latents),
         (generator, "_classes_of", lambda *_: None),
+        (loop_module, "device_batches", planned_batches),
+    ]
+
+
+def _fake_stand_ins() -> list[tuple[Any, str, Any]]:
+    """Replacements for functions that read values or reach other processes: module, name, stand-in."""
+    return [
+        (nn.Module, "to", lambda module, *_, **__: module),  # device and dtype are correct already
         (generator, "build_generator", _generator),
         (parallel, "fingerprint", lambda *_: ""),
         (processes, "gather", lambda value: [value]),
         (parallel, "DistributedDataParallel", _Replicated),
         (parallel, "init_device_mesh", _mesh),
         (ddp_module, "_verify_param_shape_across_processes", lambda *_: None),
-        (loop_module, "device_batches", planned_batches),
     ]
 
 
 def _uncached() -> list[tuple[Any, str, Any]]:
     """Replacements for cached functions, whose fake results must not outlive the mode."""
+    if find_spec("transformers") is None:
+        return []
     from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
     name = "get_patches_center_coordinates"
@@ -241,7 +255,7 @@ def planned_batches(loop: LoopConfig) -> list[range]:
 
 def _load_prior(task: TokenizerTask) -> nn.Module | None:
     task.inputs = {**task.inputs, "prior": ""}
-    return empty_prior(task.run) if task.run.loss.needs_prior else None
+    return empty_prior(task.run).to(task.device) if task.run.loss.needs_prior else None
 
 
 def _latents(_: Any, model: GeneratorConfig) -> SimpleNamespace:

@@ -134,7 +134,7 @@ def _phases(run: Run) -> tuple[list[float], list[int]]:
             loss.gan > 0
         )
         shares += [loss.lpips_late_start] * (loss.lpips_late_net is not None)
-        starts |= {math.ceil(share * run.loop.steps) for share in shares}
+        starts |= {math.ceil(share * run.loop.schedule_steps) for share in shares}
     known = sorted(start for start in starts if start == 0 or start < run.loop.steps)
     ends = [*known[1:], run.loop.steps]
     steps = [start + 1 if every and start % every == 0 else start for start in known]

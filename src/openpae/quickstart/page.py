@@ -38,6 +38,7 @@ _WORDS = {
     "lpips": ("LPIPS ↓", "perceptual difference in the features of a network, at least 0"),
     "frechet": ("Frechet distance ↓", "distance of the set of pictures to real pictures, in VGG16 features"),
     "kid": ("KID ↓", "another distance, whose mean does not depend on the number of pictures"),
+    "mind": ("MIND ↓", "another distance, of sorted projections; it needs fewer pictures"),
     "precision": ("precision ↑", "share of these pictures that lie among real ones"),
     "recall": ("recall ↑", "share of real pictures that lie among these"),
     "class_agreement": ("class agreement ↑", "share whose nearest training picture has the requested class"),

@@ -15,17 +15,16 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
-LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 300}
-"""Fewest steps for a usable result. The tokenizer's value is measured (docs/results.md, "Beginning from
-patches"). The generator's value is too low: 302 steps gave samples worse than the repeated mean picture
-(docs/results.md, "Quickstart"), and 1,060 gave outlines of the latents before."""
+LEAST_STEPS = {"refiner": 60, "tokenizer": 100, "generator": 2000}
+"""Fewest steps for a usable result (docs/results.md, "Beginning from patches" and "Steps of the quickstart's
+generator"). 1,500 steps of the generator are measured to be too few."""
 
 _AROUND = 650
 """Time of features, latents, samples and metrics, in steps of the tokenizer. An undisturbed run of 12 minutes
 took 180 s for them at 0.17 s per step (docs/results.md); shorter runs sample less."""
 
-_SHARES = {"refiner": 0.04, "tokenizer": 0.6, "generator": 0.95}
-"""Share of the remaining training time for each stage."""
+_SHARES = {"refiner": 0.04, "tokenizer": 0.25, "generator": 0.95}
+"""Share of the remaining training time for each stage. A tokenizer that begins from patches needs little."""
 
 
 def parse_budget(text: str) -> float:

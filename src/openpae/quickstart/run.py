@@ -31,6 +31,7 @@ from openpae.quickstart import plans
 from openpae.quickstart.page import Result, pretrained_report, quickstart_report
 from openpae.quickstart.verdict import advice, baseline_frechet, baseline_psnr, problems, recognised
 from openpae.quickstart.workers import Workers, run_in, time_workers
+from openpae.runtime.extras import require
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
@@ -45,8 +46,8 @@ from openpae.train.tokenizer import train_tokenizer
 
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 
-SAMPLER = SamplerConfig(steps=40, shift=0.4, guidance=2.0, guidance_start=0.1)
-"""Sampler of the quickstart."""
+SAMPLER = SamplerConfig(solver="adams", steps=20, shift=0.4, guidance=2.0, guidance_start=0.1)
+"""Sampler of the quickstart, nearer to the path than 40 Euler steps in half of their time."""
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
 """The pretrained tokenizer and generator of 64-pixel emoji, from tools/make_pretrained.py."""
@@ -60,6 +61,10 @@ class Outcome:
     """Path of the HTML report."""
     verdict: str = ""
     """One line with the reason and the advice if the result is not usable; else empty."""
+
+
+PACKAGES = ("resvg_py", "efficientnet_lite_pytorch", "pooch", "scipy", "sklearn", "matplotlib")
+"""Packages that the quickstart uses; it looks for all of them before it trains."""
 
 
 def run_quickstart(
@@ -80,6 +85,7 @@ def run_quickstart(
     Raises:
         ValueError: the folder holds another quickstart, or `strict` is set and the budget is too short.
     """
+    require("quickstart", "pae quickstart", *PACKAGES)
     clock = _Clock(out, budget)
     _same_plan(out, {"budget": budget, "seed": seed, "limit": limit})
     train, held_out = (side[:limit] for side in split_catalog(emoji_catalog()))

@@ -13,12 +13,20 @@ from torch import Tensor
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for "bf16", full precision otherwise. Nothing else in the package opens autocast."""
+    """Mixed precision for "bf16". Nothing else turns it on; some losses turn it off."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def pick_device(device: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Raises ValueError for "cuda" if torch sees no GPU."""
+    """The device for "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda" or "mps" (Apple).
+
+    Raises:
+        ValueError: torch sees no such device.
+    """
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("loop.device is mps, but torch sees no Apple GPU; use auto or cpu")
+    if device == "mps":
+        return torch.device("mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

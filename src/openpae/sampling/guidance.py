@@ -63,7 +63,7 @@ def guided_velocity(
         model: the generator.
         labels: classes, (B,).
         guidance: w.
-        guides_at: whether to guide at position t.
+        guides_at: the guidance interval: whether to guide at position t (`SamplerConfig.guides_at`).
         weak: gives the worse velocity; None takes the generator with its null class.
 
     Returns:

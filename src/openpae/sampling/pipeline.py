@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openpae.data.pixels import to_image
 from openpae.models.generator import LatentGenerator
 from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import Autoencoder
-from openpae.sampling.sampler import sample_images
+from openpae.sampling.arguments import OUTPUT_TYPES, Images, OutputType, in_output_type, same_value, seed_of
+from openpae.sampling.sampler import sample_batches, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage import hub
 from openpae.storage.card import model_card
@@ -27,7 +28,7 @@ class SamplingModels:
     """Tokenizer and generators on one device, checked against each other."""
 
     tokenizer: Autoencoder
-    """Decodes; it has no encoder."""
+    """Loaded without its encoder; it can only decode."""
     generator: LatentGenerator
     """Makes the latents."""
     weak: LatentGenerator | None
@@ -91,15 +92,22 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, revision: str | None = None, decode_only: bool = True
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        decode_only: bool = True,
+        torch_dtype: torch.dtype | None = None,
     ) -> Self:
         """Load a saved pair, in evaluation mode.
 
         Args:
             name_or_folder: a folder with the subfolders tokenizer and generator (model or run folders, as
-                `pae quickstart` writes them), or a name OWNER/NAME of the hub.
+                `pae quickstart` writes them), a name of `list_models()` such as openmoji, or a name
+                OWNER/NAME of the hub.
             revision: branch, tag or commit of the hub.
             decode_only: leave out the frozen encoder, which sampling does not need.
+            torch_dtype: torch.bfloat16 or torch.float16 for half precision; None is float32.
 
         Raises:
             FileNotFoundError: no such folder or name, or a subfolder is missing.
@@ -110,16 +118,25 @@ class Pipeline:
             raise FileNotFoundError(
                 f"{folder} holds no pair: it lacks {' and '.join(missing)}; Pipeline.join takes two folders"
             )
-        return cls.join(*(folder / part for part in PARTS), decode_only=decode_only)
+        folders = (folder / part for part in PARTS)
+        return cls.join(*folders, decode_only=decode_only, torch_dtype=torch_dtype)
 
     @classmethod
-    def join(cls, tokenizer: str | Path, generator: str | Path, *, decode_only: bool = True) -> Self:
+    def join(
+        cls,
+        tokenizer: str | Path,
+        generator: str | Path,
+        *,
+        decode_only: bool = True,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
         """Load a tokenizer and a generator from two places.
 
         Args:
             tokenizer: a model or run folder, or a name of the hub.
             generator: a model or run folder, or a name of the hub.
             decode_only: see `from_pretrained`.
+            torch_dtype: see `from_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: see `from_pretrained`.
@@ -127,26 +144,31 @@ class Pipeline:
         folders = [hub.find_model(name) for name in (tokenizer, generator)]
         check_pair(*folders)
         return cls(
-            Autoencoder.from_pretrained(folders[0], decode_only=decode_only), load_generator(folders[1])
+            Autoencoder.from_pretrained(folders[0], decode_only=decode_only, torch_dtype=torch_dtype),
+            load_generator(folders[1], torch_dtype=torch_dtype),
         )
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move both to a device."""
-        self.tokenizer.to(device)
-        self.generator.to(device)
+    def to(self, *args: Any, **settings: Any) -> Self:
+        """Move both to a device, to half precision, or both: `to("cuda", torch.bfloat16)`.
+
+        The arguments are those of `torch.nn.Module.to`. See `models.precision.MixedPrecision` for what half
+        precision rounds.
+        """
+        self.tokenizer.to(*args, **settings)
+        self.generator.to(*args, **settings)
         return self
 
-    @overload
-    def __call__(
-        self,
-        class_labels: Sequence[int],
-        *,
-        steps: int | None = ...,
-        seed: int = ...,
-        sampler: SamplerConfig | None = ...,
-        batch_size: int = ...,
-        output: Literal["pil"] = ...,
-    ) -> list[Image.Image]: ...
+    def bfloat16(self) -> Self:
+        """Both in bfloat16; see `to`."""
+        return self.to(torch.bfloat16)
+
+    def half(self) -> Self:
+        """Both in float16; see `to`."""
+        return self.to(torch.float16)
+
+    def float(self) -> Self:
+        """Both in float32. Weights that were rounded stay rounded."""
+        return self.to(torch.float32)
 
     @overload
     def __call__(
@@ -154,48 +176,118 @@ class Pipeline:
         class_labels: Sequence[int],
         *,
         steps: int | None = ...,
-        seed: int = ...,
+        seed: int | None = ...,
         sampler: SamplerConfig | None = ...,
         batch_size: int = ...,
+        output: Literal["pil"] | None = ...,
+        num_inference_steps: int | None = ...,
+        guidance_scale: builtins.float | None = ...,
+        generator: torch.Generator | None = ...,
+        output_type: Literal["pil"] | None = ...,
+    ) -> Images[Image.Image]: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        *,
         output: Literal["tensor"],
+        steps: int | None = ...,
+        seed: int | None = ...,
+        sampler: SamplerConfig | None = ...,
+        batch_size: int = ...,
+        num_inference_steps: int | None = ...,
+        guidance_scale: builtins.float | None = ...,
+        generator: torch.Generator | None = ...,
+        output_type: Literal["pt"] | None = ...,
     ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        *,
+        output_type: Literal["np", "pt", "latent"],
+        steps: int | None = ...,
+        seed: int | None = ...,
+        sampler: SamplerConfig | None = ...,
+        batch_size: int = ...,
+        num_inference_steps: int | None = ...,
+        guidance_scale: builtins.float | None = ...,
+        generator: torch.Generator | None = ...,
+        output: None = ...,
+    ) -> Images[Any]: ...
 
     def __call__(
         self,
         class_labels: Sequence[int],
         *,
         steps: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         sampler: SamplerConfig | None = None,
         batch_size: int = 32,
-        output: Literal["pil", "tensor"] = "pil",
-    ) -> list[Image.Image] | Tensor:
+        output: Literal["pil", "tensor"] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: builtins.float | None = None,
+        generator: torch.Generator | None = None,
+        output_type: OutputType | None = None,
+    ) -> Images[Any] | Tensor:
         """Sample one image of each of these classes.
 
         Args:
             class_labels: classes, in [0, K); K is the null class.
             steps: steps of the solver, in place of the sampler's.
-            seed: image i depends on (seed, i) and its class alone.
+            seed: image i depends on (seed, i) and its class alone; None is 0.
             sampler: solver and guidance; None is the paper's guided setting.
             batch_size: images per batch. It changes rounding only.
-            output: "pil" for Pillow images, "tensor" for (n, 3, H, W) in [0, 1] on the CPU.
+            output: "pil" for Pillow images (None too), "tensor" for (n, 3, H, W) in [0, 1] on the CPU.
+            num_inference_steps: diffusers' name of `steps`.
+            guidance_scale: guidance, in place of the sampler's.
+            generator: stands for `seed`; see `arguments.seed_of`.
+            output_type: diffusers' name of `output`; see `arguments.OutputType`.
+
+        Returns:
+            A list that also has `.images`; a tensor for output="tensor".
 
         Raises:
-            ValueError: no classes, a class that the generator does not know, or another output.
+            ValueError: no classes, a class that the generator does not know, another output, or two names of
+                one argument with different values.
         """
-        if output not in ("pil", "tensor"):
+        if output not in (None, "pil", "tensor"):
             raise ValueError(f"output must be 'pil' or 'tensor', got {output!r}")
+        if output_type not in (None, *OUTPUT_TYPES):
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        named = {"tensor": "pt"}.get(output or "", output)
+        kind: OutputType = same_value(output=named, output_type=output_type) or "pil"
         if not len(class_labels):
             raise ValueError("class_labels must name at least one class")
-        config = sampler or SamplerConfig()
-        config = config if steps is None else replace(config, steps=steps)
+        changes: dict[str, Any] = {
+            "steps": same_value(steps=steps, num_inference_steps=num_inference_steps),
+            "guidance": guidance_scale,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        config = replace(sampler or SamplerConfig(), **changes)
+        drawn = None if generator is None else seed_of(generator)
         labels = torch.tensor(list(class_labels), dtype=torch.int64)
-        batches = sample_images(
+        samples = self._samples(
+            labels, config, same_value(seed=seed, generator=drawn) or 0, batch_size, kind == "latent"
+        )
+        return samples if output == "tensor" else in_output_type(samples, kind)
+
+    def _samples(
+        self, labels: Tensor, config: SamplerConfig, seed: int, batch_size: int, latent: bool
+    ) -> Tensor:
+        """Images (n, 3, H, W) or latents (n, C, h, w), on the CPU."""
+        if latent:
+            batches = [
+                range(row, min(row + batch_size, len(labels))) for row in range(0, len(labels), batch_size)
+            ]
+            drawn = sample_batches(self.generator, labels, config, batches, seed=seed)
+            return torch.cat([z.cpu() for z in drawn])
+        images = sample_images(
             self.tokenizer, self.generator, labels, config, seed=seed, batch_size=batch_size
         )
-        if output == "tensor":
-            return torch.cat(list(batches))
-        return [to_image(pixels) for batch in batches for pixels in batch]
+        return torch.cat(list(images))
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
         """Write both to the subfolders tokenizer and generator, and a model card.

@@ -28,7 +28,7 @@ class SamplerConfig:
     tolerance: float = 1e-5
     """Error of a step of rk45, absolute and relative; the other solvers ignore it."""
     guidance: float = 2.5
-    """w of v_worse + w (v - v_worse); 1 is no guidance."""
+    """w of v_weak + w (v - v_weak); 1 is no guidance."""
     guidance_start: float = 0.25
     """Guide where t >= this; elsewhere the null class is not computed."""
     guidance_end: float = 1.0
@@ -54,7 +54,7 @@ class SamplerConfig:
     def guides_at(self, t: float) -> bool:
         """Whether the velocity is guided at position t.
 
-        Positions are compared in float32, the type of the grid: its 0.3 must equal a start of 0.3.
+        Positions are compared in float32, the type of the grid, so that a position 0.3 equals a start of 0.3.
         """
         start, position, end = np.array([self.guidance_start, t, self.guidance_end], np.float32)
         return self.guidance != 1 and bool(start <= position <= end)

@@ -1,7 +1,7 @@
 """Solvers that follow a velocity from noise (t = 0) to data (t = 1), one pure function each.
 
-Positions lie on the host, so that no step waits for the device. x keeps the precision of x_0, whatever that
-of the velocity.
+Positions are Python floats, so that no step waits for the device. x keeps the precision of x_0, whatever
+that of the velocity. `sampling/__init__` says where a new solver is registered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openpae.objective.flow import LAST_STEP, diffusion, score
+from openpae.runtime.extras import needs
 
 Field = Callable[[Tensor, float], Tensor]
 """(x (B, C, h, w), t) -> velocity (B, C, h, w) at position t."""
@@ -124,7 +125,7 @@ def adams(velocity: Field, x_0: Tensor, times: Tensor, breaks: Collection[float]
         h = t_next - t
         if t in breaks:
             past = []
-        # Behind a break: at it, the velocity may be that of the other side.
+        # Just after a break: at the break itself the velocity may still be that of the other side.
         v = velocity(x, after(t) if t in breaks else t).to(x.dtype)
         if not past:
             x = x + h * velocity(x + h / 2 * v, t + h / 2).to(x.dtype)
@@ -201,7 +202,8 @@ def runge_kutta(velocity: Field, x_0: Tensor, start: float, stop: float, toleran
     Raises:
         FloatingPointError: the solver stops early, with its reason.
     """
-    from scipy.integrate import solve_ivp
+    with needs("eval", "solver rk45"):
+        from scipy.integrate import solve_ivp
 
     def slope(t: float, y: NDArray[np.float64]) -> NDArray[np.float64]:
         x = torch.from_numpy(y.reshape(x_0.shape)).to(x_0)

@@ -1,6 +1,6 @@
 """Files on disk. This room knows no model.
 
 - A command finds a tokenizer or a generator by `model_folder.model_folder`: the folder itself where it holds
-  model.safetensors, otherwise the newest sound checkpoint of a run folder.
+  model.safetensors, otherwise the newest checkpoint of a run folder.
 - `files` writes files and folders completely or not at all. `outputs` keeps commands off files of the user.
 """

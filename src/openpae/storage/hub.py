@@ -18,12 +18,14 @@ import yaml
 from torch import Tensor, nn
 
 from openpae import config as configs
+from openpae.runtime.extras import needs
 from openpae.storage.card import is_record, model_card
 from openpae.storage.files import read_json, write_json
 from openpae.storage.model_folder import (
     CLASSES,
     CONFIG,
     ENCODER,
+    PARENT,
     PARTS,
     README,
     RECORD,
@@ -33,6 +35,7 @@ from openpae.storage.model_folder import (
     read_model,
     write_model,
 )
+from openpae.storage.pairs import packaged_pair
 from openpae.storage.weights import check_size, load_strict
 
 _NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
@@ -61,7 +64,7 @@ class Saveable(Protocol):
 
 
 # The files of a model, without optimizer state and logs.
-_FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, RECORD)
+_FILES = (WEIGHTS, CONFIG, ENCODER, CLASSES, PARENT, RECORD)
 
 
 def find_model(name_or_folder: str | Path, revision: str | None = None) -> Path:
@@ -88,9 +91,12 @@ def find_folder(name_or_folder: str | Path, wanted: Sequence[str], revision: str
             raise ValueError(f"{folder} is a folder and has no revision {revision!r}; leave revision out")
         return folder
     name = str(name_or_folder)
+    if revision is None and (pair := packaged_pair(name)) is not None:
+        return pair
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"no folder at {name}, and it is no name of the hub (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
+    with needs("hub", f"{name}, which is no folder,"):
+        from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
@@ -140,7 +146,8 @@ def save(
         model: the model.
         folder: output folder; replaced if it holds only a saved model.
         made_with: see `model_folder.Identity`.
-        precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs.
+        precision: bf16 halves the size of the parameters; buffers (latent statistics) keep theirs. fp32
+            also holds for a model in half precision.
         leave_out: prefix of the names that are not saved.
         architecture: architecture of an encoder whose weights are saved too.
 
@@ -157,6 +164,8 @@ def save(
     if precision == "bf16":
         parameters = {name for name, _ in model.named_parameters()}
         state = {k: v.to(torch.bfloat16) if k in parameters else v for k, v in state.items()}
+    else:
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     with new_model_folder(Path(folder)) as partial:
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
         if architecture is not None:
@@ -206,8 +215,9 @@ def push(folder: Path, repo: str, *, licence: str | None = None, private: bool =
         FileNotFoundError: no saved model in the folder.
         ConnectionError: the hub cannot be reached, or refuses.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    with needs("hub", "pae push"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
     # Without any answer the HTTP client's own error is raised, a base class of the hub's error.
     refusals = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, ValueError))
@@ -244,7 +254,7 @@ def _copy(source: Path, target: Path) -> None:
             if (place / name).is_file() and (name == RECORD or place == path):
                 if (place / name).is_symlink():  # it may point to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
-                if name in (ENCODER, RECORD):
+                if name in (ENCODER, PARENT, RECORD):
                     content = read_json(place / name)
                     if name == RECORD and not is_record(content):
                         raise ValueError(f"{place / name} is no record of pae evaluate; remove it")

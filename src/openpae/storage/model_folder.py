@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openpae import config as configs
+from openpae.storage import pairs
 from openpae.storage.files import atomic_folder, fingerprint, read_json, write_json
 from openpae.storage.weights import some
 
@@ -28,11 +29,13 @@ ENCODER = "encoder.json"
 """Architecture of an encoder whose weights are saved with the tokenizer."""
 CLASSES = "classes.json"
 """Label, name and number of training images of each class of a generator."""
+PARENT = "parent.json"
+"""The model from whose weights the training started (`Parent`)."""
 RUN_CONFIG = "run.yaml"
 """Config of the run, in each checkpoint."""
 RECORD = "evaluation.json"
 """Record of pae evaluate."""
-PARTS = ("tokenizer", "generator")
+PARTS = pairs.PARTS
 """Subfolders of a folder that holds a pair."""
 
 
@@ -44,6 +47,18 @@ class Identity:
     """Fingerprint of these weights and their config."""
     made_with: str
     """Fingerprint of the frozen encoder (of a tokenizer or refiner) or of the tokenizer (of a generator)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The saved model from whose weights a training started."""
+
+    fingerprint: str
+    """Its fingerprint."""
+    new: tuple[str, ...] = ()
+    """Names of the tensors that started with new weights instead."""
+    trained: str = "all"
+    """The part that was trained; the rest is as in the parent."""
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], config: Any, made_with: str, loader: str) -> None:
@@ -102,6 +117,27 @@ def identity_of(folder: str | Path) -> Identity:
     if missing := {"fingerprint", "made_with"} - metadata.keys():
         raise ValueError(f"{path} carries no {', '.join(sorted(missing))}; it was not saved by openpae")
     return Identity(fingerprint=metadata["fingerprint"], made_with=metadata["made_with"])
+
+
+def write_parent(folder: Path, parent: Parent) -> None:
+    """Write from which model the training of this one started."""
+    write_json(folder / PARENT, {**vars(parent), "new": list(parent.new)})
+
+
+def read_parent(folder: Path) -> Parent | None:
+    """The model from which the training of this one started; None without the file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / PARENT
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    fingerprint, new, trained = (data.get(name) for name in ("fingerprint", "new", "trained"))
+    if not (isinstance(fingerprint, str) and isinstance(trained, str) and isinstance(new, list)):
+        raise ValueError(f"{file} is damaged: it must have fingerprint, new and trained")
+    return Parent(fingerprint=fingerprint, new=tuple(map(str, new)), trained=trained)
 
 
 def write_classes(folder: Path, names: Sequence[str], counts: Sequence[int]) -> None:
@@ -182,7 +218,7 @@ def new_model_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: the folder holds something else.
     """
-    known = {WEIGHTS, CONFIG, README, ENCODER, CLASSES, RECORD}
+    known = {WEIGHTS, CONFIG, README, ENCODER, CLASSES, PARENT, RECORD}
     strange = [
         str(file.relative_to(path))
         for file in sorted(path.rglob("*"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from openpae.runtime.extras import needs
 from openpae.study.plan import Plan
 from openpae.study.settings import HIGHER_IS_BETTER
 
@@ -122,7 +123,8 @@ def correlations(
 
 def _rank_correlations(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     """Spearman's correlation of the last column with each other one; NaN where a side is constant."""
-    from scipy.stats import rankdata
+    with needs("eval", "a correlation of a study"):
+        from scipy.stats import rankdata
 
     with np.errstate(invalid="ignore", divide="ignore"):
         correlations: NDArray[np.float64] = np.corrcoef(rankdata(columns, axis=0), rowvar=False)

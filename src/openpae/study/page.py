@@ -17,19 +17,20 @@ from openpae.runtime.escape import markdown, without_html
 from openpae.study.correlations import Point, correlations, points
 from openpae.study.plan import Plan, Run
 from openpae.study.settings import HIGHER_IS_BETTER, Claim, MetricName, Study, StudyRow, StudySetup, reported
-from openpae.study.table import Result, cost, curves, finals
+from openpae.study.table import Result, cost, curves, epochs_until, finals
 from openpae.study.verdicts import Comparison, Verdict, compare, mean_error, speed_up, verdict_of
 
 TITLES = {
     "ssc": "SSC", "lpc": "LPC", "gsq": "GSQ", "erank": "eRank", "viv": "VIV", "sec": "SEC", "lnc": "LNC",
     "srss": "SRSS", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFD", "ifid": "iFD",
-    "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID", "precision": "precision", "recall": "recall",
+    "gfid": "gFD", "gfid_own": "own gFD", "kid": "KID", "mind": "MIND", "precision": "precision",
+    "recall": "recall",
 }  # fmt: skip
 """Titles of the metrics. FD is an FID only in Inception features."""
 
 _TABLE = (
     "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "rfid", "ifid", "gfid", "gfid_own",
-    "kid",
+    "kid", "mind",
 )  # fmt: skip
 _QUALITIES = ("gfid", "gfid_own")
 """The paper makes claims about gfid only: gfid_own has no verdicts."""
@@ -75,7 +76,8 @@ def decided(study: Study, results: Sequence[Result]) -> list[tuple[Claim, Compar
     for claim in study.claims:
         names = claim.better, claim.worse
         better, worse = (finals(results, study.name, name, claim.metric) for name in names)
-        paired = all(item.startswith("judge.") for name in names for item in changes[name])
+        same = all(item.startswith("judge.") for name in names for item in changes[name])
+        paired = study.paired or same
         pairs.append((claim, compare(better, worse, higher=claim.metric in HIGHER_IS_BETTER, paired=paired)))
     return pairs
 
@@ -97,9 +99,9 @@ def _show_study(page: Page, plan: Plan, study: Study, results: Sequence[Result],
         )
     if study.claims:
         page.table(*verdicts(study, results))
-    header, rows = speed(study, results)
-    if rows:
-        page.table(header, rows)
+    for header, rows in (speed(study, results), reached(plan, study, results)):
+        if rows:
+            page.table(header, rows)
     _show_plots(page, study, results)
     _show_samples(page, plan, study)
 
@@ -189,6 +191,19 @@ def speed(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list
         "is it earlier?",
     ]
     return header, rows
+
+
+def reached(plan: Plan, study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the epochs until each level of gFD in `until`; no rows without levels."""
+    columns = {goal: epochs_until(plan, study, results, goal) for goal in study.until}
+    rows = []
+    for row in [one.name for one in study.rows if any(one.name in column for column in columns.values())]:
+        texts = [
+            ", ".join("never" if epochs is None else f"{epochs:.1f}" for epochs in column[row].values())
+            for column in columns.values()
+        ]
+        rows.append([row, *texts])
+    return ["epochs of the generator, by seed", *(f"until gFD {goal:g}" for goal in columns)], rows
 
 
 def _show_plots(page: Page, study: Study, results: Sequence[Result]) -> None:
@@ -283,7 +298,7 @@ def ranks(tokenizers: Sequence[Point], quality: str) -> tuple[list[str], list[li
     settings = len({point.group for point in tokenizers})
     title = f"with {TITLES[quality]}: {len(tokenizers)} tokenizers, {settings} settings"
     header = [title, "rank correlation", "95 % interval", "minus PSNR's", "minus rFD's", "verdict"]
-    of_samples = ("gfid", "gfid_own", "kid", "precision", "recall")
+    of_samples = ("gfid", "gfid_own", "kid", "mind", "precision", "recall")
     metrics = [name for name in get_args(MetricName) if name not in of_samples]
     rows = []
     for one in correlations(tokenizers, metrics, against=("psnr", "rfid")):
@@ -313,7 +328,8 @@ def _show_method(page: Page, plan: Plan, studies: Sequence[Study], command: str)
         "A gain is the difference of the means over seeds. It is positive if it has the sign that the paper "
         "claims. Its 95 % interval is Welch's t interval. A claim is shown if the interval lies above 0, "
         "contradicted if it lies below 0, and not shown otherwise. With one seed the result only agrees or "
-        "disagrees. Rows that share tokenizer and generator are compared per seed (paired t interval). The "
+        "disagrees. Rows that share tokenizer and generator are compared per seed (paired t interval), as "
+        "are all rows of a study with paired: true. The "
         "claims are tested separately: of claims without any effect, one in forty is shown and one in forty "
         "contradicted. With two or three seeds many true claims are not shown. The intervals cover the "
         "seeds only: all runs use the same images, and refiner and raw targets are made once."
@@ -352,14 +368,15 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
     for study in studies:
         header, rows = numbers(study, results)
         parts += [f"## {markdown(study.title)}", _filled(without_html(study.text))]
-        parts.append(_table(header, rows) if rows else "No run is done yet.")
-        for header, rows in (verdicts(study, results), speed(study, results)):
-            parts.append(_table(header, rows) if rows else "")
+        parts.append(markdown_table(header, rows) if rows else "No run is done yet.")
+        further = (verdicts(study, results), speed(study, results), reached(plan, study, results))
+        for header, rows in further:
+            parts.append(markdown_table(header, rows) if rows else "")
     names = [study.name for study in studies]
     tables = [ranks(points(plan, names, quality), quality) for quality in ("gfid", "gfid_own")]
     if any(rows for _, rows in tables):
         parts.append("## Rank correlations with sample quality")
-        parts += [_table(header, rows) for header, rows in tables if rows]
+        parts += [markdown_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
     how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
     parts += ["## How", _filled(how)]
@@ -370,6 +387,7 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)

@@ -21,13 +21,14 @@ from openpae.runtime.children import Children
 from openpae.runtime.provenance import version
 from openpae.runtime.signals import Stopped
 from openpae.storage.files import atomic_file
+from openpae.storage.outputs import check_outputs
 from openpae.study.once import run_stage
 from openpae.study.page import study_page, study_text
 from openpae.study.plan import Plan
 from openpae.study.rehearse import Estimate, estimates
 from openpae.study.settings import Study
 from openpae.study.stage import Stage, StageLayout
-from openpae.study.table import collect, write_table
+from openpae.study.table import collect, read_table, write_table
 
 Log = Callable[[str], None]
 
@@ -70,11 +71,8 @@ def run_plan(plan: Plan, *, workers: int = 1, command: str = "", log: Log = prin
 
 def write_results(plan: Plan, command: str) -> list[Path]:
     """Write tables and a report for each study, and for all studies together; return the reports."""
-    groups: dict[str, tuple[Study, ...]] = {study.name: (study,) for study in plan.studies}
-    if len(plan.studies) > 1:
-        groups["all"] = plan.studies
     pages = []
-    for name, studies in groups.items():
+    for name, studies in _groups(plan).items():
         folder = plan.layout.out / name
         folder.mkdir(parents=True, exist_ok=True)
         results = collect(plan, [study.name for study in studies])
@@ -86,6 +84,30 @@ def write_results(plan: Plan, command: str) -> list[Path]:
         study_page(plan, studies, results, command).write(folder / "report.html")
         pages.append(folder / "report.html")
     return pages
+
+
+def check_results(plan: Plan, inputs: Sequence[Path | None]) -> None:
+    """Refuse result files that `write_results` did not write.
+
+    Raises:
+        ValueError, NotADirectoryError: see `check_outputs`.
+    """
+    for name in _groups(plan):
+        folder = plan.layout.out / name
+        files = [folder / file for file in ("results.csv", "results.md", "report.html")]
+        try:
+            read_table(files[0])
+        except (OSError, ValueError):
+            ours: list[Path] = []
+        else:
+            ours = files
+        check_outputs(*files, into=folder, inputs=inputs, own=ours)
+
+
+def _groups(plan: Plan) -> dict[str, tuple[Study, ...]]:
+    """The studies of each report: every one, and all together if there are several."""
+    groups: dict[str, tuple[Study, ...]] = {study.name: (study,) for study in plan.studies}
+    return groups | ({"all": plan.studies} if len(plan.studies) > 1 else {})
 
 
 def describe_plan(plan: Plan, known: Mapping[str, Estimate], workers: int) -> str:

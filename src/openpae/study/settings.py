@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from openpae import config as configs
-from openpae.config import check_fields
+from openpae.config import added, check_fields
 from openpae.eval.settings import ExtractorName
 from openpae.geometry.settings import MeasureConfig
 from openpae.models.configs import PerceptualNet
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 MetricName = Literal[
     "ssc", "lpc", "gsq", "erank", "viv", "sec", "lnc", "srss", "psnr", "ssim", "lpips", "rfid", "ifid",
-    "gfid", "gfid_own", "kid", "precision", "recall",
+    "gfid", "gfid_own", "kid", "mind", "precision", "recall",
 ]  # fmt: skip
 """rfid, ifid and gfid are Frechet distances to real images: of reconstructions, of decoded mixtures of
 neighbours, and of samples. gfid_own is the distance of samples to the tokenizer's reconstructions. All are in
@@ -226,12 +226,18 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of initial weights, data order, augmentation and noise of tokenizer and generator. All seeds
     share refiner and raw targets."""
+    paired: bool = added(False)
+    """Compare all rows seed by seed: those of a seed share the order of the data, and noise and labels of the
+    samples. By default only rows with the same models are compared so."""
     rows: tuple[StudyRow, ...]
     """The settings to compare."""
     claims: tuple[Claim, ...] = ()
     """Claims to test."""
     faster: str | None = None
     """Row that is claimed to reach the final quality of the others in fewer steps; needs `judge.curve`."""
+    until: tuple[float, ...] = added(())
+    """Levels of gFD: a table says after how many epochs of the generator each row reaches them; needs
+    `judge.curve`."""
     x_label: str = ""
     """Label of the axis of a sweep."""
     radar: tuple[MetricName, ...] = ()

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from openpae.data.images import open_images
 from openpae.runtime.escape import spreadsheet
 from openpae.storage.files import atomic_file
 from openpae.study.plan import Plan
+from openpae.study.settings import Study
+from openpae.study.verdicts import first_reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,31 @@ def write_table(results: Sequence[Result], path: Path) -> None:
         )
 
 
+def read_table(path: Path) -> list[Result]:
+    """Read a results.csv of `write_table`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no results.csv.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no results at {path}; pae study writes results.csv into its folder")
+    names = [part.name for part in fields(Result)]
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != names:
+            raise ValueError(f"{path} is no results.csv of pae study: its columns must be {', '.join(names)}")
+        return [
+            Result(
+                study=line["study"], row=line["row"], seed=int(line["seed"]), metric=line["metric"],
+                step=int(line["step"]) if line["step"] else None, value=float(line["value"]),
+                stderr=float(line["stderr"]) if line["stderr"] else None, seconds=float(line["seconds"]),
+                commit=line["commit"],
+            )
+            for line in reader
+        ]  # fmt: skip
+
+
 def finals(results: Sequence[Result], study: str, row: str, metric: str) -> dict[int, float]:
     """Map each seed to the value of a metric at the last evaluated step."""
     last: dict[int, tuple[int, float]] = {}
@@ -85,6 +113,28 @@ def curves(
         if (one.study, one.row, one.metric) == (study, row, metric) and one.step is not None:
             by_seed.setdefault(one.seed, []).append((one.step, one.value))
     return {seed: sorted(points) for seed, points in by_seed.items()}
+
+
+def epochs_until(
+    plan: Plan, study: Study, results: Sequence[Result], goal: float
+) -> dict[str, dict[int, float | None]]:
+    """Map each row and seed to the epochs after which gFD is at most `goal` (EP@k of arXiv:2605.18324).
+
+    An epoch is as many samples of a generator's training as there are images. Curves are linear between
+    evaluated steps. None: not reached.
+    """
+    epochs: dict[str, dict[int, float | None]] = {}
+    for run in plan.runs:
+        curve = curves(results, study.name, run.row, "gfid").get(run.seed)
+        if run.study != study.name or run.generator is None or curve is None:
+            continue
+        generator = plan.stages[run.generator]
+        latents = plan.stages[dict(generator.inputs)["latents"]]
+        count = len(open_images(plan.layout.folder(dict(latents.inputs)["images"])))
+        step = first_reach(curve, goal, higher=False)
+        size = generator.settings.loop.global_batch_size
+        epochs.setdefault(run.row, {})[run.seed] = None if step is None else step * size / count
+    return epochs
 
 
 def cost(plan: Plan, names: Sequence[str]) -> tuple[float, list[str]]:

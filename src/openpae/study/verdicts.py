@@ -10,11 +10,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from openpae.runtime.extras import needs
+
 Verdict = Literal["shown", "not shown", "contradicted", "agrees", "disagrees"]
 """The last two are for one seed: the sign of the difference, without an error bar."""
 
+POWER = 0.8
+"""Share of studies that are to show a difference of the smallest visible size."""
+
 MOST_SEEDS = 100
-"""Largest number of seeds per row that `needed_seeds` tries."""
+"""Largest number of seeds per row that `seeds_for` tries."""
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -80,7 +85,8 @@ def compare(
 
 def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
     """Welch's 95 % interval of mean(a) - mean(b); a single point if neither row varies."""
-    from scipy.stats import ttest_ind
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import ttest_ind
 
     gain = float(a.mean() - b.mean())
     if not (a.var() or b.var()):
@@ -90,18 +96,38 @@ def _interval_of_means(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[
 
 
 def needed_seeds(gain: float, spread: float, *, more_than: int = 1) -> str:
-    """Seeds per row that give a t test at 5 % a power of 80 %, as text: "about 7".
+    """Seeds per row that give a t test at 5 % a power of 80 %, as text: "about 7"."""
+    wanted = seeds_for(gain, spread, least=more_than + 1)
+    return f"more than {MOST_SEEDS}" if wanted is None else f"about {wanted}"
 
-    Power of the two-sided t test of two rows of n: noncentral t with 2 n - 2 degrees of freedom and
-    noncentrality gain / spread sqrt(n / 2).
+
+def visible_difference(spread: float, seeds: int, *, paired: bool = False) -> float:
+    """Smallest true difference of two rows that a t test at 5 % shows with a power of 80 %.
+
+        paired       spread = std of the differences per seed:  ncp spread / sqrt(n),       n - 1 degrees
+        two samples  spread = std of a row over seeds:          ncp spread sqrt(2 / n),  2 n - 2 degrees
+
+    ncp is the noncentrality at which the noncentral t passes the 97.5 % point of t in 80 % of cases.
+
+    Args:
+        spread: standard deviation over seeds.
+        seeds: n, seeds of each row, at least 2.
+        paired: whether the rows are compared seed by seed.
     """
-    from scipy.stats import nct, t
+    with needs("eval", "a verdict of a study"):
+        from scipy.optimize import brentq
+        from scipy.stats import nct, t
 
-    for n in range(more_than + 1, MOST_SEEDS + 1):
-        limit, centre = t.ppf(0.975, 2 * n - 2), abs(gain) / spread * math.sqrt(n / 2)
-        if nct.sf(limit, 2 * n - 2, centre) >= 0.8:
-            return f"about {n}"
-    return f"more than {MOST_SEEDS}"
+    degrees = seeds - 1 if paired else 2 * seeds - 2
+    limit = t.ppf(0.975, degrees)
+    centre = float(brentq(lambda x: nct.sf(limit, degrees, x) - POWER, 0.0, 2 * limit + 10))
+    return centre * spread * math.sqrt((1 if paired else 2) / seeds)
+
+
+def seeds_for(difference: float, spread: float, *, paired: bool = False, least: int = 2) -> int | None:
+    """Fewest seeds a row, from `least` on, with which a difference is visible; None above `MOST_SEEDS`."""
+    tried = range(least, MOST_SEEDS + 1)
+    return next((n for n in tried if visible_difference(spread, n, paired=paired) <= abs(difference)), None)
 
 
 def _undecided(gain: float, reason: str) -> Comparison:
@@ -123,7 +149,8 @@ def _decided(gains: Sequence[float]) -> Comparison:
     gain, error = mean_error(gains)
     if error is None:
         return _of_one_seed(gain)
-    from scipy.stats import ttest_1samp
+    with needs("eval", "a verdict of a study"):
+        from scipy.stats import ttest_1samp
 
     interval = ttest_1samp(gains, 0.0).confidence_interval() if error else None
     low, high = (gain, gain) if interval is None else (float(interval.low), float(interval.high))

@@ -73,7 +73,7 @@ def _pack(stage: Stage, layout: StageLayout, quiet: bool) -> Metrics:
     at, settings = StageFolders(stage, layout), _settings(stage, PackSettings)
     source = open_images(at.inputs["images"])
     rows = range(0, len(source), settings.every)[: settings.count]
-    processes.on_rank0(lambda: pack_images(Subset(source, rows), at.folder, size=settings.size))
+    pack_images(Subset(source, rows), at.folder, size=settings.size)
     return {}
 
 

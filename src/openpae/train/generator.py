@@ -20,7 +20,7 @@ from openpae.data.training import LatentBatch, TrainingLatents
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.run_folder import check_run, open_run
+from openpae.engine.run_folder import check_run, continued, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
@@ -33,7 +33,8 @@ from openpae.objective.flow import dimension_shift, interpolate, shift_time, tra
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.sampling.sampler import balanced_labels
-from openpae.storage.model_folder import identity_of
+from openpae.storage.model_folder import Parent, identity_of, write_parent
+from openpae.train.given import start_from
 from openpae.train.settings import GeneratorRun
 
 
@@ -72,11 +73,17 @@ class GeneratorTask:
         )
         torch.manual_seed(run.loop.seed)
         self.model = build_generator(run.model, checkpoint_blocks=run.checkpoint_blocks)
+        self.parent: Parent | None = None
+        """The model from whose weights the run starts."""
+        if run.init_from is not None:
+            statistics = ("latent_mean", "latent_std")
+            self.parent, _ = start_from(self.model, run.init_from, run.init_new, own_buffers=statistics)
         self.model.set_statistics(*(torch.tensor(self.latents.index[key]) for key in ("mean", "std")))
         self.model.to(self.device)
         self.inputs: Mapping[str, str] = {
             "latents": self.latents.fingerprint(),
             "tokenizer": self.latents.attributes["tokenizer"],
+            **({} if self.parent is None else {"init_from": self.parent.fingerprint}),
         }
         self.players: Mapping[str, nn.Module] = {"generator": distribute(self.model, run.loop)}
         self.optimizers: Mapping[str, Optimizer] = {"generator": adamw(self.players["generator"], run.optim)}
@@ -150,6 +157,8 @@ class GeneratorTask:
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a generator folder."""
         write_generator(folder, weights, self.run.model, self._tokenizer_fingerprint, self.classes)
+        if self.parent is not None:
+            write_parent(folder, self.parent)
 
     def _trained_classes(self) -> int | list[int]:
         if self.classes is None:
@@ -194,13 +203,14 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     """Train a generator, or resume the run in run_dir.
 
     Args:
-        run: the config; it must equal that of an existing run_dir.
+        run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
 
     Returns:
         The last evaluation.
     """
+    run = continued(run_dir, run)
     check_run(run_dir, run)
     task = GeneratorTask(run)
     task.run_dir = run_dir

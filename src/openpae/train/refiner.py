@@ -17,7 +17,7 @@ from openpae.data.training import ImageBatch, TrainingImages, broken_count, imag
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.run_folder import check_run, open_run
+from openpae.engine.run_folder import check_run, continued, open_run
 from openpae.engine.task import Update
 from openpae.models.encoders import Encoder, EncoderInput, encoder_fingerprint, load_encoder
 from openpae.models.priors import Refiner
@@ -127,11 +127,12 @@ def train_refiner(
     """Train a refiner, or resume the run in run_dir.
 
     Args:
-        run: the config; it must equal that of an existing run_dir.
+        run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
     """
+    run = continued(run_dir, run)
     check_run(run_dir, run)
     task = RefinerTask(run, progress=progress)
     open_run(run_dir, run)

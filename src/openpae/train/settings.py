@@ -20,6 +20,8 @@ from openpae.models.configs import (
 from openpae.objective.settings import TokenizerLoss
 from openpae.sampling.settings import SamplerConfig
 
+TrainedPart = Literal["all", "decoder", "decoder+projectors"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerRun:
@@ -87,6 +89,15 @@ class TokenizerRun:
     checkpoint_blocks: int = added(0)
     """Blocks of the decoder, from the first on, whose activations are computed again in the backward pass
     instead of kept: less memory for a third more work in them. The result is the same."""
+    init_from: Path | None = added(None)
+    """Start from the weights of this tokenizer: a model folder, a run folder or the imported release. `start`
+    must then be vit."""
+    init_new: tuple[str, ...] = added(())
+    """Parts that start with new weights all the same, such as projector; a part that does not fit must be
+    among them."""
+    train: TrainedPart = added("all")
+    """What is trained. decoder: all behind the latent, so that latents stay equal to the bit.
+    decoder+projectors: the projector before it too. The rest keeps the weights of init_from."""
     prior: Path | None = None
     """The refined targets of SSR and SCR: a refiner folder or a run folder of pae train-refiner."""
     data: ImageData
@@ -107,6 +118,7 @@ class TokenizerRun:
 
     def __post_init__(self) -> None:
         check_fields(self, checkpoint_blocks=f"[0, {self.model.decoder.num_layers}]")
+        _check_given(self)
         if self.model.fusion == "none":
             idle = ("ssr", "scr", "va", "kl", "diffusion", "gradients_every")
             if on := [f"loss.{name}" for name in idle if getattr(self.loss, name)]:
@@ -141,6 +153,11 @@ class GeneratorRun:
     checkpoint_blocks: int = 0
     """Blocks, from the first on, whose activations are computed again in the backward pass instead of kept:
     less memory for a third more work in them. The result is the same."""
+    init_from: Path | None = added(None)
+    """Start from the weights of this generator: a model folder, a run folder or the imported release."""
+    init_new: tuple[str, ...] = added(())
+    """Parts that start with new weights all the same, such as class_embed for other classes, or patch_embed
+    and to_velocity for another tokenizer; a part that does not fit must be among them."""
     latents: Path
     """Cached latents (pae cache-latents)."""
     held_out_latents: Path | None = None
@@ -178,5 +195,27 @@ class GeneratorRun:
             evaluation_samples="[2, inf)",
             cosine="[0, inf)",
         )
+        if self.init_new and self.init_from is None:
+            raise ValueError("init_new needs init_from, the model that gives the other weights")
         if (self.tokenizer is None) != (self.evaluation_images is None):
             raise ValueError("tokenizer and evaluation_images must be given both, or neither")
+
+
+def _check_given(run: TokenizerRun) -> None:
+    """Refuse fields that do not fit the start from a saved tokenizer."""
+    if run.init_from is None:
+        if run.init_new or run.train != "all":
+            raise ValueError("init_new and train need init_from, the model that gives the other weights")
+        return
+    if run.start != "vit":
+        raise ValueError(f"start {run.start} would replace the weights of init_from; set start to vit")
+    if run.train == "all":
+        return
+    idle = ("ssr", "scr", "va", "kl", "diffusion", "gradients_every")
+    if run.train == "decoder" and (on := [f"loss.{name}" for name in idle if getattr(run.loss, name)]):
+        raise ValueError(
+            f"{', '.join(on)} must be 0 for train decoder: they act on the latent, which is frozen"
+        )
+    frozen = ("encoder", "narrow", "modulator", *(["projector"] if run.train == "decoder" else []))
+    if anew := [name for name in run.init_new if name.partition(".")[0] in frozen]:
+        raise ValueError(f"{', '.join(anew)} cannot start anew (init_new): train {run.train} freezes it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from openpae.data.training import (
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
-from openpae.engine.run_folder import check_run, open_run
+from openpae.engine.run_folder import check_run, continued, open_run
 from openpae.engine.task import Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
@@ -70,7 +71,8 @@ from openpae.objective.terms import (
 from openpae.runtime import processes
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.storage.model_folder import identity_of
+from openpae.storage.model_folder import Parent, identity_of, write_parent
+from openpae.train.given import freeze_rest, kept_encoder, start_tokenizer
 from openpae.train.settings import TokenizerRun
 
 _START_IMAGES = 256
@@ -97,22 +99,33 @@ class TokenizerTask:
         source, self.held_out = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
-        encoder = encoder or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
+        kept = None if run.init_from is None else kept_encoder(run.init_from, run.model)
+        encoder = (
+            encoder or kept or load_encoder(run.model.encoder, run.model.encoder_source, trainable=trainable)
+        )
         self.model = tokenizer_class(run.model)(run.model, encoder)
         self.model.decoder.checkpoint_blocks = run.checkpoint_blocks
         if run.start == "local":
             start_local(self.model)
+        self.model.keeps_encoder |= kept is not None
         self.model.to(self.device)
         # Before training: the fingerprint of a finetuned encoder is that of its initial weights.
         self.encoder_fingerprint = encoder_fingerprint(encoder)
         self.inputs: Mapping[str, str] = {"images": source.fingerprint(), "encoder": self.encoder_fingerprint}
+        self.parent: Parent | None = None
+        """The model from whose weights the run starts."""
+        if run.init_from is not None:
+            parent = start_tokenizer(self.model, run.init_from, run.init_new, self.encoder_fingerprint)
+            self.parent = replace(parent, trained=run.train)
+            self.inputs = {**self.inputs, "init_from": parent.fingerprint}
+            freeze_rest(self.model, run.train)
         self.prior = self._load_prior()
         self.images = self._training_images(source, progress)
         if run.start == "patches":
             (first,) = raise_on_broken([self.images.__getitems__(list(range(_START_IMAGES)))])
             features = None if first.features is None else first.features.to(self.device)
             start_from_patches(self.model, to_unit(first.images.to(self.device)), features)
-        loss, steps = run.loss, run.loop.steps
+        loss, steps = run.loss, run.loop.schedule_steps
         perceptual = loss.lpips > 0 or loss.mcr > 0 or loss.mix > 0
         self.lpips = self._perceptual(loss.lpips_net) if perceptual else None
         self.late_lpips = (
@@ -154,7 +167,7 @@ class TokenizerTask:
             features = self.model.features(x)  # once, for the encoder's path and for the targets
         mixed = self._mixed(draws, len(x))
         z, decoded, logs = self._decode(x, features, draws, step, mixed)
-        progress = step / self.run.loop.steps
+        progress = min(1.0, step / self.run.loop.schedule_steps)
         shift = draws.integers("lpips shift", self.run.loss.lpips_shift + 1, 2)
         late = self.late_lpips is not None and step >= self.late_from
         lpips = self.late_lpips if late else self.lpips
@@ -233,7 +246,10 @@ class TokenizerTask:
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a tokenizer folder."""
         architecture = encoder_architecture(self.model.encoder)
-        write_tokenizer(folder, weights, self.run.model, self.encoder_fingerprint, architecture)
+        keep, config = self.model.keeps_encoder, self.run.model
+        write_tokenizer(folder, weights, config, self.encoder_fingerprint, architecture, keep_encoder=keep)
+        if self.parent is not None:
+            write_parent(folder, self.parent)
 
     def _perceptual(self, net: PerceptualNet) -> LPIPS:
         return load_perceptual(net, self.run.loss.lpips_weights).to(self.device)
@@ -245,7 +261,7 @@ class TokenizerTask:
         loss = self.run.loss
         due = loss.mcr > 0 and step >= self.mcr_from
         names = [farther for farther, _ in compared_pairs(loss.mcr_design)] if due else []
-        angles = dict(zip("ml", loss.angles_at(step / self.run.loop.steps), strict=True))
+        angles = dict(zip("ml", loss.angles_at(step / self.run.loop.schedule_steps), strict=True))
         logs: dict[str, Tensor] = {}
 
         def extra_latents(z: Tensor) -> list[Tensor]:
@@ -357,7 +373,7 @@ def train_tokenizer(
     """Train a tokenizer, or resume the run in run_dir.
 
     Args:
-        run: the config; it must equal that of an existing run_dir.
+        run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
         run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
@@ -365,6 +381,7 @@ def train_tokenizer(
     Returns:
         The last evaluation.
     """
+    run = continued(run_dir, run)
     check_run(run_dir, run)
     task = TokenizerTask(run, progress=progress)
     task.run_dir = run_dir

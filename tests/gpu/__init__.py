@@ -1,0 +1,1 @@
+"""The checks of tests/gpu_check.py."""
