@@ -1,4 +1,4 @@
-"""The page in a real browser. Needs the extra `demo`, selenium, Chromium and its driver (docs/testing.md)."""
+"""The page in a real browser. Needs the extra `demo`, selenium, Chromium and its driver."""
 
 from __future__ import annotations
 
