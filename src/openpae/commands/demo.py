@@ -37,13 +37,10 @@ def demo(
         raise ValueError("--generator needs --tokenizer, the tokenizer of its latents")
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must lie in [1, 65535], got {port}")
-    try:
-        from openpae.demo.page import CSS, THEME, build
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "gradio":
-            raise
-        text = "pae demo needs gradio; install it with pip install 'openpae[demo]'"
-        raise FileNotFoundError(text) from None
+    from openpae.runtime.extras import require
+
+    require("demo", "pae demo", "gradio")
+    from openpae.demo.page import CSS, THEME, build
     from openpae.demo.studio import Studio
     from openpae.quickstart.run import PRETRAINED
     from openpae.runtime.device import pick_device
