@@ -19,7 +19,12 @@ from openpae.runtime.escape import one_line
 _FONT = ["system-ui", "sans-serif"]
 THEME = gr.themes.Default(font=_FONT, font_mono=["ui-monospace", "monospace"])
 """Fonts of the machine: the page loads nothing from other sites."""
-CSS = ".gradio-container {max-width: 60rem !important; margin: auto} footer {display: none !important}"
+CSS = """
+.gradio-container {max-width: 60rem !important; margin: auto}
+footer {display: none !important}
+.shown label[data-testid="block-label"] {position: static; border: 0}  /* above the picture, not over it */
+.tab-wrapper {contain: inline-size}  /* the tabs must not widen a narrow page */
+"""
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -61,13 +66,15 @@ def _picture_inputs() -> gr.State:
             sources=["upload", "clipboard"],
             height=260,
             elem_id="given",
+            min_width=270,
             buttons=[],
         )
-        with gr.Column():
+        with gr.Column(min_width=270):
             drawing = gr.Sketchpad(
                 label="Or draw one",
                 type="pil",
-                canvas_size=(256, 256),
+                canvas_size=(200, 200),
+                brush=gr.Brush(default_size=10),
                 height=320,
                 layers=False,
                 elem_id="drawing",
@@ -190,7 +197,13 @@ def _sampling_inputs(studio: Studio, prefix: str) -> tuple[gr.Dropdown, gr.Slide
 
 def _output(label: str, name: str) -> gr.Image:
     return gr.Image(
-        label=label, format="png", interactive=False, elem_id=name, buttons=["fullscreen"], min_width=140
+        label=label,
+        format="png",
+        interactive=False,
+        elem_id=name,
+        elem_classes=["shown"],
+        buttons=["fullscreen"],
+        min_width=140,
     )
 
 

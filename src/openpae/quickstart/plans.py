@@ -23,7 +23,7 @@ _AROUND = 650
 """Time of features, latents, samples and metrics, in steps of the tokenizer. An undisturbed run of 12 minutes
 took 180 s for them at 0.17 s per step (docs/results.md); shorter runs sample less."""
 
-_SHARES = {"refiner": 0.04, "tokenizer": 0.25, "generator": 0.95}
+_SHARES = {"refiner": 0.04, "tokenizer": 0.18, "generator": 0.95}
 """Share of the remaining training time for each stage. A tokenizer that begins from patches needs little."""
 
 
