@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openpae.storage.outputs import locked
+from openpae.storage.outputs import LOCK, locked
 from tests.faults.more_cases import MINE, WALK
 from tests.faults.running import GENERATOR, TOKENIZER, Case, run
 from tests.faults.spoiling import PACK, SAMPLE
@@ -190,6 +190,7 @@ def test_overwrite_replaces_what_the_command_names(command: str, name: str, copy
 def test_a_second_process_in_one_folder_is_refused(command: str, doing: str, copy: Path) -> None:
     with locked(copy / "out", doing):
         outcome = run(command, copy)
+        assert {path.name for path in (copy / "out").iterdir()} == {LOCK}, "it claims no names"
     assert outcome.code == 2
     assert outcome.line == f"another process is {doing} in out; wait for it, stop it, or name another folder"
     assert run(command, copy).code == 0

@@ -41,19 +41,19 @@ def reconstruct(
     from openpae.runtime import processes
     from openpae.runtime.device import pick_device
     from openpae.storage.files import atomic_file
-    from openpae.storage.outputs import claim, run_lock
+    from openpae.storage.outputs import check_claim, claim, run_lock
 
     source = open_images(images)
     rows = range(len(source) if count is None else min(count, len(source)))
     names = _names([f"{i:06d}" if isinstance(source, PackedImages) else source.name(i) for i in rows], out)
-    metrics = ReconstructionMetrics()
+    metrics, inputs = ReconstructionMetrics(), (tokenizer, images)
     with processes.process_group(device), torch.no_grad():
         torch_device = pick_device(device)
         model = load_tokenizer(tokenizer).to(torch_device)
-        processes.on_rank0(lambda: claim(out, names, inputs=(tokenizer, images), overwrite=overwrite))
-        own = processes.rank_slice(len(rows))
+        processes.on_rank0(lambda: check_claim(out, names, inputs=inputs, overwrite=overwrite))
+        own, done = processes.rank_slice(len(rows)), 0
         with run_lock(out, "reconstructing"), Progress("reconstructing", "img") as progress:
-            done = 0
+            processes.on_rank0(lambda: claim(out, names, inputs=inputs, overwrite=overwrite))
             for x in source_batches(source, model.config.image_shape, batch_size, own):
                 y = model.reconstruct(x.to(torch_device)).float().cpu()
                 part = own[done : done + len(y)]
