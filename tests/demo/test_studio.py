@@ -119,7 +119,7 @@ def test_seeds_end_at_their_samples(studio: Studio) -> None:
 WRONG: dict[str, tuple[Callable[[Studio], object], str]] = {
     "angle": (lambda s: s.move(drawn_face(), 91.0), r"\[0, 90\] degrees, got 91"),
     "class": (lambda s: s.generate("cats"), "unknown class 'cats'; known: boxes, discs"),
-    "seed": (lambda s: s.generate("discs", seed=-1), "whole number from 0 up, got -1"),
+    "seed": (lambda s: s.generate("discs", seed=-1), "an integer >= 0, got -1"),
     "frames": (lambda s: s.between_pictures(drawn_face(), drawn_face(), 1), "frames must be at least 2"),
     "steps": (lambda s: s.generate("discs", steps=0), "steps must be >= 1, got 0"),
     "generator": (lambda s: replace(s, generator=None).generate("discs"), "there is no generator"),

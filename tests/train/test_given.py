@@ -154,7 +154,7 @@ def test_unknown_parts_are_named_with_those_that_exist(
     [
         ({"init_from": None, "train": "decoder"}, "init_new and train need init_from"),
         ({"start": "patches"}, "start patches would replace the weights of init_from"),
-        ({"train": "decoder", "init_new": ("modulator.layers",)}, "modulator.layers cannot start anew"),
+        ({"train": "decoder", "init_new": ("modulator.layers",)}, "modulator.layers cannot be in init_new"),
     ],
 )
 def test_fields_that_contradict_the_start_are_refused(

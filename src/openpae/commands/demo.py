@@ -22,8 +22,8 @@ def demo(
     """Open a page to encode pictures, move their latents, interpolate, and draw samples.
 
     Args:
-        pair: folder with the subfolders tokenizer and generator, as pae quickstart writes it; by default the
-            pretrained models of the package.
+        pair: folder with the subfolders tokenizer and generator, as pae quickstart writes it, or a name such
+            as openmoji; by default the pretrained models of the package.
         tokenizer: a tokenizer folder or run folder in place of a pair.
         generator: a generator of that tokenizer's latents; without it the page draws no samples.
         host: address to listen on; 0.0.0.0 for all networks of this machine.
@@ -45,10 +45,10 @@ def demo(
     from openpae.quickstart.run import PRETRAINED
     from openpae.runtime.device import pick_device
 
-    emoji = pair is None and tokenizer is None
+    folder = pair or PRETRAINED
     if tokenizer is None:
-        folder = pair or PRETRAINED
         tokenizer, generator = folder / "tokenizer", folder / "generator"
+    emoji = tokenizer.parent == PRETRAINED
     studio = Studio.load(tokenizer, generator, pick_device(device), emoji=emoji)
     build(studio).queue(default_concurrency_limit=1).launch(
         server_name=host, server_port=port, share=share, theme=THEME, css=CSS, ssr_mode=False

@@ -49,10 +49,10 @@ def open_parquet(
     columns: tuple[str, str | None, list[str] | None] | None = None
     for file in files:
         with damaged_if_unreadable(file), _opened(file) as table:
-            found = _columns(file, table, label)
-            if columns is not None and found != columns:
+            own = _columns(file, table, label)
+            if columns is not None and own != columns:
                 raise ValueError(f"{file} has other columns or classes than {files[0]}; give them one by one")
-            columns = found
+            columns = own
             rows = table.metadata.num_rows
             if columns[1] is not None:
                 column = table.read(columns=[columns[1]], use_threads=False).column(0)

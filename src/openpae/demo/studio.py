@@ -151,9 +151,9 @@ class Studio:
         direction = initial_noise(seed, [0], self._shape(z)).to(z)
         path = torch.cat([self._moved(z, direction, one) for one in (0.0, angle, 90.0, *ANGLES)])
         images = self._decode(path)
-        start, here, end = torch.split(images[:3], 1)
+        start, moved, end = torch.split(images[:3], 1)
         with torch.no_grad():
-            change, most = (float(self.lpips(self._there(one), self._there(start))) for one in (here, end))
+            change, most = (float(self.lpips(self._on_device(one), self._on_device(start))) for one in (moved, end))
         reached = float(reached_angle(z, path[1:2]))
         text = (
             f"Moved by {reached:.1f} degrees. LPIPS between the two decodes is **{change:.3f}** (0 is the "
@@ -161,7 +161,7 @@ class Studio:
         )
         if change > 0 and most > 0:
             text += f" So this move makes {100 * change / most:.0f} % of that change."
-        return _enlarged(start), _enlarged(here), _strip(images[3:]), text
+        return _enlarged(start), _enlarged(moved), _strip(images[3:]), text
 
     def between_pictures(self, first: Picture, last: Picture, frames: int = 7) -> tuple[Image.Image, str]:
         """Decodes of latents between two pictures at equal angles, and a sentence on their steps."""
@@ -198,8 +198,8 @@ class Studio:
 
     def _steps(self, images: Tensor) -> str:
         with torch.no_grad():
-            steps = self.lpips(self._there(images[1:]), self._there(images[:-1])).cpu()
-            ends = float(self.lpips(self._there(images[-1:]), self._there(images[:1])))
+            steps = self.lpips(self._on_device(images[1:]), self._on_device(images[:-1])).cpu()
+            ends = float(self.lpips(self._on_device(images[-1:]), self._on_device(images[:1])))
         number = int(steps.argmax())
         return (
             f"LPIPS between the ends is {ends:.3f}. The largest step between neighbours is "
@@ -210,7 +210,7 @@ class Studio:
     def _latent(self, picture: Picture) -> tuple[Tensor, Tensor]:
         x = as_pixels(picture, self.tokenizer.config.image_shape)[None]
         with torch.no_grad():
-            return x, self.tokenizer.encode(self._there(x)).float().cpu()
+            return x, self.tokenizer.encode(self._on_device(x)).float().cpu()
 
     def _moved(self, z: Tensor, direction: Tensor, angle: float) -> Tensor:
         return perturb(z, direction, min(angle, _LARGEST_ANGLE), self.tokenizer.config.sphere)
@@ -220,9 +220,9 @@ class Studio:
             return self._decode_at(z).cpu()
 
     def _decode_at(self, z: Tensor) -> Tensor:
-        return self.tokenizer.decode(self._there(z)).clamp(0, 1).float()
+        return self.tokenizer.decode(self._on_device(z)).clamp(0, 1).float()
 
-    def _there(self, values: Tensor) -> Tensor:
+    def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.tokenizer.device)
 
     def _generator(self) -> LatentGenerator:
@@ -260,7 +260,7 @@ def _sampler(steps: int, guidance: float) -> SamplerConfig:
 
 def _seed(value: float | None) -> int:
     if value is None or value != int(value) or value < 0:
-        raise ValueError(f"a seed must be a whole number from 0 up, got {value}")
+        raise ValueError(f"a seed must be an integer >= 0, got {value}")
     return int(value)
 
 

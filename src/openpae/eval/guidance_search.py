@@ -153,7 +153,7 @@ def search_guidance(
         facts: further entries of the record, which must be equal to go on: fingerprints, precision.
         log: gets a line for every distance.
         inputs: paths that were read; nothing is written there.
-        overwrite: begin anew in place of files of these names that this command did not make.
+        overwrite: begin again in place of files of these names that this command did not make.
 
     Returns:
         The record, as in search.json.

@@ -39,6 +39,7 @@ from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import atomic_file, read_json, write_json
 from openpae.storage.model_folder import PARTS, identity_of
 from openpae.storage.outputs import check_outputs
+from openpae.storage.pairs import PACKAGED
 from openpae.train.generator import train_generator
 from openpae.train.refiner import train_refiner
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -49,7 +50,7 @@ Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 SAMPLER = SamplerConfig(solver="adams", steps=20, shift=0.4, guidance=2.0, guidance_start=0.1)
 """Sampler of the quickstart, nearer to the path than 40 Euler steps in half of their time."""
 
-PRETRAINED = Path(__file__).parent.parent / "pretrained" / "openmoji"
+PRETRAINED = PACKAGED / "openmoji"
 """The pretrained tokenizer and generator of 64-pixel emoji, from tools/make_pretrained.py."""
 
 

@@ -132,8 +132,8 @@ def _origin(parent: Parent | None) -> list[str]:
     if parent is None:
         return []
     given, part = markdown(parent.fingerprint), markdown(parent.trained)
-    anew = f"; new weights at the start: {markdown(', '.join(parent.new))}" if parent.new else ""
-    return [f"- trained from the weights of `{given}`, part {part}{anew}"]
+    new = f"; new weights at the start: {markdown(', '.join(parent.new))}" if parent.new else ""
+    return [f"- trained from the weights of `{given}`, part {part}{new}"]
 
 
 def _usage(models: Mapping[str, _Facts], repo: str) -> list[str]:

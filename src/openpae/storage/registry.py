@@ -26,7 +26,7 @@ def settings() -> dict[str, str]:
 
     UV_DEFAULT_INDEX, UV_INDEX_URL, UV_EXTRA_INDEX_URL and UV_FIND_LINKS stand in where pip has no value.
     """
-    found = {
+    options = {
         option: os.environ[variable]
         for option, variable in (
             *(("index-url", "UV_INDEX_URL"), ("index-url", "UV_DEFAULT_INDEX")),
@@ -39,11 +39,11 @@ def settings() -> dict[str, str]:
         parser.read(file, encoding="utf-8")
         for section in ("global", "download"):
             if parser.has_section(section):
-                found |= {name.replace("_", "-"): value for name, value in parser.items(section)}
+                options |= {name.replace("_", "-"): value for name, value in parser.items(section)}
     for name, value in os.environ.items():
         if name.startswith("PIP_") and value:
-            found[name.removeprefix("PIP_").lower().replace("_", "-")] = value
-    return found
+            options[name.removeprefix("PIP_").lower().replace("_", "-")] = value
+    return options
 
 
 def _config_files() -> list[Path]:

@@ -59,14 +59,14 @@ def start_from(
     if faults := sorted({*unfit, *lacking}):
         raise ValueError(
             f"the weights in {path} do not fit the config at {some(faults)}; change the config, or let these "
-            f"parts start anew with init_new: {_parts(faults)}"
+            f"parts start with new weights by init_new: {_parts(faults)}"
         )
     model.load_state_dict(own | given)
-    anew = tuple(name for name in own if _covers(new, name))
+    started = tuple(name for name in own if _covers(new, name))
     if processes.is_rank0():
-        rest = f"; new weights for {', '.join(new)} ({len(anew)} tensors)" if new else ""
+        rest = f"; new weights for {', '.join(new)} ({len(started)} tensors)" if new else ""
         print(f"starts from {path}, fingerprint {identity.fingerprint}{rest}", file=sys.stderr)
-    return Parent(fingerprint=identity.fingerprint, new=anew), identity.made_with
+    return Parent(fingerprint=identity.fingerprint, new=started), identity.made_with
 
 
 def kept_encoder(folder: Path, config: PAEConfig) -> Encoder | None:

@@ -217,5 +217,5 @@ def _check_given(run: TokenizerRun) -> None:
             f"{', '.join(on)} must be 0 for train decoder: they act on the latent, which is frozen"
         )
     frozen = ("encoder", "narrow", "modulator", *(["projector"] if run.train == "decoder" else []))
-    if anew := [name for name in run.init_new if name.partition(".")[0] in frozen]:
-        raise ValueError(f"{', '.join(anew)} cannot start anew (init_new): train {run.train} freezes it")
+    if both := [name for name in run.init_new if name.partition(".")[0] in frozen]:
+        raise ValueError(f"{', '.join(both)} cannot be in init_new: train {run.train} freezes it")
