@@ -29,6 +29,7 @@ from openpae.eval.frechet import frechet_distance, gaussian_of
 from openpae.eval.reconstruction import ssim
 from openpae.eval.scores import kid, precision_recall
 from openpae.geometry.clusters import spectral_clusters
+from openpae.models.lpips import LPIPS
 
 Run = Callable[[], Any]
 Pair = tuple[Run, Run]
@@ -47,6 +48,10 @@ def main(samples: int = 10_000, rounds: int = 3, only: str = "") -> None:
         "SSIM, 16 images of 256 px, float64 (scikit-image)": ssim_pair,
         "random crop 384 to 256 with flip (torchvision)": crop_pair,
         "spectral clustering, 256 tokens (scikit-learn)": clusters_pair,
+        "LPIPS as a metric, AlexNet (lpips)": lambda: lpips_pair("alex", loss=False),
+        "LPIPS as a metric, VGG16 (lpips)": lambda: lpips_pair("vgg", loss=False),
+        "LPIPS as a loss, AlexNet (lpips)": lambda: lpips_pair("alex", loss=True),
+        "LPIPS as a loss, VGG16 (lpips)": lambda: lpips_pair("vgg", loss=True),
         f"Frechet distance, {samples:,} x 2,048 (torch-fidelity)": lambda: frechet_pair(samples),
         f"KID, {samples:,} x 2,048, 10 subsets (torch-fidelity)": lambda: kid_pair(samples),
         f"precision and recall, {samples:,} x 2,048 (torch-fidelity)": lambda: shares_pair(samples),
@@ -150,6 +155,25 @@ def crop_pair() -> Pair:
         lambda: images.__getitems__(list(range(64))),
         lambda: torch.stack([transform(source.shards.gather(np.array([row]))[0]) for row in range(64)]),
     )
+
+
+def lpips_pair(net: Any, *, loss: bool) -> Pair:
+    """Four pairs of 128 pixels, random weights; as a loss with the gradient at the first image."""
+    import lpips
+
+    ours, theirs = LPIPS(net), lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
+    theirs.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 4, 3, 128, 128, generator=generator)
+
+    def run(distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        image = x.clone().requires_grad_(loss)
+        with torch.set_grad_enabled(loss):
+            value = distance(image, y).mean()
+        if loss:
+            value.backward()
+
+    return lambda: run(ours), lambda: run(lambda a, b: theirs(a, b, normalize=True))
 
 
 def clusters_pair() -> Pair:

@@ -123,6 +123,12 @@ def main(
             error = solve(velocity, noise, time_grid(points, shift)) - reference
             cells.append(f"{error.square().mean().sqrt():.4f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    cells = []
+    for number in steps:  # from the sampler, which knows where guidance starts and ends
+        config = SamplerConfig(solver="adams", steps=number, shift=shift, **settings)
+        error = model.normalise(sample_latents(model, labels, noise, config)) - reference
+        cells.append(f"{error.square().mean().sqrt():.4f}")
+    print("| adams | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

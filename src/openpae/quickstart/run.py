@@ -271,7 +271,7 @@ def _planned(out: Path, name: str, clock: _Clock, run: Run, *, trial: bool) -> R
     file = out / name / "config.yaml"
     if file.is_file():
         return configs.load(type(run), file)
-    left = clock.left() - 20 - 0.15 * clock.budget  # minus the time of sampling, metrics and report
+    left = clock.left() - 20 - 0.1 * clock.budget  # minus the time of sampling, metrics and report
     return plans.timed(run, name, max(10.0, left), trial=trial)
 
 
