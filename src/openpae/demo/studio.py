@@ -153,7 +153,8 @@ class Studio:
         images = self._decode(path)
         start, moved, end = torch.split(images[:3], 1)
         with torch.no_grad():
-            change, most = (float(self.lpips(self._on_device(one), self._on_device(start))) for one in (moved, end))
+            start = self._on_device(start)
+            change, most = (float(self.lpips(self._on_device(one), start)) for one in (moved, end))
         reached = float(reached_angle(z, path[1:2]))
         text = (
             f"Moved by {reached:.1f} degrees. LPIPS between the two decodes is **{change:.3f}** (0 is the "
