@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from openpae.bench.record import Measured, peak_gib, record
+from openpae.bench.record import Measured, record
 from openpae.eval.frechet import Moments, frechet_distance
+from openpae.runtime.device import peak_gib
 
 
 def bench_metrics(*, samples: int = 50_000, features: int = 2048, block: int = 250) -> Measured:

@@ -33,6 +33,7 @@ from openpae.train.generator import GeneratorTask
 from openpae.train.settings import GeneratorRun, TokenizerRun
 from openpae.train.tokenizer import TokenizerTask
 from tests.by_hand import double_precision
+from tests.engine.runs import MACHINE
 
 Run = TokenizerRun | GeneratorRun
 Job = tuple[Any, ...]
@@ -250,7 +251,7 @@ def growth_of(run: Run, run_dir: Path, metrics: Mapping[str, float]) -> Growth:
 def losses(run_dir: Path, after: int = 0) -> list[dict[str, float]]:
     """The log without the clock and the learning rate."""
     return [
-        {key: value for key, value in line.items() if key not in ("images_per_second", "lr")}
+        {key: value for key, value in line.items() if key not in (*MACHINE, "lr")}
         for line in read_log(run_dir)
         if line["step"] > after
     ]

@@ -94,6 +94,9 @@ class Tiny:
         self.evaluations.append((step, weights, self.model.training, torch.is_grad_enabled()))
         return {"bias": float(self.model.bias.sum())}
 
+    def picture(self) -> None:
+        return None
+
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_file(dict(weights), folder / "model.safetensors")
 
@@ -161,12 +164,13 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+MACHINE = ("images_per_second", "peak_memory_gib")
+"""Values of the log that depend on the machine."""
+
+
 def curve(run_dir: Path) -> list[dict[str, float]]:
     """The log without its speed, which depends on the clock."""
-    return [
-        {key: value for key, value in line.items() if key != "images_per_second"}
-        for line in read_log(run_dir)
-    ]
+    return [{key: value for key, value in line.items() if key not in MACHINE} for line in read_log(run_dir)]
 
 
 def rewritten(source: Shards, folder: Path, tokenizer: str, labels: np.ndarray) -> None:

@@ -96,6 +96,9 @@ class Tiny:
     def evaluate(self, step: int) -> dict[str, float]:
         return {"bias": float(next(iter(self.model.parameters())).sum())}
 
+    def picture(self) -> None:
+        return None
+
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_file({name: value.clone() for name, value in weights.items()}, folder / "model.safetensors")
 

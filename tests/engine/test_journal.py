@@ -60,7 +60,7 @@ def test_the_log_has_means_and_counts_images(tmp_path: Path) -> None:
     assert lines[0]["model/loss"] == pytest.approx(np.mean(losses[:6]))
     assert lines[2]["model/loss"] == pytest.approx(np.mean(losses[6:]))
     assert lines[0].keys() == {
-        *("step", "images_seen", "lr", "images_per_second"),
+        *("step", "images_seen", "lr", "images_per_second", "peak_memory_gib"),
         *("model/loss", "model/error", "model/size", "model/grad_norm"),
     }
     assert lines[1].keys() == lines[3].keys() == {"step", "images_seen", "eval/bias"}

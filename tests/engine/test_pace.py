@@ -83,6 +83,9 @@ class Timed:
     def evaluate(self, step: int) -> dict[str, float]:
         return {}
 
+    def picture(self) -> None:
+        return None
+
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save_file(dict(weights), folder / "model.safetensors")
 

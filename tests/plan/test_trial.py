@@ -16,7 +16,7 @@ from openpae.models.configs import DiscriminatorConfig
 from openpae.models.encoders import empty_encoder
 from openpae.objective.settings import TokenizerLoss
 from openpae.plan.fakes import Run, fake_world
-from openpae.plan.trial import Trial, planned_run, try_run
+from openpae.plan.trial import Trial, operations_per_image, planned_run, try_run
 from openpae.train.generator import GeneratorTask
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
@@ -159,3 +159,12 @@ def test_every_family_of_encoders_is_built_from_its_row(name: str) -> None:
         assert features.shape == (2, 6, encoder.spec.dim)
         millions = sum(weight.numel() for weight in encoder.parameters()) / 1e6
     assert millions == pytest.approx(PARAMETERS[name], abs=0.1)
+
+
+@pytest.mark.parametrize("stage", KINDS)
+def test_operations_of_an_image_do_not_depend_on_the_batch(stage: str) -> None:
+    """A step of the config's own batches needs as many for each image as the small one that is counted."""
+    run = tiny(stage)
+    expected = tried(run, global_batch_size=32, device_batch_size=16).most_operations
+    assert operations_per_image(run) == pytest.approx(expected, rel=0.02)
+    assert expected > 0

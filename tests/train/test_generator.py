@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from openpae import config as configs
 from openpae.cli import main
@@ -16,14 +17,16 @@ from openpae.commands.console import run_of, take_option
 from openpae.commands.describe import describe
 from openpae.data.images import PackedImages
 from openpae.data.shards import Shards
+from openpae.engine.journal import read_log
 from openpae.engine.loop import fit
 from openpae.engine.run_folder import open_run
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import DiTDHConfig, GeneratorConfig, HeadConfig, LightningDiTConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.ditdh import DiTDH
-from openpae.models.saved import load_generator
+from openpae.models.saved import load_generator, load_tokenizer
 from openpae.objective.flow import dimension_shift
+from openpae.plan.trial import operations_per_image
 from openpae.runtime.draws import Draws, initial_noise
 from openpae.sampling.sampler import sample_latents
 from openpae.sampling.settings import SamplerConfig
@@ -228,6 +231,26 @@ def test_flags_reach_the_generator_that_the_file_holds(run: GeneratorRun, tmp_pa
         assert parsed.model.hidden_dim == width
 
 
+def test_the_command_counts_operations_and_draws_samples(
+    run: GeneratorRun, tokenizer_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    configs.save(run, tmp_path / "run.yaml")
+    out = tmp_path / "out"
+    argv = ["train-generator", str(tmp_path / "run.yaml"), str(out), "--loop.count-operations"]
+    argv += ["--tokenizer", str(tokenizer_folder), "--evaluation-images", str(image_folder)]
+    main([*argv, "--extractor", "random", "--evaluation-samples", "8", "--sampler.steps", "2"])
+    lines = [line for line in read_log(out) if "teraflops" in line]
+    rates = [1e12 * line["teraflops"] / line["images_per_second"] for line in lines]
+    assert rates == pytest.approx([operations_per_image(run)] * len(rates))
+    assert rates
+    (file,) = (out / "evaluations").glob("*.png")
+    with Image.open(file) as opened:
+        picture = np.asarray(opened)
+    side = load_tokenizer(tokenizer_folder).config.image_shape[0]
+    assert picture.shape == (2 * (side + 2) - 2, 4 * (side + 2) - 2, 3)
+    assert len(np.unique(picture)) > 100
+
+
 @pytest.mark.parametrize("given", [["--model.size", "b"], ["--model.size=b"]])
 @pytest.mark.parametrize("preset", ["generator/xl-80ep", "generator/dit-dh-xl"])
 def test_one_flag_sets_the_size(
@@ -235,7 +258,9 @@ def test_one_flag_sets_the_size(
 ) -> None:
     """Other flags come on top, and fields that are no size keep the values of the file."""
     seen: list[GeneratorRun] = []
-    monkeypatch.setattr("openpae.train.generator.train_generator", lambda run, _: seen.append(run) or {})
+    monkeypatch.setattr(
+        "openpae.train.generator.train_generator", lambda run, *_, **__: seen.append(run) or {}
+    )
     main(["train-generator", preset, "out", *given, "--model.patch-size", "2"])
     expected = configs.load(GeneratorRun, preset)
     model = replace(expected.model, num_layers=12, hidden_dim=768, num_heads=12, patch_size=2)

@@ -48,6 +48,7 @@ from tests.by_hand import (
     trained,
 )
 from tests.conftest import shaken
+from tests.engine.runs import MACHINE
 
 SEED, PART = 3, 3
 SHAPE = (8, 4, 4)
@@ -216,7 +217,7 @@ def test_three_steps_are_those_of_the_formulas(run: TokenizerRun, tmp_path: Path
     fit(task, tmp_path / "run", run.optim, run.loop, quiet=True)
     log = read_log(tmp_path / "run")
     for line, other in zip(log, expected, strict=True):
-        assert line.keys() - other.keys() == {"step", "images_seen", "images_per_second"}
+        assert line.keys() - other.keys() == {"step", "images_seen", *MACHINE}
         assert {name: line[name] for name in other} == pytest.approx(other, rel=1e-6)  # the log is float32
     folder = checkpoint_path(tmp_path / "run", STEPS)
     players = torch.load(folder / "state.pt", weights_only=True)["players"]

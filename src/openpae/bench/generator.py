@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 
 from openpae.bench.noise import random_latents
-from openpae.bench.record import Measured, peak_gib
+from openpae.bench.record import Measured
 from openpae.engine.loop import seconds_per_step
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.models.configs import SIZES, DiTDHConfig, GeneratorConfig, LightningDiTConfig
 from openpae.models.ditdh import build_generator
 from openpae.models.generator import LatentGenerator
 from openpae.runtime.cards import card_of
-from openpae.runtime.device import autocast, device_name, pick_device
+from openpae.runtime.device import autocast, device_name, peak_gib, pick_device
 from openpae.runtime.draws import initial_noise
 from openpae.sampling.sampler import evaluations, sample_latents
 from openpae.sampling.settings import SamplerConfig

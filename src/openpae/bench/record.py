@@ -40,15 +40,6 @@ def record(bench: str, measured: Measured) -> dict[str, Any]:
     }
 
 
-def peak_gib(device: torch.device) -> float:
-    """Return the peak memory in GiB: of tensors since the last reset on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not available on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One figure of two records."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -28,22 +29,24 @@ from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 def train_tokenizer(argv: Sequence[str]) -> None:
     """Train a tokenizer on images: pae train-tokenizer CONFIG RUN_DIR [--field value ...]."""
     run, run_dir = run_of(TokenizerRun, argv, "train-tokenizer")
+    operations = _operations(run)
     from openpae.runtime import processes
     from openpae.train.tokenizer import train_tokenizer
 
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
-        metrics = train_tokenizer(run, run_dir, progress=progress)
+        metrics = train_tokenizer(run, run_dir, progress=progress, operations=operations)
         print_run(run_dir, metrics)
 
 
 def train_refiner(argv: Sequence[str]) -> None:
     """Train the refiner, the targets of SSR and SCR: pae train-refiner CONFIG RUN_DIR [--field value ...]."""
     run, run_dir = run_of(RefinerRun, argv, "train-refiner")
+    operations = _operations(run)
     from openpae.runtime import processes
     from openpae.train.refiner import train_refiner
 
     with processes.process_group(run.loop.device), Progress("VFM features", "img") as progress:
-        metrics = train_refiner(run, run_dir, progress=progress)
+        metrics = train_refiner(run, run_dir, progress=progress, operations=operations)
         print_run(run_dir, metrics)
 
 
@@ -59,11 +62,21 @@ def train_generator(argv: Sequence[str]) -> None:
         return replace(run, model=replace(run.model, **fields))
 
     run, run_dir = run_of(GeneratorRun, argv, "train-generator", sized)
+    operations = _operations(run)
     from openpae.runtime import processes
     from openpae.train.generator import train_generator
 
     with processes.process_group(run.loop.device):
-        print_run(run_dir, train_generator(run, run_dir))
+        print_run(run_dir, train_generator(run, run_dir, operations=operations))
+
+
+def _operations(run: Any) -> float | None:
+    """The operations of an image, if loop.count_operations asks for them. Rank 0 writes the log."""
+    if not run.loop.count_operations or int(os.environ.get("RANK", "0")):
+        return None
+    from openpae.plan.trial import operations_per_image
+
+    return operations_per_image(run)
 
 
 def cache_latents(

@@ -1,27 +1,28 @@
-"""The logs of a run: log.jsonl, TensorBoard and an optional profile."""
+"""The logs of a run: log.jsonl, trackers and an optional profile."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from openpae.engine.settings import PROFILED_FROM, LoopConfig
+from openpae.engine.trackers import Tracker, open_trackers
 from openpae.runtime import processes
+from openpae.runtime.cards import card_of
+from openpae.runtime.device import device_name, peak_gib
 from openpae.storage.files import atomic_file, explain_disk_full
 
 
 class Journal:
-    """Writes log.jsonl and TensorBoard. Sums stay on the device until a line is due, so no step synchronises.
+    """Writes log.jsonl and feeds trackers. Sums stay on the device until a line is due: no step synchronises.
 
     Every rank keeps its sums; rank 0 writes the means over all ranks.
 
@@ -29,10 +30,12 @@ class Journal:
         run_dir: folder of the logs.
         start: steps done; later log lines are removed.
         loop: settings of the run.
+        operations: of one image in a step, forward and backward; with them the log has their rate.
     """
 
-    def __init__(self, run_dir: Path, start: int, loop: LoopConfig) -> None:
-        self.run_dir, self.start, self.loop = run_dir, start, loop
+    def __init__(self, run_dir: Path, start: int, loop: LoopConfig, operations: float | None = None) -> None:
+        self.run_dir, self.start, self.loop, self.operations = run_dir, start, loop, operations
+        self.trackers: list[Tracker] = []
         self.file = run_dir / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.numbers: dict[str, int | Tensor] = {}
@@ -44,19 +47,21 @@ class Journal:
         self.clock, self.clock_step = time.perf_counter(), self.start
         if not processes.is_rank0():
             return
+        seen: set[tuple[int, str]] = set()
         if self.file.is_file():
-            lines = [line for line in read_log(self.run_dir) if line["step"] <= self.start]
+            old = read_log(self.run_dir)
+            seen = {(int(line["step"]), name) for line in old for name in line}
+            lines = [line for line in old if line["step"] <= self.start]
             last = [line for line in lines if line["step"] == self.start]
             self.evaluated = any(name.startswith("eval/") for line in last for name in line)
             with atomic_file(self.file) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         with explain_disk_full(self.file):
-            folder = self.run_dir / "tensorboard"
-            self.board = _Board(folder, self.start + 1) if find_spec("tensorboard") else None
+            self.trackers = open_trackers(self.loop.track, self.run_dir, self.start, seen)
 
     def __exit__(self, *_: object) -> None:
-        if processes.is_rank0() and self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def keep(self, name: str, value: Tensor) -> None:
         """Add a value to the mean of the next line. With `skip`, values that are not finite do not count."""
@@ -91,10 +96,23 @@ class Journal:
             values.clear()
         now = time.perf_counter()
         images = (step - self.clock_step) * self.loop.global_batch_size
-        rate = {"lr": lr, "images_per_second": images / (now - self.clock)}
+        speed = images / (now - self.clock)
         self.clock, self.clock_step = now, step
-        self.write(step, means | totals | rate)
+        shown = {"lr": lr, "images_per_second": speed, "peak_memory_gib": peak_gib(device)}
+        self.write(step, means | totals | shown | self._operations(speed, device))
         return means
+
+    def _operations(self, images_per_second: float, device: torch.device) -> dict[str, float]:
+        """Operations per second over all ranks, and their share of what the cards can do."""
+        if self.operations is None:
+            return {}
+        done = self.operations * images_per_second
+        rates = {"teraflops": done / 1e12}
+        card = card_of(device_name(device))
+        if card is not None:
+            peak = card.half if self.loop.precision == "bf16" else card.full
+            rates["model_flops_utilisation"] = done / (peak * processes.world_size())
+        return rates
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
@@ -104,8 +122,17 @@ class Journal:
         with explain_disk_full(self.file):
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            if self.board is not None:  # log.jsonl holds the same numbers
-                self.board.add(step, values)
+            for tracker in self.trackers:
+                tracker.add(step, values)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Write run_dir/evaluations/step-N.png, and show it in the trackers. Only rank 0 may call it."""
+        folder = self.run_dir / "evaluations"
+        folder.mkdir(exist_ok=True)
+        with atomic_file(folder / f"step-{step:08d}.png") as partial:
+            picture.save(partial, "PNG")
+        for tracker in self.trackers:
+            tracker.add_picture(step, "eval/pictures", picture)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -113,39 +140,6 @@ class Journal:
         start = time.perf_counter()
         yield
         self.clock += time.perf_counter() - start
-
-
-class _Board:
-    """Writes the TensorBoard file of one run synchronously.
-
-    TensorBoard's own writer uses a thread, which dies on a full disk with a traceback that names no file.
-    """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self.file = (folder / name).open("wb", buffering=0)  # buffered, close() would write again
-        self.records = RecordWriter(self.file)
-        start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))  # hides later steps
-        for event in (Event(file_version="brain.Event:2"), start):
-            self._write(event)
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(Event(step=step, summary=Summary(value=shown)))
-
-    def close(self) -> None:
-        self.file.close()
-
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self.records.write(event.SerializeToString())
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:

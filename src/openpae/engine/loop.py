@@ -41,6 +41,7 @@ def fit(
     *,
     quiet: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    operations: float | None = None,
 ) -> dict[str, float]:
     """Train until loop.steps, from the newest checkpoint of run_dir or from step 0.
 
@@ -49,11 +50,12 @@ def fit(
 
     Args:
         task: the players, their losses and data.
-        run_dir: gets checkpoints/, log.jsonl and TensorBoard files.
+        run_dir: gets checkpoints/, log.jsonl and the files of trackers.
         optim: learning rate and clipping.
         loop: all other settings.
         quiet: no progress bar.
         clock: the time in seconds; read once a step, and only with loop.seconds.
+        operations: of one image in a step; with them the log has their rate.
 
     Returns:
         The last evaluation.
@@ -65,6 +67,7 @@ def fit(
         Stopped: a rank received SIGINT or SIGTERM; a checkpoint of the last step is written.
     """
     fitting = _Fitting.of(task, run_dir, optim, loop, clock)
+    fitting.operations = operations
     if (run_dir / "config.yaml").is_file():
         fitting.state.config = (run_dir / "config.yaml").read_text(encoding="utf-8")
     with run_lock(run_dir, "training"), _matmul_precision(loop.precision):
@@ -116,6 +119,7 @@ class _Fitting:
     optim: OptimConfig
     loop: LoopConfig
     device: torch.device
+    operations: float | None = None
 
     @classmethod
     def of(
@@ -143,7 +147,7 @@ class _Fitting:
         elif loop.on_nonfinite == "rollback":  # a rollback needs a checkpoint
             checkpoints.save(self.state, self.run_dir, 0, loop)
         start = resumed or 0
-        log, metrics = Journal(self.run_dir, start, loop), {}
+        log, metrics = Journal(self.run_dir, start, loop, self.operations), {}
         data_steps = _skip(range(start, pace.most), self.state.skipped_data_steps)
         with (
             catch_signals() as caught,
@@ -304,6 +308,8 @@ class _Fitting:
         with weights, torch.no_grad():
             task.model.eval()
             metrics = task.evaluate(done)
+            if log is not None and processes.is_rank0() and (picture := task.picture()) is not None:
+                log.picture(done, picture)
         if metrics and log is not None:
             log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
         return metrics

@@ -17,6 +17,7 @@ from openpae.storage.outputs import check_outputs, make_folder
 FREE_FIELDS = (
     *("loop.device", "loop.device_batch_size", "loop.num_workers", "loop.parallel", "loop.profile_steps"),
     *("loop.log_every", "loop.save_every", "loop.keep_last", "loop.keep_every", "loop.evaluate_every"),
+    *("loop.track", "loop.count_operations"),
     *("data.evaluation", "data.evaluation_images", "geometry", "extractor", "extractor_weights"),
     *("evaluation_images", "evaluation_samples", "held_out_latents", "tokenizer", "checkpoint_blocks"),
 )
@@ -24,7 +25,7 @@ FREE_FIELDS = (
 other values."""
 
 
-_WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard")
+_WRITTEN = ("checkpoints", "evaluations", "log.jsonl", "profile", "tensorboard", "tracker-id", "wandb")
 """The names that a run writes beside config.yaml."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openpae.config import added, check_fields
+from openpae.engine.trackers import TrackerName
 
 PROFILED_FROM = 3
 """Steps before the profiler records; the first steps are slower than the rest."""
@@ -102,6 +103,12 @@ class LoopConfig:
     checkpoint, and from there past the data of that step."""
     nonfinite_limit: int = 10
     """Steps skipped in a row, or rollbacks, after which the run ends."""
+    track: tuple[TrackerName, ...] | None = added(None)
+    """Trackers beside log.jsonl: tensorboard, wandb, trackio; [] takes none, null TensorBoard if it is
+    installed."""
+    count_operations: bool = added(False)
+    """Count the operations of a step before the start, without computing it. The log then has teraflops, and
+    on a GPU with a known peak the model FLOPs utilisation."""
     profile_steps: int = 0
     """Steps, from the fourth of this start on, that PyTorch's profiler records into run_dir/profile; 0
     records none."""

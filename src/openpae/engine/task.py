@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.runtime.draws import Draws
+
+PICTURED = 8
+"""Images in the picture of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Task(Protocol):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the first player; called without gradients and with the exported weights."""
+        ...
+
+    def picture(self) -> Image.Image | None:
+        """Pictures of the first player, as one grid; called like `evaluate`, on rank 0 alone. None: it has
+        none."""
         ...
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -114,6 +114,18 @@ def try_run(run: Run, gpus: int = 1, *, phases: bool = False, round_to: int = 51
         )
 
 
+def operations_per_image(run: Run) -> float:
+    """Count the operations of an image in the most expensive step, without computing it.
+
+    Matrix products, convolutions and attention count, forward and backward, those of frozen networks too.
+
+    Args:
+        run: config of the run. The count is that of one process and a small batch.
+    """
+    count = min(8, run.loop.global_batch_size)
+    return try_run(planned_run(run, global_batch_size=count, device_batch_size=None)).most_operations
+
+
 def last_steps(run: Run) -> list[int]:
     """Return two steps of the phase in which all losses are active. The second is the most expensive."""
     return _phases(run)[1][-2:]

@@ -74,3 +74,12 @@ def device_name(device: torch.device) -> str:
             (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
         )
     return f"{model}, {os.cpu_count()} cores"
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the peak memory in GiB: of tensors since the last reset on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Windows lacks it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.classes import check_images_agree, check_same_classes, count_classes, empty_classes
 from openpae.data.images import open_images
 from openpae.data.order import StepBatches
+from openpae.data.pixels import image_grid
 from openpae.data.readers import read_batches
 from openpae.data.shards import Shards
 from openpae.data.training import LatentBatch, TrainingLatents
@@ -21,7 +23,7 @@ from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
 from openpae.engine.run_folder import check_run, continued, open_run
-from openpae.engine.task import Update
+from openpae.engine.task import PICTURED, Update
 from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
 from openpae.eval.image_stream import sampled_images
@@ -32,7 +34,7 @@ from openpae.models.saved import load_tokenizer, write_generator
 from openpae.objective.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
-from openpae.sampling.sampler import balanced_labels
+from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.storage.model_folder import Parent, identity_of, write_parent
 from openpae.train.given import start_from
 from openpae.train.settings import GeneratorRun
@@ -109,6 +111,15 @@ class GeneratorTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """Loss terms of held-out latents with fixed noise and positions, and metrics of samples."""
         return self._held_out_losses() | self._sample_metrics(step)
+
+    def picture(self) -> Image.Image | None:
+        """Samples with the same noise and classes at every evaluation; None without a tokenizer."""
+        if self.evaluator is None:
+            return None
+        tokenizer, labels = self.evaluator.tokenizer, balanced_labels(PICTURED, self._trained_classes())
+        batch = [range(PICTURED)]
+        images = sample_images(tokenizer, self.model, labels, self.run.sampler, seed=0, batches=batch)
+        return image_grid(next(images).clamp(0, 1), PICTURED // 2)
 
     def _check_held_out(self, held_out: Shards) -> None:
         if held_out.attributes["tokenizer"] != self.latents.attributes["tokenizer"]:
@@ -199,13 +210,16 @@ class _SampleEvaluator:
         )
 
 
-def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) -> dict[str, float]:
+def train_generator(
+    run: GeneratorRun, run_dir: Path, *, quiet: bool = False, operations: float | None = None
+) -> dict[str, float]:
     """Train a generator, or resume the run in run_dir.
 
     Args:
         run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
-        run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
+        run_dir: gets config.yaml, checkpoints/, log.jsonl, evaluations/ and the files of trackers.
         quiet: no progress bar.
+        operations: of one image in a step; see `fit`.
 
     Returns:
         The last evaluation.
@@ -215,7 +229,7 @@ def train_generator(run: GeneratorRun, run_dir: Path, *, quiet: bool = False) ->
     task = GeneratorTask(run)
     task.run_dir = run_dir
     open_run(run_dir, run)
-    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet, operations=operations)
 
 
 def _classes_of(latents: Shards) -> tuple[list[str], list[int]] | None:

@@ -36,6 +36,7 @@ class RefinerTask:
         run: the config.
         encoder: the frozen VFM; None loads the one of the config.
         progress: called with (done, all) while features are cached.
+        operations: of one image in a step; see `fit`.
 
     Raises:
         ValueError: model.feature_dim is not the encoder's width.
@@ -116,24 +117,34 @@ class RefinerTask:
         """No metrics: a refiner is measured by its effect on the tokenizer."""
         return {}
 
+    def picture(self) -> None:
+        """None: the refiner makes no pictures."""
+        return None
+
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a refiner folder."""
         write_prior(folder, weights, self.run.model, self.encoder_fingerprint)
 
 
 def train_refiner(
-    run: RefinerRun, run_dir: Path, *, quiet: bool = False, progress: Progress | None = None
+    run: RefinerRun,
+    run_dir: Path,
+    *,
+    quiet: bool = False,
+    progress: Progress | None = None,
+    operations: float | None = None,
 ) -> dict[str, float]:
     """Train a refiner, or resume the run in run_dir.
 
     Args:
         run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
-        run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
+        run_dir: gets config.yaml, checkpoints/, log.jsonl, evaluations/ and the files of trackers.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
+        operations: of one image in a step; see `fit`.
     """
     run = continued(run_dir, run)
     check_run(run_dir, run)
     task = RefinerTask(run, progress=progress)
     open_run(run_dir, run)
-    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet, operations=operations)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openpae.data.caches import Progress, cache_features, cache_targets
 from openpae.data.images import ImageSource, Subset, spread
 from openpae.data.order import StepBatches
-from openpae.data.pixels import to_unit
+from openpae.data.pixels import image_grid, to_unit
 from openpae.data.training import (
     ImageBatch,
     TrainingImages,
@@ -28,10 +29,10 @@ from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
 from openpae.engine.run_folder import check_run, continued, open_run
-from openpae.engine.task import Update
+from openpae.engine.task import PICTURED, Update
 from openpae.eval.evaluate import evaluate_reconstruction, metric_facts, write_evaluation
 from openpae.eval.extractors import FeatureExtractor, load_extractor
-from openpae.eval.image_stream import real_images
+from openpae.eval.image_stream import real_images, source_batches
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
 from openpae.geometry.spaces import pae_space
@@ -235,6 +236,15 @@ class TokenizerTask:
             write_evaluation(record, self.run_dir, step)
         return {name: metric["value"] for name, metric in record["metrics"].items()}
 
+    def picture(self) -> Image.Image | None:
+        """Held-out images above their reconstructions; None without held-out images."""
+        if self.held_out is None:
+            return None
+        rows = spread(len(self.held_out), min(PICTURED, self.run.data.evaluation_images))
+        (images,) = source_batches(self.held_out, self.run.model.image_shape, len(rows), rows.tolist())
+        x = images.to(self.device)
+        return image_grid(torch.cat([x, self.model.decode(self.model.encode(x)).clamp(0, 1)]), len(x))
+
     def _geometry(self, images: Subset, batch_size: int) -> dict[str, Any]:
         """GSQ, eRank and LPC of held-out images, as in `pae profile`."""
         config = MeasureConfig(count=len(images), lpc_count=-(-len(images) // 10), batch_size=batch_size)
@@ -368,15 +378,21 @@ class TokenizerTask:
 
 
 def train_tokenizer(
-    run: TokenizerRun, run_dir: Path, *, quiet: bool = False, progress: Progress | None = None
+    run: TokenizerRun,
+    run_dir: Path,
+    *,
+    quiet: bool = False,
+    progress: Progress | None = None,
+    operations: float | None = None,
 ) -> dict[str, float]:
     """Train a tokenizer, or resume the run in run_dir.
 
     Args:
         run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
-        run_dir: gets config.yaml, checkpoints/, log.jsonl and TensorBoard files.
+        run_dir: gets config.yaml, checkpoints/, log.jsonl, evaluations/ and the files of trackers.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
+        operations: of one image in a step; see `fit`.
 
     Returns:
         The last evaluation.
@@ -386,4 +402,4 @@ def train_tokenizer(
     task = TokenizerTask(run, progress=progress)
     task.run_dir = run_dir
     open_run(run_dir, run)
-    return fit(task, run_dir, run.optim, run.loop, quiet=quiet)
+    return fit(task, run_dir, run.optim, run.loop, quiet=quiet, operations=operations)
