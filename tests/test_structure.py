@@ -40,7 +40,7 @@ FILES_OF = {
     "engine": "pace trackers settings optim task ema health journal parallel checkpoints diagnosis "
     "run_folder loop",
     "objective": "settings flow losses rivals terms",
-    "interop": "foreign_latents released diffusers_adapter export",
+    "interop": "foreign_latents released diffusers_adapter diffusers_pipeline export",
     "sampling": "settings solvers guidance sampler sample_set arguments pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
