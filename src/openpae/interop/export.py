@@ -43,6 +43,12 @@ class _Part:
 
 
 @torch.no_grad()
+def check_new(out: Path) -> None:
+    """Raise ValueError if a folder for an export holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; name a new folder for the export")
+
+
 def export_model(
     model: Autoencoder | LatentGenerator, out: Path, format: Format, *, tolerance: float = 1e-4
 ) -> dict[str, float]:
@@ -67,8 +73,7 @@ def export_model(
         ValueError: the folder is not empty, packages of the extra `onnx` are missing, or a graph differs by
             more than the tolerance.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; name a new folder for the export")
+    check_new(out)
     if format == "onnx":
         require("onnx", "format onnx", "onnx", "onnxscript", "onnxruntime")
     parts = _parts_of(model.eval())
@@ -163,7 +168,7 @@ def _difference(part: _Part, file: Path, format: Format) -> float:
     differences = [
         (run(inputs) - part.module(*inputs)).abs().max() for inputs in (part.draw(batch) for batch in (1, 3))
     ]
-    return float(torch.stack(differences).max())  # NaN if any is NaN
+    return float(torch.stack(differences).detach().max())  # NaN if any is NaN
 
 
 def _open_archive(file: Path) -> Callable[[tuple[Tensor, ...]], Tensor]:
