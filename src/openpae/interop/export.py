@@ -42,13 +42,13 @@ class _Part:
         )
 
 
-@torch.no_grad()
 def check_new(out: Path) -> None:
     """Raise ValueError if a folder for an export holds something already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; name a new folder for the export")
 
 
+@torch.no_grad()
 def export_model(
     model: Autoencoder | LatentGenerator, out: Path, format: Format, *, tolerance: float = 1e-4
 ) -> dict[str, float]:
@@ -168,7 +168,7 @@ def _difference(part: _Part, file: Path, format: Format) -> float:
     differences = [
         (run(inputs) - part.module(*inputs)).abs().max() for inputs in (part.draw(batch) for batch in (1, 3))
     ]
-    return float(torch.stack(differences).detach().max())  # NaN if any is NaN
+    return float(torch.stack(differences).max())  # NaN if any is NaN
 
 
 def _open_archive(file: Path) -> Callable[[tuple[Tensor, ...]], Tensor]:
