@@ -37,7 +37,7 @@ FILES_OF = {
     "images packing caches openmoji training label_maps scenes",
     "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
     "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
-    "engine": "pace trackers settings optim task ema health journal parallel checkpoints diagnosis "
+    "engine": "pace settings trackers optim task ema health journal parallel checkpoints diagnosis "
     "run_folder loop",
     "objective": "settings flow losses rivals terms",
     "interop": "foreign_latents released diffusers_adapter diffusers_pipeline export",
