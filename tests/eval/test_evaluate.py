@@ -18,7 +18,7 @@ from openpae.eval.image_stream import real_images, sampled_images, tensor_images
 from openpae.eval.reference import Reference, open_reference, save_reference
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import pae_space
+from openpae.interop.spaces import pae_space
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.tokenizer import PAE

@@ -77,7 +77,7 @@ def _diffusers() -> object:
 
 
 def _space() -> object:
-    from openpae.geometry.spaces import _load_diffusers
+    from openpae.interop.spaces import _load_diffusers
 
     return _load_diffusers("owner/name")
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from openpae.data.crops import Size, height_width
 from openpae.data.pixels import check_images
-from openpae.geometry.metrics import Decode
 from openpae.models.encoders import EncoderInput, FrozenEncoder, encoder_fingerprint, load_encoder
 from openpae.models.layers import to_grid, to_tokens
 from openpae.models.saved import load_prior, load_tokenizer
@@ -54,7 +53,7 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def decode(self) -> Decode | None:
+    def decode(self) -> Callable[[Tensor], Tensor] | None:
         """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; None without a decoder."""
         ...
 
@@ -78,7 +77,7 @@ class LatentSpace:
     image_size: Size
     encode: Callable[[Tensor], Tensor]
     """Images in [0, 1], on any device, to latents (B, C, h, w), float32."""
-    decode: Decode | None
+    decode: Callable[[Tensor], Tensor] | None
     """Latents, on any device, to images in [0, 1]; None without a decoder."""
 
     @torch.no_grad()
