@@ -40,7 +40,8 @@ FILES_OF = {
     "engine": "pace settings trackers optim task ema health journal parallel checkpoints diagnosis "
     "run_folder loop",
     "objective": "settings flow losses rivals terms",
-    "interop": "foreign_latents released spaces diffusers_adapter diffusers_pipeline export",
+    "interop": "kinds foreign_latents released diffusers_models spaces any_tokenizer diffusers_adapter "
+    "diffusers_pipeline export",
     "sampling": "settings solvers guidance sampler sample_set arguments pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
