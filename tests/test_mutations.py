@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,16 @@ def test_there_are_many_and_they_differ() -> None:
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.label)
 def test_a_defect_can_be_planted(defect: Defect) -> None:
-    """The package still holds what the defect replaces, and its tests exist."""
+    """The package still holds what the defect replaces, and its tests and the words that choose them exist."""
     text = (ROOT / "src" / "openpae" / defect.file).read_text(encoding="utf-8")
     compile(defect.planted_in(text), defect.file, "exec")
     files = [part for part in defect.tests.split() if part.startswith("tests/")]
     assert files
     assert all((ROOT / file).is_file() for file in files)
+    texts = [(ROOT / file.partition("::")[0]).read_text(encoding="utf-8") for file in files]
+    words = re.findall(r"\w+", defect.tests.partition(" -k ")[2])
+    for word in set(words) - {"and", "or", "not"}:
+        assert any(word in text for text in texts), f"no test is called {word}"
 
 
 @pytest.fixture(scope="module")
