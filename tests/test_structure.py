@@ -30,7 +30,7 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape names extras signals processes children device draws provenance cards",
+    "runtime": "escape terminal names extras signals processes children device draws provenance cards",
     "storage": "pairs files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
@@ -51,7 +51,7 @@ FILES_OF = {
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
-    "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search "
+    "commands": "console pairs presets describe env data train sampler sample reconstruct interpolate search "
     "measure publish study bench plan demo",
     "demo": "inputs studio page",
 }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from openpae.commands.console import Device, GeneratorPath, Out, Progress, TokenizerPath, at_least_one, say
+from openpae.commands.console import Device, GeneratorPath, Out, Progress, TokenizerPath, at_least_one
 from openpae.commands.sampler import SamplerChoice, load_models
+from openpae.runtime.terminal import say
 from openpae.sampling.settings import FILES, Format
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def sample(
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     device: Device = "auto",
     overwrite: bool = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Draw images with a generator; write samples.npz (ADM layout), PNGs or tensors, and grid.png.
 
     An interrupted command resumes when it is run again. torchrun splits the work over processes; sample i
@@ -112,7 +113,7 @@ def sample(
             facts=models.facts,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
-            write_samples(
+            record = write_samples(
                 out,
                 samples,
                 models.tokenizer,
@@ -125,3 +126,4 @@ def sample(
         if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
             say(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
+    return record
