@@ -4,5 +4,5 @@
   `measure.METRIC_NAMES`; a name that is missing there is not reported. A metric that decodes is called where
   `measure_tokenizer` has a decoder.
 - `proxies` holds the metrics of other papers that predict generation.
-- `spaces` opens the latent spaces that can be measured.
+- `interop.spaces` opens the latent spaces that can be measured.
 """
