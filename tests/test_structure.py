@@ -40,11 +40,12 @@ FILES_OF = {
     "engine": "pace settings trackers optim task ema health journal parallel checkpoints diagnosis "
     "run_folder loop",
     "objective": "settings flow losses rivals terms",
-    "interop": "foreign_latents released diffusers_adapter diffusers_pipeline export",
+    "interop": "kinds foreign_latents released diffusers_models spaces any_tokenizer diffusers_adapter "
+    "diffusers_pipeline export",
     "sampling": "settings solvers guidance sampler sample_set arguments pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
-    "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
+    "geometry": "settings clusters metrics proxies interpolation measure profile_page profile",
     "train": "settings given targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations power once page rehearse run",
     "bench": "record noise generator tokenizer",

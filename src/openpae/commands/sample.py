@@ -83,12 +83,14 @@ def sample(
     depends on (seed, i) alone.
 
     Args:
-        tokenizer: the tokenizer that the generator was trained with; it decodes the latents.
+        tokenizer: the tokenizer that the generator was trained with; it decodes the latents. A folder,
+            diffusers:FOLDER or python:FILE.
         generator: a generator folder or a run folder of pae train-generator.
         out: folder for the samples.
         device: auto uses a GPU if there is one.
         overwrite: replace files of these names that this command did not make.
     """
+    from openpae.interop.kinds import home_of
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
     from openpae.sampling.sample_set import SampleSet, write_samples
@@ -118,7 +120,7 @@ def sample(
                 models.generator,
                 weak=models.weak,
                 progress=progress,
-                inputs=(tokenizer, generator, sampler.autoguidance),
+                inputs=(home_of(tokenizer), generator, sampler.autoguidance),
                 overwrite=overwrite,
             )
         if processes.is_rank0():
