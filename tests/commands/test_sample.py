@@ -371,3 +371,8 @@ def test_a_search_ends_in_a_preset_that_says_where_it_comes_from(
     record = record_of(tmp_path / "out")
     assert "the Frechet distance of" in str(record["tuned_on"])
     assert record["steps"] == 2
+
+
+def test_json_is_the_record(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("sample", pair.tokenizer, pair.generator, tmp_path / "out", "--count", "2", *QUICK, "--json")
+    assert json.loads(capsys.readouterr().out) == record_of(tmp_path / "out")

@@ -193,6 +193,18 @@ CASES: tuple[Case, ...] = (
         "generator makes latents of the tokenizer .*, but another-tokenizer is .*; decode with",
     ),
     model(
+        "a generator of a tokenizer of another kind",
+        nothing,
+        SAMPLE.replace(" tokenizer ", " encoder:random-tiny/8 "),
+        "generator makes latents of the tokenizer .*, but encoder:random-tiny/8 is encoder:.*; decode with",
+    ),
+    model(
+        "an unknown kind of tokenizer",
+        nothing,
+        SAMPLE.replace(" tokenizer ", " difusers:vae "),
+        "unknown kind of tokenizer 'difusers' in 'difusers:vae'; known: openpae, diffusers, encoder, targets",
+    ),
+    model(
         "a tokenizer where a generator is needed",
         nothing,
         SAMPLE.replace(" generator ", " tokenizer "),

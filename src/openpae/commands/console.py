@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from openpae import config as configs
-from openpae.runtime.escape import one_line
+from openpae.runtime.terminal import say
 
 T = TypeVar("T")
 
@@ -165,11 +165,6 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-
-
-def say(text: object) -> None:
-    """Print one line, escaped: file names may hold any character."""
-    print(one_line(text))
 
 
 def say_on_rank0(text: str) -> None:

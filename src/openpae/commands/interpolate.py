@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from openpae.commands.console import Device, Out, TokenizerPath, say
+from openpae.commands.console import Device, Out, TokenizerPath
 from openpae.commands.sampler import SamplerChoice, load_models
+from openpae.runtime.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor

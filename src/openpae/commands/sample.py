@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from openpae.commands.console import Device, GeneratorPath, Out, Progress, TokenizerPath, at_least_one, say
+from openpae.commands.console import Device, GeneratorPath, Out, Progress, TokenizerPath, at_least_one
 from openpae.commands.sampler import SamplerChoice, load_models
+from openpae.runtime.terminal import say
 from openpae.sampling.settings import FILES, Format
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from openpae.models.generator import LatentGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,32 +83,30 @@ def sample(
     sampler: tyro.conf.OmitArgPrefixes[SamplerChoice],
     device: Device = "auto",
     overwrite: bool = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Draw images with a generator; write samples.npz (ADM layout), PNGs or tensors, and grid.png.
 
     An interrupted command resumes when it is run again. torchrun splits the work over processes; sample i
     depends on (seed, i) alone.
 
     Args:
-        tokenizer: the tokenizer that the generator was trained with; it decodes the latents.
+        tokenizer: the tokenizer that the generator was trained with; it decodes the latents. A folder,
+            diffusers:FOLDER or python:FILE.
         generator: a generator folder or a run folder of pae train-generator.
         out: folder for the samples.
         device: auto uses a GPU if there is one.
         overwrite: replace files of these names that this command did not make.
     """
-    from openpae.data.classes import typed_labels
+    from openpae.interop.kinds import home_of
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
     from openpae.sampling.sample_set import SampleSet, write_samples
-    from openpae.storage.model_folder import seen_classes
 
     run.check()
     config = sampler.config()
     with processes.process_group(device):
         models = load_models(tokenizer, generator, sampler, device)
-        names, count = models.generator.class_names, models.generator.config.num_classes
-        chosen = None if run.classes is None else typed_labels(generator, run.classes, names, count)
-        labels, scheme = run.labels(seen_classes(generator, count, chosen), chosen)
+        labels, scheme = _labels(run, generator, models.generator)
         samples = SampleSet(
             labels=labels,
             scheme=scheme,
@@ -114,19 +116,29 @@ def sample(
             format=run.format,
             columns=run.columns,
             facts=models.facts,
-            class_names=names,
+            class_names=models.generator.class_names,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
-            write_samples(
+            record = write_samples(
                 out,
                 samples,
                 models.tokenizer,
                 models.generator,
                 weak=models.weak,
                 progress=progress,
-                inputs=(tokenizer, generator, sampler.autoguidance),
+                inputs=(home_of(tokenizer), generator, sampler.autoguidance),
                 overwrite=overwrite,
             )
         if processes.is_rank0():
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
             say(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
+    return record
+
+
+def _labels(run: SampleRun, folder: Path, generator: LatentGenerator) -> tuple[Tensor, str]:
+    from openpae.data.classes import typed_labels
+    from openpae.storage.model_folder import seen_classes
+
+    names, count = generator.class_names, generator.config.num_classes
+    chosen = None if run.classes is None else typed_labels(folder, run.classes, names, count)
+    return run.labels(seen_classes(folder, count, chosen), chosen)

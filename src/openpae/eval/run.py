@@ -15,12 +15,13 @@ from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.image_stream import ImageStream, npz_stream, real_images, sampled_images, stored_images
 from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.settings import EvaluationRun, SamplingOptions
+from openpae.interop.any_tokenizer import AnyTokenizer
+from openpae.interop.spaces import open_tokenizer
 from openpae.models.lpips_weights import load_perceptual
-from openpae.models.saved import load_tokenizer
 from openpae.runtime.processes import is_rank0
 from openpae.sampling.pipeline import SamplingModels
 from openpae.sampling.sampler import balanced_labels
-from openpae.storage.model_folder import identity_of, read_classes, trained_classes
+from openpae.storage.model_folder import read_classes, trained_classes
 
 
 def run_evaluation(
@@ -100,7 +101,7 @@ def _samples(run: EvaluationRun, options: SamplingOptions, device: torch.device)
             run.sample_count, trained_classes(run.generator, models.generator.config.num_classes)
         ),
         options.sampler,
-        size=models.tokenizer.config.image_shape,
+        size=models.image_shape,
         seed=run.seed,
         precision=options.precision,
         weak=models.weak,
@@ -111,13 +112,13 @@ def _samples(run: EvaluationRun, options: SamplingOptions, device: torch.device)
 def _reconstruction(
     reference: Path,
     run: EvaluationRun,
-    folder: Path,
+    given: Path,
     extractor: FeatureExtractor,
     device: torch.device,
     batch_size: int,
 ) -> dict[str, Any]:
-    tokenizer = load_tokenizer(folder).to(device)
-    size = height_width(run.size or tokenizer.config.image_shape)
+    tokenizer = AnyTokenizer(open_tokenizer(given, device), device)
+    size = height_width(run.size or tokenizer.space.image_size)
     if reference.is_dir():
         source = open_images(reference)
         rows = range(len(source) if run.count is None else min(run.count, len(source)))
@@ -126,7 +127,7 @@ def _reconstruction(
         images = npz_stream(reference, count=run.count)
         if images.size != size:
             raise ValueError(
-                f"{reference} holds images of {images.size[0]} x {images.size[1]} (H x W), but {folder} "
+                f"{reference} holds images of {images.size[0]} x {images.size[1]} (H x W), but {given} "
                 f"takes {size[0]} x {size[1]}; give the original images as a folder"
             )
     return evaluate_reconstruction(
@@ -136,5 +137,5 @@ def _reconstruction(
         lpips=load_perceptual(run.lpips, run.lpips_weights).to(device),
         batch_size=batch_size,
         min_samples=run.min_samples,
-        facts={"tokenizer": identity_of(folder).fingerprint, "lpips": f"lpips-{run.lpips}"},
+        facts={"tokenizer": tokenizer.identity, "lpips": f"lpips-{run.lpips}"},
     )

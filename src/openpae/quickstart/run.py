@@ -167,6 +167,7 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
     with clock.stage("render emoji"):
         shown = pack_pictures(out / "data" / "held-out", emojis, size=64, pictures=2, seed=seed + 1)
     tokenizer = pipeline.tokenizer
+    assert isinstance(tokenizer, Autoencoder)  # check_pair has refused other kinds
     with clock.stage("reconstruct"):
         stream = real_images(shown, 64, name="held-out emoji")
         record = {

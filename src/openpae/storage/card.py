@@ -159,6 +159,9 @@ def _usage(models: Mapping[str, _Facts], repo: str) -> list[str]:
     else:
         (facts,) = models.values()
         calls = [f'{facts.kind.name} = openpae.{facts.kind.loader}.from_pretrained("{repo}")']
+        kind, other, _ = facts.identity.made_with.partition(":")
+        if other:  # a tokenizer of another kind
+            calls += [f'pipeline = openpae.Pipeline.join("{markdown(kind)}:...", "{repo}")']
     return ["## How to load it", "", "```python", "import openpae", "", *calls, "```", ""]
 
 

@@ -28,14 +28,15 @@ from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
 from openpae.eval.image_stream import sampled_images
 from openpae.eval.reference import open_reference
+from openpae.interop.any_tokenizer import decoded_shape, open_decoder
 from openpae.models.configs import GeneratorConfig
 from openpae.models.ditdh import build_generator
-from openpae.models.saved import load_tokenizer, write_generator
+from openpae.models.saved import write_generator
 from openpae.objective.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.sampling.sampler import balanced_labels, sample_images
-from openpae.storage.model_folder import Parent, identity_of, write_parent
+from openpae.storage.model_folder import Parent, write_parent
 from openpae.train.given import names_from, start_from
 from openpae.train.settings import GeneratorRun
 
@@ -137,7 +138,7 @@ class GeneratorTask:
             self.model,
             balanced_labels(run.evaluation_samples, self._trained_classes()),
             run.sampler,
-            size=self.evaluator.tokenizer.config.image_shape,
+            size=self.evaluator.image_shape,
             facts={"labels": "class-balanced", "tokenizer": self._tokenizer_fingerprint},
         )
         record = evaluate_samples(
@@ -200,15 +201,11 @@ class _SampleEvaluator:
     def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_fingerprint: str) -> None:
         assert run.tokenizer is not None
         assert run.evaluation_images is not None  # GeneratorRun takes both or neither
-        if (given := identity_of(run.tokenizer).fingerprint) != tokenizer_fingerprint:
-            raise ValueError(
-                f"{run.tokenizer} is the tokenizer {given}, but the latents come from {tokenizer_fingerprint}"
-            )
-        self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
+        origin = (f"{run.latents} holds latents", tokenizer_fingerprint)
+        self.tokenizer, _ = open_decoder(run.tokenizer, origin, device)
+        self.image_shape = decoded_shape(self.tokenizer, run.model.latent_shape)
         self.extractor = load_extractor(run.extractor, run.extractor_weights, device)
-        self.reference = open_reference(
-            run.evaluation_images, self.extractor, size=self.tokenizer.config.image_shape
-        )
+        self.reference = open_reference(run.evaluation_images, self.extractor, size=self.image_shape)
 
 
 def train_generator(
