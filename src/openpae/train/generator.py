@@ -38,7 +38,7 @@ from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.storage.model_folder import Parent, write_parent
-from openpae.train.given import start_from
+from openpae.train.given import names_from, start_from
 from openpae.train.online import OnlineLatents
 from openpae.train.settings import GeneratorRun
 
@@ -57,7 +57,7 @@ class GeneratorTask:
 
     def __init__(self, run: GeneratorRun) -> None:
         self.run = run
-        self.device = pick_device(run.loop.device)
+        self.device = pick_device(run.loop.device, "loop.device")
         self.latents: Shards | OnlineLatents = (
             _open_latents(run.latents, run.model)
             if run.images is None
@@ -66,8 +66,9 @@ class GeneratorTask:
         self.held_out = (
             None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
         )
-        self.classes = _classes_of(self.latents)
-        """Names and image counts of the classes; None for latents without class names."""
+        self.classes = _classes_of(self.latents, run)
+        """Names and image counts of the classes; None for latents without class names, unless the run starts
+        from a generator that has them."""
         if self.held_out:
             self._check_held_out(self.held_out)
         self.run_dir: Path | None = None
@@ -244,12 +245,17 @@ def train_generator(
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet, operations=operations)
 
 
-def _classes_of(latents: Shards | OnlineLatents) -> tuple[list[str], list[int]] | None:
-    """Names and image counts of the classes; None for imported latents, whose classes have no names."""
+def _classes_of(
+    latents: Shards | OnlineLatents, run: GeneratorRun | None = None
+) -> tuple[list[str], list[int]] | None:
+    """Names and image counts of the classes of training latents (with `run`) or others; None if unknown."""
     names = latents.attributes.get("classes")
-    if names is None or latents.attributes.get("source") == "imported":
-        return None
-    return list(names), count_classes(names, latents.labels)
+    if latents.attributes.get("source") == "imported":  # their names are the numbers
+        names = None
+    if run is not None and run.init_from is not None:
+        largest = max(latents.labels, default=-1)
+        names = names_from(run.init_from, run.init_new, latents.folder, names, largest)
+    return None if names is None else (list(names), count_classes(names, latents.labels))
 
 
 def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:
