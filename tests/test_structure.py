@@ -30,7 +30,7 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape terminal names extras signals processes children device draws provenance cards",
+    "runtime": "escape names extras signals processes terminal children device draws provenance cards",
     "storage": "pairs files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "

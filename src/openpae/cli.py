@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 from openpae import __version__
 from openpae.commands.bench import bench
-from openpae.commands.console import parsed
+from openpae.commands.console import common_help, parsed
 from openpae.commands.data import info, pack
 from openpae.commands.demo import demo
 from openpae.commands.env import env
@@ -38,7 +39,7 @@ from openpae.runtime.signals import Stopped
 from openpae.runtime.terminal import output_mode, print_json
 
 _Result = Mapping[str, Any] | None
-_COMMON = ("--json", "--debug")
+_COMMON = ("--json", "--quiet", "--debug")
 """Options of all commands; `main` takes them."""
 
 _NO_MEMORY = (
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = _WarningLines()
     plain, warnings.formatwarning = warnings.formatwarning, lines.line
     try:
-        with output_mode(json=as_json):
+        with output_mode(json=as_json, quiet="--quiet" in common):
             result = COMMANDS[name](arguments[1:])
         if as_json and result is not None and os.environ.get("RANK", "0") == "0":
             print_json(result)
@@ -175,7 +176,14 @@ def _command(function: Callable[..., _Result]) -> Callable[[Sequence[str]], _Res
         def collect(*args: Any, **named: Any) -> tuple[Any, Any]:
             return args, named
 
-        args, named = parsed(collect, args=with_pairs(_name(function), argv), prog=f"pae {_name(function)}")
+        name = _name(function)
+        about = (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()
+        args, named = parsed(
+            collect,
+            args=with_pairs(name, argv),
+            prog=f"pae {name}",
+            description=f"{about}\n{common_help(with_json=name in _WITH_RESULT)}",
+        )
         return function(*args, **named)
 
     run.__doc__ = function.__doc__
@@ -206,6 +214,6 @@ def _overview() -> str:
     return (
         f"openpae {__version__}: prior-aligned autoencoders for latent diffusion\n\nusage: pae COMMAND "
         f"...\n\n{rows}\n\n"
-        "  pae COMMAND --help lists the options. --json prints the result as one JSON object\n"
-        f"  ({', '.join(_WITH_RESULT)}). --debug shows the traceback of an error."
+        "  pae COMMAND --help lists the options of a command.\n"
+        f"  {common_help(with_json=True)}"
     )

@@ -24,6 +24,7 @@ from openpae.commands.sample import SamplerChoice, SampleRun
 from openpae.models.configs import LightningDiTConfig
 from openpae.models.dit import LightningDiT
 from openpae.models.saved import write_generator
+from openpae.runtime.terminal import Progress
 from openpae.sampling.sampler import evaluations
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.model_folder import identity_of, write_classes
@@ -376,3 +377,33 @@ def test_a_search_ends_in_a_preset_that_says_where_it_comes_from(
 def test_json_is_the_record(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("sample", pair.tokenizer, pair.generator, tmp_path / "out", "--count", "2", *QUICK, "--json")
     assert json.loads(capsys.readouterr().out) == record_of(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:only 2 samples")
+def test_progress_off_a_terminal_is_lines_and_quiet_has_none(
+    pair: Pair, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    models = ["--tokenizer", pair.tokenizer, "--generator", pair.generator, "--sample-count", "2"]
+    for name, command in {
+        "sampling: 2 of 2": ["sample", *models[1:4:2], tmp_path / "{}", "--count", "3", *QUICK],
+        "measuring: 2 of 2": ["evaluate", image_folder, *models, "--extractor", "random", *QUICK, "--out",
+        tmp_path / "{}.json"],
+    }.items():  # fmt: skip
+        run(*(str(word).format("shown") for word in command))
+        shown = capsys.readouterr()
+        assert name in shown.err
+        assert not {"\r", "\x1b"} & set(shown.out + shown.err)
+        run(*(str(word).format("quiet") for word in command), "--quiet")
+        quiet = capsys.readouterr()
+        assert quiet.err == ""
+        assert quiet.out == shown.out.replace("shown", "quiet")
+
+
+def test_a_missing_device_is_named_by_its_option(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    message = fails(capsys, "sample", pair.tokenizer, pair.generator, tmp_path / "out", "--device", "mps")
+    assert message == "pae: error: --device is mps, but torch sees no Apple GPU; use auto or cpu\n"

@@ -1,4 +1,4 @@
-"""What the commands share: argument types, parsing, the progress bar and output."""
+"""What the commands share: argument types, parsing and output."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,14 +37,22 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         options: of `tyro.cli`.
 
     Raises:
-        ValueError: a config refuses a value, or an option is NaN or infinite.
+        ValueError: a config refuses a value, or an option is NaN, infinite or beyond 2^63.
         SystemExit: tyro has printed the help, or an argument that it cannot parse.
     """
     messages = io.StringIO()
+    # tyro asks standard output whether it is a terminal, and does not know NO_COLOR.
+    plain = bool(os.environ.get("NO_COLOR")) or not sys.stderr.isatty()
+    no_terminal = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8", write_through=True)
     try:
-        with contextlib.redirect_stderr(messages):
+        with (
+            contextlib.redirect_stderr(messages),
+            contextlib.redirect_stdout(no_terminal) if plain else contextlib.nullcontext(),
+        ):
             result: T = tyro.cli(target, **options)
     except SystemExit as stop:
+        no_terminal.seek(0)
+        sys.stdout.write(no_terminal.read())
         fault = stop.__context__
         while fault is not None:
             if isinstance(fault, ValueError) and _raised_by_openpae(fault):
@@ -52,22 +61,30 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         sys.stderr.write(messages.getvalue())
         raise
     if isinstance(result, tuple):  # arguments of a function; a config checks its own fields
-        _require_finite("", result)
+        _check_options("", result)
     return result
 
 
-def _require_finite(name: str, value: Any) -> None:
-    """Refuse NaN and infinity in options, however nested."""
+def common_help(*, with_json: bool) -> str:
+    """One line about the options of all commands, which `cli.main` takes."""
+    first = "--json prints the result as one JSON object. " if with_json else ""
+    return f"{first}--quiet shows no progress and no notes. --debug shows the traceback of an error."
+
+
+def _check_options(name: str, value: Any) -> None:
+    """Refuse NaN, infinity and integers beyond 2^63 in options, however nested."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"--{name.replace('_', '-')} must be below 2^63, got {len(str(abs(value)))} digits")
     if isinstance(value, dict):
         for key, item in value.items():
-            _require_finite(str(key), item)
+            _check_options(str(key), item)
     elif isinstance(value, tuple):
         for item in value:
-            _require_finite(name, item)
+            _check_options(name, item)
     elif dataclasses.is_dataclass(value):
-        _require_finite(name, vars(value))
+        _check_options(name, vars(value))
 
 
 def _raised_by_openpae(fault: BaseException) -> bool:
@@ -93,7 +110,7 @@ def run_of(
         if any(argument in ("-h", "--help") for argument in argv) and not paths:
             print(
                 f"usage: pae {command} CONFIG RUN_DIR [--field value ...]\n\n  with CONFIG, --help lists "
-                "the fields"
+                f"the fields\n\n  {common_help(with_json=False)}"
             )
             sys.exit(0)
         if not paths:
@@ -144,29 +161,6 @@ def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
     return rest, values[0] if values else None
 
 
-class Progress:
-    """A progress bar on rank 0, as a callable (done, total)."""
-
-    def __init__(self, label: str, unit: str) -> None:
-        from tqdm import tqdm
-
-        from openpae.runtime import processes
-
-        hidden = None if sys.stderr.isatty() and processes.is_rank0() else True
-        self.bar = tqdm(desc=label, unit=unit, disable=hidden, file=sys.stderr)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self.update
-
-    def update(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total`."""
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
 def say_on_rank0(text: str) -> None:
     """Print one line on rank 0 only."""
     from openpae.runtime import processes
@@ -189,7 +183,11 @@ def print_skipped(names: Sequence[str]) -> None:
         )
 
 
-_LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2**14, "latent_dim": 2**16}
+_LARGEST = {
+    **dict.fromkeys(("size", "width", "image_size", "patch_size"), 2**14),
+    "latent_dim": 2**16,
+    "workers": 2**10,
+}
 """Upper bounds of options. Larger values are mistakes that would take hours or all memory."""
 
 

@@ -8,13 +8,12 @@ from openpae.commands.console import (
     Folder,
     Images,
     Out,
-    Progress,
     at_least_one,
     print_classes,
     print_skipped,
     say_on_rank0,
 )
-from openpae.runtime.terminal import say
+from openpae.runtime.terminal import Progress, say
 
 
 def pack(

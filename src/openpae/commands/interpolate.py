@@ -9,6 +9,7 @@ import tyro
 
 from openpae.commands.console import Device, Out, TokenizerPath
 from openpae.commands.sampler import SamplerChoice, load_models
+from openpae.config import check_number
 from openpae.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def interpolate(
         device: auto uses a GPU if there is one.
         overwrite: replace a strip.png or frames that this command did not make.
     """
+    check_number("--frames", frames, "[2, 10000]")
     from openpae.data.pixels import image_grid, to_image
     from openpae.storage.files import atomic_file, atomic_folder
     from openpae.storage.outputs import check_claim, claim

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from openpae.commands.console import Device, Progress, ReferencePath, at_least_one
+from openpae.commands.console import Device, ReferencePath, at_least_one
 from openpae.commands.sampler import SamplerChoice
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.geometry.settings import ProfileRun
-from openpae.runtime.terminal import say
+from openpae.runtime.terminal import Progress, say
 
 
 def evaluate(
@@ -59,9 +59,14 @@ def evaluate(
         )
     elif sampler != SamplerChoice(batch_size=sampler.batch_size):
         raise ValueError("the sampler's options say how --generator draws; give it, or leave them out")
-    with processes.process_group(device):
+    with processes.process_group(device), Progress("measuring", "img") as progress:
         record = run_evaluation(
-            reference, run, pick_device(device), options=options, batch_size=sampler.batch_size
+            reference,
+            run,
+            pick_device(device),
+            options=options,
+            batch_size=sampler.batch_size,
+            progress=progress,
         )
         if not processes.is_rank0():
             return record

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from openpae import config as configs
-from openpae.commands.console import overridden, parsed
+from openpae.commands.console import common_help, overridden, parsed
 from openpae.plan.settings import PlanSettings
 from openpae.runtime.cards import CARDS
 from openpae.runtime.terminal import say
@@ -18,7 +18,9 @@ _USAGE = f"""usage: pae plan CONFIG [--gpus N] [--card CARD] [--parallel ddp|fsd
                 [--images N] [--field value ...]
 
   the fields are those of the config: pae train-... CONFIG --help lists them
-  cards: {", ".join(CARDS)}"""
+  cards: {", ".join(CARDS)}
+
+  {common_help(with_json=True)}"""
 
 
 def plan(argv: Sequence[str]) -> Mapping[str, Any]:

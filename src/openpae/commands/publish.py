@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from openpae.commands.console import Out, Progress
-from openpae.runtime.terminal import say
+from openpae.commands.console import Out
+from openpae.runtime.terminal import Progress, say
 
 Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
 Repo = Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from openpae.commands.console import Device, GeneratorPath, Out, Progress, TokenizerPath, at_least_one
+from openpae.commands.console import Device, GeneratorPath, Out, TokenizerPath, at_least_one
 from openpae.commands.sampler import SamplerChoice, load_models
-from openpae.runtime.terminal import say
+from openpae.runtime.terminal import Progress, say
 from openpae.sampling.settings import FILES, Format
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from openpae.commands.console import (
     Images,
     Out,
     Precision,
-    Progress,
     TokenizerPath,
     at_least_one,
     print_classes,
@@ -23,6 +22,7 @@ from openpae.commands.console import (
     take_option,
 )
 from openpae.models.configs import size_fields
+from openpae.runtime.terminal import Progress
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 

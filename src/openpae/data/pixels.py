@@ -30,7 +30,8 @@ def check_images(images: Tensor, name: str = "images") -> None:
     if not images.is_floating_point():
         raise ValueError(f"{name} must be float in [0, 1], got {images.dtype}; divide uint8 images by 255")
     low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # also true for NaN
+    _refuse_nan(low, name)
+    if not (low >= 0 and high <= 1):
         raise ValueError(
             f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; clamp a decoder's output, "
             f"map [-1, 1] by (x + 1) / 2, divide [0, 255] by 255"
@@ -92,9 +93,22 @@ def _drawable(name: str) -> str:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [0, 1] as a Pillow image."""
+    """Pixels (3, H, W) in [0, 1] as a Pillow image.
+
+    Raises:
+        ValueError: a pixel is NaN.
+    """
+    _refuse_nan(float(pixels.min()), "pixels")
     levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def _refuse_nan(lowest: float, name: str) -> None:
+    """Raise ValueError if the lowest value is NaN: as a uint8 it would be a colour."""
+    if math.isnan(lowest):
+        raise ValueError(
+            f"{name} hold NaN; look at the weights of the model, and at guidance and shift of the sampler"
+        )
 
 
 def pca_pictures(z: Tensor, size: int) -> Tensor:

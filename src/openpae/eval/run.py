@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from openpae.data.crops import height_width
 from openpae.data.images import open_images
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
-from openpae.eval.image_stream import ImageStream, npz_stream, real_images, sampled_images, stored_images
+from openpae.eval.image_stream import (
+    ImageStream,
+    counted,
+    npz_stream,
+    real_images,
+    sampled_images,
+    stored_images,
+)
 from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.interop.any_tokenizer import AnyTokenizer
@@ -31,6 +39,7 @@ def run_evaluation(
     *,
     options: SamplingOptions | None = None,
     batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate and return the record; None if only a reference was made.
 
@@ -43,6 +52,7 @@ def run_evaluation(
         device: device of all networks.
         options: how to sample; None takes the defaults. Only with a generator.
         batch_size: images per forward pass and process. It changes rounding only.
+        progress: called with (done, all) images of the reference, then of what is measured.
 
     Raises:
         FileNotFoundError, ValueError: a path does not exist, or something does not fit.
@@ -55,18 +65,22 @@ def run_evaluation(
         raise ValueError("options are for sampling from generator, which is missing")
     extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
-        return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size)
+        return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size, progress)
     if run.generator is not None:
         check_reference(reference, run.generator)
     samples = _samples(run, options or SamplingOptions(), device)
     size = run.size if run.size is not None or samples is None else samples.size
-    known = open_reference(reference, extractor, size=size, batch_size=batch_size)
+    known = open_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
     if run.save_reference is not None and is_rank0():
         save_reference(known, run.save_reference)
     if samples is None:
         return None
     return evaluate_samples(
-        samples, known, extractor=extractor, batch_size=batch_size, min_samples=run.min_samples
+        counted(samples, progress),
+        known,
+        extractor=extractor,
+        batch_size=batch_size,
+        min_samples=run.min_samples,
     )
 
 
@@ -116,6 +130,7 @@ def _reconstruction(
     extractor: FeatureExtractor,
     device: torch.device,
     batch_size: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     tokenizer = AnyTokenizer(open_tokenizer(given, device), device)
     size = height_width(run.size or tokenizer.space.image_size)
@@ -132,7 +147,7 @@ def _reconstruction(
             )
     return evaluate_reconstruction(
         tokenizer,
-        images,
+        counted(images, progress),
         extractor=extractor,
         lpips=load_perceptual(run.lpips, run.lpips_weights).to(device),
         batch_size=batch_size,

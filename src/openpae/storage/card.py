@@ -12,8 +12,8 @@ import yaml
 from safetensors import safe_open
 
 from openpae import config as configs
-from openpae.runtime.escape import markdown
-from openpae.storage.files import read_json
+from openpae.runtime.escape import code, markdown
+from openpae.storage.files import is_number, read_json
 from openpae.storage.model_folder import (
     CONFIG,
     RECORD,
@@ -115,8 +115,9 @@ def is_record(record: Mapping[str, Any]) -> bool:
     metrics = record.get("metrics")
     return isinstance(metrics, Mapping) and all(
         isinstance(metric, Mapping)
-        and isinstance(metric.get("value"), int | float)
-        and isinstance(metric.get("stderr"), int | float | None)
+        # Infinite is the PSNR of an exact copy.
+        and (is_number(value := metric.get("value")) or value == math.inf)
+        and (metric.get("stderr") is None or is_number(metric["stderr"]))
         for metric in metrics.values()
     )
 
@@ -127,8 +128,8 @@ def _about(facts: _Facts) -> list[str]:
         f"{facts.kind.name.capitalize()}: {facts.kind.summary} ([PAE]({PAPER})), {facts.weights:,} weights.",
         "",
         *(f"- {markdown(key)}: {markdown(_short(value))}" for key, value in facts.config.items()),
-        f"- fingerprint: `{markdown(home.fingerprint)}`, made with the {facts.kind.made_with} "
-        f"`{markdown(home.made_with)}`",
+        f"- fingerprint: {code(home.fingerprint)}, made with the {facts.kind.made_with} "
+        f"{code(home.made_with)}",
         *_origin(facts.parent),
         *_classes(facts.names),
         "",
@@ -138,9 +139,9 @@ def _about(facts: _Facts) -> list[str]:
 def _origin(parent: Parent | None) -> list[str]:
     if parent is None:
         return []
-    given, part = markdown(parent.fingerprint), markdown(parent.trained)
+    given, part = code(parent.fingerprint), markdown(parent.trained)
     new = f"; new weights at the start: {markdown(', '.join(parent.new))}" if parent.new else ""
-    return [f"- trained from the weights of `{given}`, part {part}{new}"]
+    return [f"- trained from the weights of {given}, part {part}{new}"]
 
 
 def _classes(names: list[str]) -> list[str]:
@@ -170,7 +171,7 @@ def _metrics(facts: _Facts) -> list[str]:
         return []
     rows = []
     for name, metric in facts.record["metrics"].items():
-        error = "" if metric["stderr"] is None else f"{metric['stderr']:.2g}"
+        error = "" if metric.get("stderr") is None else f"{metric['stderr']:.2g}"
         rows.append(f"| {markdown(name)} | {metric['value']:.5g} | {error} |")
     return [
         *(f"## Metrics of the {facts.kind.name}", ""),

@@ -32,6 +32,7 @@ from openpae.storage.model_folder import (
     WEIGHTS,
     model_folder,
     new_model_folder,
+    read_classes,
     read_model,
     write_classes,
     write_model,
@@ -259,6 +260,8 @@ def _copy(source: Path, target: Path) -> None:
             if (place / name).is_file() and (name == RECORD or place == path):
                 if (place / name).is_symlink():  # it may point to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
+                if name == CLASSES:
+                    read_classes(place)
                 if name in (ENCODER, PARENT, RECORD):
                     content = read_json(place / name)
                     if name == RECORD and not is_record(content):

@@ -53,7 +53,7 @@ class GeneratorTask:
 
     def __init__(self, run: GeneratorRun) -> None:
         self.run = run
-        self.device = pick_device(run.loop.device)
+        self.device = pick_device(run.loop.device, "loop.device")
         self.latents = _open_latents(run.latents, run.model)
         self.held_out = (
             None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from openpae.models.encoders import Encoder
 from openpae.models.saved import load_tokenizer
 from openpae.models.tokenizer import Autoencoder
 from openpae.runtime import processes
+from openpae.runtime.terminal import note
 from openpae.storage.model_folder import CONFIG, Parent, model_folder, read_classes, read_model
 from openpae.storage.weights import some
 from openpae.train.settings import TrainedPart
@@ -66,7 +66,7 @@ def start_from(
     started = tuple(name for name in own if _covers(new, name))
     if processes.is_rank0():
         rest = f"; new weights for {', '.join(new)} ({len(started)} tensors)" if new else ""
-        print(f"starts from {path}, fingerprint {identity.fingerprint}{rest}", file=sys.stderr)
+        note(f"starts from {path}, fingerprint {identity.fingerprint}{rest}")
     return Parent(fingerprint=identity.fingerprint, new=started), identity.made_with
 
 

@@ -96,7 +96,7 @@ class TokenizerTask:
         self, run: TokenizerRun, encoder: Encoder | None = None, progress: Progress | None = None
     ) -> None:
         self.run = run
-        self.device = pick_device(run.loop.device)
+        self.device = pick_device(run.loop.device, "loop.device")
         source, self.held_out = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"
