@@ -101,7 +101,10 @@ def test_every_command_line_parses(line: str, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(run, "run_quickstart", lambda *_, **__: run.Outcome(report=Path("report.html")))
         cli.main(arguments)
         return
-    if arguments[0] == "presets" or arguments[:2] == ["sample", "openmoji"]:  # they need no file of the user
+    if arguments[0] in ("presets", "env") or arguments[:2] == [
+        "sample",
+        "openmoji",
+    ]:  # they need no file of the user
         cli.main([*arguments, *(["--count", "1", "--steps", "1"] if arguments[0] == "sample" else [])])
         return
     with pytest.raises((FileNotFoundError, SystemExit)) as stop:

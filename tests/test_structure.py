@@ -30,27 +30,28 @@ FLOORS = [
 ]
 # Inside a room, a file may import only files that stand before it. A new file must be given its place here.
 FILES_OF = {
-    "runtime": "escape names extras signals processes children device draws provenance cards",
+    "runtime": "escape names extras signals processes terminal children device draws provenance cards",
     "storage": "pairs files outputs weights registry assets model_folder card hub",
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
     "images packing caches openmoji training label_maps scenes",
     "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
     "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
-    "engine": "pace trackers settings optim task ema health journal parallel checkpoints diagnosis "
+    "engine": "pace settings trackers optim task ema health journal parallel checkpoints diagnosis "
     "run_folder loop",
     "objective": "settings flow losses rivals terms",
-    "interop": "foreign_latents released diffusers_adapter export",
+    "interop": "kinds foreign_latents released diffusers_models spaces any_tokenizer diffusers_adapter "
+    "diffusers_pipeline export",
     "sampling": "settings solvers guidance sampler sample_set arguments pipeline interpolation",
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
-    "geometry": "settings clusters metrics proxies interpolation spaces measure profile_page profile",
+    "geometry": "settings clusters metrics proxies interpolation measure profile_page profile",
     "train": "settings given targets refiner tokenizer generator",
     "study": "settings shared stage plan work verdicts table correlations power once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
-    "commands": "console pairs presets describe data train sampler sample reconstruct interpolate search "
+    "commands": "console pairs presets describe env data train sampler sample reconstruct interpolate search "
     "measure publish study bench plan demo",
     "demo": "inputs studio page",
 }

@@ -1,6 +1,6 @@
 """Train the pretrained release and write it: OpenMoji tokenizer and generator, card, metrics, pictures.
 
-An interrupted call goes on. The presets need some thirty hours of one core. The shipped pair is of the
+An interrupted call goes on. The presets need some eight hours of one core. The shipped pair is of the
 presets refiner, tokenizer and generator/openmoji, three pictures of each emoji, two and a half hours.
 
     python tools/make_pretrained.py --work runs/openmoji --out pretrained/openmoji --pictures docs

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import math
+import os
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from openpae import __version__
 from openpae.commands.bench import bench
-from openpae.commands.console import parsed
+from openpae.commands.console import common_help, parsed
 from openpae.commands.data import info, pack
 from openpae.commands.demo import demo
+from openpae.commands.env import env
 from openpae.commands.interpolate import interpolate
 from openpae.commands.measure import evaluate, profile
 from openpae.commands.pairs import with_pairs
@@ -33,6 +36,11 @@ from openpae.runtime.escape import one_line
 from openpae.runtime.extras import MissingExtra
 from openpae.runtime.names import did_you_mean
 from openpae.runtime.signals import Stopped
+from openpae.runtime.terminal import output_mode, print_json
+
+_Result = Mapping[str, Any] | None
+_COMMON = ("--json", "--quiet", "--debug")
+"""Options of all commands; `main` takes them."""
 
 _NO_MEMORY = (
     "out of memory",
@@ -50,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     143 after a signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    common = {option for option in _COMMON if option in arguments}
+    debug = "--debug" in common
+    arguments = [argument for argument in arguments if argument not in common]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_overview())
@@ -62,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         sys.exit(_fail(f"unknown command {name!r}; {hint + ' ' if hint else ''}known: {', '.join(COMMANDS)}"))
+    as_json = "--json" in common
+    if as_json and name not in _WITH_RESULT:
+        sys.exit(_fail(f"pae {name} has no --json; these commands have it: {', '.join(_WITH_RESULT)}"))
 
     if isinstance(
         sys.stdout, io.TextIOWrapper
@@ -70,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = _WarningLines()
     plain, warnings.formatwarning = warnings.formatwarning, lines.line
     try:
-        COMMANDS[name](arguments[1:])
+        with output_mode(json=as_json, quiet="--quiet" in common):
+            result = COMMANDS[name](arguments[1:])
+        if as_json and result is not None and os.environ.get("RANK", "0") == "0":
+            print_json(result)
     except Stopped as stop:
         print(f"pae: {one_line(stop)}", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -155,31 +170,40 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _command(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
-    def run(argv: Sequence[str]) -> None:
+def _command(function: Callable[..., _Result]) -> Callable[[Sequence[str]], _Result]:
+    def run(argv: Sequence[str]) -> _Result:
         @functools.wraps(function)
         def collect(*args: Any, **named: Any) -> tuple[Any, Any]:
             return args, named
 
-        args, named = parsed(collect, args=with_pairs(_name(function), argv), prog=f"pae {_name(function)}")
-        function(*args, **named)
+        name = _name(function)
+        about = (inspect.getdoc(function) or "").partition("\nArgs:")[0].strip()
+        args, named = parsed(
+            collect,
+            args=with_pairs(name, argv),
+            prog=f"pae {name}",
+            description=f"{about}\n{common_help(with_json=name in _WITH_RESULT)}",
+        )
+        return function(*args, **named)
 
     run.__doc__ = function.__doc__
     return run
 
 
-def _name(function: Callable[..., None]) -> str:
+def _name(function: Callable[..., Any]) -> str:
     return function.__name__.replace("_", "-")
 
 
 _WITH_CONFIG = (plan, train_refiner, train_tokenizer, train_generator)
 """Commands that parse their arguments themselves: the fields of a config are their flags."""
-_FUNCTIONS: tuple[Callable[..., None], ...] = (
+_FUNCTIONS: tuple[Callable[..., _Result], ...] = (
     *(quickstart, pack, plan, train_refiner, fit_targets, train_tokenizer, cache_latents, train_generator),
     *(sample, search_guidance, interpolate, reconstruct, evaluate, profile, study, demo),
-    *(import_official, export, push, info, presets, bench),
+    *(import_official, export, push, info, presets, bench, env),
 )
 COMMANDS = {_name(each): each if each in _WITH_CONFIG else _command(each) for each in _FUNCTIONS}
+_WITH_RESULT = ("plan", "sample", "evaluate", "profile", "info", "bench", "env")
+"""Commands with --json: they return their result."""
 
 
 def _overview() -> str:
@@ -190,5 +214,6 @@ def _overview() -> str:
     return (
         f"openpae {__version__}: prior-aligned autoencoders for latent diffusion\n\nusage: pae COMMAND "
         f"...\n\n{rows}\n\n"
-        "  pae COMMAND --help lists the options; --debug shows the traceback of an error"
+        "  pae COMMAND --help lists the options of a command.\n"
+        f"  {common_help(with_json=True)}"
     )

@@ -173,12 +173,15 @@ def run(*arguments: str | Path) -> None:
 def test_the_command_writes_prints_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = iter((10.0, 15.0))
+    rates = iter((10.0, 15.0, 20.0))
     monkeypatch.setattr(tokenizer, "bench_tokenizer", lambda: record.Measured(figures={"rate": next(rates)}))
     run("bench", "tokenizer", "--out", tmp_path / "first.json")
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "first.json").read_text())
     run("bench", "tokenizer", "--compare", tmp_path / "first.json")
     assert capsys.readouterr().out.splitlines()[-1].split() == ["rate", "15", "10", "1.500"]
+    run("bench", "tokenizer", "--compare", tmp_path / "first.json", "--json")
+    (figure,) = json.loads(capsys.readouterr().out)["comparison"]
+    assert (figure["name"], figure["value"], figure["other"]) == ("rate", 20.0, 10.0)
 
 
 def test_a_record_of_another_bench_is_refused_before_anything_is_measured(

@@ -181,3 +181,18 @@ def test_export_says_how_close_the_graphs_are(
     main(["export", str(tokenizer_folder), str(tmp_path / "out"), "--format", "onnx", "--tolerance", "1e-3"])
     assert seen == [("PAE", tmp_path / "out", "onnx", 1e-3)]
     assert "encode: differs from the model by at most 1.5e-06" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_pair_is_exported_as_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both or none: an old folder stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    main(["export", "openmoji", "graphs"])
+    files = {str(file.relative_to("graphs")) for file in Path("graphs").rglob("*") if file.is_file()}
+    assert files == {
+        *("tokenizer/decode.pt2", "tokenizer/encode.pt2", "tokenizer/export.json"),
+        *("generator/velocity.pt2", "generator/export.json"),
+    }
+    with pytest.raises(SystemExit):
+        main(["export", "openmoji", "graphs"])
+    assert len(files) == len([file for file in Path("graphs").rglob("*") if file.is_file()])

@@ -14,8 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from openpae.engine.journal import Journal, read_log
-from openpae.engine.settings import LoopConfig
-from openpae.engine.trackers import TrackerName, open_trackers
+from openpae.engine.settings import LoopConfig, TrackerName
+from openpae.engine.trackers import open_trackers
 from openpae.runtime.extras import MissingExtra
 from tests.engine.runs import LOOP, OPTIM, Tiny, fit
 

@@ -18,7 +18,7 @@ from openpae.eval.image_stream import real_images, sampled_images, tensor_images
 from openpae.eval.reference import Reference, open_reference, save_reference
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import pae_space
+from openpae.interop.spaces import pae_space
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.tokenizer import PAE
@@ -238,7 +238,7 @@ def test_training_refuses_to_evaluate_with_another_tokenizer(
         tokenizer=tmp_path,
         evaluation_images=packed.shards.folder,
     )
-    with pytest.raises(ValueError, match="but the latents come from"):
+    with pytest.raises(ValueError, match=r"latents holds latents of the tokenizer .*, but .* is "):
         GeneratorTask(run).evaluate(0)
 
 

@@ -26,7 +26,7 @@ from openpae.geometry.metrics import (
 )
 from openpae.geometry.profile import run_profile
 from openpae.geometry.settings import MeasureConfig, ProfileRun
-from openpae.geometry.spaces import LatentSpace
+from openpae.interop.spaces import LatentSpace
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.storage.files import read_json

@@ -29,7 +29,7 @@ from openpae.geometry.proxies import (
     velocity_irreducible_variance,
 )
 from openpae.geometry.settings import MeasureConfig, ProfileRun
-from openpae.geometry.spaces import open_tokenizer
+from openpae.interop.spaces import open_tokenizer
 from openpae.models.lpips import LPIPS
 from openpae.models.saved import load_tokenizer
 

@@ -13,7 +13,7 @@ from openpae.data.label_maps import Segmented
 from openpae.geometry import profile_page
 from openpae.geometry.measure import Measured
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import LatentSpace
+from openpae.interop.spaces import LatentSpace
 
 RADII = (-2, -1, -0.5, -0.1, 0, 0.1, 0.5, 1, 2)
 """rho of LPC's moves (Eq. 10), in the order of the strip."""

@@ -18,7 +18,7 @@ from openpae.data.label_maps import read_segmented
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.metrics import majority_labels, spatial_structure_consistency
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import LatentSpace
+from openpae.interop.spaces import LatentSpace
 
 pytestmark = pytest.mark.filterwarnings("ignore:eRank of")
 VOID = 9

@@ -12,6 +12,11 @@ import torch
 
 from openpae import config as configs
 from openpae.data.images import PackedImages
+from openpae.eval.evaluate import evaluate_samples
+from openpae.eval.extractors import load_extractor
+from openpae.eval.features import features_of
+from openpae.eval.image_stream import tensor_images
+from openpae.eval.reference import reference_of
 from openpae.models.tokenizer import PAE
 from openpae.quickstart import plans
 from openpae.quickstart.page import Result, metrics_table, quickstart_report
@@ -87,3 +92,18 @@ def test_the_table_has_each_metric_once_beside_its_baseline() -> None:
 def test_what_was_not_measured_is_not_in_the_table() -> None:
     _, rows = metrics_table({"reconstruction": {"metrics": {"psnr": metric(17.25)}}})
     assert [row[:3] for row in rows] == [("reconstructions", "PSNR ↑", "17.25")]
+
+
+def test_every_metric_of_an_evaluation_has_a_title_and_a_meaning() -> None:
+    """Titles are words for readers, not names of fields."""
+    draws = torch.Generator().manual_seed(0)
+    real, samples = torch.rand(2, 8, 3, 32, 32, generator=draws)
+    extractor = load_extractor("random")
+    reference = reference_of(features_of(tensor_images(real), extractor), "eight images")
+    metrics = evaluate_samples(tensor_images(samples), reference, extractor=extractor, min_samples=2)[
+        "metrics"
+    ]
+    assert {"frechet", "frechet_floor", "frechet_ratio", "kid"} <= metrics.keys()
+    _, rows = metrics_table({"samples": {"metrics": metrics}})
+    for name, row in zip(metrics, rows, strict=True):
+        assert row[1] != name or row[3], row

@@ -77,9 +77,9 @@ def _diffusers() -> object:
 
 
 def _space() -> object:
-    from openpae.geometry.spaces import _load_diffusers
+    from openpae.interop.diffusers_models import load_diffusers
 
-    return _load_diffusers("owner/name")
+    return load_diffusers("owner/name")
 
 
 def _onnx() -> object:

@@ -24,7 +24,7 @@ from openpae.eval.image_stream import real_images
 from openpae.eval.reference import read_reference
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import open_tokenizer
+from openpae.interop.spaces import open_tokenizer
 from openpae.models.lpips_weights import load_perceptual
 from openpae.models.saved import load_generator, load_tokenizer
 from openpae.sampling.sampler import balanced_labels, sample_images

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from openpae.commands.console import Precision, at_least_one
+from openpae.runtime.terminal import say
 
 if TYPE_CHECKING:
     from openpae.bench.record import Comparison
@@ -28,7 +30,7 @@ def bench(
     compile: bool = False,
     checkpoint_blocks: int | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Measure the speed of the generator or the tokenizer on this machine; optionally compare two records.
 
     Args:
@@ -70,17 +72,22 @@ def bench(
     other = None if compare is None else record.read_record(compare, part)
     measured = generator.bench_generator(**given) if part == "generator" else tokenizer.bench_tokenizer()
     own = record.record(part, measured)
-    print(json.dumps(own, indent=1))
+    for line in json.dumps(own, indent=1).splitlines():
+        say(line)
     if out is not None:
         write_json(out, own)
-    if other is not None:
-        _print_comparison(*record.compare(own, other))
+    if other is None:
+        return own
+    figures, different = record.compare(own, other)
+    _print_comparison(figures, different)
+    return {**own, "comparison": [dataclasses.asdict(one) for one in figures], "different": list(different)}
 
 
 def _print_comparison(figures: Sequence[Comparison], different: Sequence[str]) -> None:
-    print(f"\n{'figure':44} {'this':>14} {'other':>14} {'ratio':>8}")
+    say()
+    say(f"{'figure':44} {'this':>14} {'other':>14} {'ratio':>8}")
     for figure in figures:
         ratio = "-" if figure.ratio is None else f"{figure.ratio:.3f}"
-        print(f"{figure.name:44} {figure.value:14.6g} {figure.other:14.6g} {ratio:>8}")
+        say(f"{figure.name:44} {figure.value:14.6g} {figure.other:14.6g} {ratio:>8}")
     for line in different:
-        print(f"different: {line}")
+        say(f"different: {line}")

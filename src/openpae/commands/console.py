@@ -1,4 +1,4 @@
-"""What the commands share: argument types, parsing, the progress bar and output."""
+"""What the commands share: argument types, parsing and output."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from openpae import config as configs
-from openpae.runtime.escape import one_line
+from openpae.runtime.terminal import say
 
 T = TypeVar("T")
 
@@ -40,10 +41,18 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         SystemExit: tyro has printed the help, or an argument that it cannot parse.
     """
     messages = io.StringIO()
+    # tyro asks standard output whether it is a terminal, and does not know NO_COLOR.
+    plain = bool(os.environ.get("NO_COLOR")) or not sys.stderr.isatty()
+    no_terminal = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8", write_through=True)
     try:
-        with contextlib.redirect_stderr(messages):
+        with (
+            contextlib.redirect_stderr(messages),
+            contextlib.redirect_stdout(no_terminal) if plain else contextlib.nullcontext(),
+        ):
             result: T = tyro.cli(target, **options)
     except SystemExit as stop:
+        no_terminal.seek(0)
+        sys.stdout.write(no_terminal.read())
         fault = stop.__context__
         while fault is not None:
             if isinstance(fault, ValueError) and _raised_by_openpae(fault):
@@ -54,6 +63,12 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
     if isinstance(result, tuple):  # arguments of a function; a config checks its own fields
         _check_options("", result)
     return result
+
+
+def common_help(*, with_json: bool) -> str:
+    """One line about the options of all commands, which `cli.main` takes."""
+    first = "--json prints the result as one JSON object. " if with_json else ""
+    return f"{first}--quiet shows no progress and no notes. --debug shows the traceback of an error."
 
 
 def _check_options(name: str, value: Any) -> None:
@@ -95,7 +110,7 @@ def run_of(
         if any(argument in ("-h", "--help") for argument in argv) and not paths:
             print(
                 f"usage: pae {command} CONFIG RUN_DIR [--field value ...]\n\n  with CONFIG, --help lists "
-                "the fields"
+                f"the fields\n\n  {common_help(with_json=False)}"
             )
             sys.exit(0)
         if not paths:
@@ -144,34 +159,6 @@ def take_option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
     if len(values) > 1:
         raise ValueError(f"{name} is given twice: {', '.join(values)}")
     return rest, values[0] if values else None
-
-
-class Progress:
-    """A progress bar on rank 0, as a callable (done, total)."""
-
-    def __init__(self, label: str, unit: str) -> None:
-        from tqdm import tqdm
-
-        from openpae.runtime import processes
-
-        hidden = None if sys.stderr.isatty() and processes.is_rank0() else True
-        self.bar = tqdm(desc=label, unit=unit, disable=hidden, file=sys.stderr)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self.update
-
-    def update(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total`."""
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
-def say(text: object) -> None:
-    """Print one line, escaped: file names may hold any character."""
-    print(one_line(text))
 
 
 def say_on_rank0(text: str) -> None:

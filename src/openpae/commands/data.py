@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from openpae.commands.console import (
     Folder,
     Images,
     Out,
-    Progress,
     at_least_one,
     print_classes,
     print_skipped,
-    say,
     say_on_rank0,
 )
+from openpae.runtime.terminal import Progress, say
 
 
 def pack(
@@ -52,7 +53,7 @@ def pack(
         print_skipped(packed.shards.index["skipped"])
 
 
-def info(folder: Folder, /, verify: bool = False) -> None:
+def info(folder: Folder, /, verify: bool = False) -> Mapping[str, str]:
     """Print what a folder or file is: a run, a model, a cache, packed images or images of any form.
 
     Args:
@@ -61,5 +62,7 @@ def info(folder: Folder, /, verify: bool = False) -> None:
     """
     from openpae.commands.describe import describe
 
-    for name, value in describe(folder, verify=verify).items():
+    facts = describe(folder, verify=verify)
+    for name, value in facts.items():
         say(f"{name:16} {value}")
+    return facts

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from openpae.commands.console import Device, Progress, ReferencePath, at_least_one, say
+from openpae.commands.console import Device, ReferencePath, at_least_one
 from openpae.commands.sampler import SamplerChoice
 from openpae.eval.settings import EvaluationRun, SamplingOptions
 from openpae.geometry.settings import ProfileRun
+from openpae.runtime.terminal import Progress, say
 
 
 def evaluate(
@@ -22,7 +23,7 @@ def evaluate(
     out: Path | None = None,
     device: Device = "auto",
     overwrite: bool = False,
-) -> None:
+) -> Mapping[str, Any] | None:
     """Measure reconstructions of a tokenizer, stored samples, or samples of a generator, against real images.
 
     torchrun splits the work over processes; the numbers are the same.
@@ -58,20 +59,26 @@ def evaluate(
         )
     elif sampler != SamplerChoice(batch_size=sampler.batch_size):
         raise ValueError("the sampler's options say how --generator draws; give it, or leave them out")
-    with processes.process_group(device):
+    with processes.process_group(device), Progress("measuring", "img") as progress:
         record = run_evaluation(
-            reference, run, pick_device(device), options=options, batch_size=sampler.batch_size
+            reference,
+            run,
+            pick_device(device),
+            options=options,
+            batch_size=sampler.batch_size,
+            progress=progress,
         )
         if not processes.is_rank0():
-            return
+            return record
     if run.save_reference is not None:
         say(f"reference in {run.save_reference}")
     if record is None:
-        return
+        return {"reference": str(run.save_reference)}
     _print_metrics(record)
     assert record_file is not None  # a record exists only where something was measured
     write_json(record_file, record)
     say(f"record in {record_file}")
+    return record
 
 
 def _print_metrics(record: Mapping[str, Any]) -> None:
@@ -88,7 +95,7 @@ def profile(
     run: tyro.conf.OmitArgPrefixes[ProfileRun],
     device: Device = "auto",
     overwrite: bool = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank and proxies), and compare them in
     profile.html.
 
@@ -103,6 +110,7 @@ def profile(
     """
     from openpae.geometry.profile import run_profile
     from openpae.runtime.device import pick_device
+    from openpae.storage.files import read_json
 
     with Progress("measuring", "img") as progress:
         profiles = run_profile(
@@ -114,3 +122,4 @@ def profile(
             say(f"  {estimate}")
         for name, reason in one.undefined.items():
             say(f"  {name} not defined: {reason}")
+    return read_json(run.out / "profile.json")

@@ -34,7 +34,7 @@ def with_pairs(command: str, argv: Sequence[str]) -> list[str]:
             arguments[i] = arguments[i] if pair is None else str(pair / "tokenizer")
     elif command == "evaluate":
         arguments = _options(arguments)
-    elif command in ("info", "push", "demo") and arguments and (pair := find_pair(arguments[0])):
+    elif command in ("info", "push", "demo", "export") and arguments and (pair := find_pair(arguments[0])):
         arguments[0] = str(pair)
     return arguments
 

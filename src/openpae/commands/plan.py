@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from openpae import config as configs
-from openpae.commands.console import overridden, parsed
+from openpae.commands.console import common_help, overridden, parsed
 from openpae.plan.settings import PlanSettings
 from openpae.runtime.cards import CARDS
+from openpae.runtime.terminal import say
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 _RUNS: list[type[Any]] = [RefinerRun, TokenizerRun, GeneratorRun]
 _USAGE = f"""usage: pae plan CONFIG [--gpus N] [--card CARD] [--parallel ddp|fsdp] [--utilisation SHARE]
-                [--images N] [--json] [--field value ...]
+                [--images N] [--field value ...]
 
   the fields are those of the config: pae train-... CONFIG --help lists them
-  cards: {", ".join(CARDS)}"""
+  cards: {", ".join(CARDS)}
+
+  {common_help(with_json=True)}"""
 
 
-def plan(argv: Sequence[str]) -> None:
+def plan(argv: Sequence[str]) -> Mapping[str, Any]:
     """Print what a training run needs: memory, device batch, time, disk. It needs no GPU and no data.
 
     It runs two steps of the training with fake tensors, which have shapes and no values. A step that reads a
@@ -32,16 +34,13 @@ def plan(argv: Sequence[str]) -> None:
         sys.exit(0)
     if not argv or argv[0].startswith("-"):
         raise ValueError("pae plan needs CONFIG: pae plan CONFIG [--gpus N] [--card CARD]")
-    arguments = [argument for argument in argv[1:] if argument != "--json"]
     parse: Any = parsed  # with return_unknown_args it returns a pair
-    settings, rest = parse(PlanSettings, args=arguments, return_unknown_args=True)
+    settings, rest = parse(PlanSettings, args=list(argv[1:]), return_unknown_args=True)
     run = overridden(configs.load_one_of(_RUNS, argv[0]), rest, f"pae plan {argv[0]}")
     from openpae.plan.estimate import plan_data, plan_run
     from openpae.plan.text import lines
 
     planned = plan_run(run, settings)
-    if len(arguments) < len(argv) - 1:
-        json.dump(plan_data(planned), sys.stdout, indent=1)
-        print()
-    else:
-        print("\n".join(lines(planned)).strip())
+    for line in "\n".join(lines(planned)).strip().splitlines():
+        say(line)
+    return plan_data(planned)

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from openpae import config as configs
-from openpae.commands.console import say
+from openpae.runtime.terminal import say
 
 
 def presets(

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from openpae.commands.console import Out, Progress, say
+from openpae.commands.console import Out
+from openpae.runtime.terminal import Progress, say
 
 Model = Annotated[Path, tyro.conf.arg(metavar="MODEL")]
 Repo = Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")]
@@ -120,22 +121,33 @@ def export(
     """Export a tokenizer's encode and decode, or a generator's velocity, as graphs that run without openpae.
 
     Args:
-        model: a tokenizer or generator folder, or a run folder.
-        out: new folder for the graphs and their description, export.json.
+        model: a tokenizer or generator folder, a run folder, or a pair.
+        out: new folder for the graphs and their description, export.json; with a pair, for a folder of each.
         format: torch-export (.pt2 files, for torch.export.load) or onnx (needs the extra openpae[onnx]).
         tolerance: largest allowed difference between the outputs of graph and model.
     """
     from openpae import config as configs
-    from openpae.interop.export import export_model
+    from openpae.interop.export import check_new, export_model
     from openpae.models.saved import load_generator, load_tokenizer
+    from openpae.storage.files import atomic_folder
     from openpae.storage.model_folder import CONFIG, model_folder
     from openpae.storage.outputs import check_outputs
+    from openpae.storage.pairs import PARTS, is_pair
+
+    def export_one(folder: Path, to: Path) -> None:
+        kind = configs.read_yaml(model_folder(folder) / CONFIG).get("kind")
+        loaded = load_tokenizer(folder) if kind == "PAEConfig" else load_generator(folder)
+        for name, difference in export_model(loaded, to, format, tolerance=tolerance).items():
+            say(f"{name}: differs from the model by at most {difference:.2g}")
 
     check_outputs(into=out, inputs=[model])
-    kind = configs.read_yaml(model_folder(model) / CONFIG).get("kind")
-    loaded = load_tokenizer(model) if kind == "PAEConfig" else load_generator(model)
-    for name, difference in export_model(loaded, out, format, tolerance=tolerance).items():
-        say(f"{name}: differs from the model by at most {difference:.2g}")
+    if is_pair(model):
+        check_new(out)
+        with atomic_folder(out) as partial:
+            for part in PARTS:
+                export_one(model / part, partial / part)
+    else:
+        export_one(model, out)
     say(f"graphs in {out}")
 
 

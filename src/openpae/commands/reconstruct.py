@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from openpae.commands.console import Device, Images, Out, Progress, TokenizerPath, at_least_one, say_on_rank0
+from openpae.commands.console import Device, Images, Out, TokenizerPath, at_least_one, say_on_rank0
+from openpae.runtime.terminal import Progress
 
 
 def reconstruct(

@@ -48,6 +48,7 @@ def search_guidance(
     from openpae.eval.guidance_search import search_guidance as run_search
     from openpae.eval.reference import open_reference
     from openpae.eval.run import check_reference
+    from openpae.interop.kinds import home_of
     from openpae.runtime import processes
     from openpae.storage.model_folder import trained_classes
 
@@ -58,7 +59,7 @@ def search_guidance(
         evaluator = SampleEvaluator(
             *(models.tokenizer, models.generator, sampler.config()),
             extractor=network,
-            reference=open_reference(reference, network, size=models.tokenizer.config.image_shape),
+            reference=open_reference(reference, network, size=models.image_shape),
             search=search,
             num_classes=trained_classes(generator, models.generator.config.num_classes),
             batch_size=sampler.batch_size,
@@ -66,7 +67,7 @@ def search_guidance(
             weak=models.weak,
         )
         log = print if processes.is_rank0() else None
-        inputs = (tokenizer, generator, reference, sampler.autoguidance, Path(sampler.preset))
+        inputs = (home_of(tokenizer), generator, reference, sampler.autoguidance, Path(sampler.preset))
         record = run_search(out, evaluator, facts=models.facts, log=log, inputs=inputs, overwrite=overwrite)
         if log is not None:
             _print_best(record, out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ import tyro
 
 from openpae import config as configs
 from openpae.commands.console import at_least_one, say_on_rank0
+from openpae.runtime.terminal import note
 
 if TYPE_CHECKING:
     from openpae.study.plan import Plan
@@ -72,7 +72,7 @@ def study(
     check_outputs(into=out, inputs=[*given.values(), reference])
     plan = make_plan(loaded, data, out, changes=set, rows=rows, seeds=seeds)
     if dry_run:
-        known = estimates(plan, rehearse=True, log=lambda line: print(line, file=sys.stderr))
+        known = estimates(plan, rehearse=True, log=note)
         print(describe_plan(plan, known, workers))
         return
     check_results(plan, [*given.values(), reference])

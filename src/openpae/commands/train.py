@@ -12,7 +12,6 @@ from openpae.commands.console import (
     Images,
     Out,
     Precision,
-    Progress,
     TokenizerPath,
     at_least_one,
     print_classes,
@@ -23,6 +22,7 @@ from openpae.commands.console import (
     take_option,
 )
 from openpae.models.configs import size_fields
+from openpae.runtime.terminal import Progress
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 
@@ -84,6 +84,8 @@ def cache_latents(
     images: Images,
     out: Out,
     /,
+    size: int | None = None,
+    width: int | None = None,
     batch_size: int = 64,
     precision: Precision = "bf16",
     device: Device = "auto",
@@ -93,44 +95,40 @@ def cache_latents(
     """Encode images and their mirror images once; pae train-generator reads the result.
 
     Args:
-        tokenizer: a tokenizer folder or a run folder of pae train-tokenizer.
+        tokenizer: a tokenizer folder or a run folder of pae train-tokenizer; or of another kind:
+            diffusers:FOLDER, python:FILE, encoder:NAME (no pictures can be drawn of its latents).
         images: folder of images, or packed images.
         out: folder for the latents; an interrupted command resumes when it is run again.
+        size: side of the images in pixels, or their height if width is given; by default the tokenizer's.
+        width: width in pixels; by default the images are square.
         batch_size: images per forward pass.
         precision: precision of the encoder; bf16 is faster on most machines.
         device: auto uses a GPU if there is one.
         skip_broken: leave out files that cannot be decoded, and name them.
         whole_content: compute the fingerprint of a folder of images from all bytes, as in pae pack.
     """
-    at_least_one(batch_size=batch_size)
-    from openpae.data import caches
+    at_least_one(size=size, width=width, batch_size=batch_size)
+    if width is not None and size is None:
+        raise ValueError("--width needs --size, the height of the images")
     from openpae.data.images import open_images
-    from openpae.models import saved
+    from openpae.interop.any_tokenizer import AnyTokenizer
+    from openpae.interop.kinds import home_of
+    from openpae.interop.spaces import open_tokenizer
     from openpae.runtime import processes
-    from openpae.runtime.device import autocast, pick_device
-    from openpae.storage.model_folder import identity_of
+    from openpae.runtime.device import pick_device
     from openpae.storage.outputs import check_outputs
 
-    check_outputs(into=out, inputs=[tokenizer, images])
+    check_outputs(into=out, inputs=[home_of(tokenizer), images])
     with processes.process_group(device):
         torch_device = pick_device(device)
-        model = saved.load_tokenizer(tokenizer).to(torch_device)
-
-        def encode(x: Any) -> Any:
-            with autocast(torch_device, precision):
-                return model.encode(x)
-
+        model = AnyTokenizer(open_tokenizer(tokenizer, torch_device), torch_device)
         with Progress("encoding", "img") as progress:
-            shards = caches.cache_latents(
-                encode,
+            shards = model.cache_latents(
                 open_images(images, full_hash=whole_content),
                 out,
-                image_size=model.config.image_shape,
-                latent_shape=model.config.latent_shape,
-                tokenizer_fingerprint=identity_of(tokenizer).fingerprint,
+                size=None if size is None else (size, size if width is None else width),
                 precision=precision,
                 batch_size=batch_size,
-                device=torch_device,
                 skip_broken=skip_broken,
                 progress=progress,
             )

@@ -60,7 +60,7 @@ def cache_latents(
 
     Raises:
         BrokenImage: a file cannot be decoded and skip_broken is off.
-        ValueError: the folder was begun with another tokenizer or other images.
+        ValueError: the folder was begun with another tokenizer, image size, precision or other images.
     """
     attributes = {
         "tokenizer": tokenizer_fingerprint,

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from openpae.data.backgrounds import soft_background
 from openpae.data.images import PackedImages
@@ -154,7 +153,7 @@ def render_picture(emoji: Emoji, *, seed: int, index: int, size: int) -> Tensor:
 
 
 def render_dataset(
-    emojis: Sequence[Emoji], *, size: int, renders_per_emoji: int, seed: int, progress: bool = False
+    emojis: Sequence[Emoji], *, size: int, renders_per_emoji: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Pictures of every emoji with the category as label, on all cores.
 
@@ -164,7 +163,6 @@ def render_dataset(
         renders_per_emoji: pictures of each emoji; picture r of emoji e is number e * renders_per_emoji + r,
             and equals `render_picture(emojis[e], seed=seed, index=r, size=size)`.
         seed: seed of the data set.
-        progress: show a progress bar on stderr.
 
     Returns:
         images: uint8 RGB, (len(emojis) * renders_per_emoji, 3, size, size).
@@ -187,8 +185,7 @@ def render_dataset(
             images[number, index] = as_tensor(_picture(tile, emoji, seed, index, size))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # rasterising and resizing release the GIL
-        done = pool.map(render, range(len(emojis)))
-        for _ in tqdm(done, total=len(emojis), desc="rendering", unit="emoji", disable=not progress):
+        for _ in pool.map(render, range(len(emojis))):  # a failure of a thread is raised here
             pass
     labels = torch.tensor([emoji.category for emoji in emojis]).repeat_interleave(renders_per_emoji)
     return images.flatten(0, 1), labels

@@ -134,7 +134,7 @@ def forget_training(run_dir: Path) -> None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's checkpoint.json and verify the checksum of every file.
+    """Read a checkpoint's checkpoint.json and verify the checksum of every file of weights and state.
 
     Raises:
         OSError, ValueError: a file is missing or damaged; the message names it.

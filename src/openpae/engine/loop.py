@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from openpae.engine import checkpoints, diagnosis
 from openpae.engine.checkpoints import RunState
@@ -30,6 +28,7 @@ from openpae.runtime import processes
 from openpae.runtime.device import autocast, to_device
 from openpae.runtime.draws import Draws
 from openpae.runtime.signals import Stopped, catch_signals
+from openpae.runtime.terminal import Progress
 from openpae.storage.outputs import run_lock
 
 
@@ -152,7 +151,7 @@ class _Fitting:
         with (
             catch_signals() as caught,
             log,
-            self._bar(start, quiet) as bar,
+            Progress(self.run_dir.name, "img", done=start * loop.global_batch_size, hidden=quiet) as bar,
             profiled(self.run_dir, loop) as count_step,
         ):
             if start and self._evaluates_at(start):
@@ -163,7 +162,6 @@ class _Fitting:
             for step, data_step in zip(range(start, pace.most), data_steps, strict=True):
                 if loop.seconds is not None and pace.revise(step, watch(round(1e3 * pace.seconds())) / 1e3):
                     log.write(step, pace.log())
-                    bar.total = pace.plan.last * loop.global_batch_size
                 if step >= pace.plan.last:
                     break
                 done, last = step + 1, step + 1 == pace.plan.last
@@ -176,11 +174,11 @@ class _Fitting:
                         self.state.health.require_finite(step, log.means())
                 if self.state.ema is not None:
                     self.state.ema.update(pace.position(done) - pace.position(step))
-                bar.update(loop.global_batch_size)
+                bar(done * loop.global_batch_size, pace.plan.last * loop.global_batch_size)
                 count_step()
                 if line:
                     shown = log.flush(done, self._lr(step))
-                    bar.set_postfix_str(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
+                    bar.add(" ".join(f"{k} {value:.4g}" for k, value in list(shown.items())[:4]))
                 with log.paused():
                     if save:  # before the evaluation: a failed one must not cost the step
                         checkpoints.save(self.state, self.run_dir, done, loop)
@@ -313,19 +311,6 @@ class _Fitting:
         if metrics and log is not None:
             log.write(done, {f"eval/{key}": value for key, value in metrics.items()})
         return metrics
-
-    def _bar(self, start: int, quiet: bool) -> tqdm[Any]:
-        return tqdm(
-            total=self.state.pace.plan.last * self.loop.global_batch_size,
-            initial=start * self.loop.global_batch_size,
-            unit="img",
-            unit_scale=True,
-            disable=quiet or not processes.is_rank0(),
-            desc=self.run_dir.name,
-            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file gets few lines
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
 
 
 def _skip(steps: range, skipped_data_steps: Sequence[int]) -> Sequence[int]:

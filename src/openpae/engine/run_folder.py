@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from openpae import config as configs
 from openpae.runtime import processes
+from openpae.runtime.terminal import note
 from openpae.storage.model_folder import RUN_CONFIG, checkpoint_path, checkpoint_steps
 from openpae.storage.outputs import check_outputs, make_folder
 
@@ -125,10 +125,9 @@ def _say_longer(run_dir: Path, config: Any) -> None:
     rate = (
         "stays constant" if constant else f"falls again from {config.optim.lr:g} to {config.optim.final_lr:g}"
     )
-    print(
+    note(
         f"{run_dir}: {config.loop.steps:,} steps in place of {before.steps:,}; from step {before.steps:,} on "
-        f"the learning rate {rate}",
-        file=sys.stderr,
+        f"the learning rate {rate}"
     )
     step = max(checkpoint_steps(run_dir), default=0)
     seen = {"step": step, "images_seen": step * config.loop.global_batch_size}

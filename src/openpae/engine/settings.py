@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openpae.config import added, check_fields
-from openpae.engine.trackers import TrackerName
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 PROFILED_FROM = 3
 """Steps before the profiler records; the first steps are slower than the rest."""

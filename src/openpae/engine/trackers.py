@@ -10,15 +10,14 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import yaml
 from PIL import Image
 
+from openpae.engine.settings import TrackerName
 from openpae.runtime.extras import needs
 from openpae.storage.files import atomic_file
-
-TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):

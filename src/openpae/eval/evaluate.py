@@ -21,6 +21,7 @@ from openpae.eval.image_stream import ImageStream
 from openpae.eval.reconstruction import ReconstructionMetrics
 from openpae.eval.reference import Reference, reference_of
 from openpae.eval.settings import EvaluationConfig
+from openpae.interop.any_tokenizer import AnyTokenizer
 from openpae.models.lpips import LPIPS
 from openpae.models.tokenizer import Autoencoder
 from openpae.runtime import processes
@@ -32,7 +33,7 @@ VALUE_RANGE = "RGB in [0, 1], rounded to 256 levels"
 
 
 def evaluate_reconstruction(
-    tokenizer: Autoencoder,
+    tokenizer: Autoencoder | AnyTokenizer,
     images: ImageStream,
     *,
     extractor: FeatureExtractor | None,
@@ -91,7 +92,7 @@ def evaluate_reconstruction(
 
 @torch.no_grad()
 def _reconstruct(
-    tokenizer: Autoencoder,
+    tokenizer: Autoencoder | AnyTokenizer,
     images: ImageStream,
     batch_size: int,
     pairs: ReconstructionMetrics,

@@ -5,6 +5,7 @@ Under torchrun each process gets its share. The numbers identify the images.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +64,21 @@ class ImageStream:
     """From a batch size to the batches of this process."""
     facts: Facts = field(default_factory=dict)
     """How the images were made, as far as known: sampler, tokenizer, generator, samples_sha256."""
+
+
+def counted(images: ImageStream, progress: Callable[[int, int], None] | None) -> ImageStream:
+    """The same stream; after each batch `progress` gets (done, all) images of this process."""
+    if progress is None:
+        return images
+
+    def batches(batch_size: int) -> Iterator[Batch]:
+        done, total = 0, len(rank_slice(images.count))
+        for batch in images.batches(batch_size):
+            yield batch
+            done += len(batch.numbers)
+            progress(done, total)
+
+    return dataclasses.replace(images, batches=batches)
 
 
 def real_images(source: ImageSource, size: Size, *, name: str = "", rows: Rows | None = None) -> ImageStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from openpae.data.npz import npz_array, npz_keys
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
 from openpae.eval.frechet import Gaussian, gaussian_of
-from openpae.eval.image_stream import npz_stream, real_images
+from openpae.eval.image_stream import counted, npz_stream, real_images
 from openpae.storage.files import atomic_file, file_hash
 
 
@@ -64,7 +65,12 @@ def reference_of(images: FeatureSet, name: str, preprocessing: str = "unknown") 
 
 
 def open_reference(
-    path: Path, extractor: FeatureExtractor, *, size: Size | None = None, batch_size: int = 32
+    path: Path,
+    extractor: FeatureExtractor,
+    *,
+    size: Size | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
     """The reference at a path: a folder of images, packed images, an ADM file, or a saved reference.
 
@@ -74,6 +80,7 @@ def open_reference(
         size: (H, W) of the centre crop of images of a folder, or the side of squares; None takes the size of
             packed images. Files ignore it.
         batch_size: images per forward pass.
+        progress: called with (done, all) images of a folder.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -86,7 +93,7 @@ def open_reference(
         size = size or source.image_shape
     if size is None:
         raise ValueError(f"{path} holds images of any size, so the side to crop them to is needed: --size")
-    images = real_images(source, size, name=str(path))
+    images = counted(real_images(source, size, name=str(path)), progress)
     return reference_of(features_of(images, extractor, batch_size), images.name, images.preprocessing)
 
 

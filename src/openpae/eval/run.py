@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,23 @@ from openpae.data.crops import height_width
 from openpae.data.images import open_images
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples
 from openpae.eval.extractors import FeatureExtractor, load_extractor
-from openpae.eval.image_stream import ImageStream, npz_stream, real_images, sampled_images, stored_images
+from openpae.eval.image_stream import (
+    ImageStream,
+    counted,
+    npz_stream,
+    real_images,
+    sampled_images,
+    stored_images,
+)
 from openpae.eval.reference import open_reference, save_reference
 from openpae.eval.settings import EvaluationRun, SamplingOptions
+from openpae.interop.any_tokenizer import AnyTokenizer
+from openpae.interop.spaces import open_tokenizer
 from openpae.models.lpips_weights import load_perceptual
-from openpae.models.saved import load_tokenizer
 from openpae.runtime.processes import is_rank0
 from openpae.sampling.pipeline import SamplingModels
 from openpae.sampling.sampler import balanced_labels
-from openpae.storage.model_folder import identity_of, read_classes, trained_classes
+from openpae.storage.model_folder import read_classes, trained_classes
 
 
 def run_evaluation(
@@ -30,6 +39,7 @@ def run_evaluation(
     *,
     options: SamplingOptions | None = None,
     batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate and return the record; None if only a reference was made.
 
@@ -42,6 +52,7 @@ def run_evaluation(
         device: device of all networks.
         options: how to sample; None takes the defaults. Only with a generator.
         batch_size: images per forward pass and process. It changes rounding only.
+        progress: called with (done, all) images of the reference, then of what is measured.
 
     Raises:
         FileNotFoundError, ValueError: a path does not exist, or something does not fit.
@@ -54,18 +65,22 @@ def run_evaluation(
         raise ValueError("options are for sampling from generator, which is missing")
     extractor = load_extractor(run.extractor, run.extractor_weights, device)
     if run.tokenizer is not None and run.generator is None:
-        return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size)
+        return _reconstruction(reference, run, run.tokenizer, extractor, device, batch_size, progress)
     if run.generator is not None:
         check_reference(reference, run.generator)
     samples = _samples(run, options or SamplingOptions(), device)
     size = run.size if run.size is not None or samples is None else samples.size
-    known = open_reference(reference, extractor, size=size, batch_size=batch_size)
+    known = open_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
     if run.save_reference is not None and is_rank0():
         save_reference(known, run.save_reference)
     if samples is None:
         return None
     return evaluate_samples(
-        samples, known, extractor=extractor, batch_size=batch_size, min_samples=run.min_samples
+        counted(samples, progress),
+        known,
+        extractor=extractor,
+        batch_size=batch_size,
+        min_samples=run.min_samples,
     )
 
 
@@ -100,7 +115,7 @@ def _samples(run: EvaluationRun, options: SamplingOptions, device: torch.device)
             run.sample_count, trained_classes(run.generator, models.generator.config.num_classes)
         ),
         options.sampler,
-        size=models.tokenizer.config.image_shape,
+        size=models.image_shape,
         seed=run.seed,
         precision=options.precision,
         weak=models.weak,
@@ -111,13 +126,14 @@ def _samples(run: EvaluationRun, options: SamplingOptions, device: torch.device)
 def _reconstruction(
     reference: Path,
     run: EvaluationRun,
-    folder: Path,
+    given: Path,
     extractor: FeatureExtractor,
     device: torch.device,
     batch_size: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
-    tokenizer = load_tokenizer(folder).to(device)
-    size = height_width(run.size or tokenizer.config.image_shape)
+    tokenizer = AnyTokenizer(open_tokenizer(given, device), device)
+    size = height_width(run.size or tokenizer.space.image_size)
     if reference.is_dir():
         source = open_images(reference)
         rows = range(len(source) if run.count is None else min(run.count, len(source)))
@@ -126,15 +142,15 @@ def _reconstruction(
         images = npz_stream(reference, count=run.count)
         if images.size != size:
             raise ValueError(
-                f"{reference} holds images of {images.size[0]} x {images.size[1]} (H x W), but {folder} "
+                f"{reference} holds images of {images.size[0]} x {images.size[1]} (H x W), but {given} "
                 f"takes {size[0]} x {size[1]}; give the original images as a folder"
             )
     return evaluate_reconstruction(
         tokenizer,
-        images,
+        counted(images, progress),
         extractor=extractor,
         lpips=load_perceptual(run.lpips, run.lpips_weights).to(device),
         batch_size=batch_size,
         min_samples=run.min_samples,
-        facts={"tokenizer": identity_of(folder).fingerprint, "lpips": f"lpips-{run.lpips}"},
+        facts={"tokenizer": tokenizer.identity, "lpips": f"lpips-{run.lpips}"},
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from openpae.config import check_fields
+from openpae.interop.kinds import home_of
 from openpae.models.configs import PerceptualNet
 from openpae.sampling.settings import SamplerConfig
 
@@ -122,7 +123,8 @@ class EvaluationRun:
     samples: Path | None = None
     """Samples: samples.npz of pae sample, or its folder; an npz of the ADM layout; a folder of images."""
     tokenizer: Path | None = None
-    """Evaluate its reconstructions of the reference images; with generator, it decodes the samples."""
+    """Evaluate its reconstructions of the reference images; with generator, it decodes the samples. A folder,
+    diffusers:FOLDER or python:FILE."""
     generator: Path | None = None
     """Evaluate samples of this generator; needs tokenizer and sample_count."""
     sample_count: int | None = None
@@ -177,9 +179,17 @@ class EvaluationRun:
         return self.samples is not None or self.tokenizer is not None
 
     def record_path(self) -> Path:
-        """Default path of the record: beside what is evaluated."""
+        """Default path of the record: beside what is evaluated.
+
+        Raises:
+            ValueError: an unknown kind of tokenizer, or one that has no folder.
+        """
         if self.samples is not None:
             return (self.samples if self.samples.is_dir() else self.samples.parent) / "evaluation.json"
-        folder = self.generator or self.tokenizer
-        assert folder is not None  # __post_init__ checks it
-        return folder / "evaluation.json"
+        if self.generator is not None:
+            return self.generator / "evaluation.json"
+        assert self.tokenizer is not None  # __post_init__ checks it
+        home = home_of(self.tokenizer)
+        if home is None or (home != self.tokenizer and not home.exists()):
+            raise ValueError(f"{self.tokenizer} has no folder here for the record; name a file with --out")
+        return (home.parent if home.is_file() else home) / "evaluation.json"

@@ -1,6 +1,8 @@
 """The geometry of latent spaces, and `pae profile`.
 
 - To add a metric, write a function in `metrics`, call it in `measure.measure_tokenizer` and add its name to
-  `measure.METRIC_NAMES`.
-- `spaces` opens the latent spaces that can be measured.
+  `measure.METRIC_NAMES`; a name that is missing there is not reported. A metric that decodes is called where
+  `measure_tokenizer` has a decoder.
+- `proxies` holds the metrics of other papers that predict generation.
+- `interop.spaces` opens the latent spaces that can be measured.
 """

@@ -36,7 +36,7 @@ from openpae.geometry.proxies import (
     velocity_irreducible_variance,
 )
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import Tokenizer, check_tokenizer
+from openpae.interop.spaces import Tokenizer, check_tokenizer
 from openpae.models.lpips import LPIPS
 
 METRIC_NAMES = (

@@ -23,7 +23,7 @@ from openpae.geometry.measure import Measured, measure_tokenizer, work_of
 from openpae.geometry.metrics import RADII
 from openpae.geometry.profile_page import profile_page
 from openpae.geometry.settings import MeasureConfig, ProfileRun
-from openpae.geometry.spaces import LatentSpace, open_tokenizer
+from openpae.interop.spaces import LatentSpace, open_tokenizer
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_perceptual
 from openpae.runtime.provenance import package_versions

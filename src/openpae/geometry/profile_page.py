@@ -26,7 +26,7 @@ from openpae.geometry.clusters import spectral_clusters
 from openpae.geometry.measure import Measured
 from openpae.geometry.metrics import RADII, majority_labels, moved_latents, unit_directions
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import Tokenizer
+from openpae.interop.spaces import Tokenizer
 from openpae.report import Page
 from openpae.runtime.extras import needs
 

@@ -1,1 +1,1 @@
-"""Models and data of others: released weights, foreign latents, diffusers, torch.export and ONNX."""
+"""Models and data of others: released weights, foreign latents, tokenizers of any kind, diffusers, export."""

@@ -42,6 +42,12 @@ class _Part:
         )
 
 
+def check_new(out: Path) -> None:
+    """Raise ValueError if a folder for an export holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; name a new folder for the export")
+
+
 @torch.no_grad()
 def export_model(
     model: Autoencoder | LatentGenerator, out: Path, format: Format, *, tolerance: float = 1e-4
@@ -67,8 +73,7 @@ def export_model(
         ValueError: the folder is not empty, packages of the extra `onnx` are missing, or a graph differs by
             more than the tolerance.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; name a new folder for the export")
+    check_new(out)
     if format == "onnx":
         require("onnx", "format onnx", "onnx", "onnxscript", "onnxruntime")
     parts = _parts_of(model.eval())

@@ -22,6 +22,7 @@ from openpae.storage.files import write_json
 from openpae.storage.model_folder import (
     CONFIG,
     ENCODER,
+    Identity,
     identity_of,
     model_folder,
     read_model,
@@ -155,24 +156,55 @@ def load_prior(folder: str | Path) -> FrozenPrior:
 
 
 def check_pair(tokenizer: str | Path, generator: str | Path) -> dict[str, str]:
-    """Check that a generator makes latents of this tokenizer; returns both fingerprints.
+    """Check that a generator makes latents of this openpae tokenizer; returns both fingerprints.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a folder holds another kind of model, or the generator was trained on latents of another
             tokenizer.
     """
-    for folder, expected, classes in (
-        (tokenizer, "tokenizer", [PAEConfig]),
-        (generator, "generator", [*GENERATORS]),
-    ):
-        kind = configs.read_yaml(model_folder(folder) / CONFIG).get("kind")
-        if kind not in [cls.__name__ for cls in classes]:
-            raise ValueError(f"{folder} is no {expected}: its config is of kind {kind!r}")
-    first, second = identity_of(tokenizer), identity_of(generator)
-    if second.made_with != first.fingerprint:
+    _check_kind(tokenizer, "tokenizer", [PAEConfig])
+    second = generator_identity(generator)
+    first = check_origin(tokenizer, f"{generator} makes latents", second.made_with)
+    return {"tokenizer": first, "generator": second.fingerprint}
+
+
+def generator_identity(folder: str | Path) -> Identity:
+    """Identity of a saved generator. Its `made_with` is that of the tokenizer of its latents.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another kind of model.
+    """
+    _check_kind(folder, "generator", [*GENERATORS])
+    return identity_of(folder)
+
+
+def check_origin(tokenizer: str | Path, origin: str, made_with: str, identity: str | None = None) -> str:
+    """Check that a tokenizer is the one of given latents; returns its identity.
+
+    Args:
+        tokenizer: the tokenizer; an openpae folder where `identity` is None.
+        origin: what made or holds the latents, for the message.
+        made_with: identity of their tokenizer.
+        identity: identity of the given tokenizer.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another tokenizer.
+    """
+    if identity is None:
+        _check_kind(tokenizer, "tokenizer", [PAEConfig])
+        identity = identity_of(tokenizer).fingerprint
+    if made_with != identity:
         raise ValueError(
-            f"{generator} makes latents of the tokenizer {second.made_with}, but {tokenizer} is "
-            f"{first.fingerprint}; decode with the tokenizer that the generator was trained with"
+            f"{origin} of the tokenizer {made_with}, but {tokenizer} is {identity}; decode with the "
+            "tokenizer that the generator was trained with"
         )
-    return {"tokenizer": first.fingerprint, "generator": second.fingerprint}
+    return identity
+
+
+def _check_kind(folder: str | Path, expected: str, classes: Sequence[type]) -> None:
+    kind = configs.read_yaml(model_folder(folder) / CONFIG).get("kind")
+    if kind not in [cls.__name__ for cls in classes]:
+        raise ValueError(f"{folder} is no {expected}: its config is of kind {kind!r}")

@@ -47,6 +47,7 @@ _WORDS = {
         "real against real",
         "Frechet distance between two sets of real pictures of this count",
     ),
+    "frechet_ratio": ("Frechet distance / real against real ↓", "1 is the distance of real pictures"),
 }
 """Title and meaning of each metric."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +31,7 @@ from openpae.quickstart.page import Result, pretrained_report, quickstart_report
 from openpae.quickstart.verdict import advice, baseline_frechet, baseline_psnr, problems, recognised
 from openpae.quickstart.workers import Workers, run_in, time_workers
 from openpae.runtime.extras import require
+from openpae.runtime.terminal import Progress, note
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
@@ -129,16 +129,17 @@ def cache_pictures(out: Path, pictures: Mapping[str, PackedImages]) -> Autoencod
     """Cache latents of pictures in out/latents; return the tokenizer, which is read from out/tokenizer."""
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, source in pictures.items():
-        cache_latents(
-            tokenizer.encode,
-            source,
-            out / "latents" / name,
-            image_size=tokenizer.config.image_shape,
-            latent_shape=tokenizer.config.latent_shape,
-            tokenizer_fingerprint=identity_of(out / "tokenizer").fingerprint,
-            flips=False,  # the renderer mirrors emoji, except letters and flags
-            progress=_line("encoding"),
-        )
+        with Progress("  encoding", "img") as progress:
+            cache_latents(
+                tokenizer.encode,
+                source,
+                out / "latents" / name,
+                image_size=tokenizer.config.image_shape,
+                latent_shape=tokenizer.config.latent_shape,
+                tokenizer_fingerprint=identity_of(out / "tokenizer").fingerprint,
+                flips=False,  # the renderer mirrors emoji, except letters and flags
+                progress=progress,
+            )
     return tokenizer
 
 
@@ -167,6 +168,7 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
     with clock.stage("render emoji"):
         shown = pack_pictures(out / "data" / "held-out", emojis, size=64, pictures=2, seed=seed + 1)
     tokenizer = pipeline.tokenizer
+    assert isinstance(tokenizer, Autoencoder)  # check_pair has refused other kinds
     with clock.stage("reconstruct"):
         stream = real_images(shown, 64, name="held-out emoji")
         record = {
@@ -226,7 +228,7 @@ class _Clock:
         return self
 
     def __enter__(self) -> None:
-        print(f"[{sum(self.seconds.values()):5.0f} s] {self.name}", file=sys.stderr, flush=True)
+        note(f"[{sum(self.seconds.values()):5.0f} s] {self.name}")
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
@@ -237,16 +239,6 @@ class _Clock:
     def left(self) -> float:
         """Return the seconds of the budget that remain, in the middle of a stage."""
         return self.budget - sum(self.seconds.values()) - (time.perf_counter() - self.start)
-
-
-def _line(label: str) -> Callable[[int, int], None]:
-    """Return a progress callback that rewrites one line."""
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r  {label}: {done:,} / {total:,}", end=end, file=sys.stderr, flush=True)
-
-    return show
 
 
 def _timed(out: Path, clock: _Clock, seed: int, *, strict: bool, trial: bool) -> Workers:
@@ -260,7 +252,7 @@ def _timed(out: Path, clock: _Clock, seed: int, *, strict: bool, trial: bool) ->
         spent = clock.budget - clock.left()
         timing, lines = plans.settle(speeds, clock.budget, spent=spent, strict=strict)
         for line in lines:
-            print(f"  {line}", file=sys.stderr)
+            note(f"  {line}")
         plans.write_timing(file, timing, speeds)
     clock.budget = timing.seconds
     return timing.workers
@@ -276,7 +268,8 @@ def _planned(out: Path, name: str, clock: _Clock, run: Run, *, trial: bool) -> R
 
 
 def _train_refiner(run: RefinerRun, run_dir: Path) -> None:
-    train_refiner(run, run_dir, progress=_line("VFM features"))
+    with Progress("  VFM features", "img") as progress:
+        train_refiner(run, run_dir, progress=progress)
 
 
 def _cache_all(out: Path) -> None:
@@ -333,8 +326,10 @@ def _sampled(
     tokenizer: Autoencoder, generator: VelocityModel, labels: torch.Tensor, seed: int, *, batch_size: int
 ) -> torch.Tensor:
     """Draw an image for each label, (n, 3, 64, 64) in [0, 1]."""
-    batches, show = [], _line("sampling")
-    for images in sample_images(tokenizer, generator, labels, SAMPLER, seed=seed, batch_size=batch_size):
-        batches.append(images)
-        show(sum(map(len, batches)), len(labels))
+    batches: list[torch.Tensor] = []
+    drawn = sample_images(tokenizer, generator, labels, SAMPLER, seed=seed, batch_size=batch_size)
+    with Progress("  sampling", "img") as show:
+        for images in drawn:
+            batches.append(images)
+            show(sum(map(len, batches)), len(labels))
     return torch.cat(batches)

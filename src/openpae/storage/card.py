@@ -21,9 +21,12 @@ from openpae.storage.model_folder import (
     Identity,
     Parent,
     identity_of,
+    read_classes,
     read_parent,
 )
 
+_SHOWN = 20
+"""Names of classes in a card."""
 PAPER = "https://arxiv.org/abs/2605.07915"
 
 
@@ -54,6 +57,8 @@ class _Facts:
     weights: int
     record: Mapping[str, Any] | None
     parent: Parent | None
+    names: list[str]
+    """Of the classes; empty if they are not known."""
 
 
 def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> str:
@@ -101,7 +106,8 @@ def _facts(folder: Path) -> _Facts:
     with safe_open(folder / WEIGHTS, "pt") as file:
         weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return _Facts(kind, config, identity, weights, record, read_parent(folder))
+    names, _ = read_classes(folder) or ([], [])
+    return _Facts(kind, config, identity, weights, record, read_parent(folder), names)
 
 
 def is_record(record: Mapping[str, Any]) -> bool:
@@ -125,6 +131,7 @@ def _about(facts: _Facts) -> list[str]:
         f"- fingerprint: {code(home.fingerprint)}, made with the {facts.kind.made_with} "
         f"{code(home.made_with)}",
         *_origin(facts.parent),
+        *_classes(facts.names),
         "",
     ]
 
@@ -137,15 +144,25 @@ def _origin(parent: Parent | None) -> list[str]:
     return [f"- trained from the weights of {given}, part {part}{new}"]
 
 
+def _classes(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    shown = "; ".join(f"{label} {markdown(name)}" for label, name in enumerate(names[:_SHOWN]))
+    return [f"- classes: {shown}{'; ...' * (len(names) > _SHOWN)}"]
+
+
 def _usage(models: Mapping[str, _Facts], repo: str) -> list[str]:
     if len(models) > 1:
         calls = [
             f'pipeline = openpae.Pipeline.from_pretrained("{repo}")',
-            "images = pipeline(class_labels=[0, 1, 2, 3], seed=0)",
+            f"images = pipeline(class_labels={models['generator'].names[:2] or [0, 1, 2, 3]}, seed=0)",
         ]
     else:
         (facts,) = models.values()
         calls = [f'{facts.kind.name} = openpae.{facts.kind.loader}.from_pretrained("{repo}")']
+        kind, other, _ = facts.identity.made_with.partition(":")
+        if other:  # a tokenizer of another kind
+            calls += [f'pipeline = openpae.Pipeline.join("{markdown(kind)}:...", "{repo}")']
     return ["## How to load it", "", "```python", "import openpae", "", *calls, "```", ""]
 
 

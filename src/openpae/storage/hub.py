@@ -34,6 +34,7 @@ from openpae.storage.model_folder import (
     new_model_folder,
     read_classes,
     read_model,
+    write_classes,
     write_model,
 )
 from openpae.storage.pairs import packaged_pair
@@ -140,6 +141,7 @@ def save(
     precision: Precision,
     leave_out: str | None = None,
     architecture: Mapping[str, Any] | None = None,
+    classes: tuple[Sequence[str], Sequence[int]] | None = None,
 ) -> None:
     """Write a model folder with a model card.
 
@@ -151,6 +153,7 @@ def save(
             also holds for a model in half precision.
         leave_out: prefix of the names that are not saved.
         architecture: architecture of an encoder whose weights are saved too.
+        classes: names of a generator's classes and their numbers of training images.
 
     Raises:
         ValueError: made_with is None, or the folder holds something else.
@@ -171,6 +174,8 @@ def save(
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
         if architecture is not None:
             write_json(partial / ENCODER, architecture)
+        if classes is not None:
+            write_classes(partial, *classes)
         (partial / README).write_text(model_card({"": partial}, str(folder), None), encoding="utf-8")
 
 

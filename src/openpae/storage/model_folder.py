@@ -247,7 +247,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Sorted steps of the complete checkpoints of a run."""
+    """Sorted steps of the checkpoint folders of a run, by their names."""
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
     return sorted(int(match[1]) for match in names if match)
 

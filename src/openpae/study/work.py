@@ -22,7 +22,7 @@ from openpae.eval.features import features_of
 from openpae.eval.image_stream import Batch, ImageStream, real_images, sampled_images
 from openpae.eval.reference import reference_of, save_reference
 from openpae.geometry.measure import measure_tokenizer
-from openpae.geometry.spaces import LatentSpace, open_tokenizer
+from openpae.interop.spaces import LatentSpace, open_tokenizer
 from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
 from openpae.runtime import processes

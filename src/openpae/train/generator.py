@@ -28,15 +28,16 @@ from openpae.eval.evaluate import evaluate_samples, write_evaluation
 from openpae.eval.extractors import load_extractor
 from openpae.eval.image_stream import sampled_images
 from openpae.eval.reference import open_reference
+from openpae.interop.any_tokenizer import decoded_shape, open_decoder
 from openpae.models.configs import GeneratorConfig
 from openpae.models.ditdh import build_generator
-from openpae.models.saved import load_tokenizer, write_generator
+from openpae.models.saved import write_generator
 from openpae.objective.flow import dimension_shift, interpolate, shift_time, training_times, velocity_loss
 from openpae.runtime.device import pick_device
 from openpae.runtime.draws import Draws
 from openpae.sampling.sampler import balanced_labels, sample_images
-from openpae.storage.model_folder import Parent, identity_of, write_parent
-from openpae.train.given import start_from
+from openpae.storage.model_folder import Parent, write_parent
+from openpae.train.given import names_from, start_from
 from openpae.train.settings import GeneratorRun
 
 
@@ -52,13 +53,14 @@ class GeneratorTask:
 
     def __init__(self, run: GeneratorRun) -> None:
         self.run = run
-        self.device = pick_device(run.loop.device)
+        self.device = pick_device(run.loop.device, "loop.device")
         self.latents = _open_latents(run.latents, run.model)
         self.held_out = (
             None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
         )
-        self.classes = _classes_of(self.latents)
-        """Names and image counts of the classes; None for latents without class names."""
+        self.classes = _classes_of(self.latents, run)
+        """Names and image counts of the classes; None for latents without class names, unless the run starts
+        from a generator that has them."""
         if self.held_out:
             self._check_held_out(self.held_out)
         self.run_dir: Path | None = None
@@ -136,7 +138,7 @@ class GeneratorTask:
             self.model,
             balanced_labels(run.evaluation_samples, self._trained_classes()),
             run.sampler,
-            size=self.evaluator.tokenizer.config.image_shape,
+            size=self.evaluator.image_shape,
             facts={"labels": "class-balanced", "tokenizer": self._tokenizer_fingerprint},
         )
         record = evaluate_samples(
@@ -199,15 +201,11 @@ class _SampleEvaluator:
     def __init__(self, run: GeneratorRun, device: torch.device, tokenizer_fingerprint: str) -> None:
         assert run.tokenizer is not None
         assert run.evaluation_images is not None  # GeneratorRun takes both or neither
-        if (given := identity_of(run.tokenizer).fingerprint) != tokenizer_fingerprint:
-            raise ValueError(
-                f"{run.tokenizer} is the tokenizer {given}, but the latents come from {tokenizer_fingerprint}"
-            )
-        self.tokenizer = load_tokenizer(run.tokenizer, decode_only=True).to(device)
+        origin = (f"{run.latents} holds latents", tokenizer_fingerprint)
+        self.tokenizer, _ = open_decoder(run.tokenizer, origin, device)
+        self.image_shape = decoded_shape(self.tokenizer, run.model.latent_shape)
         self.extractor = load_extractor(run.extractor, run.extractor_weights, device)
-        self.reference = open_reference(
-            run.evaluation_images, self.extractor, size=self.tokenizer.config.image_shape
-        )
+        self.reference = open_reference(run.evaluation_images, self.extractor, size=self.image_shape)
 
 
 def train_generator(
@@ -232,12 +230,15 @@ def train_generator(
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet, operations=operations)
 
 
-def _classes_of(latents: Shards) -> tuple[list[str], list[int]] | None:
-    """Names and image counts of the classes; None for imported latents, whose classes have no names."""
+def _classes_of(latents: Shards, run: GeneratorRun | None = None) -> tuple[list[str], list[int]] | None:
+    """Names and image counts of the classes of training latents (with `run`) or others; None if unknown."""
     names = latents.attributes.get("classes")
-    if names is None or latents.attributes.get("source") == "imported":
-        return None
-    return list(names), count_classes(names, latents.labels)
+    if latents.attributes.get("source") == "imported":  # their names are the numbers
+        names = None
+    if run is not None and run.init_from is not None:
+        largest = max(latents.labels, default=-1)
+        names = names_from(run.init_from, run.init_new, latents.folder, names, largest)
+    return None if names is None else (list(names), count_classes(names, latents.labels))
 
 
 def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:

@@ -46,7 +46,7 @@ class RefinerTask:
         self, run: RefinerRun, encoder: Encoder | None = None, progress: Progress | None = None
     ) -> None:
         self.run = run
-        self.device = pick_device(run.loop.device)
+        self.device = pick_device(run.loop.device, "loop.device")
         source, _ = open_training(run.data)
         encoder = encoder or load_encoder(run.encoder, run.encoder_source)
         if encoder.spec.dim != run.model.feature_dim:

@@ -163,7 +163,8 @@ class GeneratorRun:
     held_out_latents: Path | None = None
     """Latents of other images, for the loss that evaluation reports; null leaves it out."""
     tokenizer: Path | None = None
-    """Decodes samples for the Frechet distance that evaluation reports; null leaves it out."""
+    """Decodes samples for the Frechet distance that evaluation reports; null leaves it out. A folder,
+    diffusers:FOLDER or python:FILE, as for pae cache-latents."""
     evaluation_images: Path | None = None
     """What the samples are compared with: real images, an npz of the ADM layout, or a reference that
     `pae evaluate --save-reference` wrote; needed beside `tokenizer`."""

@@ -35,7 +35,7 @@ from openpae.eval.extractors import FeatureExtractor, load_extractor
 from openpae.eval.image_stream import real_images, source_batches
 from openpae.geometry.measure import measure_tokenizer
 from openpae.geometry.settings import MeasureConfig
-from openpae.geometry.spaces import pae_space
+from openpae.interop.spaces import pae_space
 from openpae.models.configs import PerceptualNet
 from openpae.models.denoiser import LatentDenoiser
 from openpae.models.discriminator import (
@@ -96,7 +96,7 @@ class TokenizerTask:
         self, run: TokenizerRun, encoder: Encoder | None = None, progress: Progress | None = None
     ) -> None:
         self.run = run
-        self.device = pick_device(run.loop.device)
+        self.device = pick_device(run.loop.device, "loop.device")
         source, self.held_out = open_training(run.data)
         torch.manual_seed(run.loop.seed)
         trainable = run.model.fusion == "finetune"

@@ -1,36 +1,24 @@
-"""Any tokenizer as two functions on images in [0, 1]: openpae folders, diffusers models, bare VFMs, own code.
-
-`open_tokenizer` takes a text:
-
-    runs/x                      a folder: an openpae tokenizer or run, or a diffusers model (config.json)
-    openpae:runs/x              an openpae tokenizer or run
-    diffusers:OWNER/NAME        an autoencoder of the hub, OWNER/NAME/SUBFOLDER, or a folder
-    encoder:dinov2-l            features of a frozen VFM, one token per 16 x 16 pixels
-    encoder:dinov2-l/8          the same, one token per 8 x 8 pixels
-    targets:dinov2-l/8:runs/r   targets Z_T of a refiner of that VFM, or raw targets
-    python:my_tokenizer.py      a file with encode(images) and perhaps decode(z); its code is run
-"""
+"""Any tokenizer as two functions on images in [0, 1]: openpae, diffusers, VFMs, own code; see `kinds`."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openpae.data.crops import Size, height_width
 from openpae.data.pixels import check_images
-from openpae.geometry.metrics import Decode
+from openpae.interop.diffusers_models import DiffusersModel
+from openpae.interop.kinds import kind_and_source
 from openpae.models.encoders import EncoderInput, FrozenEncoder, encoder_fingerprint, load_encoder
 from openpae.models.layers import to_grid, to_tokens
 from openpae.models.saved import load_prior, load_tokenizer
 from openpae.models.tokenizer import Autoencoder
-from openpae.runtime.extras import needs
 from openpae.storage.files import file_hash, fingerprint
 from openpae.storage.model_folder import identity_of
 
@@ -54,7 +42,7 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def decode(self) -> Decode | None:
+    def decode(self) -> Callable[[Tensor], Tensor] | None:
         """Latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]; None without a decoder."""
         ...
 
@@ -78,8 +66,12 @@ class LatentSpace:
     image_size: Size
     encode: Callable[[Tensor], Tensor]
     """Images in [0, 1], on any device, to latents (B, C, h, w), float32."""
-    decode: Decode | None
+    decode: Callable[[Tensor], Tensor] | None
     """Latents, on any device, to images in [0, 1]; None without a decoder."""
+    scaling: tuple[Tensor, Tensor] | None = None
+    """Shift and factor, (1,) or (C, 1, 1): a generator sees (z - shift) * factor. None is z itself."""
+    module: nn.Module | None = None
+    """The weights, if they can move to another device or type."""
 
     @torch.no_grad()
     def latent_shape(self, image_size: Size) -> tuple[int, int, int]:
@@ -88,24 +80,19 @@ class LatentSpace:
         return (c, h, w)
 
 
-def open_tokenizer(text: str, device: torch.device | str = "cpu") -> LatentSpace:
+def open_tokenizer(text: str | Path, device: torch.device | str = "cpu") -> LatentSpace:
     """Open a tokenizer.
 
     Args:
-        text: KIND:SOURCE, or a folder; the head of this file lists all forms.
+        text: KIND:SOURCE, or a folder; `kinds` lists all forms.
         device: device of the weights.
 
     Raises:
         ValueError: an unknown kind, or weights that do not fit.
         FileNotFoundError: the folder, file or weights do not exist.
     """
-    kind, colon, source = text.partition(":")
-    if colon and kind in _ADAPTERS:
-        return _ADAPTERS[kind](source, torch.device(device))
-    folder = Path(text)
-    if colon and not folder.exists():
-        raise ValueError(f"unknown kind of tokenizer {kind!r} in {text!r}; known: {', '.join(_ADAPTERS)}")
-    return _ADAPTERS["diffusers" if _is_diffusers(folder) else "openpae"](text, torch.device(device))
+    kind, source = kind_and_source(text)
+    return _ADAPTERS[kind](source, torch.device(device))
 
 
 @torch.no_grad()
@@ -161,104 +148,22 @@ def _openpae(folder: str, device: torch.device) -> LatentSpace:
     return pae_space(model, Path(folder).resolve().name, identity_of(folder).fingerprint)
 
 
-_UNIT_RANGE = {"AutoencoderRAE"}
-"""Classes of diffusers with images in [0, 1]; all others use [-1, 1]."""
-
-
-@runtime_checkable
-class _Autoencoder(Protocol):
-    """The common methods of diffusers' autoencoders; without return_dict they return tuples."""
-
-    def encode(self, x: Tensor, return_dict: bool = True) -> Any: ...
-
-    def decode(self, z: Tensor, return_dict: bool = True) -> Any: ...
-
-
 def _diffusers(source: str, device: torch.device) -> LatentSpace:
-    """Any image autoencoder of diffusers: the mode of its posterior, in float32.
+    """An image autoencoder of diffusers. Its latents are measured without a scaling.
 
-    Latents are not scaled or shifted. scaling_factor and shift_factor belong to a generator, and a common
-    scale changes none of the metrics.
+    scaling_factor and shift_factor belong to a generator, and a common scale changes none of the metrics.
     """
-    model, config = _load_diffusers(source)
-    model = model.to(device).eval().requires_grad_(False)
-    low, span = (0.0, 1.0) if config["_class_name"] in _UNIT_RANGE else (-1.0, 2.0)
-
-    def encode(images: Tensor) -> Tensor:
-        try:
-            output = model.encode(images.to(device) * span + low, return_dict=False)[0]
-        except (RuntimeError, ValueError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"{source} ({config['_class_name']}) takes no images {tuple(images.shape)}; only image "
-                f"autoencoders can be measured, at a size that they allow ({str(error).splitlines()[0]})"
-            ) from None
-        latent: Tensor = output if isinstance(output, Tensor) else output.mode()  # of a posterior
-        return latent
-
-    def decode(z: Tensor) -> Tensor:
-        images: Tensor = model.decode(z.to(device), return_dict=False)[0]
-        return ((images - low) / span).clamp(0, 1)
-
-    facts = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+    model = DiffusersModel(source, device)
     return LatentSpace(
         name=Path(source).name,
         kind="diffusers",
-        fingerprint=fingerprint(model.state_dict(), repr(sorted(facts.items()))),
-        image_size=_side(config),
-        encode=encode,
-        decode=decode,
+        fingerprint=model.fingerprint,
+        image_size=model.side,
+        encode=model.encode,
+        decode=model.decode,
+        scaling=model.scaling,
+        module=model.module,
     )
-
-
-def _load_diffusers(name: str) -> tuple[Any, dict[str, Any]]:
-    """The model and its config. Missing or unexpected weights raise, unlike in diffusers."""
-    with needs("diffusers", name):
-        import diffusers
-
-    source, subfolder = name, None
-    if not Path(name).is_dir():
-        owner_and_name, rest = name.split("/")[:2], name.split("/")[2:]
-        source, subfolder = "/".join(owner_and_name), "/".join(rest) or None
-    try:
-        config = dict(diffusers.AutoModel.load_config(source, subfolder=subfolder))
-        kind = getattr(diffusers, config.get("_class_name", ""), None)
-        if kind is None or not issubclass(kind, _Autoencoder):
-            raise ValueError(
-                f"{name} is no autoencoder of diffusers, but {config.get('_class_name', 'unknown')}"
-            )
-        # low_cpu_mem_usage needs the package accelerate; the report below names mismatched sizes.
-        model, report = kind.from_pretrained(
-            source,
-            subfolder=subfolder,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-            low_cpu_mem_usage=False,
-            ignore_mismatched_sizes=True,
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no diffusers autoencoder at {name!r}; give a folder with config.json, or a hub name that can "
-            f"be reached: OWNER/NAME or OWNER/NAME/SUBFOLDER ({str(error).strip().splitlines()[0]})"
-        ) from None
-    faults = [*report["missing_keys"], *map(str, report["mismatched_keys"]), *report["unexpected_keys"]]
-    if faults:
-        raise ValueError(f"weights at {name!r} do not fit {kind.__name__}: {', '.join(sorted(faults)[:5])}")
-    return model, config
-
-
-def _side(config: dict[str, Any]) -> int:
-    """The image side of a diffusers model; 256 if its config does not hold it."""
-    size = config.get("sample_size") or config.get("image_size") or 256
-    return size if isinstance(size, int) else int(size[0])
-
-
-def _is_diffusers(folder: Path) -> bool:
-    try:
-        return "_class_name" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def _encoder(source: str, device: torch.device) -> LatentSpace:
@@ -319,7 +224,10 @@ def _targets(source: str, device: torch.device) -> LatentSpace:
 
 
 def _python(source: str, device: torch.device) -> LatentSpace:
-    """A Python file with encode and perhaps decode and image_size (256 by default). Its code is run."""
+    """A Python file with encode and perhaps decode and image_size (256 by default). Its code is run.
+
+    The fingerprint covers the file, and the weights of modules that are variables of the file.
+    """
     file = Path(source)
     if not file.is_file():
         raise FileNotFoundError(
@@ -338,10 +246,13 @@ def _python(source: str, device: torch.device) -> LatentSpace:
         )
     if not (decode is None or callable(decode)) or not isinstance(size, int):
         raise ValueError(f"in {file}, decode must be a function (or left out) and image_size an int")
+    modules = {name: value for name, value in own.items() if isinstance(value, nn.Module)}
+    weights = {f"{name}.{key}": x for name, value in modules.items() for key, x in value.state_dict().items()}
+    code = file_hash(file)
     return LatentSpace(
         name=file.stem,
         kind="python",
-        fingerprint=file_hash(file)[:16],
+        fingerprint=fingerprint(weights, code) if weights else code[:16],
         image_size=size,
         encode=lambda images: encode(images.to(device)).float(),
         decode=None if decode is None else lambda z: decode(z.to(device)).float(),

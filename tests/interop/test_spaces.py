@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openpae.geometry.spaces import LatentSpace, Tokenizer, check_tokenizer, open_tokenizer
+from openpae.interop.spaces import LatentSpace, Tokenizer, check_tokenizer, open_tokenizer
 from openpae.models.configs import RefinerConfig
 from openpae.models.encoders import EncoderInput, encoder_fingerprint, load_encoder
 from openpae.models.priors import Refiner
