@@ -161,7 +161,7 @@ class GeneratorRun:
     latents: Path
     """Cached latents (pae cache-latents). With `images`, a tokenizer: a folder, diffusers:FOLDER, ..."""
     images: Path | None = added(None)
-    """Images that the tokenizer `latents` encodes anew at each step, in place of a cache; in any form that
+    """Images that the tokenizer `latents` encodes at each step, in place of a cache; in any form that
     can be read in any order. No cache is written, and random crops are possible."""
     image_size: int | None = added(None)
     """Side of these images in pixels; null takes that of the tokenizer."""
