@@ -359,3 +359,8 @@ def test_the_closed_ends_of_an_interval_are_allowed(fields: dict[str, Any]) -> N
 def test_numbers_outside_of_their_interval_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Numbers(**fields)
+
+
+def test_an_integer_that_no_float_holds_is_outside() -> None:
+    with pytest.raises(ValueError, match=r"^n.count must be <= 65536, got 1000\d*\.\.\.0*$"):
+        Numbers(count=10**400)

@@ -10,9 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.faults.cases import CASES
-from tests.faults.hostile_cases import HOSTILE
-from tests.faults.more_cases import MORE
+from tests.faults.edited_cases import ROWS
 from tests.faults.running import SMALL, Case, Outcome, run_case, workspace
 
 HEAD = """# Errors
@@ -79,5 +77,5 @@ if __name__ == "__main__":
         root = Path(scratch) / "workspace"
         root.mkdir()
         workspace(root)
-        text = page({case: run_case(case, root, Path(scratch) / "copy") for case in CASES + MORE + HOSTILE})
+        text = page({case: run_case(case, root, Path(scratch) / "copy") for case in ROWS})
     (Path(__file__).parent.parent / "docs" / "errors.md").write_text(text, encoding="utf-8")

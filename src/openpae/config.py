@@ -231,7 +231,7 @@ def check_number(name: str, number: Any, interval: str, shown: Any = None) -> No
         return
     if (number == low and interval[0] == "[") or (number == high and interval[-1] == "]"):
         return
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         wanted = "be a finite number"
     elif high < 1000:  # a larger bound only catches mistakes
         wanted = f"lie in {interval}"

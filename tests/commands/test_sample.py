@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from openpae.models.saved import write_generator
 from openpae.runtime.terminal import Progress
 from openpae.sampling.sampler import evaluations
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.model_folder import identity_of
+from openpae.storage.model_folder import identity_of, write_classes
 from tests.conftest import shaken
 
 QUICK = ("--steps", "3", "--guidance", "2", "--batch-size", "2")
@@ -128,8 +129,8 @@ def test_choices_that_cannot_be_are_named() -> None:
 
 def test_labels_of_a_run() -> None:
     assert SampleRun().labels(1000)[0].tolist() == list(range(64))
-    assert SampleRun(count=5, classes=(7, 3)).labels(10)[0].tolist() == [7, 3, 7, 3, 7]
-    assert SampleRun(grid=True, columns=3, classes=(7, 3)).labels(10)[0].tolist() == [7, 7, 7, 3, 3, 3]
+    assert SampleRun(count=5).labels(10, [7, 3])[0].tolist() == [7, 3, 7, 3, 7]
+    assert SampleRun(grid=True, columns=3).labels(10, [7, 3])[0].tolist() == [7, 7, 7, 3, 3, 3]
     spread = SampleRun(grid=True, columns=1).labels(1000)[0].tolist()
     assert len(spread) == 8
     assert (spread[0], spread[-1]) == (0, 999)
@@ -149,6 +150,62 @@ def test_a_grid_has_a_class_per_row(pair: Pair, tmp_path: Path) -> None:
         second_row = np.asarray(picture)[34:66, 34:66]
     assert np.array_equal(second_row, images[4])
     assert record_of(tmp_path)["labels"] == "3 each of [0, 1]"
+
+
+@pytest.fixture
+def named(pair: Pair, tmp_path: Path) -> Path:
+    """The generator with names of its classes."""
+    folder = shutil.copytree(pair.generator, tmp_path / "named")
+    write_classes(folder, ["cat", "dog, wet"], [3, 4])
+    return folder
+
+
+def test_classes_by_name_are_those_by_number(pair: Pair, named: Path, tmp_path: Path) -> None:
+    """Also in the record, so that the command with numbers goes on in a folder of the one with names."""
+    for name, classes in (("names", ["dog, wet,cat"]), ("numbers", ["1", "0"]), ("list", ["1,0"])):
+        run("sample", pair.tokenizer, named, tmp_path / name, "--count", "3", *QUICK, "--classes", *classes)
+        assert record_of(tmp_path / name) == record_of(tmp_path / "names")
+        assert np.array_equal(images_of(tmp_path / name), images_of(tmp_path / "names"))
+    assert record_of(tmp_path / "names")["labels"] == "in turn (1, 0)"
+
+
+def test_rows_of_one_named_class_show_its_name(pair: Pair, named: Path, tmp_path: Path) -> None:
+    grids = {}
+    for name, generator, options in (
+        ("named", named, ["--grid", "--columns", "2"]),
+        ("plain", pair.generator, ["--grid", "--columns", "2"]),
+        ("mixed", named, ["--count", "4", "--columns", "2"]),
+    ):
+        run("sample", pair.tokenizer, generator, tmp_path / f"{name} out", *options, *QUICK)
+        with Image.open(tmp_path / f"{name} out" / "grid.png") as picture:
+            grids[name] = np.asarray(picture)
+    margin = grids["named"].shape[1] - grids["plain"].shape[1]
+    assert margin > 20
+    assert np.array_equal(grids["named"][:, margin:], grids["plain"])
+    assert grids["mixed"].shape == grids["plain"].shape
+
+
+def test_classes_that_are_not_known_are_named(
+    pair: Pair, named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for generator, classes, message in (
+        (named, "cta", "has no class 'cta'; did you mean 'cat'?"),
+        (named, "", "an empty text is no class; give numbers or names"),
+        (named, "a\nb", r"has no class 'a\nb'; known: 'cat', 'dog, wet'"),
+        (
+            pair.generator,
+            "cat",
+            "keeps no names of its classes, so 'cat' is not known; give numbers from 0 to 1",
+        ),
+    ):
+        printed = fails(
+            capsys, "sample", pair.tokenizer, generator, tmp_path / "out", "--classes", classes, *QUICK
+        )
+        assert message in printed
+        assert printed.count("\n") == 1
+    printed = fails(capsys, "sample", pair.tokenizer, named, tmp_path / "out", "--classes")
+    assert "an empty text is no class" in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_draw_what_one_draws(pair: Pair, tmp_path: Path) -> None:
@@ -252,12 +309,18 @@ def test_a_walk_between_two_images(pair: Pair, image_folder: Path, tmp_path: Pat
         assert np.array_equal(np.asarray(strip)[:, 102:134], np.asarray(frame))
 
 
-def test_a_walk_between_two_seeds(pair: Pair, tmp_path: Path) -> None:
-    run(
-        "interpolate", pair.tokenizer, tmp_path, "--generator", pair.generator, "--seeds", "0", "1",
-        "--label", "1", "--frames", "3", *QUICK,
-    )  # fmt: skip
-    assert len(list((tmp_path / "frames").iterdir())) == 3
+def test_a_walk_between_two_seeds(
+    pair: Pair, named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strips = []
+    for generator, label in ((pair.generator, "1"), (named, "dog, wet")):
+        out = tmp_path / label
+        command = ["interpolate", pair.tokenizer, out, "--generator", generator, "--seeds", "0", "1"]
+        run(*command, "--label", label, "--frames", "3", *QUICK)
+        assert len(list((out / "frames").iterdir())) == 3
+        strips.append((out / "strip.png").read_bytes())
+    assert strips[0] == strips[1]
+    assert "--label takes one class, got 0,1" in fails(capsys, *command, "--label", "0,1", "--overwrite")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_images_of_a_tar_are_grouped_as_those_of_a_folder(tmp_path: Path) -> Non
     [
         ({"1.cls": b"0", "2.jpg": JPEG}, "has no label for 1 images, such as 2.jpg"),
         ({"1.png": JPEG, "1.cls": b"0"}, "two images of one sample: 1.jpg and 1.png; keep one"),
-        ({"1.cls": b"-1", "2.jpg": JPEG, "2.cls": b"3"}, "label '-1'|numbers and names"),
+        ({"1.cls": b"-1", "2.jpg": JPEG, "2.cls": b"3"}, "label -1; labels must be 0 to 1$"),
         ({"1.cls": b"9999999"}, "has the label 9999999; labels must be 0 to"),
         ({"1.json": b'{"label": 1'}, "t.tar/1.json is no JSON"),
         ({"1.cls": b"0" * (2**20 + 1)}, "holds the label file 1.cls of 1,048,577 bytes"),

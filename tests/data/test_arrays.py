@@ -41,6 +41,7 @@ def test_names_of_other_writers_are_known(tmp_path: Path) -> None:
         ({"images": np.asfortranarray(PIXELS)}, "must be uint8 images"),
         ({"pixels": PIXELS}, "holds no images; it holds: pixels"),
         ({"images": PIXELS, "labels": np.arange(4)}, r"labels in .* must hold 5 labels, got \(4,\)"),
+        ({"images": PIXELS[:4], "labels": np.eye(2, dtype=int)}, r"must hold 4 labels, got \(2, 2\)"),
         ({"images": PIXELS, "labels": np.ones(5) / 2}, "labels must hold"),
         ({"images": PIXELS, "labels": -np.arange(5)}, "has the label -1"),
         ({"images": PIXELS, "labels": np.arange(5), "classes": np.array(["a"])}, "labels must be 0 to 0"),

@@ -20,6 +20,33 @@ def test_a_grid_is_filled_row_by_row_from_the_top_left() -> None:
     assert (grid == expected).all()
 
 
+def test_names_of_rows_stand_beside_them() -> None:
+    """Six black images in two rows: each name is in its row's half of the margin, and the images stay."""
+    images = torch.zeros(6, 3, 20, 20)
+    plain = np.asarray(image_grid(images, 3))
+    named = np.asarray(image_grid(images, 3, rows=["0 cat", "1 dog"]))
+    margin = named.shape[1] - plain.shape[1]
+    assert (named[:, margin:] == plain).all()
+    dark = named[:, :margin].min(axis=2) < 128
+    assert dark[:20].any()
+    assert not dark[20:22].any()
+    assert dark[22:].any()
+    assert dark[:20].tolist() != dark[22:].tolist()
+
+
+def test_a_name_of_any_letters_is_drawn_on_one_line() -> None:
+    """Accents are left out, other letters are question marks, and line ends are escaped."""
+    images = torch.zeros(1, 3, 20, 20)
+    for name, drawn in (
+        ("caf\u00e9", "cafe"),
+        ("\u732b", "?"),
+        ("a\nb\x1b", r"a\nb\x1b"),
+        ("x" * 100, "x" * 29 + "..."),
+    ):
+        pictures = [np.asarray(image_grid(images, 1, rows=[text])) for text in (name, drawn)]
+        assert np.array_equal(*pictures)
+
+
 def test_pixels_keep_their_places_and_colours() -> None:
     pixels = torch.zeros(3, 2, 3)
     pixels[0, 0, 1], pixels[1, 1, 0], pixels[2, 1, 2] = 1, 1, 1

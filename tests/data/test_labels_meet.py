@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from openpae import cli
 from openpae.commands.describe import describe
 from openpae.data.caches import cache_latents
 from openpae.data.classes import class_list
@@ -169,6 +170,38 @@ def test_commands_name_a_class_that_skipping_empties_and_sample_the_others(tmp_p
     assert json.loads((tmp_path / "out" / "samples.json").read_text())["count"] == 3
     outcome = run("pae sample tokenizer generator other --classes 1 --steps 1 --device cpu", tmp_path)
     assert (outcome.code, "no training image of class 1 (dogs)" in outcome.line) == (2, True)
+
+
+@pytest.mark.parametrize("form", ["folder", "label file", "tar"])
+def test_names_travel_from_the_images_to_the_samples(
+    tokenizer_folder: Path,
+    generator: Callable[..., GeneratorRun],
+    image_folder: Path,
+    tmp_path: Path,
+    form: str,
+) -> None:
+    files = sorted(image_folder.rglob("*.png"))
+    source, names = str(tmp_path / "images"), ["a cat", "dog, wet"]
+    (tmp_path / "images").mkdir()
+    for number, file in enumerate(files):
+        home = tmp_path / "images" / ("" if form == "label file" else names[number % 2])
+        home.mkdir(exist_ok=True)
+        shutil.copy(file, home / f"{number}.png")
+    if form == "label file":
+        rows = [f'{number}.png,"{names[number % 2]}"' for number in range(len(files))]
+        (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+        source += f"#{tmp_path / 'labels.csv'}"
+    elif form == "tar":
+        source = shutil.make_archive(str(tmp_path / "train"), "tar", tmp_path / "images")
+    cli.main(["pack", source, str(tmp_path / "packed"), "--size", "32"])
+    folders = [str(tmp_path / name) for name in ("packed", "latents")]
+    cli.main(["cache-latents", str(tokenizer_folder), *folders, "--device", "cpu"])
+    run = generator(Shards(tmp_path / "latents"))
+    train_generator(replace(run, model=replace(run.model, num_classes=2)), tmp_path / "run", quiet=True)
+    assert describe(tmp_path / "run")["labels"] == "0 a cat (5), 1 dog, wet (5)"
+    command = ["sample", str(tokenizer_folder), str(tmp_path / "run"), str(tmp_path / "out")]
+    cli.main([*command, "--count", "3", "--steps", "1", "--classes", "dog, wet,a cat"])
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["labels"] == "in turn (1, 0)"
 
 
 def test_a_damaged_list_of_classes_is_named(tmp_path: Path) -> None:

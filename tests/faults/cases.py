@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from openpae.storage.model_folder import write_classes
 from tests.faults.image_cases import IMAGE_CASES
 from tests.faults.running import GENERATOR, Case
 from tests.faults.spoiling import (
@@ -238,6 +240,18 @@ CASES: tuple[Case, ...] = (
         nothing,
         f"{SAMPLE} --classes 7",
         "labels must lie in",
+    ),
+    model(
+        "a name of a class of a generator without names",
+        nothing,
+        f"{SAMPLE} --classes cats",
+        "generator keeps no names of its classes, so 'cats' is not known; give numbers from 0 to 1",
+    ),
+    model(
+        "an unknown name of a class",
+        lambda: write_classes(Path("generator"), ["cats", "dogs"], [3, 3]),
+        f"{SAMPLE} --classes cast",
+        "generator has no class 'cast'; did you mean 'cats'",
     ),
     model(
         "a run folder of another config",

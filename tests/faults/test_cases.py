@@ -11,9 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.faults.cases import CASES
-from tests.faults.hostile_cases import HOSTILE
-from tests.faults.more_cases import MORE
+from tests.faults.edited_cases import ROWS
 from tests.faults.running import Case, Outcome, run_case
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +24,7 @@ def outcome_of(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return functools.cache(lambda case: run_case(case, ready, copy))
 
 
-@pytest.mark.parametrize("case", CASES + MORE + HOSTILE, ids=lambda case: f"{case.group}: {case.given}")
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: f"{case.group}: {case.given}")
 def test_what_cannot_work_is_one_line(case: Case, outcome_of: Callable[[Case], Outcome]) -> None:
     outcome = outcome_of(case)
     assert "Traceback" not in outcome.everything, outcome.everything
@@ -36,7 +34,7 @@ def test_what_cannot_work_is_one_line(case: Case, outcome_of: Callable[[Case], O
 
 def test_the_page_says_what_happens(outcome_of: Callable[[Case], Outcome]) -> None:
     """Otherwise run: python tools/make_errors.py"""
-    page = make_errors().page({case: outcome_of(case) for case in CASES + MORE + HOSTILE})
+    page = make_errors().page({case: outcome_of(case) for case in ROWS})
     assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == page
 
 

@@ -96,10 +96,19 @@ def test_it_comes_back_from_a_folder(pipeline: Any, tmp_path: Path) -> None:
     call: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np"}
     labels = pipeline.get_label_ids(["chair", "apple"])
     assert labels == again.get_label_ids(["chair", "apple"]) == [2, 0]
-    images = [p(labels, generator=torch.Generator().manual_seed(5), **call).images for p in (pipeline, again)]
+    draws = ((pipeline, labels), (again, ["chair", 0]))
+    images = [p(given, generator=torch.Generator().manual_seed(5), **call).images for p, given in draws]
     assert (images[0] == images[1]).all()
     assert images[0].shape == (2, 32, 32, 3)
     assert again.scheduler.config.shift == pytest.approx(2.5)
+
+
+def test_names_are_those_of_the_generator_unless_others_are_given(
+    tiny_pae: PAE, generator: LatentGenerator
+) -> None:
+    generator.classes = ([*NAMES, "beyond K"], [1, 2, 3, 0])
+    assert of(tiny_pae, generator).labels == {"apple": 0, "boat": 1, "chair": 2}
+    assert of(tiny_pae, generator, names=["one"]).labels == {"one": 0}
 
 
 def test_callbacks_see_and_change_the_latents_and_may_stop(pipeline: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,29 @@ def test_a_config_of_wrong_types_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(ValueError, match=r"weights or config at .* are damaged: .*hidden_size"):
         load_encoder("tiny", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 5000}, "num_hidden_layers of an encoder must lie in"),
+        ({"image_size": [2**40, 2]}, "image_size of an encoder must lie in"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps of an encoder must be a finite number"),
+        ({"num_hidden_layers": 1024}, "the config asks for .* weights, the file holds "),
+        ({"hidden_size": 2**14}, "the config asks for .* weights, the file holds "),
+        ({"num_attention_heads": 4}, "number of heads 4, but the encoder's row says 2"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    """encoder.json of a tokenizer: nothing huge is allocated, and no number changes the features."""
+    saved(FAMILIES[0], tmp_path, monkeypatch)
+    state = load_encoder("tiny", str(tmp_path)).state_dict()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        load_encoder("tiny", str(file), state=state)
 
 
 def test_loading_prints_no_table_of_unused_weights(

@@ -44,6 +44,18 @@ def test_the_card_attributes_the_pictures_and_repeats_the_records() -> None:
                 assert float(rows[name]) == pytest.approx(metric["value"], rel=1e-4)
 
 
+def test_its_classes_have_names() -> None:
+    pipeline = Pipeline.from_pretrained("openmoji")
+    assert pipeline.generator.classes is not None
+    names, counts = pipeline.generator.classes
+    assert names == list(CATEGORIES)
+    assert f"| training | {sum(counts):,} |" in CARD
+    named, numbered = (
+        pipeline(classes, steps=2, sampler=SAMPLER, output="tensor") for classes in (["Flags"], [8])
+    )
+    assert torch.equal(named, numbered)
+
+
 def test_its_images_follow_the_class_and_the_seed() -> None:
     pipeline = Pipeline.from_pretrained(PRETRAINED)
     first, same = (pipeline([0, 8], steps=3, sampler=SAMPLER, output="tensor") for _ in range(2))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openpae.runtime.escape import chart, markdown, one_line, spreadsheet, without_html
+from openpae.runtime.escape import chart, code, markdown, one_line, spreadsheet, without_html
 
 CONTROLS = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Cs"]), min_size=1)
 
@@ -36,6 +37,20 @@ def test_markdown_is_one_cell_without_tags(text: str) -> None:
     assert cell.isprintable()
     assert "|" not in cell
     assert not re.search(r"<[A-Za-z/!?]", cell)
+    assert "](" not in cell
+
+
+@given(st.text())
+def test_markdown_code_is_one_span(text: str) -> None:
+    span = code(text)
+    assert span.isprintable()
+    assert span.count("`") == 2
+    assert "|" not in span
+
+
+@pytest.mark.parametrize("text", ["[free](https://x.y)", "![seen](https://x.y/z.png)", "[a]<b>(c)"])
+def test_a_name_makes_no_link_and_no_picture(text: str) -> None:
+    assert not re.search(r"\]\(|<\w", markdown(text))
 
 
 def test_comparisons_are_no_tags() -> None:
@@ -45,7 +60,8 @@ def test_comparisons_are_no_tags() -> None:
 
 def test_a_spreadsheet_computes_no_text() -> None:
     for start in "=+-@":
-        assert spreadsheet(f"{start}1") == f"'{start}1"
+        for space in ("", " ", "\t", "\r\n"):
+            assert spreadsheet(f"{space}{start}1") == f"'{space}{start}1"
     assert spreadsheet("a=1") == "a=1"
     assert spreadsheet(-1.5) == -1.5
 

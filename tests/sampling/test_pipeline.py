@@ -15,7 +15,7 @@ from openpae.models.tokenizer import PAE
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import sample_images
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.model_folder import checkpoint_path, identity_of
+from openpae.storage.model_folder import checkpoint_path, identity_of, model_folder, write_classes
 
 
 @pytest.fixture
@@ -163,3 +163,27 @@ def test_in_half_precision_it_samples_as_under_autocast(
     assert torch.equal(again([0, 1], **draw), expected)
     assert plain.float().generator.half_dtype is None
     assert plain.bfloat16().tokenizer.half_dtype == torch.bfloat16
+
+
+def test_classes_by_name_are_those_by_number(pair: Path, tmp_path: Path) -> None:
+    """Also after the pair is saved and loaded; the names of a run folder are those of its checkpoint."""
+    draw = {"steps": 1, "output": "tensor"}
+    with pytest.raises(
+        ValueError, match=r"the generator keeps no names of its classes, so 'cat' is not known"
+    ):
+        Pipeline.from_pretrained(pair)(["cat"], **draw)
+    write_classes(model_folder(pair / "generator"), ["cat", "dog"], [3, 4])
+    pipeline = Pipeline.from_pretrained(pair)
+    pipeline.save_pretrained(tmp_path / "saved")
+    for each in (pipeline, Pipeline.from_pretrained(tmp_path / "saved")):
+        assert each.generator.classes == (["cat", "dog"], [3, 4])
+        assert torch.equal(each(["dog", 0, "cat"], **draw), each([1, 0, 0], **draw))
+    with pytest.raises(ValueError, match=r"the generator has no class 'cta'; did you mean 'cat'"):
+        pipeline(["cta"], **draw)
+    with pytest.raises(
+        ValueError, match=r"class_labels must be a list of classes, got 'cat'; write it in \[\]"
+    ):
+        pipeline("cat", **draw)
+    with pytest.raises(TypeError, match=r"a class is an integer or a name, got 1\.0"):
+        pipeline([1.0], **draw)  # type: ignore[list-item]
+    assert "class_labels=['cat', 'dog']" in (tmp_path / "saved" / "README.md").read_text()

@@ -11,7 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openpae.storage.files import atomic_file, atomic_folder, file_hash, fingerprint, read_json, write_json
+from openpae.storage.files import (
+    atomic_file,
+    atomic_folder,
+    file_hash,
+    fingerprint,
+    read_fields,
+    read_json,
+    write_json,
+)
 from tests.conftest import kill_points
 
 
@@ -163,3 +171,24 @@ def test_fingerprint_sees_everything_else() -> None:
 def test_fingerprint_takes_every_type(dtype: torch.dtype) -> None:
     ones, zeros = torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)
     assert fingerprint({"x": ones}) == fingerprint({"x": ones.clone()}) != fingerprint({"x": zeros})
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("{}", "count, name, seconds"),
+        ('{"count": true, "name": "a", "seconds": 1}', "count"),
+        ('{"count": 1.0, "name": null, "seconds": 1}', "count, name"),
+        ('{"count": 1, "name": "a", "seconds": NaN}', "seconds"),
+        ('{"count": 1, "name": "a", "seconds": -Infinity}', "seconds"),
+        (f'{{"count": 1, "name": "a", "seconds": {10**400}}}', "seconds"),
+        ('{"count": 1, "name": "a", "seconds": "1"}', "seconds"),
+    ],
+)
+def test_fields_of_a_record_are_checked(tmp_path: Path, text: str, missing: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"a.json is damaged: it has no fitting {missing}$"):
+        read_fields(file, name=str, count=int, seconds=float)
+    file.write_text('{"count": 1, "name": "a", "seconds": 2, "more": 3}')
+    assert read_fields(file, name=str, count=int, seconds=float)["more"] == 3

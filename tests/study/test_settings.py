@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from openpae import config as configs
-from openpae.study.settings import Claim, StudyRow, StudySetup, resolve
+from openpae.study.settings import Claim, Reported, StudyRow, StudySetup, resolve
 from tests.study.conftest import tiny
 
 SETUPS = sorted((configs.PRESETS / "study" / "setup").glob("*.yaml"))
@@ -91,3 +91,12 @@ def test_a_study_that_contradicts_itself_is_refused() -> None:
 @pytest.mark.parametrize("file", SETUPS, ids=lambda file: file.stem)
 def test_every_setup_loads(file: Path) -> None:
     assert resolve(configs.load(StudySetup, file), [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_of_a_study_are_finite(value: float) -> None:
+    with pytest.raises(ValueError, match="x must be a finite number"):
+        StudyRow(name="a", x=value)
+    for name in ("ssc", "lpc", "gsq", "rfid", "gfid"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number"):
+            Reported(**{name: value})

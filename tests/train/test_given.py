@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from openpae.storage.model_folder import (
     identity_of,
     model_folder,
     new_model_folder,
+    read_classes,
     read_parent,
+    write_classes,
 )
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.given import start_from
@@ -187,3 +190,32 @@ def test_another_encoder_is_refused(tokenizer_run: TokenizerRun, tmp_path: Path)
 def test_new_parts_need_a_parent(generator_run: GeneratorRun) -> None:
     with pytest.raises(ValueError, match="init_new needs init_from"):
         replace(generator_run, init_new=("class_embed",))
+
+
+def test_the_classes_are_those_of_the_latents_or_else_those_of_the_parent(
+    generator_run: GeneratorRun, tmp_path: Path
+) -> None:
+    """Latents without names, such as imported ones, keep the parent's, unless its embedding is not kept."""
+    train_generator(generator_run, tmp_path / "parent", quiet=True)
+    folder = model_folder(tmp_path / "parent")
+    own = read_classes(folder)
+    assert own is not None
+    run = replace(generator_run, init_from=folder, held_out_latents=None)
+    write_classes(folder, ["one", own[0][1]], [5, 5])
+    with pytest.warns(
+        UserWarning, match=r"1 classes go on .* class 0 is 'one' in .*; init_new class_embed st"
+    ):
+        assert GeneratorTask(run).classes == own
+    assert GeneratorTask(replace(run, init_new=("class_embed",))).classes == own
+
+    header = run.latents / "header.json"
+    facts = json.loads(header.read_text())
+    del facts["attributes"]["classes"]
+    header.write_text(json.dumps(facts))
+    index = run.latents / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | facts))
+    assert GeneratorTask(replace(run, init_new=("class_embed",))).classes is None
+    train_generator(run, tmp_path / "moved", quiet=True)
+    assert read_classes(tmp_path / "moved") == (["one", own[0][1]], own[1])
+    write_classes(folder, ["one"], [5])
+    assert GeneratorTask(run).classes is None  # label 1 has no name

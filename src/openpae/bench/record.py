@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from openpae.runtime.device import device_name
-from openpae.storage.files import read_json
+from openpae.storage.files import read_fields, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def read_record(file: Path, bench: str) -> dict[str, Any]:
         raise ValueError(
             f"{file} must hold a record of pae bench {bench} --out FILE, got one of {content.get('bench')!r}"
         )
-    return content
+    return read_fields(file, figures=dict, machine=dict, settings=dict)
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[Comparison], list[str]]:

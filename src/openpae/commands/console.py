@@ -38,7 +38,7 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         options: of `tyro.cli`.
 
     Raises:
-        ValueError: a config refuses a value, or an option is NaN or infinite.
+        ValueError: a config refuses a value, or an option is NaN, infinite or beyond 2^63.
         SystemExit: tyro has printed the help, or an argument that it cannot parse.
     """
     messages = io.StringIO()
@@ -62,7 +62,7 @@ def parsed(target: Callable[..., T], **options: Any) -> T:
         sys.stderr.write(messages.getvalue())
         raise
     if isinstance(result, tuple):  # arguments of a function; a config checks its own fields
-        _require_finite("", result)
+        _check_options("", result)
     return result
 
 
@@ -72,18 +72,20 @@ def common_help(*, with_json: bool) -> str:
     return f"{first}--quiet shows no progress and no notes. --debug shows the traceback of an error."
 
 
-def _require_finite(name: str, value: Any) -> None:
-    """Refuse NaN and infinity in options, however nested."""
+def _check_options(name: str, value: Any) -> None:
+    """Refuse NaN, infinity and integers beyond 2^63 in options, however nested."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"--{name.replace('_', '-')} must be below 2^63, got {len(str(abs(value)))} digits")
     if isinstance(value, dict):
         for key, item in value.items():
-            _require_finite(str(key), item)
+            _check_options(str(key), item)
     elif isinstance(value, tuple):
         for item in value:
-            _require_finite(name, item)
+            _check_options(name, item)
     elif dataclasses.is_dataclass(value):
-        _require_finite(name, vars(value))
+        _check_options(name, vars(value))
 
 
 def _raised_by_openpae(fault: BaseException) -> bool:
@@ -192,7 +194,11 @@ def print_skipped(names: Sequence[str]) -> None:
         )
 
 
-_LARGEST = {"size": 2**14, "width": 2**14, "image_size": 2**14, "patch_size": 2**14, "latent_dim": 2**16}
+_LARGEST = {
+    **dict.fromkeys(("size", "width", "image_size", "patch_size"), 2**14),
+    "latent_dim": 2**16,
+    "workers": 2**10,
+}
 """Upper bounds of options. Larger values are mistakes that would take hours or all memory."""
 
 

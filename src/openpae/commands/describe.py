@@ -17,7 +17,7 @@ from openpae.engine.checkpoints import verify_checkpoint
 from openpae.engine.journal import read_log
 from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
-from openpae.storage.files import read_json
+from openpae.storage.files import read_fields, read_json
 from openpae.storage.model_folder import (
     WEIGHTS,
     checkpoint_path,
@@ -79,9 +79,9 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
 
 def _shards(folder: Path, verify: bool) -> dict[str, str]:
     if not (folder / "index.json").is_file():
-        header = read_json(folder / "header.json")
+        header = read_fields(folder / "header.json", kind=str, sources=int, per_shard=int)
         done = len(list(folder.glob("[0-9]*.npy")))
-        total = -(-header["sources"] // header["per_shard"])
+        total = -(-header["sources"] // max(1, header["per_shard"]))
         return {
             "what": f"{header['kind']}, incomplete: {done} of {total} shards",
             "what to do": "run the command that makes it again; it resumes",

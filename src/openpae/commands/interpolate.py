@@ -9,6 +9,7 @@ import tyro
 
 from openpae.commands.console import Device, Out, TokenizerPath
 from openpae.commands.sampler import SamplerChoice, load_models
+from openpae.config import check_number
 from openpae.runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def interpolate(
     images: tuple[Path, Path] | None = None,
     generator: Path | None = None,
     seeds: tuple[int, int] | None = None,
-    label: int | None = None,
+    label: str | None = None,
     frames: int = 9,
     device: Device = "auto",
     overwrite: bool = False,
@@ -39,11 +40,12 @@ def interpolate(
         images: two image files; each is centre-cropped to the tokenizer's size.
         generator: a generator folder or a run folder of pae train-generator; needs seeds and label.
         seeds: two seeds; the first and last frame are sample 0 of each.
-        label: class of the generated images.
+        label: class of the generated images, by number or name.
         frames: number of frames, both ends included.
         device: auto uses a GPU if there is one.
         overwrite: replace a strip.png or frames that this command did not make.
     """
+    check_number("--frames", frames, "[2, 10000]")
     from openpae.data.pixels import image_grid, to_image
     from openpae.storage.files import atomic_file, atomic_folder
     from openpae.storage.outputs import check_claim, claim
@@ -97,22 +99,27 @@ def _between_seeds(
     folder: Path,
     generator: Path,
     seeds: tuple[int, int],
-    label: int,
+    label: str,
     sampler: SamplerChoice,
     frames: int,
     device: str,
 ) -> Tensor:
+    from openpae.data.classes import typed_labels
     from openpae.runtime.device import autocast
     from openpae.sampling.interpolation import interpolate_seeds
 
     models = load_models(folder, generator, sampler, device)
+    names, count = models.generator.class_names, models.generator.config.num_classes
+    labels = typed_labels(generator, [label], names, count)
+    if len(labels) > 1:
+        raise ValueError(f"--label takes one class, got {label}")
     with autocast(models.device, sampler.precision):
         return interpolate_seeds(
             models.tokenizer,
             models.generator,
             sampler.config(),
             seeds=seeds,
-            label=label,
+            label=labels[0],
             frames=frames,
             batch_size=sampler.batch_size,
             weak=models.weak,

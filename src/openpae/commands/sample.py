@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -16,6 +17,8 @@ from openpae.sampling.settings import FILES, Format
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openpae.models.generator import LatentGenerator
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
@@ -23,8 +26,9 @@ class SampleRun:
 
     count: int | None = None
     """Number of images; 64 by default. With grid it is `columns` per class."""
-    classes: tuple[int, ...] | None = None
-    """Class indices, used in turn; all classes by default, eight of them with grid."""
+    classes: tuple[str, ...] | None = None
+    """Numbers or names of classes (2,7 or cat,dog), used in turn; all classes by default, eight of them with
+    grid. A list has commas or spaces; a name with a space needs quotes."""
     grid: bool = False
     """Draw `columns` images of each class, so that each row of grid.png is one class."""
     columns: int = 8
@@ -46,11 +50,14 @@ class SampleRun:
         if self.grid and self.count is not None:
             raise ValueError("--grid draws --columns images of each class: leave --count out")
 
-    def labels(self, num_classes: int | Sequence[int]) -> tuple[Tensor, str]:
+    def labels(
+        self, num_classes: int | Sequence[int], chosen: Sequence[int] | None = None
+    ) -> tuple[Tensor, str]:
         """Return the class of each sample and its description for the record.
 
         Args:
             num_classes: as `balanced_labels` takes it.
+            chosen: the labels of `classes`; None if none are given.
         """
         import torch
 
@@ -59,12 +66,12 @@ class SampleRun:
         known = range(num_classes) if isinstance(num_classes, int) else num_classes
         if self.grid:
             spread = torch.linspace(0, len(known) - 1, min(8, len(known))).round().long().tolist()
-            chosen = list(self.classes or [known[i] for i in spread])
-            return torch.tensor(chosen).repeat_interleave(self.columns), f"{self.columns} each of {chosen}"
+            rows = list(chosen or [known[i] for i in spread])
+            return torch.tensor(rows).repeat_interleave(self.columns), f"{self.columns} each of {rows}"
         count = 64 if self.count is None else self.count
-        if self.classes is None:
+        if chosen is None:
             return balanced_labels(count, num_classes), "class-balanced"
-        return torch.tensor(self.classes)[torch.arange(count) % len(self.classes)], f"in turn {self.classes}"
+        return torch.tensor(chosen)[torch.arange(count) % len(chosen)], f"in turn {tuple(chosen)}"
 
 
 def sample(
@@ -94,14 +101,12 @@ def sample(
     from openpae.runtime import processes
     from openpae.runtime.device import autocast
     from openpae.sampling.sample_set import SampleSet, write_samples
-    from openpae.storage.model_folder import seen_classes
 
     run.check()
     config = sampler.config()
     with processes.process_group(device):
         models = load_models(tokenizer, generator, sampler, device)
-        classes = seen_classes(generator, models.generator.config.num_classes, run.classes)
-        labels, scheme = run.labels(classes)
+        labels, scheme = _labels(run, generator, models.generator)
         samples = SampleSet(
             labels=labels,
             scheme=scheme,
@@ -111,6 +116,7 @@ def sample(
             format=run.format,
             columns=run.columns,
             facts=models.facts,
+            class_names=models.generator.class_names,
         )
         with Progress("sampling", "batch") as progress, autocast(models.device, sampler.precision):
             record = write_samples(
@@ -127,3 +133,12 @@ def sample(
             picture = "" if run.format == "latents" else f", picture in {out / 'grid.png'}"
             say(f"{len(labels)} samples in {out / FILES[run.format]}{picture}")
     return record
+
+
+def _labels(run: SampleRun, folder: Path, generator: LatentGenerator) -> tuple[Tensor, str]:
+    from openpae.data.classes import typed_labels
+    from openpae.storage.model_folder import seen_classes
+
+    names, count = generator.class_names, generator.config.num_classes
+    chosen = None if run.classes is None else typed_labels(folder, run.classes, names, count)
+    return run.labels(seen_classes(folder, count, chosen), chosen)

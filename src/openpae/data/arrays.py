@@ -67,7 +67,7 @@ def _labels(path: Path, prefix: str, keys: set[str], count: int) -> tuple[NDArra
     if key is None:
         return np.zeros(count, dtype=np.int64), ["all"]
     labels = npz_array(path, key, kinds="iuU")
-    if labels.size != count or labels.ndim > 2:
+    if labels.size != count or labels.ndim > 2 or count not in labels.shape:
         raise ValueError(f"{key} in {path} must hold {count:,} labels, got {labels.shape}")
     names = npz_array(path, _CLASSES, kinds="U").ravel().tolist() if _CLASSES in keys else None
     return class_numbers(path, labels.ravel().tolist(), names or class_names_beside(path.parent))

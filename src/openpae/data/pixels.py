@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from openpae.runtime.escape import one_line
 from openpae.runtime.extras import needs
+
+_LONGEST_NAME = 32
+"""Characters of a name beside a row of a grid."""
 
 
 def to_unit(levels: Tensor) -> Tensor:
@@ -24,7 +30,8 @@ def check_images(images: Tensor, name: str = "images") -> None:
     if not images.is_floating_point():
         raise ValueError(f"{name} must be float in [0, 1], got {images.dtype}; divide uint8 images by 255")
     low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # also true for NaN
+    _refuse_nan(low, name)
+    if not (low >= 0 and high <= 1):
         raise ValueError(
             f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; clamp a decoder's output, "
             f"map [-1, 1] by (x + 1) / 2, divide [0, 255] by 255"
@@ -52,21 +59,56 @@ def hash_of_all(hashes: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(hashes))).hexdigest()
 
 
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Images (n, 3, H, W) in [0, 1] in rows of `columns`, on white."""
+def image_grid(images: Tensor, columns: int, gap: int = 2, *, rows: Sequence[str] = ()) -> Image.Image:
+    """Images (n, 3, H, W) in [0, 1] in rows of `columns`, on white, with the names of the rows on their left.
+
+    Names are drawn in ASCII: accents are left out, and other letters are question marks.
+    """
     n, _, height, width = images.shape
-    rows = -(-n // columns)
-    grid = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    grid = torch.ones(3, -(-n // columns) * (height + gap) - gap, columns * (width + gap) - gap)
     for i, image in enumerate(images.detach().float().cpu()):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         grid[:, top : top + height, left : left + width] = image
-    return to_image(grid)
+    return _with_names(to_image(grid), rows, height + gap) if rows else to_image(grid)
+
+
+def _with_names(picture: Image.Image, names: Sequence[str], step: int) -> Image.Image:
+    """A picture with a name on the left of each row of `step` pixels."""
+    texts = [_drawable(name) for name in names]
+    font = ImageFont.load_default(max(10, min(24, step // 5)))
+    margin = 8 + math.ceil(max(font.getlength(text) for text in texts))
+    named = Image.new("RGB", (picture.width + margin, picture.height), "white")
+    named.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(named)
+    for row, text in enumerate(texts):
+        draw.text((margin - 4, row * step + step // 2), text, fill="black", font=font, anchor="rm")
+    return named
+
+
+def _drawable(name: str) -> str:
+    """A name in the letters of Pillow's own font, on one line, not too long."""
+    letters = unicodedata.normalize("NFKD", one_line(name))
+    text = "".join(c for c in letters if not unicodedata.combining(c)).encode("ascii", "replace").decode()
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [0, 1] as a Pillow image."""
+    """Pixels (3, H, W) in [0, 1] as a Pillow image.
+
+    Raises:
+        ValueError: a pixel is NaN.
+    """
+    _refuse_nan(float(pixels.min()), "pixels")
     levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def _refuse_nan(lowest: float, name: str) -> None:
+    """Raise ValueError if the lowest value is NaN: as a uint8 it would be a colour."""
+    if math.isnan(lowest):
+        raise ValueError(
+            f"{name} hold NaN; look at the weights of the model, and at guidance and shift of the sampler"
+        )
 
 
 def pca_pictures(z: Tensor, size: int) -> Tensor:

@@ -220,21 +220,30 @@ def class_numbers(
 
     Args:
         where: the data, for messages.
-        values: a number or a name for each image; text of digits is a number if all values are numbers.
+        values: a number or a name for each image; text of digits, also with a sign, is a number if all values
+            are numbers.
         names: names of the classes in order, if they are known.
 
     Returns:
         Labels (n,) and the names: `names`, or the distinct names sorted, or the numbers as text.
 
     Raises:
-        ValueError: numbers and names are mixed, a number is out of range, or a name is not in `names`.
+        ValueError: numbers and names are mixed, a number is out of range, a name is not in `names` or longer
+            than a file name, or a value is neither.
     """
-    numbers = [value for value in values if isinstance(value, int) or re.fullmatch(r"\d{1,18}", value)]
+    for value in values:
+        if type(value) is not int and not (isinstance(value, str) and len(value) <= 255):
+            raise ValueError(
+                f"{where} has the label {repr(value)[:40]}; labels must be integers, or names of at most 255 "
+                "characters"
+            )
+    numbers = [value for value in values if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", value)]
     if len(numbers) == len(values):
-        labels = np.array([int(value) for value in numbers], dtype=np.int64)
+        whole = list(map(int, numbers))
         most = MOST_CLASSES if names is None else len(names)
-        for bad in labels[(labels < 0) | (labels >= most)].tolist():
-            raise ValueError(f"{where} has the label {bad}; labels must be 0 to {most - 1}")
+        for bad in (number for number in whole if not 0 <= number < most):
+            raise ValueError(f"{where} has the label {str(bad)[:40]}; labels must be 0 to {most - 1}")
+        labels = np.array(whole, dtype=np.int64)
         known = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
         return labels, known if names is None else list(names)
     if any(isinstance(value, int) for value in values):

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openpae.storage.files import file_hash, read_json
+from openpae.storage.files import file_hash, read_fields, read_json
 
 TYPES = {
     "uint8": torch.uint8,
@@ -94,7 +94,7 @@ class Shards:
         self.shape: tuple[int, ...] = tuple(self.index["shape"])
         self.dtype = TYPES[self.index["dtype"]]
         self.labels = self._open_labels()
-        if kind == "latents" and not _has_statistics(self.index):
+        if self.index["kind"] == "latents" and not _has_statistics(self.index):
             reason = "latents need a tokenizer, and a finite mean and std for each channel"
             raise _damaged(self.folder / "index.json", reason)
         self.ends = np.cumsum(self.index["rows"])
@@ -197,7 +197,7 @@ def read_infos(folder: Path, kind: str, shape: Sequence[int], count: int) -> lis
     infos = []
     for number in range(count):
         path = folder / f"{number:05d}.json"
-        info = _with_keys(path, rows=int, labels=list, skipped=list, sha256=str, **dict.fromkeys(sums, list))
+        info = _fields(path, rows=int, labels=list, skipped=list, sha256=str, **dict.fromkeys(sums, list))
         if any(list(map(type, info[name])) != [float] * length for name, length in sums.items()):
             raise _damaged(path, f"its {', '.join(sums)} are not one number per channel")
         infos.append(info)
@@ -206,7 +206,7 @@ def read_infos(folder: Path, kind: str, shape: Sequence[int], count: int) -> lis
 
 def _read_index(path: Path) -> dict[str, Any]:
     kinds = {"kind": str, "dtype": str, "shape": list, "attributes": dict, "rows": list, "sha256": list}
-    index = _with_keys(path, skipped=list, **kinds)
+    index = _fields(path, skipped=list, **kinds)
     counted = all(type(number) is int and number >= 0 for number in (*index["rows"], *index["shape"]))
     named = type(index["attributes"].get("classes", [])) is list
     if index["dtype"] not in TYPES or len(index["rows"]) != len(index["sha256"]) or not counted or not named:
@@ -225,11 +225,11 @@ def _has_statistics(index: Mapping[str, Any]) -> bool:
     )
 
 
-def _with_keys(path: Path, **kinds: type) -> dict[str, Any]:
-    data = read_json(path)
-    if wrong := [name for name, kind in kinds.items() if type(data.get(name)) is not kind]:
-        raise _damaged(path, f"it has no fitting {', '.join(sorted(wrong))}")
-    return data
+def _fields(path: Path, **kinds: type) -> dict[str, Any]:
+    try:
+        return read_fields(path, **kinds)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_HOW_TO_REPAIR}") from None
 
 
 def index_of(header: Mapping[str, Any], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -115,10 +115,11 @@ class LoopConfig:
     records none."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "global_batch_size", "device_batch_size", "log_every", "save_every", "keep_last")
-        others = ("evaluate_every", "num_workers", "seed", "keep_every", "profile_steps")
+        counts = ("steps", "device_batch_size", "log_every", "save_every", "keep_last")
+        others = ("evaluate_every", "seed", "keep_every", "profile_steps")
         from_one = dict.fromkeys((*counts, "nonfinite_limit"), "[1, inf)")
-        check_fields(self, "loop.", ema_decay="[0, 1)", **from_one, **dict.fromkeys(others, "[0, inf)"))
+        allowed = {"ema_decay": "[0, 1)", "num_workers": "[0, 1024]", "global_batch_size": "[1, 16777216]"}
+        check_fields(self, "loop.", **allowed, **from_one, **dict.fromkeys(others, "[0, inf)"))
         part = self.device_batch_size
         if part is not None and self.global_batch_size % part:
             raise ValueError(

@@ -25,8 +25,11 @@ from openpae.runtime.provenance import package_versions
 from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, balanced_labels, evaluations, sample_images
 from openpae.sampling.settings import SamplerConfig
-from openpae.storage.files import read_json, write_json
+from openpae.storage.files import is_number, read_fields, write_json
 from openpae.storage.outputs import check_outputs, made_by, make_folder
+
+_MEASURED = ("guidance", "guidance_start", "guidance_end", "samples", "frechet")
+"""Numbers in each row of `measured`."""
 
 
 def successive_halving(
@@ -175,7 +178,7 @@ def search_guidance(
     def measured(candidate: Candidate, count: int) -> float:
         if (candidate, count) not in known:
             value = known[candidate, count] = processes.broadcast(evaluator(candidate, count))
-            row = dict(zip(("guidance", "guidance_start", "guidance_end"), candidate, strict=True))
+            row = dict(zip(_MEASURED[:3], candidate, strict=True))
             nfe = evaluations(with_guidance(sampler, candidate))
             record["measured"].append(row | {"samples": count, "nfe": nfe, "frechet": value})
             processes.on_rank0(lambda: write_json(out / "search.json", record))
@@ -239,7 +242,10 @@ def _begun(out: Path, settings: Mapping[str, Any], *, afresh: bool) -> dict[str,
         record = {**settings, "versions": package_versions(), "measured": [], "best": None}
         write_json(path, record)
         return record
-    record = read_json(path)
+    record = read_fields(path, measured=list)
+    for row in record["measured"]:
+        if not isinstance(row, dict) or not all(is_number(row.get(name)) for name in _MEASURED):
+            raise ValueError(f"{path} is damaged: a row of measured lacks one of {', '.join(_MEASURED)}")
     if changed := [key for key, value in settings.items() if record.get(key) != value]:
         facts = ", ".join(f"{key} ({record.get(key)} there, {settings[key]} now)" for key in changed[:3])
         raise ValueError(f"{out} holds another search: another {facts}; name another folder, or delete it")

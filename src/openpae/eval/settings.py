@@ -44,7 +44,7 @@ class SearchConfig:
     """Seed of the noise, the same for all candidates. Report results with another seed."""
 
     def __post_init__(self) -> None:
-        check_fields(self, samples="[2, inf)", halving="[2, inf)")
+        check_fields(self, samples=SAMPLES, halving="[2, inf)")
         for name in ("scales", "starts", "ends"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one value")

@@ -33,7 +33,8 @@ class MeasureConfig:
     """Seed of directions, classes and clusters."""
 
     def __post_init__(self) -> None:
-        others = dict.fromkeys(("lpc_count", "directions", "classes", "repeats", "batch_size"), "[1, inf)")
+        others = dict.fromkeys(("lpc_count", "classes", "batch_size"), "[1, 100000000]")
+        others |= dict.fromkeys(("directions", "repeats"), "[1, 10000]")
         check_fields(self, count="[2, inf)", sigma="[0.01, inf)", seed="[0, inf)", **others)
 
 

@@ -118,7 +118,7 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
         Args:
             tokenizer: with its encoder, or without it for sampling only.
             generator: of its latents.
-            names: names of the classes 0, 1, ...
+            names: names of the classes 0, 1, ...; None for those of the generator, if it has them.
 
         Raises:
             ValueError: see `AutoencoderPAE.of`; or the generator makes other latents than the tokenizer's.
@@ -127,6 +127,7 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
         if wanted != given:
             raise ValueError(f"the tokenizer decodes latents of {wanted}, the generator makes {given}")
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / PAPER_SHIFT)
+        names = generator.class_names if names is None else names
         labels = None if names is None else {str(number): name for number, name in enumerate(names)}
         return cls(AutoencoderPAE.of(tokenizer), GeneratorPAE.of(generator), scheduler, labels)
 
@@ -141,7 +142,7 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int],
+        class_labels: int | str | Sequence[int | str],
         num_inference_steps: int = 249,
         guidance_scale: float = 2.5,
         guidance_start: float = 0.25,
@@ -156,7 +157,7 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
         """Sample one image of each of these classes. The defaults are the paper's guided setting.
 
         Args:
-            class_labels: classes, in [0, K); K is the null class.
+            class_labels: classes by number, in [0, K), where K is the null class, or by name.
             num_inference_steps: steps of the scheduler.
             guidance_scale: w of v_null + w (v - v_null); 1 is no guidance.
             guidance_start: guide where t >= this, t from 0 (noise) to 1 (data).
@@ -209,8 +210,9 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _checked(self, class_labels: int | Sequence[int], tensors: Sequence[str]) -> list[int]:
-        labels = [class_labels] if isinstance(class_labels, int) else [int(label) for label in class_labels]
+    def _checked(self, class_labels: int | str | Sequence[int | str], tensors: Sequence[str]) -> list[int]:
+        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        labels = [self.get_label_ids(one)[0] if isinstance(one, str) else int(one) for one in given]
         highest = self.transformer.dit.null_label
         if not labels or min(labels) < 0 or max(labels) > highest:
             raise ValueError(f"class_labels must name classes in [0, {highest}], got {labels}")

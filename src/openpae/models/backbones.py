@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from logging import ERROR
 from pickle import UnpicklingError
 from typing import Any
@@ -147,6 +149,7 @@ def load_pretrained(
                     assert file is not None  # for the type checker: a missing file raises OSError
                     state = load_file(file)
                 weights = dict(state) if convert is None else convert(state)
+                _check_room(partial(kind, config), weights)
                 model, report = kind.from_pretrained(None, config=config, state_dict=weights, **loading)
     except OSError as error:
         raise FileNotFoundError(
@@ -173,15 +176,27 @@ def _raise_on_faults(report: Mapping[str, Any], message: str, other_parts: tuple
 
 
 def check_architecture(architecture: Mapping[str, Any]) -> None:
-    """Refuse sizes that no VFM has, before a network is built.
+    """Refuse numbers that no VFM has, before a network is built.
 
     Raises:
-        ValueError: a size above 2^20, or more than 1024 layers.
+        ValueError: a size above 2^20, more than 1024 layers, or a number that is not finite.
     """
     for name, value in architecture.items():
         most = 1024 if "layer" in name and "norm" not in name else 2**20
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most:
-            raise ValueError(f"{name} of an encoder must lie in [0, {most}], got {value}")
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if type(number) is int and abs(number) > most:
+                raise ValueError(f"{name} of an encoder must lie in [0, {most}], got {value}")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name} of an encoder must be a finite number, got {value}")
+
+
+def _check_room(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a network is far larger than its weights, before it is allocated."""
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in build().state_dict().values())
+    held = sum(value.numel() for value in weights.values())
+    if needed > 2 * held:  # otherwise the report names what is missing
+        raise ValueError(f"the config asks for {needed:,} weights, the file holds {held:,}")
 
 
 def build_tower(model_class: str, architecture: Mapping[str, Any]) -> nn.Module:

@@ -263,6 +263,7 @@ def _pretrained(spec: EncoderSpec, source: str, state: Mapping[str, Tensor] | No
     patch = model.config.patch_size
     facts = {
         "width": (model.config.hidden_size, spec.dim),
+        "number of heads": (model.config.num_attention_heads, spec.num_heads),
         "patch": (patch if isinstance(patch, int) else patch[0], spec.stride // spec.merge),
     }
     for fact, (actual, expected) in facts.items():

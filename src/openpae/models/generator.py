@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openpae.models.configs import GeneratorConfig
 from openpae.models.precision import MixedPrecision, in_dtype
 from openpae.storage import hub
+from openpae.storage.model_folder import read_classes
 
 
 def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -48,6 +49,9 @@ class LatentGenerator(MixedPrecision):
     latent_std: Tensor
     made_with: str | None = None
     """Fingerprint of the tokenizer of its latents, known after loading; saving needs it."""
+    classes: tuple[list[str], list[int]] | None = None
+    """Names of the classes and their numbers of training images, known after loading if the folder has them;
+    saved with the weights."""
     class_embed: nn.Embedding
     time_mlp: nn.Sequential
     final_modulation: nn.Linear
@@ -72,6 +76,11 @@ class LatentGenerator(MixedPrecision):
         for module in [*modulations, self.final_modulation, self.to_velocity]:
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, at most K; None if they are not known."""
+        return None if self.classes is None else self.classes[0][: self.config.num_classes]
 
     @property
     def null_label(self) -> int:
@@ -113,7 +122,8 @@ class LatentGenerator(MixedPrecision):
         revision: str | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load a saved generator in evaluation mode, with the statistics of its latents.
+        """Load a saved generator in evaluation mode, with the statistics of its latents and the names of its
+        classes.
 
         Args:
             name_or_folder: a model or run folder, or a name OWNER/NAME of the hub.
@@ -124,12 +134,13 @@ class LatentGenerator(MixedPrecision):
             FileNotFoundError: no such folder or name, or the hub cannot be reached.
             ValueError: another kind of model, damaged or incompatible weights, or another torch_dtype.
         """
-        model, made_with = hub.load_saved(cls, cls.config_class, name_or_folder, revision)
-        model.made_with = made_with
+        folder = hub.find_model(name_or_folder, revision)
+        model, made_with = hub.load_saved(cls, cls.config_class, folder, None)
+        model.made_with, model.classes = made_with, read_classes(folder)
         return in_dtype(model, torch_dtype)
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
-        """Write a folder that `from_pretrained` loads: safetensors, config and model card.
+        """Write a folder that `from_pretrained` loads: safetensors, config, model card, names of classes.
 
         Args:
             folder: new, or replaced if it holds only a saved model.
@@ -138,7 +149,7 @@ class LatentGenerator(MixedPrecision):
         Raises:
             ValueError: `made_with` is not known, or the folder holds other files.
         """
-        hub.save(self, folder, made_with=self.made_with, precision=precision)
+        hub.save(self, folder, made_with=self.made_with, precision=precision, classes=self.classes)
 
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
         """Save and upload to the hub; see `hub.push`. Returns the address."""

@@ -28,5 +28,5 @@ class PlanSettings:
     """Number of images in the data set, for the size of caches."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "--", gpus="[1, inf)", images="[1, inf)", utilisation="(0, 1]")
+        check_fields(self, "--", gpus="[1, 1000000]", images="[1, inf)", utilisation="(0, 1]")
         card(self.card)

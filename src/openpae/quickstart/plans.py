@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from openpae import config as configs
 from openpae.quickstart.workers import Speed, Workers
-from openpae.storage.files import read_json, write_json
+from openpae.storage.files import read_fields, write_json
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
 
 Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
@@ -31,7 +31,7 @@ def parse_budget(text: str) -> float:
     """Return the seconds of a duration such as "200s", "12min" or "2h".
 
     Raises:
-        ValueError: the text is no duration, or is less than three minutes.
+        ValueError: the text is no duration, or is outside of 3 minutes to 1,000 hours.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
     if not match:
@@ -41,6 +41,8 @@ def parse_budget(text: str) -> float:
         raise ValueError(
             f"budget must be at least 3min, got {text!r}; preparing and measuring alone take half of that"
         )
+    if seconds > 3_600_000:
+        raise ValueError(f"budget must be at most 1000h, got {text[:20]!r}")
     return seconds
 
 
@@ -101,8 +103,8 @@ def read_timing(file: Path) -> Timing | None:
     """Read the file of `write_timing`; None if there is none."""
     if not file.is_file():
         return None
-    data = read_json(file)
-    return Timing(workers=Workers(**data["workers"]), seconds=data["seconds"])
+    data = read_fields(file, workers=dict, seconds=float)
+    return Timing(workers=configs.from_dict(Workers, data["workers"]), seconds=data["seconds"])
 
 
 def write_timing(file: Path, timing: Timing, speeds: list[Speed]) -> None:

@@ -16,13 +16,20 @@ def without_html(text: str) -> str:
 
 
 def markdown(text: object) -> str:
-    """The text for a cell of a Markdown table: one line, no raw HTML, no column separator."""
-    return without_html(one_line(text)).replace("|", "/")
+    """The text for a cell of a Markdown table: one line, no raw HTML, link, image or column separator."""
+    return without_html(one_line(text)).replace("|", "/").replace("](", r"]\(")
+
+
+def code(text: object) -> str:
+    """The text as Markdown code in one line."""
+    plain = one_line(text).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
 
 
 def spreadsheet(value: object) -> object:
     """The value for a CSV cell. Text that a spreadsheet would take for a formula gets a leading quote."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    formula = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{value}" if formula else value
 
 
 def chart(text: str) -> str:

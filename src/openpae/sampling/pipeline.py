@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openpae.data.classes import labels_of
 from openpae.interop.any_tokenizer import AnyTokenizer, decoded_shape, open_pair
 from openpae.interop.kinds import KINDS
 from openpae.models.generator import LatentGenerator
@@ -182,7 +183,7 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         steps: int | None = ...,
         seed: int | None = ...,
@@ -198,7 +199,7 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         output: Literal["tensor"],
         steps: int | None = ...,
@@ -214,7 +215,7 @@ class Pipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         output_type: Literal["np", "pt", "latent"],
         steps: int | None = ...,
@@ -229,7 +230,7 @@ class Pipeline:
 
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int | str],
         *,
         steps: int | None = None,
         seed: int | None = None,
@@ -244,7 +245,7 @@ class Pipeline:
         """Sample one image of each of these classes.
 
         Args:
-            class_labels: classes, in [0, K); K is the null class.
+            class_labels: a list of classes: numbers in [0, K), where K is the null class, or names, or both.
             steps: steps of the solver, in place of the sampler's.
             seed: image i depends on (seed, i) and its class alone; None is 0.
             sampler: solver and guidance; None is the paper's guided setting.
@@ -259,6 +260,7 @@ class Pipeline:
             A list that also has `.images`; a tensor for output="tensor".
 
         Raises:
+            TypeError: a class is neither an integer nor text.
             ValueError: no classes, a class that the generator does not know, another output, or two names of
                 one argument with different values.
         """
@@ -268,6 +270,8 @@ class Pipeline:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         named = {"tensor": "pt"}.get(output or "", output)
         kind: OutputType = same_value(output=named, output_type=output_type) or "pil"
+        if isinstance(class_labels, str):
+            raise ValueError(f"class_labels must be a list of classes, got {class_labels!r}; write it in []")
         if not len(class_labels):
             raise ValueError("class_labels must name at least one class")
         changes: dict[str, Any] = {
@@ -277,7 +281,8 @@ class Pipeline:
         changes = {name: value for name, value in changes.items() if value is not None}
         config = replace(sampler or SamplerConfig(), **changes)
         drawn = None if generator is None else seed_of(generator)
-        labels = torch.tensor(list(class_labels), dtype=torch.int64)
+        known = self.generator.class_names, self.generator.config.num_classes
+        labels = torch.tensor(labels_of("the generator", class_labels, *known), dtype=torch.int64)
         samples = self._samples(
             labels, config, same_value(seed=seed, generator=drawn) or 0, batch_size, kind == "latent"
         )
@@ -319,7 +324,13 @@ class Pipeline:
             folders = {part: partial / part for part in PARTS}
             self.tokenizer.save_pretrained(folders["tokenizer"], precision=precision)
             made_with = identity_of(folders["tokenizer"]).fingerprint
-            hub.save(self.generator, folders["generator"], made_with=made_with, precision=precision)
+            hub.save(
+                self.generator,
+                folders["generator"],
+                made_with=made_with,
+                precision=precision,
+                classes=self.generator.classes,
+            )
             (partial / README).write_text(model_card(folders, str(folder), None), encoding="utf-8")
 
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:

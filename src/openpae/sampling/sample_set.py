@@ -66,6 +66,17 @@ class SampleSet:
     """Columns of grid.png."""
     facts: Mapping[str, Any]
     """What else the samples depend on: fingerprints, precision."""
+    class_names: Sequence[str] | None = None
+    """Names of the classes, for the rows of grid.png that show one class each."""
+
+    def row_names(self, count: int) -> list[str]:
+        """Label and name of the class of each row of grid.png, which shows the first `count` samples; empty
+        if a row has several classes or no name."""
+        labels, names = self.labels[:count].tolist(), self.class_names or ()
+        rows = [set(labels[start : start + self.columns]) for start in range(0, count, self.columns)]
+        if any(len(row) > 1 or max(row) >= len(names) for row in rows):
+            return []
+        return [f"{label} {names[label]}" for row in rows for label in row]
 
     def as_record(self) -> dict[str, Any]:
         """Everything that two equal sample sets have in common; part of samples.json."""
@@ -215,7 +226,8 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         sha256 = hash_of_all(hashes)
         first = shards.gather(np.arange(min(len(shards), _SHOWN)))
         with atomic_file(out / "grid.png") as partial:
-            image_grid(to_unit(first), samples.columns).save(partial, format="PNG")
+            names = samples.row_names(len(first))
+            image_grid(to_unit(first), samples.columns, rows=names).save(partial, format="PNG")
     record = {
         **samples.as_record(),
         "samples_sha256": sha256,

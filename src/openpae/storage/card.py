@@ -12,8 +12,8 @@ import yaml
 from safetensors import safe_open
 
 from openpae import config as configs
-from openpae.runtime.escape import markdown
-from openpae.storage.files import read_json
+from openpae.runtime.escape import code, markdown
+from openpae.storage.files import is_number, read_json
 from openpae.storage.model_folder import (
     CONFIG,
     RECORD,
@@ -21,9 +21,12 @@ from openpae.storage.model_folder import (
     Identity,
     Parent,
     identity_of,
+    read_classes,
     read_parent,
 )
 
+_SHOWN = 20
+"""Names of classes in a card."""
 PAPER = "https://arxiv.org/abs/2605.07915"
 
 
@@ -54,6 +57,8 @@ class _Facts:
     weights: int
     record: Mapping[str, Any] | None
     parent: Parent | None
+    names: list[str]
+    """Of the classes; empty if they are not known."""
 
 
 def model_card(folders: Mapping[str, Path], repo: str, licence: str | None) -> str:
@@ -101,7 +106,8 @@ def _facts(folder: Path) -> _Facts:
     with safe_open(folder / WEIGHTS, "pt") as file:
         weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    return _Facts(kind, config, identity, weights, record, read_parent(folder))
+    names, _ = read_classes(folder) or ([], [])
+    return _Facts(kind, config, identity, weights, record, read_parent(folder), names)
 
 
 def is_record(record: Mapping[str, Any]) -> bool:
@@ -109,8 +115,9 @@ def is_record(record: Mapping[str, Any]) -> bool:
     metrics = record.get("metrics")
     return isinstance(metrics, Mapping) and all(
         isinstance(metric, Mapping)
-        and isinstance(metric.get("value"), int | float)
-        and isinstance(metric.get("stderr"), int | float | None)
+        # Infinite is the PSNR of an exact copy.
+        and (is_number(value := metric.get("value")) or value == math.inf)
+        and (metric.get("stderr") is None or is_number(metric["stderr"]))
         for metric in metrics.values()
     )
 
@@ -121,9 +128,10 @@ def _about(facts: _Facts) -> list[str]:
         f"{facts.kind.name.capitalize()}: {facts.kind.summary} ([PAE]({PAPER})), {facts.weights:,} weights.",
         "",
         *(f"- {markdown(key)}: {markdown(_short(value))}" for key, value in facts.config.items()),
-        f"- fingerprint: `{markdown(home.fingerprint)}`, made with the {facts.kind.made_with} "
-        f"`{markdown(home.made_with)}`",
+        f"- fingerprint: {code(home.fingerprint)}, made with the {facts.kind.made_with} "
+        f"{code(home.made_with)}",
         *_origin(facts.parent),
+        *_classes(facts.names),
         "",
     ]
 
@@ -131,16 +139,23 @@ def _about(facts: _Facts) -> list[str]:
 def _origin(parent: Parent | None) -> list[str]:
     if parent is None:
         return []
-    given, part = markdown(parent.fingerprint), markdown(parent.trained)
+    given, part = code(parent.fingerprint), markdown(parent.trained)
     new = f"; new weights at the start: {markdown(', '.join(parent.new))}" if parent.new else ""
-    return [f"- trained from the weights of `{given}`, part {part}{new}"]
+    return [f"- trained from the weights of {given}, part {part}{new}"]
+
+
+def _classes(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    shown = "; ".join(f"{label} {markdown(name)}" for label, name in enumerate(names[:_SHOWN]))
+    return [f"- classes: {shown}{'; ...' * (len(names) > _SHOWN)}"]
 
 
 def _usage(models: Mapping[str, _Facts], repo: str) -> list[str]:
     if len(models) > 1:
         calls = [
             f'pipeline = openpae.Pipeline.from_pretrained("{repo}")',
-            "images = pipeline(class_labels=[0, 1, 2, 3], seed=0)",
+            f"images = pipeline(class_labels={models['generator'].names[:2] or [0, 1, 2, 3]}, seed=0)",
         ]
     else:
         (facts,) = models.values()
@@ -156,7 +171,7 @@ def _metrics(facts: _Facts) -> list[str]:
         return []
     rows = []
     for name, metric in facts.record["metrics"].items():
-        error = "" if metric["stderr"] is None else f"{metric['stderr']:.2g}"
+        error = "" if metric.get("stderr") is None else f"{metric['stderr']:.2g}"
         rows.append(f"| {markdown(name)} | {metric['value']:.5g} | {error} |")
     return [
         *(f"## Metrics of the {facts.kind.name}", ""),

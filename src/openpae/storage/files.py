@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is damaged: it must hold a mapping, got {type(data).__name__}")
     return data
+
+
+def read_fields(path: Path, **kinds: type) -> dict[str, Any]:
+    """`read_json` of a file that must have these fields, of these types. An int passes for a float.
+
+    Raises:
+        ValueError: see `read_json`; or a field is missing, of another type, or not finite.
+    """
+    data = read_json(path)
+    wrong = [
+        name
+        for name, kind in kinds.items()
+        if not (is_number(data.get(name)) if kind is float else type(data.get(name)) is kind)
+    ]
+    if wrong:
+        raise ValueError(f"{path} is damaged: it has no fitting {', '.join(sorted(wrong))}")
+    return data
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
 
 
 def file_hash(path: Path) -> str:

@@ -32,7 +32,9 @@ from openpae.storage.model_folder import (
     WEIGHTS,
     model_folder,
     new_model_folder,
+    read_classes,
     read_model,
+    write_classes,
     write_model,
 )
 from openpae.storage.pairs import packaged_pair
@@ -139,6 +141,7 @@ def save(
     precision: Precision,
     leave_out: str | None = None,
     architecture: Mapping[str, Any] | None = None,
+    classes: tuple[Sequence[str], Sequence[int]] | None = None,
 ) -> None:
     """Write a model folder with a model card.
 
@@ -150,6 +153,7 @@ def save(
             also holds for a model in half precision.
         leave_out: prefix of the names that are not saved.
         architecture: architecture of an encoder whose weights are saved too.
+        classes: names of a generator's classes and their numbers of training images.
 
     Raises:
         ValueError: made_with is None, or the folder holds something else.
@@ -170,6 +174,8 @@ def save(
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
         if architecture is not None:
             write_json(partial / ENCODER, architecture)
+        if classes is not None:
+            write_classes(partial, *classes)
         (partial / README).write_text(model_card({"": partial}, str(folder), None), encoding="utf-8")
 
 
@@ -254,6 +260,8 @@ def _copy(source: Path, target: Path) -> None:
             if (place / name).is_file() and (name == RECORD or place == path):
                 if (place / name).is_symlink():  # it may point to any file of this machine
                     raise ValueError(f"{place / name} is a link; put the file itself there")
+                if name == CLASSES:
+                    read_classes(place)
                 if name in (ENCODER, PARENT, RECORD):
                     content = read_json(place / name)
                     if name == RECORD and not is_record(content):

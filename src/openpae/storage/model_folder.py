@@ -178,7 +178,10 @@ def trained_classes(folder: str | Path, num_classes: int) -> list[int]:
     known = read_classes(folder)
     if known is None:
         return list(range(num_classes))
-    return [label for label, count in enumerate(known[1][:num_classes]) if count]
+    trained = [label for label, count in enumerate(known[1][:num_classes]) if count]
+    if not trained:
+        raise ValueError(f"{model_folder(folder) / CLASSES} is damaged: no class has a training image")
+    return trained
 
 
 def seen_classes(folder: str | Path, num_classes: int, wanted: Sequence[int] | None) -> list[int]:

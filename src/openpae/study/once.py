@@ -10,9 +10,9 @@ import torch
 from openpae.engine.checkpoints import forget_training
 from openpae.runtime import processes
 from openpae.runtime.device import pick_device
-from openpae.storage.files import read_json, write_json
+from openpae.storage.files import read_fields, write_json
 from openpae.study import work
-from openpae.study.stage import Stage, StageLayout, settings_of
+from openpae.study.stage import Stage, StageLayout, read_stage, settings_of
 
 
 def run_stage(stage: Stage, layout: StageLayout, *, commit: str, quiet: bool = False) -> dict[str, Any]:
@@ -34,10 +34,11 @@ def run_stage(stage: Stage, layout: StageLayout, *, commit: str, quiet: bool = F
     """
     record = layout.record(stage.id)
     with layout.alone(stage.id):
-        if (known := processes.on_rank0(lambda: read_json(record) if record.is_file() else None)) is not None:
+        known = processes.on_rank0(lambda: read_stage(record) if record.is_file() else None)
+        if known is not None:
             return known
         begun = layout.lock(stage.id).with_suffix(".seconds")
-        spent = read_json(begun)["seconds"] if begun.is_file() else 0.0
+        spent = read_fields(begun, seconds=float)["seconds"] if begun.is_file() else 0.0
         start = time.perf_counter()
         try:
             metrics = work.WORK[stage.kind](stage, layout, quiet)

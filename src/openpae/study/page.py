@@ -13,6 +13,7 @@ from PIL import Image
 
 from openpae import config as configs
 from openpae.report import Page
+from openpae.runtime.escape import code as as_code
 from openpae.runtime.escape import markdown, without_html
 from openpae.study.correlations import Point, correlations, points
 from openpae.study.plan import Plan, Run
@@ -378,7 +379,7 @@ def study_text(plan: Plan, studies: Sequence[Study], results: Sequence[Result], 
         parts.append("## Rank correlations with sample quality")
         parts += [markdown_table(header, rows) for header, rows in tables if rows]
     seconds, code = cost(plan, names)
-    how = f"`{markdown(command)}`, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
+    how = f"{as_code(command)}, code {', '.join(code) or '-'}, {seconds / 3600:.2f} h for the rows."
     parts += ["## How", _filled(how)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -11,7 +11,7 @@ from typing import Any
 from openpae import config as configs
 from openpae.data.classes import check_images_agree
 from openpae.data.images import open_images
-from openpae.storage.files import file_hash, read_json
+from openpae.storage.files import file_hash
 from openpae.study.settings import JudgeSettings, Resolved, Study, StudyData, StudyRow, StudySetup, resolve
 from openpae.study.stage import (
     FeatureSettings,
@@ -24,6 +24,7 @@ from openpae.study.stage import (
     Stage,
     StageKind,
     StageLayout,
+    read_stage,
     short_hash,
 )
 from openpae.train.settings import GeneratorRun, TokenizerRun
@@ -59,7 +60,7 @@ class Plan:
     def record(self, name: str) -> dict[str, Any] | None:
         """Return the record of a stage; None if it is not done."""
         file = self.layout.record(name)
-        return read_json(file) if file.is_file() else None
+        return read_stage(file) if file.is_file() else None
 
 
 def own_data(studies: Sequence[Study]) -> StudyData:

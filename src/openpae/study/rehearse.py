@@ -11,7 +11,6 @@ from statistics import mean
 from typing import Any
 
 from openpae.data.images import open_images
-from openpae.storage.files import read_json
 from openpae.study.once import run_stage
 from openpae.study.plan import Plan
 from openpae.study.stage import (
@@ -23,6 +22,7 @@ from openpae.study.stage import (
     RawSettings,
     ReferenceSettings,
     Stage,
+    read_stage,
     settings_of,
 )
 from openpae.train.settings import GeneratorRun, RefinerRun, TokenizerRun
@@ -72,7 +72,7 @@ def _rates(folder: Path) -> dict[str, float]:
     """Return seconds per step (or per stage without steps) for each kind of finished stage."""
     times: dict[str, list[float]] = {}
     for file in sorted(folder.glob("*.json")):
-        record = read_json(file)
+        record = read_stage(file)
         key = _speed_key(record["stage"], record["settings"], record["inputs"])
         times.setdefault(key, []).append(
             record["seconds"] / record["settings"].get("loop", {}).get("steps", 1)

@@ -166,6 +166,9 @@ class Reported:
     gfid: float | None = None
     """gFID."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRow:
@@ -188,6 +191,7 @@ class StudyRow:
     """The paper's results."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.tokenizer_from and any(item.startswith(("tokenizer.", "refiner.")) for item in self.set):
             raise ValueError(
                 f"row {self.name!r} takes its tokenizer from {self.tokenizer_from}, so changes to the "
@@ -244,6 +248,7 @@ class Study:
     """Axes of a radar plot of the rows; empty draws no plot."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not re.fullmatch(r"[\w-]+", self.name) or self.name == "stages":
             raise ValueError(f"name must be letters, digits, - and _, and not 'stages', got {self.name!r}")
         if not self.rows or not self.seeds:

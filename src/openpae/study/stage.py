@@ -15,12 +15,23 @@ from filelock import FileLock
 
 from openpae.eval.settings import ExtractorName
 from openpae.runtime import processes
+from openpae.storage.files import read_fields
 from openpae.study.settings import JudgeSettings, MeasureSettings
 
 StageKind = Literal[
     "pack", "features", "refiner", "raw-targets", "tokenizer", "measure", "latents", "generator", "reference",
     "own-reference", "judge",
 ]  # fmt: skip
+
+
+def read_stage(file: Path) -> dict[str, Any]:
+    """The record of a finished stage, as `once.run_stage` writes it.
+
+    Raises:
+        ValueError: the file is no such record.
+    """
+    texts, mappings = dict.fromkeys(("stage", "commit"), str), dict.fromkeys(("inputs", "settings"), dict)
+    return read_fields(file, metrics=dict, seconds=float, **texts, **mappings)
 
 
 @dataclass(frozen=True, kw_only=True)

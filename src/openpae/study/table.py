@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -82,15 +83,21 @@ def read_table(path: Path) -> list[Result]:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
             raise ValueError(f"{path} is no results.csv of pae study: its columns must be {', '.join(names)}")
-        return [
-            Result(
-                study=line["study"], row=line["row"], seed=int(line["seed"]), metric=line["metric"],
-                step=int(line["step"]) if line["step"] else None, value=float(line["value"]),
-                stderr=float(line["stderr"]) if line["stderr"] else None, seconds=float(line["seconds"]),
-                commit=line["commit"],
-            )
-            for line in reader
-        ]  # fmt: skip
+        try:
+            return [_result(line) for line in reader]
+        except (TypeError, ValueError) as error:  # TypeError: too few cells
+            raise ValueError(f"{path} is damaged in line {reader.line_num}: {error}") from None
+
+
+def _result(line: Mapping[str, str]) -> Result:
+    numbers = {name: float(line[name]) for name in ("value", "stderr", "seconds") if line[name] != ""}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError("value, stderr and seconds must be finite numbers")
+    return Result(
+        study=line["study"], row=line["row"], seed=int(line["seed"]), metric=line["metric"],
+        step=int(line["step"]) if line["step"] else None, value=numbers["value"],
+        stderr=numbers.get("stderr"), seconds=numbers["seconds"], commit=line["commit"],
+    )  # fmt: skip
 
 
 def finals(results: Sequence[Result], study: str, row: str, metric: str) -> dict[int, float]:

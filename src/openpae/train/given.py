@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from openpae.models.saved import load_tokenizer
 from openpae.models.tokenizer import Autoencoder
 from openpae.runtime import processes
 from openpae.runtime.terminal import note
-from openpae.storage.model_folder import CONFIG, Parent, model_folder, read_model
+from openpae.storage.model_folder import CONFIG, Parent, model_folder, read_classes, read_model
 from openpae.storage.weights import some
 from openpae.train.settings import TrainedPart
 
@@ -67,6 +68,44 @@ def start_from(
         rest = f"; new weights for {', '.join(new)} ({len(started)} tensors)" if new else ""
         note(f"starts from {path}, fingerprint {identity.fingerprint}{rest}")
     return Parent(fingerprint=identity.fingerprint, new=started), identity.made_with
+
+
+def names_from(
+    folder: Path, new: Sequence[str], latents: Path, names: Sequence[str] | None, largest: int
+) -> Sequence[str] | None:
+    """Class names of a generator that starts from a saved one.
+
+    They are those of its latents. Where the latents have none, and the class embedding is taken over, they
+    are those of the saved generator. Warn if a class goes on with the embedding of another.
+
+    Args:
+        folder: the saved generator.
+        new: see `start_from`.
+        latents: folder of the latents, for the warning.
+        names: their class names; None if they have none.
+        largest: their largest label.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_classes`.
+    """
+    before = None if _covers(new, "class_embed.weight") else read_classes(folder)
+    if before is None:
+        return names
+    if names is None:
+        return before[0] if largest < len(before[0]) else None
+    pairs = enumerate(zip(before[0], names, strict=False))
+    others = [
+        f"{label} is {old!r} in {folder} and {own!r} in {latents}"
+        for label, (old, own) in pairs
+        if old != own
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} classes go on with the embedding of another: class {others[0]}; init_new "
+            "class_embed starts them anew",
+            stacklevel=2,
+        )
+    return names
 
 
 def kept_encoder(folder: Path, config: PAEConfig) -> Encoder | None:
