@@ -399,11 +399,3 @@ def test_progress_off_a_terminal_is_lines_and_quiet_has_none(
         quiet = capsys.readouterr()
         assert quiet.err == ""
         assert quiet.out == shown.out.replace("shown", "quiet")
-
-
-def test_a_missing_device_is_named_by_its_option(
-    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    message = fails(capsys, "sample", pair.tokenizer, pair.generator, tmp_path / "out", "--device", "mps")
-    assert message == "pae: error: --device is mps, but torch sees no Apple GPU; use auto or cpu\n"
