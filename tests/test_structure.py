@@ -51,8 +51,8 @@ FILES_OF = {
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",
     "quickstart": "workers plans verdict page run",
-    "commands": "console pairs presets describe env data train sampler sample reconstruct interpolate search "
-    "measure publish study bench plan demo",
+    "commands": "fields completion console pairs presets describe env data train sampler sample "
+    "reconstruct interpolate search measure publish study bench plan demo",
     "demo": "inputs studio page",
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

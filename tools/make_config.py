@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import itertools
-import textwrap
 import typing
 from pathlib import Path
 from typing import Any
 
+from openpae.commands.fields import field_docs
 from openpae.data.settings import ImageData
 from openpae.engine.settings import LoopConfig, OptimConfig
 from openpae.geometry.settings import MeasureConfig
@@ -43,17 +41,6 @@ PARTS = (
     *(HeadConfig, ImageData, TokenizerLoss, DiscriminatorConfig, OptimConfig, LoopConfig, SamplerConfig),
     *(StudyRow, Claim, Reported, MeasureSettings, MeasureConfig, JudgeSettings),
 )
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring behind each field of a dataclass and of its bases."""
-    docs = {}
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for field, text in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                docs[field.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[union-attr]
-    return docs
 
 
 def default(field: dataclasses.Field[Any]) -> str:

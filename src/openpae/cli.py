@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name == "--version":
         print(f"openpae {__version__}")
         return
+    if name == "--print-completion":
+        _print_completion(arguments[1] if len(arguments) > 1 else "")
+        return
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         sys.exit(_fail(f"unknown command {name!r}; {hint + ' ' if hint else ''}known: {', '.join(COMMANDS)}"))
@@ -206,6 +209,15 @@ _WITH_RESULT = ("plan", "sample", "evaluate", "profile", "info", "bench", "env")
 """Commands with --json: they return their result."""
 
 
+def _print_completion(shell: str) -> None:
+    from openpae.commands.completion import print_completion
+
+    try:
+        print_completion(shell, {_name(each): each for each in _FUNCTIONS}, _WITH_RESULT)
+    except ValueError as error:
+        sys.exit(_fail(str(error)))
+
+
 def _overview() -> str:
     rows = "\n".join(
         f"  {name:18} {(function.__doc__ or '').strip().splitlines()[0]}"
@@ -215,5 +227,6 @@ def _overview() -> str:
         f"openpae {__version__}: prior-aligned autoencoders for latent diffusion\n\nusage: pae COMMAND "
         f"...\n\n{rows}\n\n"
         "  pae COMMAND --help lists the options of a command.\n"
+        "  pae --print-completion bash (or zsh, fish) prints a script that completes them in a shell.\n"
         f"  {common_help(with_json=True)}"
     )

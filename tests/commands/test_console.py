@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from openpae.cli import COMMANDS, main
 
@@ -62,3 +64,14 @@ def test_help_names_the_options_of_all_commands(name: str, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main([name, "--help"])
     assert "--quiet" in capsys.readouterr().out
+
+
+def test_a_missing_device_is_named_by_its_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "tokenizer", "generator", str(tmp_path / "out"), "--device", "mps"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message == "pae: error: --device is mps, but torch sees no Apple GPU; use auto or cpu\n"

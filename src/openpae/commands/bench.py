@@ -76,14 +76,11 @@ def bench(
         say(line)
     if out is not None:
         write_json(out, own)
-    if other is None:
-        return own
-    figures, different = record.compare(own, other)
-    _print_comparison(figures, different)
-    return {**own, "comparison": [dataclasses.asdict(one) for one in figures], "different": list(different)}
+    return own if other is None else own | _compared(*record.compare(own, other))
 
 
-def _print_comparison(figures: Sequence[Comparison], different: Sequence[str]) -> None:
+def _compared(figures: Sequence[Comparison], different: Sequence[str]) -> dict[str, Any]:
+    """Print the comparison, and return it."""
     say()
     say(f"{'figure':44} {'this':>14} {'other':>14} {'ratio':>8}")
     for figure in figures:
@@ -91,3 +88,4 @@ def _print_comparison(figures: Sequence[Comparison], different: Sequence[str]) -
         say(f"{figure.name:44} {figure.value:14.6g} {figure.other:14.6g} {ratio:>8}")
     for line in different:
         say(f"different: {line}")
+    return {"comparison": [dataclasses.asdict(one) for one in figures], "different": list(different)}

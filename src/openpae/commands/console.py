@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from openpae import config as configs
+from openpae.commands.fields import OFTEN_CHANGED, short_help
 from openpae.runtime.terminal import say
 
 T = TypeVar("T")
@@ -107,10 +108,10 @@ def run_of(
     """
     paths = [argument for argument in argv[:2] if not argument.startswith("-")]
     if len(paths) < 2:
-        if any(argument in ("-h", "--help") for argument in argv) and not paths:
+        if any(argument in ("-h", "--help", "--help-all") for argument in argv) and not paths:
             print(
                 f"usage: pae {command} CONFIG RUN_DIR [--field value ...]\n\n  with CONFIG, --help lists "
-                f"the fields\n\n  {common_help(with_json=False)}"
+                f"the fields that people change, --help-all all of them\n\n  {common_help(with_json=False)}"
             )
             sys.exit(0)
         if not paths:
@@ -128,7 +129,17 @@ def run_of(
 
 
 def overridden(loaded: T, argv: Sequence[str], prog: str) -> T:
-    """Return a config changed by flags."""
+    """Return a config changed by flags. `--help` shows the fields that people change, `--help-all` the rest.
+
+    Raises:
+        SystemExit: after the help.
+    """
+    fields = OFTEN_CHANGED.get(type(loaded).__name__, ())
+    if {"-h", "--help"} & set(argv) and fields:
+        print(short_help(loaded, prog, fields))
+        print(f"  {common_help(with_json=False)}")
+        sys.exit(0)
+    argv = ["--help" if argument == "--help-all" else argument for argument in argv]
     run: T = parsed(
         type(loaded),
         default=loaded,

@@ -60,22 +60,15 @@ def evaluate(
     elif sampler != SamplerChoice(batch_size=sampler.batch_size):
         raise ValueError("the sampler's options say how --generator draws; give it, or leave them out")
     with processes.process_group(device), Progress("measuring", "img") as progress:
-        record = run_evaluation(
-            reference,
-            run,
-            pick_device(device),
-            options=options,
-            batch_size=sampler.batch_size,
-            progress=progress,
-        )
+        how: dict[str, Any] = {"options": options, "batch_size": sampler.batch_size, "progress": progress}
+        record = run_evaluation(reference, run, pick_device(device), **how)
         if not processes.is_rank0():
             return record
     if run.save_reference is not None:
         say(f"reference in {run.save_reference}")
-    if record is None:
+    if record is None or record_file is None:  # both are None, or none is
         return {"reference": str(run.save_reference)}
     _print_metrics(record)
-    assert record_file is not None  # a record exists only where something was measured
     write_json(record_file, record)
     say(f"record in {record_file}")
     return record
