@@ -260,7 +260,7 @@ def test_images_out_of_shape_or_range_are_refused() -> None:
     cases = [
         (pictures(2) * 2 - 1, r"must lie in \[0, 1\], got values from -"),
         (pictures(2) * 255, r"divide \[0, 255\] by 255"),
-        (pictures(2) * float("nan"), "got values from nan to nan"),
+        (pictures(2) * float("nan"), "images hold NaN; look at the weights"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "must be float in .*, got torch.uint8"),
         (torch.rand(2, 1, 8, 8), r"RGB \(B, 3, H, W\) with B > 0, got \(2, 1, 8, 8\)"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,7 +108,9 @@ def load_diffusers(name: str) -> tuple[Any, dict[str, Any]]:
         owner_and_name, rest = name.split("/")[:2], name.split("/")[2:]
         source, subfolder = "/".join(owner_and_name), "/".join(rest) or None
     try:
-        config = dict(diffusers.AutoModel.load_config(source, subfolder=subfolder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers calls deprecated functions of the hub
+            config = dict(diffusers.AutoModel.load_config(source, subfolder=subfolder))
         kind = getattr(diffusers, config.get("_class_name", ""), None)
         if kind is None or not issubclass(kind, _Autoencoder):
             raise ValueError(
