@@ -56,7 +56,7 @@ def test_the_python_runs_on_what_the_quickstart_leaves(
     with pytest.raises(ValueError, match=r"holds a quickstart with budget 1\.0"):
         run.run_quickstart(out, 2.0, limit=12)
     before = (out / "tokenizer" / "config.yaml").read_bytes()
-    run.run_quickstart(out, 1.0, limit=12)  # again: nothing is trained anew
+    run.run_quickstart(out, 1.0, limit=12)  # again: nothing is trained
     assert (out / "tokenizer" / "config.yaml").read_bytes() == before
 
 

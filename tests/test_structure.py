@@ -46,7 +46,7 @@ FILES_OF = {
     "eval": "settings image_stream estimate frechet inception reconstruction scores extractors features "
     "reference generation evaluate guidance_search run",
     "geometry": "settings clusters metrics proxies interpolation measure profile_page profile",
-    "train": "settings given targets refiner tokenizer generator",
+    "train": "settings given targets refiner tokenizer online generator",
     "study": "settings shared stage plan work verdicts table correlations power once page rehearse run",
     "bench": "record noise generator tokenizer",
     "plan": "settings memory fakes trial estimate text",

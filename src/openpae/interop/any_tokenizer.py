@@ -78,6 +78,16 @@ class AnyTokenizer:
             self.space.module.to(*args, **settings)
         return self
 
+    def check(self, size: Size) -> None:
+        """Encode and decode two random images, before much work depends on it. openpae's own pass.
+
+        Raises:
+            ValueError: see `spaces.check_tokenizer`.
+        """
+        if self.space.kind != "openpae":
+            draw = torch.Generator().manual_seed(0)
+            check_tokenizer(self.space, torch.rand(2, 3, *height_width(size), generator=draw))
+
     def cache_latents(
         self, source: ImageSource, folder: Path, *, size: Size | None = None, precision: str, **settings: Any
     ) -> Shards:
@@ -95,9 +105,7 @@ class AnyTokenizer:
                 `data.caches.cache_latents`.
         """
         size = self.space.image_size if size is None else size
-        if self.space.kind != "openpae":
-            draw = torch.Generator().manual_seed(0)
-            check_tokenizer(self.space, torch.rand(2, 3, *height_width(size), generator=draw))
+        self.check(size)
 
         def encode(images: Tensor) -> Tensor:
             with autocast(self.device, precision):

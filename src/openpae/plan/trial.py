@@ -59,6 +59,7 @@ def planned_run(run: Run, **loop: Any) -> Run:
     changes: dict[str, Any] = {"loop": dataclasses.replace(run.loop, **(plain | loop))}
     if isinstance(run, GeneratorRun):
         changes |= {"tokenizer": None, "evaluation_images": None, "held_out_latents": None}
+        changes |= {"images": None, "image_size": None, "augment": "flip", "resize": None}
     else:
         changes["data"] = dataclasses.replace(run.data, evaluation=None)
         if isinstance(run, TokenizerRun):

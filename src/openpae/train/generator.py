@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from openpae.data.order import StepBatches
 from openpae.data.pixels import image_grid
 from openpae.data.readers import read_batches
 from openpae.data.shards import Shards
-from openpae.data.training import LatentBatch, TrainingLatents
+from openpae.data.training import ImageBatch, LatentBatch, TrainingLatents
 from openpae.engine.loop import fit
 from openpae.engine.optim import adamw, device_batches
 from openpae.engine.parallel import distribute, unwrap
@@ -38,7 +39,10 @@ from openpae.runtime.draws import Draws
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.storage.model_folder import Parent, write_parent
 from openpae.train.given import names_from, start_from
+from openpae.train.online import OnlineLatents
 from openpae.train.settings import GeneratorRun
+
+L = TypeVar("L", Shards, OnlineLatents)
 
 
 class GeneratorTask:
@@ -54,7 +58,11 @@ class GeneratorTask:
     def __init__(self, run: GeneratorRun) -> None:
         self.run = run
         self.device = pick_device(run.loop.device, "loop.device")
-        self.latents = _open_latents(run.latents, run.model)
+        self.latents: Shards | OnlineLatents = (
+            _open_latents(run.latents, run.model)
+            if run.images is None
+            else _check_latents(OnlineLatents(run, self.device), run.model)
+        )
         self.held_out = (
             None if run.held_out_latents is None else _open_latents(run.held_out_latents, run.model)
         )
@@ -94,19 +102,26 @@ class GeneratorTask:
         if run.loop.compile:
             unwrap(self.players["generator"]).compile()
 
-    def batches(self, steps: Sequence[int]) -> Iterable[LatentBatch]:
-        """This rank's device batches of latents, in the order of (seed, images seen)."""
+    def batches(self, steps: Sequence[int]) -> Iterable[LatentBatch | ImageBatch]:
+        """This rank's device batches of latents, or of images to encode, in the order of (seed, seen)."""
         loop = self.run.loop
         sampler = StepBatches(steps, loop.global_batch_size, device_batches(loop))
+        if isinstance(self.latents, OnlineLatents):
+            return self.latents.batches(sampler)
         latents = TrainingLatents(self.latents, seed=loop.seed)
         pin = self.device.type == "cuda"
         return read_batches(latents, sampler, loop.num_workers, pin=pin, label="latents")
 
-    def updates(self, batch: LatentBatch, draws: Draws, step: int) -> Iterator[Update]:
+    def updates(self, batch: LatentBatch | ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """L = MSE(v, x_1 - x_0) + w (1 - cos(v, x_1 - x_0))."""
         dropped = draws.uniform("class dropout") < self.run.model.class_dropout
         labels = torch.where(dropped, self.model.null_label, batch.labels)
-        mse, cosine = self._losses(self.players["generator"], batch.latents, labels, draws)
+        if isinstance(batch, LatentBatch):
+            z = batch.latents
+        else:
+            assert isinstance(self.latents, OnlineLatents)  # batches made it
+            z = self.latents.encode(batch.images)
+        mse, cosine = self._losses(self.players["generator"], z, labels, draws)
         loss = mse + self.run.cosine * cosine
         yield Update("generator", loss, {"mse": mse.detach(), "cosine": cosine.detach()})
 
@@ -230,7 +245,9 @@ def train_generator(
     return fit(task, run_dir, run.optim, run.loop, quiet=quiet, operations=operations)
 
 
-def _classes_of(latents: Shards, run: GeneratorRun | None = None) -> tuple[list[str], list[int]] | None:
+def _classes_of(
+    latents: Shards | OnlineLatents, run: GeneratorRun | None = None
+) -> tuple[list[str], list[int]] | None:
     """Names and image counts of the classes of training latents (with `run`) or others; None if unknown."""
     names = latents.attributes.get("classes")
     if latents.attributes.get("source") == "imported":  # their names are the numbers
@@ -242,7 +259,11 @@ def _classes_of(latents: Shards, run: GeneratorRun | None = None) -> tuple[list[
 
 
 def _open_latents(folder: Path, model: GeneratorConfig) -> Shards:
-    shards = Shards(folder, kind="latents")
+    return _check_latents(Shards(folder, kind="latents"), model)
+
+
+def _check_latents(shards: L, model: GeneratorConfig) -> L:
+    folder = shards.folder
     if shards.shape[1:] != model.latent_shape:
         raise ValueError(
             f"{folder} holds latents of shape {shards.shape[1:]}, the generator is built for "

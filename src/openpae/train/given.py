@@ -102,7 +102,7 @@ def names_from(
     if others:
         warnings.warn(
             f"{len(others)} classes go on with the embedding of another: class {others[0]}; init_new "
-            "class_embed starts them anew",
+            "class_embed gives them new weights",
             stacklevel=2,
         )
     return names

@@ -159,7 +159,17 @@ class GeneratorRun:
     """Parts that start with new weights all the same, such as class_embed for other classes, or patch_embed
     and to_velocity for another tokenizer; a part that does not fit must be among them."""
     latents: Path
-    """Cached latents (pae cache-latents)."""
+    """Cached latents (pae cache-latents). With `images`, a tokenizer: a folder, diffusers:FOLDER, ..."""
+    images: Path | None = added(None)
+    """Images that the tokenizer `latents` encodes at each step, in place of a cache; in any form that
+    can be read in any order. No cache is written, and random crops are possible."""
+    image_size: int | None = added(None)
+    """Side of these images in pixels; null takes that of the tokenizer."""
+    augment: Literal["none", "flip", "crop"] = added("flip")
+    """Augmentation of these images. flip: mirror half of them, as with a cache. crop: shorter side to
+    `resize`, random crop, mirror half. none: centre crop."""
+    resize: int | None = added(None)
+    """Shorter side before the random crop."""
     held_out_latents: Path | None = None
     """Latents of other images, for the loss that evaluation reports; null leaves it out."""
     tokenizer: Path | None = None
@@ -192,12 +202,18 @@ class GeneratorRun:
         check_fields(
             self,
             checkpoint_blocks=f"[0, {self.model.num_blocks}]",
+            image_size="[1, 16384]",
+            resize="[1, 16384]",
             time_shift="(0, inf)",
             evaluation_samples="[2, inf)",
             cosine="[0, inf)",
         )
         if self.init_new and self.init_from is None:
             raise ValueError("init_new needs init_from, the model that gives the other weights")
+        if self.images is None and (self.image_size, self.augment, self.resize) != (None, "flip", None):
+            raise ValueError("image_size, augment and resize need images; a cache holds its own")
+        if (self.augment == "crop") != (self.resize is not None):
+            raise ValueError("resize and augment crop must be given both, or neither")
         if (self.tokenizer is None) != (self.evaluation_images is None):
             raise ValueError("tokenizer and evaluation_images must be given both, or neither")
 
