@@ -74,7 +74,7 @@ _BEYOND: tuple[Case, ...] = rows(
                 "20 digits",
                 "9" * 20,
                 SAMPLE,
-                "^--classes must be below 2\\^63, got 20 digits$",
+                "so '9{20}' is not known; give numbers from",
             ),
             ("--seed", "20 digits", "9" * 20, SAMPLE, "^--seed must be below 2\\^63, got 20 digits$"),
             ("--label", "19 digits", "9" * 18, SEEDS, r"^labels must lie in \[0, 2\] \(2 is the null class"),

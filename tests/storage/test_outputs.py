@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_a_damaged_index_claims_nothing(here: Path, content: str) -> None:
     Path("out/a.png").write_text("mine")
     with pytest.raises(ValueError, match=r"^out/a.png exists"):
         claim(Path("out"), ["a.png"], inputs=[])
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": ["a.png"]}', None])
+def test_an_index_is_no_link(here: Path, content: str | None) -> None:
+    Path("out").mkdir()
+    Path("out", INDEX).symlink_to(here / "notes")
+    if content is not None:
+        Path("notes").write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"^out/{re.escape(INDEX)} must be a file .* got a link; remove it$"
+    ):
+        claim(Path("out"), ["a.png"], inputs=[])
+    assert (Path("notes").read_text() if Path("notes").exists() else None) == content
 
 
 def test_a_folder_is_held_by_one(here: Path) -> None:

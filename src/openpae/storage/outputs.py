@@ -89,6 +89,8 @@ def check_claim(
     Raises:
         ValueError, NotADirectoryError: see `check_outputs`.
     """
+    if (out / INDEX).is_symlink():  # it may point to any file of the user
+        raise ValueError(f"{out / INDEX} must be a file that this program made, got a link; remove it")
     files = read_record(out / INDEX).get("files")
     listed = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
     own = [out / name for name in {*listed} & {*names}]
