@@ -175,25 +175,17 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
             ValueError: a class out of range, latents of another shape, or an unknown name of a tensor.
         """
         labels = self._checked(class_labels, callback_on_step_end_tensor_inputs)
-        device, dit = self._execution_device, self.transformer.dit
-        shape = (len(labels), *dit.config.latent_shape)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        classes = torch.tensor(labels, device=device)
-        null = torch.full_like(classes, dit.null_label)
-        self.scheduler.set_timesteps(
-            sigmas=(1 - np.arange(num_inference_steps) / num_inference_steps).tolist(), device=device
-        )
-        x, self._interrupt = latents.to(device, torch.float32), False
+        x, self._interrupt = self._noise(latents, generator, len(labels)), False
+        classes = torch.tensor(labels, device=x.device)
+        null = torch.full_like(classes, self.transformer.dit.null_label)
+        sigmas = (1 - np.arange(num_inference_steps) / num_inference_steps).tolist()
+        self.scheduler.set_timesteps(sigmas=sigmas, device=x.device)
         with self.progress_bar(total=num_inference_steps) as bar:
             for number, timestep in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
-                at = timestep.expand(len(labels))
+                at, t = timestep.expand(len(labels)), np.float32(1 - float(timestep) / 1000)
                 velocity = self.transformer(x, at, classes, return_dict=False)[0]
-                t = np.float32(1 - float(timestep) / 1000)
                 if guidance_scale != 1 and np.float32(guidance_start) <= t <= np.float32(guidance_end):
                     weak = self.transformer(x, at, null, return_dict=False)[0]
                     velocity = weak + guidance_scale * (velocity - weak)
@@ -202,13 +194,26 @@ class PAEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
                     kept = {"latents": x} if callback_on_step_end_tensor_inputs else {}
                     x = (callback_on_step_end(self, number, timestep, kept) or {}).get("latents", x)
                 bar.update()
-        z = self.transformer.denormalise(x)
-        images: Any = z
-        if output_type != "latent":
-            decoded = self.vae.decode(z, return_dict=False)[0].float()
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        images = self._images(self.transformer.denormalise(x), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _noise(
+        self, given: Tensor | None, generator: torch.Generator | list[torch.Generator] | None, count: int
+    ) -> Tensor:
+        shape, device = (count, *self.transformer.dit.config.latent_shape), self._execution_device
+        if given is None:
+            drawn: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            return drawn
+        if tuple(given.shape) != shape:
+            raise ValueError(f"latents must be {shape}, got {tuple(given.shape)}")
+        return given.to(device, torch.float32)
+
+    def _images(self, z: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return z
+        decoded = self.vae.decode(z, return_dict=False)[0].float()
+        return self.image_processor.postprocess(decoded, output_type=output_type)
 
     def _checked(self, class_labels: int | str | Sequence[int | str], tensors: Sequence[str]) -> list[int]:
         given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)

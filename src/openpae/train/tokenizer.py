@@ -241,9 +241,9 @@ class TokenizerTask:
         if self.held_out is None:
             return None
         rows = spread(len(self.held_out), min(PICTURED, self.run.data.evaluation_images))
-        (images,) = source_batches(self.held_out, self.run.model.image_shape, len(rows), rows.tolist())
-        x = images.to(self.device)
-        return image_grid(torch.cat([x, self.model.decode(self.model.encode(x)).clamp(0, 1)]), len(x))
+        (x,) = source_batches(self.held_out, self.run.model.image_shape, len(rows), rows.tolist())
+        again = self.model.decode(self.model.encode(x.to(self.device))).clamp(0, 1)
+        return image_grid(torch.cat([x.to(again), again]), len(x))
 
     def _geometry(self, images: Subset, batch_size: int) -> dict[str, Any]:
         """GSQ, eRank and LPC of held-out images, as in `pae profile`."""
@@ -385,17 +385,12 @@ def train_tokenizer(
     progress: Progress | None = None,
     operations: float | None = None,
 ) -> dict[str, float]:
-    """Train a tokenizer, or resume the run in run_dir.
+    """Train a tokenizer, or resume the run in run_dir. Returns the last evaluation.
 
     Args:
         run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
         run_dir: gets config.yaml, checkpoints/, log.jsonl, evaluations/ and the files of trackers.
-        quiet: no progress bar.
-        progress: called with (done, all) while features are cached.
-        operations: of one image in a step; see `fit`.
-
-    Returns:
-        The last evaluation.
+        quiet, operations: see `fit`. progress: called with (done, all) while features are cached.
     """
     run = continued(run_dir, run)
     check_run(run_dir, run)
