@@ -203,7 +203,7 @@ def test_the_classes_are_those_of_the_latents_or_else_those_of_the_parent(
     run = replace(generator_run, init_from=folder, held_out_latents=None)
     write_classes(folder, ["one", own[0][1]], [5, 5])
     with pytest.warns(
-        UserWarning, match=r"1 classes go on .* class 0 is 'one' in .*; init_new class_embed st"
+        UserWarning, match=r"1 classes go on .* class 0 is 'one' in .*; init_new class_embed gives"
     ):
         assert GeneratorTask(run).classes == own
     assert GeneratorTask(replace(run, init_new=("class_embed",))).classes == own
