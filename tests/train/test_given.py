@@ -17,6 +17,7 @@ from openpae.data.images import PackedImages
 from openpae.models.encoders import FrozenEncoder
 from openpae.models.saved import load_generator, load_tokenizer, write_tokenizer
 from openpae.models.tokenizer import build_tokenizer
+from openpae.sampling.pipeline import Pipeline
 from openpae.storage.card import model_card
 from openpae.storage.model_folder import (
     checkpoint_path,
@@ -88,6 +89,29 @@ def test_a_run_does_not_resume_from_another_parent(
     train_tokenizer(run, tmp_path / "run", quiet=True)
     assert TokenizerTask(run).inputs["init_from"] == identity_of(tokenizer_folder).fingerprint
     assert TokenizerTask(replace(run, init_from=tmp_path / "run")).inputs != TokenizerTask(run).inputs
+
+
+def test_saved_copies_name_the_parent_too(
+    tokenizer_run: TokenizerRun,
+    generator_run: GeneratorRun,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """As the checkpoints of the run do, alone and in a pair."""
+    run = replace(tokenizer_run, init_from=tokenizer_folder, train="decoder")
+    train_tokenizer(run, tmp_path / "tokenizer", quiet=True)
+    expected = read_parent(model_folder(tmp_path / "tokenizer"))
+    assert expected is not None
+    assert expected.fingerprint == identity_of(tokenizer_folder).fingerprint
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "copy", precision="bf16")
+    assert read_parent(tmp_path / "copy") == expected
+    assert expected.fingerprint in (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
+    train_generator(generator_run, tmp_path / "first", quiet=True)
+    train_generator(replace(generator_run, init_from=tmp_path / "first"), tmp_path / "second", quiet=True)
+    Pipeline(tokenizer, load_generator(tmp_path / "second")).save_pretrained(tmp_path / "pair")
+    for part, source in (("tokenizer", "tokenizer"), ("generator", "second")):
+        assert read_parent(tmp_path / "pair" / part) == read_parent(model_folder(tmp_path / source))
 
 
 def test_the_encoder_that_a_tokenizer_keeps_goes_along(tokenizer_run: TokenizerRun, tmp_path: Path) -> None:

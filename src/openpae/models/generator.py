@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openpae.models.configs import GeneratorConfig
 from openpae.models.precision import MixedPrecision, in_dtype
 from openpae.storage import hub
-from openpae.storage.model_folder import read_classes
+from openpae.storage.model_folder import Parent, model_folder, read_classes, read_parent
 
 
 def checked_statistics(mean: Tensor, std: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,8 @@ class LatentGenerator(MixedPrecision):
     latent_std: Tensor
     made_with: str | None = None
     """Fingerprint of the tokenizer of its latents, known after loading; saving needs it."""
+    parent: Parent | None = None
+    """The model from whose weights its training started, known after loading."""
     classes: tuple[list[str], list[int]] | None = None
     """Names of the classes and their numbers of training images, known after loading if the folder has them;
     saved with the weights."""
@@ -137,6 +139,7 @@ class LatentGenerator(MixedPrecision):
         folder = hub.find_model(name_or_folder, revision)
         model, made_with = hub.load_saved(cls, cls.config_class, folder, None)
         model.made_with, model.classes = made_with, read_classes(folder)
+        model.parent = read_parent(model_folder(folder))
         return in_dtype(model, torch_dtype)
 
     def save_pretrained(self, folder: str | Path, *, precision: hub.Precision = "fp32") -> None:
@@ -149,7 +152,14 @@ class LatentGenerator(MixedPrecision):
         Raises:
             ValueError: `made_with` is not known, or the folder holds other files.
         """
-        hub.save(self, folder, made_with=self.made_with, precision=precision, classes=self.classes)
+        hub.save(
+            self,
+            folder,
+            made_with=self.made_with,
+            precision=precision,
+            classes=self.classes,
+            parent=self.parent,
+        )
 
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:
         """Save and upload to the hub; see `hub.push`. Returns the address."""

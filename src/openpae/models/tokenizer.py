@@ -24,7 +24,7 @@ from openpae.models.modulator import DetailModulator, NoModulator
 from openpae.models.precision import MixedPrecision, in_dtype, own_precision
 from openpae.models.vfms import EncoderSpec, encoder_spec
 from openpae.storage import hub
-from openpae.storage.model_folder import CONFIG, ENCODER, model_folder, read_model
+from openpae.storage.model_folder import CONFIG, ENCODER, Parent, model_folder, read_model, read_parent
 from openpae.storage.weights import check_size, load_strict
 
 
@@ -45,6 +45,8 @@ class Autoencoder(MixedPrecision):
 
     made_with: str | None = None
     """Fingerprint of the encoder of training, known after loading."""
+    parent: Parent | None = None
+    """The model from whose weights its training started, known after loading."""
     keeps_encoder: bool
     """Whether the encoder's weights are saved too: if they were finetuned or imported with the tokenizer."""
 
@@ -192,6 +194,7 @@ class Autoencoder(MixedPrecision):
         built = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
         load_strict(model, built | state, f"weights in {path}")
         model.made_with, model.keeps_encoder = identity.made_with, bool(kept)
+        model.parent = read_parent(path)
         if encoder is not None and not finetuned and encoder_fingerprint(encoder) != identity.made_with:
             raise ValueError(
                 f"{path} was trained with an encoder of fingerprint {identity.made_with}, but "
@@ -231,6 +234,7 @@ class Autoencoder(MixedPrecision):
             precision=precision,
             leave_out=None if self.keeps_encoder else "encoder.",
             architecture=encoder_architecture(self.encoder) if self.keeps_encoder else None,
+            parent=self.parent,
         )
 
     def push_to_hub(self, repo: str, *, licence: str | None = None, private: bool = False) -> str:

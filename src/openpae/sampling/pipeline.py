@@ -330,6 +330,7 @@ class Pipeline:
                 made_with=made_with,
                 precision=precision,
                 classes=self.generator.classes,
+                parent=self.generator.parent,
             )
             (partial / README).write_text(model_card(folders, str(folder), None), encoding="utf-8")
 

@@ -30,12 +30,14 @@ from openpae.storage.model_folder import (
     README,
     RECORD,
     WEIGHTS,
+    Parent,
     model_folder,
     new_model_folder,
     read_classes,
     read_model,
     write_classes,
     write_model,
+    write_parent,
 )
 from openpae.storage.pairs import packaged_pair
 from openpae.storage.weights import check_size, load_strict
@@ -142,6 +144,7 @@ def save(
     leave_out: str | None = None,
     architecture: Mapping[str, Any] | None = None,
     classes: tuple[Sequence[str], Sequence[int]] | None = None,
+    parent: Parent | None = None,
 ) -> None:
     """Write a model folder with a model card.
 
@@ -154,6 +157,7 @@ def save(
         leave_out: prefix of the names that are not saved.
         architecture: architecture of an encoder whose weights are saved too.
         classes: names of a generator's classes and their numbers of training images.
+        parent: the model from whose weights its training started.
 
     Raises:
         ValueError: made_with is None, or the folder holds something else.
@@ -176,6 +180,8 @@ def save(
             write_json(partial / ENCODER, architecture)
         if classes is not None:
             write_classes(partial, *classes)
+        if parent is not None:
+            write_parent(partial, parent)
         (partial / README).write_text(model_card({"": partial}, str(folder), None), encoding="utf-8")
 
 
