@@ -220,6 +220,8 @@ def test_the_classes_are_those_of_the_latents_or_else_those_of_the_parent(
     generator_run: GeneratorRun, tmp_path: Path
 ) -> None:
     """Latents without names, such as imported ones, keep the parent's, unless its embedding is not kept."""
+    own_copy = shutil.copytree(generator_run.latents, tmp_path / "latents")  # its names are removed below
+    generator_run = replace(generator_run, latents=own_copy)
     train_generator(generator_run, tmp_path / "parent", quiet=True)
     folder = model_folder(tmp_path / "parent")
     own = read_classes(folder)
