@@ -89,6 +89,14 @@ def test_a_resumed_run_goes_on_in_the_same_curve_without_repeats(
         second.write(2, {"eval/psnr": 20.0})  # the kill came before the evaluation
         second.write(4, {"loss": 0.25})
         second.write(6, {"loss": 0.125})
+        second.picture(6, RED)
+    third = Journal(tmp_path, 6, loop)
+    with third:  # the evaluation of step 2 is in the log, that of step 6 is not
+        third.picture(2, RED)
+        third.picture(6, RED)
+    pictures = [step for step, values in service.values if "eval/pictures" in values]
+    service.values = [call for call in service.values if "eval/pictures" not in call[1]]
+    assert pictures == [6, 6]
     assert [call for call in service.values if call[0] > 0] == [
         (2, {"loss": 0.5}),
         (4, {"loss": 0.25}),
@@ -100,7 +108,7 @@ def test_a_resumed_run_goes_on_in_the_same_curve_without_repeats(
     other.mkdir()
     with Journal(other, 0, loop):
         pass
-    assert service.opened[2][identity] != service.opened[0][identity]
+    assert service.opened[3][identity] != service.opened[0][identity]
 
 
 def test_a_service_that_fails_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,14 +164,15 @@ def test_each_evaluation_leaves_a_picture_in_the_folder_and_in_tensorboard(tmp_p
 def test_operations_become_a_rate_and_on_a_known_card_a_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, (name, share) in enumerate([("a CPU", False), ("NVIDIA H100 80GB HBM3", True)]):
+    card = "NVIDIA H100 80GB HBM3"
+    cases = [("a CPU", "bf16", None), (card, "bf16", 989), (card, "fp32", 67), (card, "tf32", None)]
+    for number, (name, precision, peak) in enumerate(cases):
         monkeypatch.setattr("openpae.engine.journal.device_name", lambda _, name=name: name)
         folder = tmp_path / str(number)
         folder.mkdir()
-        loop = replace(LOOP, precision="bf16")
+        loop = replace(LOOP, precision=precision)  # type: ignore[arg-type]
         fit(Tiny(loop), folder, OPTIM, loop, quiet=True, operations=2e9)
         line = read_log(folder)[0]
         assert line["teraflops"] == pytest.approx(2e9 * line["images_per_second"] / 1e12)
-        assert ("model_flops_utilisation" in line) is share
-        if share:
-            assert line["model_flops_utilisation"] == pytest.approx(line["teraflops"] / 989)
+        share = None if peak is None else pytest.approx(line["teraflops"] / peak)
+        assert line.get("model_flops_utilisation") == share

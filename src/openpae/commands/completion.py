@@ -40,7 +40,7 @@ class _WithResult(_Common):
 def print_completion(
     shell: str, functions: Mapping[str, Callable[..., Any]], with_json: Sequence[str]
 ) -> None:
-    """Print the completion script of the whole command. It needs no openpae to complete, only Python.
+    """Print the completion script of `pae` with all its commands. To complete, it needs only Python.
 
     Args:
         shell: one of SHELLS.

@@ -81,7 +81,9 @@ def _shards(folder: Path, verify: bool) -> dict[str, str]:
     if not (folder / "index.json").is_file():
         header = read_fields(folder / "header.json", kind=str, sources=int, per_shard=int)
         done = len(list(folder.glob("[0-9]*.npy")))
-        total = -(-header["sources"] // max(1, header["per_shard"]))
+        if header["per_shard"] < 1:
+            raise ValueError(f"{folder / 'header.json'} is damaged: per_shard must be >= 1")
+        total = -(-header["sources"] // header["per_shard"])
         return {
             "what": f"{header['kind']}, incomplete: {done} of {total} shards",
             "what to do": "run the command that makes it again; it resumes",

@@ -239,11 +239,11 @@ def class_numbers(
             )
     numbers = [value for value in values if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", value)]
     if len(numbers) == len(values):
-        whole = list(map(int, numbers))
+        integers = list(map(int, numbers))
         most = MOST_CLASSES if names is None else len(names)
-        for bad in (number for number in whole if not 0 <= number < most):
+        for bad in (number for number in integers if not 0 <= number < most):
             raise ValueError(f"{where} has the label {str(bad)[:40]}; labels must be 0 to {most - 1}")
-        labels = np.array(whole, dtype=np.int64)
+        labels = np.array(integers, dtype=np.int64)
         known = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
         return labels, known if names is None else list(names)
     if any(isinstance(value, int) for value in values):

@@ -109,8 +109,7 @@ class Journal:
         done = self.operations * images_per_second
         rates = {"teraflops": done / 1e12}
         card = card_of(device_name(device))
-        if card is not None:
-            peak = card.half if self.loop.precision == "bf16" else card.full
+        if card is not None and (peak := card.peak(self.loop.precision)) is not None:
             rates["model_flops_utilisation"] = done / (peak * processes.world_size())
         return rates
 

@@ -177,7 +177,8 @@ class _Guarded:
             self._call(lambda tracker: tracker.add(step, new))
 
     def add_picture(self, step: int, name: str, picture: Image.Image) -> None:
-        self._call(lambda tracker: tracker.add_picture(step, name, picture))
+        if not any(at == step and value.startswith("eval/") for at, value in self.seen):
+            self._call(lambda tracker: tracker.add_picture(step, name, picture))
 
     def close(self) -> None:
         self._call(lambda tracker: tracker.close())

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from openpae import config as configs
 from openpae.interop.diffusers_adapter import AutoencoderPAE
-from openpae.models.configs import DiTDHConfig, GeneratorConfig, LightningDiTConfig
-from openpae.models.ditdh import build_generator
+from openpae.models.ditdh import GENERATORS, build_generator
 from openpae.models.generator import LatentGenerator
 from openpae.models.tokenizer import Autoencoder
 from openpae.runtime.extras import needs
@@ -46,10 +45,7 @@ class GeneratorPAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, generator: dict[str, Any]) -> None:
         super().__init__()
-        kinds: dict[str, type[GeneratorConfig]] = {
-            kind.__name__: kind for kind in (LightningDiTConfig, DiTDHConfig)
-        }
-        fields = dict(generator)
+        kinds, fields = {kind.__name__: kind for kind in GENERATORS}, dict(generator)
         self.dit: LatentGenerator = build_generator(configs.from_dict(kinds[fields.pop("kind")], fields))
 
     @classmethod

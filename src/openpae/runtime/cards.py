@@ -19,6 +19,10 @@ class Card:
     gib: float
     """Memory that PyTorch sees, in GiB, rounded down."""
 
+    def peak(self, precision: str) -> float | None:
+        """Operations per second in a `loop.precision`; None for tf32, which is not in the table."""
+        return {"bf16": self.half, "fp32": self.full}.get(precision)
+
 
 CARDS = {
     "b200": Card(pattern="B200", half=2250e12, full=75e12, gib=178),

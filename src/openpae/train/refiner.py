@@ -36,7 +36,6 @@ class RefinerTask:
         run: the config.
         encoder: the frozen VFM; None loads the one of the config.
         progress: called with (done, all) while features are cached.
-        operations: of one image in a step; see `fit`.
 
     Raises:
         ValueError: model.feature_dim is not the encoder's width.
@@ -138,7 +137,7 @@ def train_refiner(
 
     Args:
         run: the config; that of an existing run_dir, but for `run_folder.FREE_FIELDS` and more steps.
-        run_dir: gets config.yaml, checkpoints/, log.jsonl, evaluations/ and the files of trackers.
+        run_dir: gets config.yaml, checkpoints/, log.jsonl and the files of trackers.
         quiet: no progress bar.
         progress: called with (done, all) while features are cached.
         operations: of one image in a step; see `fit`.
