@@ -12,12 +12,13 @@ from safetensors import safe_open
 
 from openpae import cli
 from openpae.data.openmoji import CATEGORIES
-from openpae.models.saved import check_pair
+from openpae.models.saved import check_pair, load_tokenizer
 from openpae.quickstart import run
 from openpae.quickstart.run import PRETRAINED, SAMPLER, show_pretrained
 from openpae.sampling.pipeline import Pipeline
 from openpae.storage.files import read_json
 from openpae.storage.model_folder import PARTS, README, RECORD, WEIGHTS
+from openpae.storage.pairs import list_models
 
 CARD = (PRETRAINED / README).read_text(encoding="utf-8")
 
@@ -85,3 +86,16 @@ def test_pretrained_and_a_budget_exclude_each_other(capsys: pytest.CaptureFixtur
         cli.main(["quickstart", "--pretrained", "--budget", "3min"])
     assert stopped.value.code == 2
     assert "--pretrained trains nothing" in capsys.readouterr().err
+
+
+def test_the_next_tokenizer_is_at_hand_and_decodes() -> None:
+    """Its weights are those of its fingerprint, and its card names the licence. It is no pair yet."""
+    folder = Path(__file__).parents[2] / "pretrained" / "openmoji-pae" / "tokenizer"
+    tokenizer = load_tokenizer(folder, decode_only=True)
+    z = torch.nn.functional.normalize(torch.randn(2, 32, 8, 8), dim=1) * 32**0.5
+    with torch.no_grad():
+        images = tokenizer.decode(z)
+    assert images.shape == (2, 3, 64, 64)
+    assert images.isfinite().all()
+    assert "CC BY-SA 4.0" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "openmoji-pae" not in list_models()
