@@ -79,7 +79,7 @@ class AnyTokenizer:
         return self
 
     def check(self, size: Size) -> None:
-        """Encode and decode two random images, before much work depends on it. openpae's own pass.
+        """Encode and decode two random images, before much work depends on it. One of openpae is not tried.
 
         Raises:
             ValueError: see `spaces.check_tokenizer`.
