@@ -199,12 +199,12 @@ def test_a_second_process_in_one_folder_is_refused(command: str, doing: str, cop
 @pytest.mark.parametrize(
     ("command", "partial"),
     [
-        (SAMPLE, ".grid.png.partial"),
-        (SAMPLE, ".samples.npz.partial"),
-        (WALK, ".strip.png.partial"),
-        (f"{SAMPLE} --format png", ".images.partial"),
-        (RECONSTRUCT, "cats/.0.png.partial"),
-        (WALK, ".frames.old"),
+        (SAMPLE, ".grid.png.openpae-partial"),
+        (SAMPLE, ".samples.npz.openpae-partial"),
+        (WALK, ".strip.png.openpae-partial"),
+        (f"{SAMPLE} --format png", ".images.openpae-partial"),
+        (RECONSTRUCT, "cats/.0.png.openpae-partial"),
+        (WALK, ".frames.openpae-old"),
     ],
 )
 def test_a_planted_link_is_not_followed(command: str, partial: str, copy: Path) -> None:

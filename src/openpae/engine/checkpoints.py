@@ -33,6 +33,7 @@ from openpae.engine.task import Task
 from openpae.runtime import processes
 from openpae.storage.files import (
     atomic_folder,
+    discard,
     file_hash,
     fingerprints_agree,
     read_json,
@@ -235,7 +236,7 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
 def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], dict[str, Any] | None] | None:
     """Step of the newest complete checkpoint, its skipped data steps, and its pace."""
     for leftover in (run_dir / "checkpoints").glob(".step-*"):  # left by a kill during a save or a removal
-        shutil.rmtree(leftover)
+        discard(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = checkpoint_path(run_dir, step)
         try:

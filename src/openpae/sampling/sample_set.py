@@ -39,6 +39,7 @@ from openpae.storage.files import (
     file_hash,
     read_json,
     remove_folder,
+    reserved,
     write_json,
 )
 from openpae.storage.outputs import check_outputs, made_by, read_record, run_lock
@@ -190,7 +191,7 @@ def _finished(out: Path, samples: SampleSet) -> dict[str, Any] | None:
         raise ValueError(f"{out} holds other samples: another {facts}; name another folder, or delete it")
     if made_by(out / "parts" / "header.json", kind="samples"):  # killed after the record was written
         remove_folder(out / "parts")
-    discard(out / ".parts.removed")
+    discard(reserved(out / "parts", "removed"))
     return record
 
 

@@ -84,7 +84,8 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the folder is damaged or edited: weights and config do not give the fingerprint.
+        ValueError: the folder is damaged or edited: weights and config do not give the fingerprint; or a
+            weight is not finite.
     """
     # The raw config of the file: a field added by a later version must not change old fingerprints.
     config = configs.read_yaml(path / CONFIG)
@@ -97,6 +98,11 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
         raise ValueError(
             f"{path} is damaged or was edited: weights and config do not give its fingerprint "
             f"{identity.fingerprint}; bring them back as they were, or take another checkpoint"
+        )
+    if wrong := [name for name, weight in state.items() if not weight.isfinite().all()]:
+        raise ValueError(
+            f"{path / WEIGHTS} holds NaN or infinity, in {wrong[0]!r} and {len(wrong) - 1} other tensors; take "
+            "another checkpoint"
         )
     return state, identity
 
