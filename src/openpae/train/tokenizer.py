@@ -143,9 +143,9 @@ class TokenizerTask:
         """Folder for the records of evaluations; None writes none."""
         self.players, self.optimizers = self._players()
         if run.loop.compile:
-            for name in ("decoder", "modulator"):
-                if getattr(self.model, name) is not None:
-                    unwrap(self.players["autoencoder"]).get_submodule(name).compile()
+            for name, part in unwrap(self.players["autoencoder"]).named_children():
+                if name in ("decoder", "modulator"):  # RAE has no modulator
+                    part.compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
         """This rank's device batches of images, in the order of (seed, images seen)."""
