@@ -2,7 +2,7 @@
 
 - To add a metric, write a function in `metrics`, call it in `measure.measure_tokenizer` and add its name to
   `measure.METRIC_NAMES`; a name that is missing there is not reported. A metric that decodes is called where
-  `measure_tokenizer` has a decoder.
+  `measure_tokenizer` has a decoder; its name also stands in `missing` there, for tokenizers without one.
 - `proxies` holds the metrics of other papers that predict generation.
 - `interop.spaces` opens the latent spaces that can be measured.
 """

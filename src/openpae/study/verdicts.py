@@ -1,4 +1,7 @@
-"""Verdicts on claims from the results of a study: intervals, needed seeds, speed-ups."""
+"""Verdicts on claims from the results of a study: intervals, needed seeds, speed-ups.
+
+`page.decided` calls `compare` for each claim, `page.ranks` calls `verdict_of` for each rank correlation.
+"""
 
 from __future__ import annotations
 
