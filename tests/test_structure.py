@@ -37,8 +37,8 @@ FILES_OF = {
     "images packing caches openmoji training label_maps scenes",
     "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
     "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
-    "engine": "pace settings trackers optim task ema health journal parallel checkpoints diagnosis "
-    "run_folder loop",
+    "engine": "pace settings trackers optim task ema health journal parallel state_file checkpoints "
+    "diagnosis run_folder loop",
     "objective": "settings flow losses rivals terms",
     "interop": "kinds foreign_latents released diffusers_models spaces any_tokenizer diffusers_adapter "
     "diffusers_pipeline export",

@@ -72,7 +72,25 @@ HOSTILE = rows(
         RESUME,
         ": exp_avg; the checkpoint is damaged",
     ),
-    ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; the checkpoint is damaged"),
+    ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; take another checkpoint"),
+    (
+        "more updates than steps",
+        moments(step=torch.tensor(1e38)),
+        RESUME,
+        "the optimizer of generator \\(0\\) counts 1e\\+38 updates in 2 steps; take another checkpoint",
+    ),
+    (
+        "an average of NaN",
+        state_with(lambda s: s["ema"].update({n: w * torch.nan for n, w in s["ema"].items()})),
+        RESUME,
+        "state.pt is no training state: ema hold NaN or infinity",
+    ),
+    (
+        "names that are none",
+        state_with(lambda s: s["players"].update({None: 1})),
+        "pae info generator-run --verify",
+        "state.pt is no training state: the weights of None must be tensors by name",
+    ),
     (
         "a strided tensor of 10^12 numbers",
         moments(exp_avg=torch.zeros(1).expand(10**12)),
@@ -101,7 +119,7 @@ HOSTILE = rows(
         "norms that are none",
         state_with(lambda s: s.update(health={"generator": torch.zeros(9)})),
         RESUME,
-        "health does not match the config: its norms",
+        "health of generator must be two finite norms >= 0; take another checkpoint",
     ),
     (
         "a list of files that names a device",

@@ -190,7 +190,7 @@ def compare_runs(
     torch.testing.assert_close(samples[1], samples[0], rtol=bound, atol=bound)
     ours, theirs = (load_generator(tmp_path / name).state_dict() for name in ("plain", "other"))
     assert ours.keys() == theirs.keys() == plain.model.state_dict().keys()  # no "_orig_mod."
-    # Adam divides by the gradient: a weight whose gradient is almost 0 may differ by more than all together do.
+    # Adam divides by the gradient: a weight whose gradient is almost 0 may differ by more than the others.
     differences = torch.cat([(theirs[name] - value).flatten() for name, value in ours.items()])
     largest = rounding * 100 * run.optim.lr + HEADROOM * growth.weights
     assert differences.square().mean().sqrt() <= largest

@@ -32,6 +32,7 @@ from openpae.engine.health import NonFiniteGuard
 from openpae.engine.pace import Pace
 from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
+from openpae.engine.state_file import fits, optimizer_fault, read_state, require
 from openpae.engine.task import Task
 from openpae.runtime import processes
 from openpae.storage.files import (
@@ -44,7 +45,7 @@ from openpae.storage.files import (
     write_json,
 )
 from openpae.storage.model_folder import README, RECORD, RUN_CONFIG, checkpoint_path, checkpoint_steps
-from openpae.storage.weights import read_tensors, some
+from openpae.storage.weights import some
 
 
 @dataclass
@@ -119,7 +120,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
             f"{folder} is not visible to every process; put the run folder on a disk that all machines share"
         )
     if (folder / "state.pt").is_file():
-        content = _read_state(folder / "state.pt", step)
+        content = read_state(folder / "state.pt", step)
     else:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
@@ -171,17 +172,15 @@ def verify_checkpoint(folder: Path) -> None:
     facts = read_facts(folder)
     if not (folder / "state.pt").is_file():
         return
-    content = _read_state(folder / "state.pt", facts["step"])
+    content = read_state(folder / "state.pt", facts["step"])
     for player, weights in content["players"].items():
-        shapes = {value.shape for value in weights.values() if isinstance(value, Tensor)}
-        for number, moments in dict(content["optimizers"].get(player, {}).get("state", {})).items():
-            moment = moments.get("exp_avg") if isinstance(moments, Mapping) else None
-            shape = getattr(moment, "shape", None)
-            if shape not in shapes:
+        shapes = {value.shape for value in weights.values()}
+        for number, moments in content["optimizers"].get(player, {"state": {}})["state"].items():
+            if (shape := moments["exp_avg"].shape) not in shapes:
                 raise ValueError(
                     f"state.pt has an optimizer state of {player} ({number}) that fits no weight"
                 )
-            _require(_optimizer_fault(moments, torch.empty(shape)), f"optimizer of {player} ({number})")
+            require(optimizer_fault(moments, torch.empty(shape)), f"optimizer of {player} ({number})")
 
 
 def _state_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -261,17 +260,6 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], d
     return None
 
 
-def _read_state(file: Path, step: int) -> dict[str, Any]:
-    content = read_tensors(file)
-    kinds = {"step": int, "players": dict, "optimizers": dict, "health": dict}
-    kinds["ema"] = type(content.get("ema")) if isinstance(content.get("ema"), dict | None) else dict
-    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
-        raise ValueError(f"{file} is no training state: it has no valid {', '.join(sorted(wrong))}")
-    if content["step"] != step:
-        raise ValueError(f"{file} is the training state of step {content['step']}, not of step {step}")
-    return content
-
-
 def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
     """Read what `save_shards` wrote into tensors laid out as those of this run."""
     content = _content(state)
@@ -314,8 +302,8 @@ def _restore(state: RunState, content: Mapping[str, Any]) -> None:
         _check_optimizer(optimizer, content["optimizers"].get(name), name)
     if state.ema is not None:
         _check_weights(state.ema.average, content["ema"], "ema")
-    norms = {name: norm for name, norm in content["health"].items() if _fits(norm, torch.empty(2))}
-    _require(None if norms.keys() == content["health"].keys() <= players.keys() else "its norms", "health")
+    norms = {name: norm for name, norm in content["health"].items() if fits(norm, torch.empty(2))}
+    require(None if norms.keys() == content["health"].keys() <= players.keys() else "its norms", "health")
     for name, own in players.items():
         _copy(own, content["players"][name])
     for name, optimizer in state.task.optimizers.items():
@@ -340,44 +328,17 @@ def _restore(state: RunState, content: Mapping[str, Any]) -> None:
 def _check_weights(own: Mapping[str, Tensor], kept: Any, label: str) -> None:
     names = kept.keys() if isinstance(kept, Mapping) else set()
     wrong = sorted(own.keys() ^ names)
-    wrong += [name for name in own.keys() & names if not _fits(kept[name], own[name])]
-    _require(", ".join(map(str, wrong[:5])) or None, label)
+    wrong += [name for name in own.keys() & names if not fits(kept[name], own[name])]
+    require(", ".join(map(str, wrong[:5])) or None, label)
 
 
 def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
     weights = dict(enumerate(_weights(optimizer)))
     states = kept.get("state") if isinstance(kept, Mapping) else None
     label = f"optimizer of {player}"
-    _require(
-        None if isinstance(states, Mapping) and states.keys() <= weights.keys() else "its numbers", label
-    )
+    require(None if isinstance(states, Mapping) and states.keys() <= weights.keys() else "its numbers", label)
     for number, moments in dict(states or {}).items():
-        _require(_optimizer_fault(moments, weights[number]), f"{label} ({number})")
-
-
-def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
-    """The names of an AdamW state that do not fit its weight, or None."""
-    expected = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
-    if not isinstance(moments, Mapping) or moments.keys() != expected.keys():
-        return "its names"
-    return ", ".join(name for name, like in expected.items() if not _fits(moments[name], like)) or None
-
-
-def _fits(kept: Any, own: Tensor) -> bool:
-    """Whether a tensor of a file has the shape, dtype and layout of the run's tensor."""
-    return (
-        isinstance(kept, Tensor)
-        and (kept.shape, kept.dtype, kept.layout) == (own.shape, own.dtype, torch.strided)
-        and kept.device.type != "meta"
-    )
-
-
-def _require(fault: str | None, label: str) -> None:
-    if fault:
-        raise ValueError(
-            f"the checkpoint's {label} does not match the config: {fault}; the checkpoint is damaged, or was "
-            "made by another version or with another encoder"
-        )
+        require(optimizer_fault(moments, weights[number]), f"{label} ({number})")
 
 
 def _copy(own: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:

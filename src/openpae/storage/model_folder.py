@@ -101,8 +101,8 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
         )
     if wrong := [name for name, weight in state.items() if not weight.isfinite().all()]:
         raise ValueError(
-            f"{path / WEIGHTS} holds NaN or infinity, in {wrong[0]!r} and {len(wrong) - 1} other tensors; take "
-            "another checkpoint"
+            f"{path / WEIGHTS} holds NaN or infinity in {wrong[0]!r} and {len(wrong) - 1} other tensors; "
+            "take another checkpoint"
         )
     return state, identity
 
