@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,12 @@ def test_every_file_of_a_room_has_its_place() -> None:
     for room, names in FILES_OF.items():
         there = {file.stem for file in (ROOT / room).glob("*.py")} - {"__init__"}
         assert sorted(there) == sorted(names.split()), room
+
+
+@pytest.mark.parametrize("room", FILES_OF)
+def test_a_room_says_what_is_where(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert set(FILES_OF[room].split()) - set(re.findall(r"`(\w+)", text)) == set()
 
 
 def test_three_rooms_import_torch_distributed() -> None:

@@ -9,5 +9,8 @@
   (`data.order`).
 - `health` finds losses and gradients that are not finite, and spikes, and decides which updates are skipped.
   A rollback (`loop`) skips a step of the data order.
-- `run_folder` decides which config a run folder accepts.
+- `run_folder` decides which config a run folder accepts, `state_file` what a training state may hold.
+- `settings` has optimizer, schedule and loop; `optim` builds the optimizer and splits a step into device
+  batches; `pace` trains by the clock; `ema` averages weights; `parallel` is DDP and FSDP2.
+- `journal` writes the log, `trackers` shows it elsewhere. `diagnosis` finds where a step became not finite.
 """

@@ -9,5 +9,6 @@
   images seen (`data.order`). Initial weights come from torch's global generator, seeded with `loop.seed`.
   Metrics seed generators of their own. No state of random numbers is saved.
 - `terminal` prints, `signals` ends a run, `extras` names a missing package, `provenance` holds versions,
-  `children` the processes that a command starts, `cards` what openpae knows of GPUs.
+  `children` the processes that a command starts, `cards` what openpae knows of GPUs. `escape` makes names
+  safe to print, `names` finds the near miss of a mistyped one.
 """
