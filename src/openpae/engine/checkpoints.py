@@ -1,10 +1,13 @@
 """Checkpoints of a run. A save is atomic, a resume verifies checksums, and both work for any number of ranks.
 
+`engine/__init__` says why a resume is exact.
+
 checkpoints/step-N/   a model folder that anyone can load (model.safetensors, config.yaml), and beside it
-    state.pt          the training state, or with loop.parallel fsdp:
-    state/            the sharded training state (torch.distributed.checkpoint)
+    state.pt          weights of all players, optimizers, EMA, gradient norms; or with loop.parallel fsdp:
+    state/            the same in shards (torch.distributed.checkpoint)
     run.yaml          the config of the run
-    checkpoint.json   step, fingerprints of the data, checksums; a folder without it is ignored
+    checkpoint.json   step, images_seen, fingerprints of the data (inputs), skipped data steps (passed_over),
+                      pace with loop.seconds, checksums; a folder without it is ignored
 """
 
 from __future__ import annotations
@@ -54,11 +57,11 @@ class RunState:
     ema: Ema | None
     """Average of the first player's weights."""
     health: NonFiniteGuard
-    """The mean gradient norms."""
+    """Which updates are skipped; it keeps the mean gradient norms."""
     config: str | None = None
     """Text of the run's config."""
     skipped_data_steps: list[int] = field(default_factory=list)
-    """Skipped steps of the data order, ascending."""
+    """Steps of the data order that rollbacks skip, ascending; `passed_over` in checkpoint.json."""
     pace: Pace = field(default_factory=lambda: Pace(1, None))
     """Position in the schedule."""
 
