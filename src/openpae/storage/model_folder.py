@@ -20,7 +20,7 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.storage import pairs
 from openpae.storage.files import atomic_folder, fingerprint, read_json, write_json
-from openpae.storage.weights import some
+from openpae.storage.weights import check_finite, some
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
@@ -99,11 +99,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
             f"{path} is damaged or was edited: weights and config do not give its fingerprint "
             f"{identity.fingerprint}; bring them back as they were, or take another checkpoint"
         )
-    if wrong := [name for name, weight in state.items() if not weight.isfinite().all()]:
-        raise ValueError(
-            f"{path / WEIGHTS} holds NaN or infinity in {wrong[0]!r} and {len(wrong) - 1} other tensors; "
-            "take another checkpoint"
-        )
+    check_finite(state, f"the weights of {path}")
     return state, identity
 
 
