@@ -1,7 +1,7 @@
 """Caches of VFM features, refined targets and latents.
 
 `shard_writer.ShardWriter` decides what a begun cache accepts. What training accepts is decided where a cache
-is opened: `train.generator` for latents, `training.check_features` for features and targets.
+is opened: `train.generator._check_latents` for latents, `training.check_features` for features and targets.
 """
 
 from __future__ import annotations
