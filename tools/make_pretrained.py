@@ -36,6 +36,7 @@ from openpae.models.saved import check_pair, load_generator, load_tokenizer
 from openpae.models.tokenizer import Autoencoder
 from openpae.quickstart.run import SAMPLER, cache_pictures
 from openpae.report import png_bytes
+from openpae.runtime.device import autocast
 from openpae.sampling.pipeline import Pipeline
 from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.storage import hub
@@ -80,8 +81,8 @@ The classes:
 |---|---|---|
 {steps}
 
-The weights in the files are the moving averages, in bf16. The metrics are of these files, computed in
-float32. PSNR and the other metrics of the tokenizer are of held-out emoji.
+The weights in the files are the moving averages, in bf16. The metrics are of these files: samples drawn in
+bf16, everything else in float32. PSNR and the other metrics of the tokenizer are of held-out emoji.
 
 ## What it is for, and what not
 
@@ -204,8 +205,10 @@ def measured(work: Path, pair: Path, pictures: Path) -> dict[str, dict[str, Any]
         "held-out": real_images(held_out, 64, name="held-out emoji"),
     }
     labels = balanced_labels(SAMPLES, len(CATEGORIES))
-    samples = torch.cat(list(sample_images(tokenizer, generator, labels, SAMPLER, seed=0, batch_size=60)))
-    facts = {"labels": "class-balanced", "seed": 0, **configs.to_dict(SAMPLER)}
+    with autocast(torch.device("cpu"), "bf16"):
+        drawn = sample_images(tokenizer, generator, labels, SAMPLER, seed=0, batch_size=60)
+        samples = torch.cat([batch.float() for batch in drawn])
+    facts = {"labels": "class-balanced", "seed": 0, "precision": "bf16", **configs.to_dict(SAMPLER)}
     streams["samples"] = tensor_images(samples, facts=facts | check_pair(*(pair / part for part in PARTS)))
     features = {name: features_of(stream, extractor, 60) for name, stream in streams.items()}
     reconstruction = evaluate_reconstruction(
