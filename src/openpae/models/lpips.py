@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from openpae.models.configs import LPIPSNet
+from openpae.models.winograd import FrozenConvReLU
 
 # LPIPS reads the output of each stage. A stage is a list of convolutions (out, kernel, stride, padding), each
 # with a ReLU. POOLED: stages, counted from 0 as in the published heads, that begin with max pooling (stride
@@ -33,6 +35,10 @@ STAGES: dict[str, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
 POOLED = {"vgg": (1, 2, 3, 4), "alex": (1, 2)}
 _POOL_KERNEL = {"vgg": 2, "alex": 3}
 _SMALLEST = {"vgg": 16, "alex": 31}  # the side with one full window in the last pooling layer
+
+
+_BLOCK = 2**17
+"""Numbers of a block of `_UnitLength`."""
 
 
 class LPIPS(nn.Module):
@@ -74,8 +80,7 @@ class LPIPS(nn.Module):
             if index in POOLED[net]:
                 stage.add_module("pool", nn.MaxPool2d(_POOL_KERNEL[net], stride=2))
             for number, (out, kernel, stride, padding) in enumerate(convs, start=1):
-                stage.add_module(f"conv{number}", nn.Conv2d(width, out, kernel, stride, padding))
-                stage.add_module(f"relu{number}", nn.ReLU())
+                stage.add_module(f"conv{number}", FrozenConvReLU(width, out, kernel, stride, padding))
                 width = out
             self.stages.append(stage)
             self.heads.append(nn.Parameter(torch.empty(width)))
@@ -162,7 +167,35 @@ class LPIPS(nn.Module):
 
 
 def _to_unit_length(x: Tensor) -> Tensor:
-    # vector_norm, not the root of a sum: its gradient is 0 instead of NaN where all channels are 0.
-    x = x.float()
-    inverse: Tensor = 1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
-    return x * inverse
+    y: Tensor = _UnitLength.apply(x.float())  # type: ignore[no-untyped-call]
+    return y
+
+
+class _UnitLength(torch.autograd.Function):
+    """y = x / (|x| + 1e-10) over the channels of each pixel, (B, C, H, W).
+
+    The gradient (g - y (y . g)) / |x| is computed in blocks that stay in the cache of a CPU. Autograd's own
+    would write several maps of full size. Where all channels are 0, |x| counts as 1e-10: there is no NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        inverse: Tensor = 1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        b, c, h, w = y.shape
+        out: Tensor = y.new_empty(b, h, w, c)  # channels last, as the maps
+        in_blocks = type(y) is Tensor and y.device.type == "cpu"
+        rows = max(1, _BLOCK // c) if in_blocks else b * h * w
+        pixels = (t.movedim(1, -1) for t in (gradient, y, inverse))
+        blocks = (t.flatten(0, 2).split(rows) for t in (*pixels, out))
+        for g, unit, scale, result in zip(*blocks, strict=True):
+            along = (g * unit).sum(dim=-1, keepdim=True)
+            torch.addcmul(g, unit, along, value=-1, out=result).mul_(scale)
+        return out.movedim(-1, 1)
