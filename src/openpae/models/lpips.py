@@ -167,35 +167,39 @@ class LPIPS(nn.Module):
 
 
 def _to_unit_length(x: Tensor) -> Tensor:
-    y: Tensor = _UnitLength.apply(x.float())  # type: ignore[no-untyped-call]
-    return y
+    """x / (|x| + 1e-10) over the channels of each pixel, (B, C, H, W)."""
+    x = x.float()
+    if type(x) is Tensor and x.device.type == "cpu":
+        y: Tensor = _UnitLength.apply(x)  # type: ignore[no-untyped-call]
+        return y
+    return x * _inverse_length(x)
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    # vector_norm, not the root of a sum: its gradient is 0 instead of NaN where all channels are 0.
+    inverse: Tensor = 1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+    return inverse
 
 
 class _UnitLength(torch.autograd.Function):
-    """y = x / (|x| + 1e-10) over the channels of each pixel, (B, C, H, W).
-
-    The gradient (g - y (y . g)) / |x| is computed in blocks that stay in the cache of a CPU. Autograd's own
-    would write several maps of full size. Where all channels are 0, |x| counts as 1e-10: there is no NaN.
-    """
+    """`_to_unit_length` on a CPU: its gradient (g - y (y . g)) / |x| is computed in blocks that stay in the
+    cache. Autograd's own would write several maps of full size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        inverse: Tensor = 1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
-        y = x * inverse
-        ctx.save_for_backward(y, inverse)
-        return y
+        inverse = _inverse_length(x)
+        ctx.save_for_backward(x, inverse)  # not y: the stage keeps x in any case
+        return x * inverse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        y, inverse = ctx.saved_tensors
-        b, c, h, w = y.shape
-        out: Tensor = y.new_empty(b, h, w, c)  # channels last, as the maps
-        in_blocks = type(y) is Tensor and y.device.type == "cpu"
-        rows = max(1, _BLOCK // c) if in_blocks else b * h * w
-        pixels = (t.movedim(1, -1) for t in (gradient, y, inverse))
-        blocks = (t.flatten(0, 2).split(rows) for t in (*pixels, out))
-        for g, unit, scale, result in zip(*blocks, strict=True):
+        x, inverse = ctx.saved_tensors
+        out: Tensor = torch.empty_like(x, memory_format=torch.channels_last)  # so that `flatten` is a view
+        pixels = (t.movedim(1, -1).flatten(0, 2) for t in (gradient, x, inverse, out))
+        blocks = (t.split(max(1, _BLOCK // x.shape[1])) for t in pixels)
+        for g, values, scale, result in zip(*blocks, strict=True):
+            unit = values * scale
             along = (g * unit).sum(dim=-1, keepdim=True)
             torch.addcmul(g, unit, along, value=-1, out=result).mul_(scale)
-        return out.movedim(-1, 1)
+        return out
