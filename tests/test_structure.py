@@ -36,8 +36,8 @@ FILES_OF = {
     "data": "settings crops shards shard_writer pixels classes fingerprints listing colour decode "
     "records npz archives label_files parquet arrays hub_images forms backgrounds order readers "
     "images packing caches openmoji training label_maps scenes",
-    "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
-    "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
+    "models": "configs precision layers winograd lpips lpips_weights backbones vfms encoders upsampling "
+    "priors modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
     "engine": "pace settings trackers optim task ema health journal parallel state_file checkpoints "
     "diagnosis run_folder loop",
     "objective": "settings flow losses rivals terms",

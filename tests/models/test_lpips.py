@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openpae.models import lpips_weights
+from openpae.models import lpips, lpips_weights
 from openpae.models.lpips import LPIPS
 from openpae.models.lpips_weights import load_lpips, load_perceptual, lpips_from_state
 
@@ -286,3 +286,20 @@ def test_published_weights_tell_a_shade_from_another_picture() -> None:
         near, far = model(picture, (picture + 0.02).clamp(0, 1)), model(picture, other)
         assert 0 < near < 0.05 < far
         assert all((head >= 0).all() for head in model.heads)  # distances cannot be negative
+
+
+@pytest.mark.parametrize("block", [1, 1000, 2**20])
+def test_the_gradient_of_the_unit_length_is_that_of_the_formula(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lpips, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(2, 2, 5, 9, 7, generator=generator)
+    x[0, :, 3, 4] = 0
+    gradient[0, :, 3, 4] = 0
+    one, two = x.clone().requires_grad_(), x.double().requires_grad_()
+    lpips._to_unit_length(one).backward(gradient)
+    (two / (torch.linalg.vector_norm(two, dim=1, keepdim=True) + 1e-10)).backward(gradient.double())
+    assert one.grad is not None
+    assert two.grad is not None
+    assert torch.allclose(one.grad.double(), two.grad, rtol=0, atol=1e-6 * two.grad.abs().max().item())

@@ -6,6 +6,7 @@
   their initial weights `starts`.
 - `dit` and `ditdh` hold the two generators, `generator` their base, `layers` small parts of many models.
 - `priors` has the refiner and raw targets, `upsampling` the features that a refiner must match.
-- `lpips` (weights: `lpips_weights`), `discriminator` and `denoiser` are networks of losses.
+- `lpips` (weights: `lpips_weights`, convolutions: `winograd`), `discriminator` and `denoiser` are networks of
+  losses.
 - `saved` loads and writes models as folders. `precision` brings them to half precision.
 """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from openpae.models.configs import LPIPSNet
+from openpae.models.winograd import FrozenConvReLU
 
 # LPIPS reads the output of each stage. A stage is a list of convolutions (out, kernel, stride, padding), each
 # with a ReLU. POOLED: stages, counted from 0 as in the published heads, that begin with max pooling (stride
@@ -33,6 +35,10 @@ STAGES: dict[str, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
 POOLED = {"vgg": (1, 2, 3, 4), "alex": (1, 2)}
 _POOL_KERNEL = {"vgg": 2, "alex": 3}
 _SMALLEST = {"vgg": 16, "alex": 31}  # the side with one full window in the last pooling layer
+
+
+_BLOCK = 2**17
+"""Numbers of a block of `_UnitLength`."""
 
 
 class LPIPS(nn.Module):
@@ -74,8 +80,7 @@ class LPIPS(nn.Module):
             if index in POOLED[net]:
                 stage.add_module("pool", nn.MaxPool2d(_POOL_KERNEL[net], stride=2))
             for number, (out, kernel, stride, padding) in enumerate(convs, start=1):
-                stage.add_module(f"conv{number}", nn.Conv2d(width, out, kernel, stride, padding))
-                stage.add_module(f"relu{number}", nn.ReLU())
+                stage.add_module(f"conv{number}", FrozenConvReLU(width, out, kernel, stride, padding))
                 width = out
             self.stages.append(stage)
             self.heads.append(nn.Parameter(torch.empty(width)))
@@ -162,7 +167,39 @@ class LPIPS(nn.Module):
 
 
 def _to_unit_length(x: Tensor) -> Tensor:
-    # vector_norm, not the root of a sum: its gradient is 0 instead of NaN where all channels are 0.
+    """x / (|x| + 1e-10) over the channels of each pixel, (B, C, H, W)."""
     x = x.float()
+    if type(x) is Tensor and x.device.type == "cpu":
+        y: Tensor = _UnitLength.apply(x)  # type: ignore[no-untyped-call]
+        return y
+    return x * _inverse_length(x)
+
+
+def _inverse_length(x: Tensor) -> Tensor:
+    # vector_norm, not the root of a sum: its gradient is 0 instead of NaN where all channels are 0.
     inverse: Tensor = 1 / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
-    return x * inverse
+    return inverse
+
+
+class _UnitLength(torch.autograd.Function):
+    """`_to_unit_length` on a CPU: its gradient (g - y (y . g)) / |x| is computed in blocks that stay in the
+    cache. Autograd's own would write several maps of full size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        inverse = _inverse_length(x)
+        ctx.save_for_backward(x, inverse)  # not y: the stage keeps x in any case
+        return x * inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, inverse = ctx.saved_tensors
+        out: Tensor = torch.empty_like(x, memory_format=torch.channels_last)  # so that `flatten` is a view
+        pixels = (t.movedim(1, -1).flatten(0, 2) for t in (gradient, x, inverse, out))
+        blocks = (t.split(max(1, _BLOCK // x.shape[1])) for t in pixels)
+        for g, values, scale, result in zip(*blocks, strict=True):
+            unit = values * scale
+            along = (g * unit).sum(dim=-1, keepdim=True)
+            torch.addcmul(g, unit, along, value=-1, out=result).mul_(scale)
+        return out
