@@ -15,7 +15,7 @@ from openpae.data.images import PackedImages, open_images
 from openpae.data.npz import npz_array, npz_keys
 from openpae.eval.extractors import INCEPTION, FeatureExtractor
 from openpae.eval.features import FeatureSet, features_of
-from openpae.eval.frechet import Gaussian, gaussian_of
+from openpae.eval.frechet import Gaussian, check_statistics, gaussian_of
 from openpae.eval.image_stream import counted, npz_stream, real_images
 from openpae.storage.files import atomic_file, file_hash
 
@@ -180,9 +180,11 @@ def read_reference(path: Path, extractor: FeatureExtractor, batch_size: int = 64
 def _gaussian(path: Path, mean: str, covariance: str, n: int | None = None) -> Gaussian:
     mu, sigma = (torch.from_numpy(npz_array(path, name).astype(np.float64)) for name in (mean, covariance))
     try:
-        return Gaussian(mean=mu, covariance=sigma, n=n)
+        gaussian = Gaussian(mean=mu, covariance=sigma, n=n)
+        check_statistics(gaussian)
     except ValueError as error:
         raise ValueError(f"{path} holds no {mean} and {covariance}: {error}") from None
+    return gaussian
 
 
 def _read_own(path: Path, extractor: FeatureExtractor) -> Reference:
