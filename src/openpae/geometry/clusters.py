@@ -61,7 +61,8 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
     def start(
         points: NDArray[np.float64], k: int, random_state: np.random.RandomState
     ) -> NDArray[np.float64]:
-        return points[next(starts)]
+        chosen: NDArray[np.float64] = points[next(starts)]
+        return chosen
 
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         clusters = KMeans(n_clusters=k, init=start, n_init=10, random_state=seed).fit_predict(embedding)
