@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 EPSILON = 1e-8
 """Of AdamW, PyTorch's default."""
@@ -32,15 +33,16 @@ LOOP: dict[str, Any] = {
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Inside, torch computes in float64 where the package says float32."""
-    single = torch.Tensor.float
+    """Inside, torch computes in float64 where the package says float32, the compiler's tensors included."""
+    before = torch.get_default_dtype(), torch.Tensor.float, FunctionalTensor.float
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    FunctionalTensor.float = FunctionalTensor.double  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.Tensor.float = single  # type: ignore[method-assign]
-        torch.set_default_dtype(torch.float32)
+        dtype, torch.Tensor.float, FunctionalTensor.float = before  # type: ignore[method-assign]
+        torch.set_default_dtype(dtype)
 
 
 def generator(seed: int, step: int, name: str) -> torch.Generator:

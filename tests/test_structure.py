@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,8 @@ FILES_OF = {
     "images packing caches openmoji training label_maps scenes",
     "models": "configs precision layers lpips lpips_weights backbones vfms encoders upsampling priors "
     "modulator decoder tokenizer starts generator dit ditdh denoiser discriminator saved",
-    "engine": "pace settings trackers optim task ema health journal parallel checkpoints diagnosis "
-    "run_folder loop",
+    "engine": "pace settings trackers optim task ema health journal parallel state_file checkpoints "
+    "diagnosis run_folder loop",
     "objective": "settings flow losses rivals terms",
     "interop": "kinds foreign_latents released diffusers_models spaces any_tokenizer diffusers_adapter "
     "diffusers_pipeline export",
@@ -58,20 +59,22 @@ FILES_OF = {
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def imported(file: Path) -> Iterator[tuple[str, ...]]:
-    """The modules of the package that a file imports, as (room, file) or (room,)."""
+def names_imported(file: Path) -> Iterator[str]:
+    """The full names that a file imports."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively; write the full name"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "openpae" and len(parts) > 1 and not parts[1].startswith("__"):
-                yield tuple(parts[1:3])
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported(file: Path) -> Iterator[tuple[str, ...]]:
+    """The modules of the package that a file imports, as (room, file) or (room,)."""
+    for name in names_imported(file):
+        parts = name.split(".")
+        if parts[0] == "openpae" and len(parts) > 1 and not parts[1].startswith("__"):
+            yield tuple(parts[1:3])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -96,6 +99,24 @@ def test_every_file_of_a_room_has_its_place() -> None:
     for room, names in FILES_OF.items():
         there = {file.stem for file in (ROOT / room).glob("*.py")} - {"__init__"}
         assert sorted(there) == sorted(names.split()), room
+
+
+@pytest.mark.parametrize("room", FILES_OF)
+def test_a_room_says_what_is_where(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert set(FILES_OF[room].split()) - set(re.findall(r"`(\w+)", text)) == set()
+
+
+def test_three_rooms_import_torch_distributed() -> None:
+    """The rest asks `runtime.processes`, and so works for one process too."""
+    parallel = ("torch.distributed", "torch.nn.parallel")
+    rooms = {
+        file.relative_to(ROOT).parts[0]
+        for file in FILES
+        for name in names_imported(file)
+        if name.startswith(parallel)
+    }
+    assert rooms == {"runtime", "engine", "plan"}
 
 
 def undocumented(node: ast.AST, at: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from openpae import config as configs
 from openpae.data.images import PackedImages
 from openpae.data.openmoji import CATEGORIES, emoji_catalog, pack_pictures, split_catalog
 from openpae.data.pixels import pca_pictures, to_unit
+from openpae.data.settings import ImageData
 from openpae.eval.estimate import mean_of
 from openpae.eval.evaluate import evaluate_reconstruction, evaluate_samples, metric_facts
 from openpae.eval.extractors import load_extractor
@@ -108,6 +109,7 @@ def main(
     out: Path = Path("pretrained/openmoji"),
     pictures: Path = Path("docs"),
     threads: int = 1,
+    without_mcr: bool = True,
 ) -> None:
     """Render, train all three stages, and write the release and its pictures.
 
@@ -116,14 +118,15 @@ def main(
         out: folder for the release; replaced if it holds nothing but a saved pair.
         pictures: folder for the pictures of README and docs.
         threads: of the processor.
+        without_mcr: train the tokenizer without MCR too, and draw the comparison of moves.
     """
     torch.set_num_threads(threads)
-    train(work)
+    train(work, without_mcr)
     release(work, out, pictures)
 
 
-def train(work: Path) -> None:
-    """All three stages and, for the comparison, the tokenizer without MCR."""
+def train(work: Path, without_mcr: bool) -> None:
+    """All three stages and, for the comparison if wanted, the tokenizer without MCR."""
     sides = dict(zip(PICTURES, split_catalog(emoji_catalog()), strict=True))
     images = {
         name: pack_pictures(work / "data" / name, sides[name], size=64, pictures=count, seed=seed)
@@ -142,28 +145,41 @@ def train(work: Path) -> None:
     )
     run = dataclasses.replace(run, prior=work / "refiner", data=data)
     train_tokenizer(run, work / "tokenizer")
+    train_tokenizer(decoder_run(work, data), work / "decoder")
     cache_pictures(work, images)
     generator = configs.load(GeneratorRun, f"generator/{PRESET}")
     generator = dataclasses.replace(
         generator, latents=work / "latents" / "train", held_out_latents=work / "latents" / "held-out"
     )
     train_generator(generator, work / "generator")
-    without = dataclasses.replace(run, loss=dataclasses.replace(run.loss, mcr=0.0))
-    train_tokenizer(without, work / "tokenizer-no-mcr")
+    if without_mcr:
+        without = dataclasses.replace(run, loss=dataclasses.replace(run.loss, mcr=0.0))
+        train_tokenizer(without, work / "tokenizer-no-mcr")
+
+
+def decoder_run(work: Path, data: ImageData) -> TokenizerRun:
+    """The decoder alone once more, on noisy latents: those of a generator are not exact either."""
+    run = configs.load(TokenizerRun, f"tokenizer/{PRESET}-decoder")
+    return dataclasses.replace(run, init_from=work / "tokenizer", data=data)
 
 
 def release(work: Path, out: Path, pictures: Path) -> None:
     """The pair in bf16 with its metrics, its card and its pictures."""
     with tempfile.TemporaryDirectory() as folder:
         pair = Path(folder) / "pair"
-        trained = Pipeline.join(work / "tokenizer", work / "generator", decode_only=False)
+        trained = Pipeline.join(work / "decoder", work / "generator", decode_only=False)
         trained.save_pretrained(pair, precision="bf16")
         for part, record in measured(work, pair, pictures).items():
             write_json(pair / part / RECORD, record)
         hub.stage(pair, out, "pretrained/openmoji", licence="cc-by-sa-4.0")
     loops = {
         name: configs.load(kind, work / name / "config.yaml").loop
-        for name, kind in (("refiner", RefinerRun), ("tokenizer", TokenizerRun), ("generator", GeneratorRun))
+        for name, kind in (
+            ("refiner", RefinerRun),
+            ("tokenizer", TokenizerRun),
+            ("decoder", TokenizerRun),
+            ("generator", GeneratorRun),
+        )
     }
     about = ABOUT.format(
         preset=PRESET,
@@ -255,7 +271,9 @@ def draw(
     with torch.no_grad():
         z = tokenizer.encode(x)
         rows = {"picture": x, "decode": tokenizer.decode(z).clamp(0, 1), "latent": pca_pictures(z, 64)}
-    tokenizers = {"with MCR": tokenizer, "without MCR": load_tokenizer(work / "tokenizer-no-mcr")}
+    tokenizers = {"moved": tokenizer}
+    if (other := work / "tokenizer-no-mcr").is_dir():
+        tokenizers = {"with MCR": load_tokenizer(work / "tokenizer"), "without MCR": load_tokenizer(other)}
     by_class = {name: samples[labels == k][:columns] for k, name in enumerate(CATEGORIES)}
     for name, picture in {
         "quickstart.png": checks.labelled(rows),

@@ -1,4 +1,4 @@
-"""Prior-Aligned AutoEncoders (arXiv:2605.07915): tokenizers whose latents a diffusion model learns fast.
+"""Prior-Aligned AutoEncoders (arXiv:2605.07915): a diffusion model trains quickly on their latents.
 
 Every public name is loaded at its first use, so that `import openpae` and `pae --help` do not load torch.
 """

@@ -150,7 +150,7 @@ def save(config: Any, path: Path) -> None:
         raise TypeError(f"{type(config).__name__} cannot be saved with a field 'kind'; rename the field")
     text = yaml.safe_dump({"kind": type(config).__name__, **data}, sort_keys=False, width=100)
     path = Path(os.path.realpath(path))
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.openpae-partial")
     try:
         partial.unlink(missing_ok=True)  # left by a kill, or a link with this name
         with partial.open("x", encoding="utf-8") as stream:

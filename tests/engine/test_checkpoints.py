@@ -95,7 +95,7 @@ def test_some_checkpoints_are_kept_for_good(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     """A signal may save any step; killed in it, the next run saves others."""
-    left = tmp_path / "run" / "checkpoints" / ".step-00000003.partial"
+    left = tmp_path / "run" / "checkpoints" / ".step-00000003.openpae-partial"
     left.mkdir(parents=True)
     (left / "state.pt").write_bytes(b"half")
     tiny_run(tmp_path / "run")

@@ -102,7 +102,10 @@ train_tokenizer(config.load(TokenizerRun, {str(tmp_path / "run.yaml")!r}), Path(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "killed" / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == [".step-00000004.partial", "step-00000002"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".step-00000004.openpae-partial",
+        "step-00000002",
+    ]
     train(tokenizer_run, tmp_path / "killed")
     train(tokenizer_run, tmp_path / "full")
     assert same(state_of(tmp_path / "killed"), state_of(tmp_path / "full"))

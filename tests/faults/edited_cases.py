@@ -99,21 +99,33 @@ _DIVERGED = rows(
         "a generator of NaN",
         weighted("generator", float("nan")),
         SEEDS,
-        "^pixels hold NaN; look at the weights",
+        "^the weights of generator hold NaN or infinity in .* tensors",
     ),
     (
-        "a tokenizer of NaN",
+        "a tokenizer of infinity, asked about",
+        weighted("tokenizer", float("inf")),
+        "pae info tokenizer --verify",
+        "^the weights of tokenizer hold NaN or infinity in .* tensors",
+    ),
+    (
+        "a tokenizer of NaN, to be uploaded",
         weighted("tokenizer", float("nan")),
+        "pae push tokenizer me/it --dry-run",
+        "^the weights of tokenizer hold NaN or infinity in .* tensors",
+    ),
+    (
+        "a tokenizer that overflows",
+        weighted("tokenizer", 3e38),
         SEEDS,
         "^pixels hold NaN; look at the weights",
     ),
     (
-        "a tokenizer of NaN, and samples",
-        weighted("tokenizer", float("nan")),
+        "a tokenizer that overflows, and samples",
+        weighted("tokenizer", 3e38),
         SAMPLE,
         "^images hold NaN; look at the weights",
     ),
-    ("a tokenizer of NaN, and images", weighted("tokenizer", float("nan")), WALK, "^pixels hold NaN"),
+    ("a tokenizer that overflows, and images", weighted("tokenizer", 3e38), WALK, "^pixels hold NaN"),
 )
 
 _RECORDS = rows(

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from openpae.models.configs import LightningDiTConfig
+from openpae.models.dit import LightningDiT
 from openpae.storage.files import read_json
 from tests.faults.more_cases import EVALUATE, linked, rows, samples, statistics
 from tests.faults.running import GENERATOR
 from tests.faults.spoiling import SAMPLE, both, config_with, flipped, json_with, rehashed, written
+from tests.interop.released_names import generator_under_their_names
 
 CHECKPOINT = Path("generator-run/checkpoints/step-00000002")
 RESUME = "pae train-generator generator-run/config.yaml generator-run"
@@ -58,6 +61,16 @@ def listed(**names: str) -> Callable[[], object]:
     return spoil
 
 
+def spoilt_release(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """w.pt, a generator under the authors' names with one tensor changed, and its statistics, s.pt."""
+    config = LightningDiTConfig(
+        latent_dim=8, grid_size=4, hidden_dim=32, num_layers=2, num_heads=2, num_classes=3
+    )
+    weights = generator_under_their_names(LightningDiT(config))
+    torch.save(weights | {name: change(weights[name])}, "w.pt")
+    torch.save({"mean": torch.zeros(8, 1, 1), "std": torch.ones(8, 1, 1)}, "s.pt")
+
+
 HOSTILE = rows(
     "Hostile and damaged files",
     (
@@ -72,7 +85,25 @@ HOSTILE = rows(
         RESUME,
         ": exp_avg; the checkpoint is damaged",
     ),
-    ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; the checkpoint is damaged"),
+    ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; take another checkpoint"),
+    (
+        "more updates than steps",
+        moments(step=torch.tensor(1e38)),
+        RESUME,
+        "the optimizer of generator \\(0\\) counts 1e\\+38 updates in 2 steps; take another checkpoint",
+    ),
+    (
+        "an average of NaN",
+        state_with(lambda s: s["ema"].update({n: w * torch.nan for n, w in s["ema"].items()})),
+        RESUME,
+        "state.pt is no training state: ema hold NaN or infinity",
+    ),
+    (
+        "names that are none",
+        state_with(lambda s: s["players"].update({None: 1})),
+        "pae info generator-run --verify",
+        "state.pt is no training state: the weights of None must be tensors by name",
+    ),
     (
         "a strided tensor of 10^12 numbers",
         moments(exp_avg=torch.zeros(1).expand(10**12)),
@@ -101,7 +132,7 @@ HOSTILE = rows(
         "norms that are none",
         state_with(lambda s: s.update(health={"generator": torch.zeros(9)})),
         RESUME,
-        "health does not match the config: its norms",
+        "health of generator must be two finite norms >= 0; take another checkpoint",
     ),
     (
         "a list of files that names a device",
@@ -174,6 +205,18 @@ HOSTILE = rows(
         lambda: torch.save({"x_embedder.proj.weight": torch.zeros(0, 4, 1, 1)}, "w.pt"),
         "pae import-official w.pt out --statistics w.pt",
         "must have 4 axes, none of them empty, got \\(0, 4, 1, 1\\)$",
+    ),
+    (
+        "released weights of NaN",
+        lambda: spoilt_release("blocks.0.attn.qkv.bias", lambda value: value * torch.nan),
+        "pae import-official w.pt out --statistics s.pt",
+        "the weights of this LightningDiT hold NaN or infinity in 1 tensors \\(blocks.0.attn.qkv.bias\\)",
+    ),
+    (
+        "released weights that are quantised",
+        lambda: spoilt_release("blocks.0.attn.qkv.weight", lambda value: value.to(torch.int8)),
+        "pae import-official w.pt out --statistics s.pt",
+        "1 of another type \\(blocks.0.attn.qkv.weight torch.int8 for torch.float32\\)",
     ),
     (
         "released latents without a row",

@@ -93,6 +93,8 @@ def start_group(action: Callable[[], object], report: Path) -> int:
         child = os.fork()
     if not child:
         os.setsid()
+        # A job that a shell starts in the background ignores SIGINT, and so would its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         error = ""
         try:
             action()

@@ -214,3 +214,7 @@ def test_statistics_are_read_in_the_layouts_of_releases(tmp_path: Path) -> None:
     torch.save({"mean": mean}, file)
     with pytest.raises(ValueError, match=r"stats.pt must hold the tensors mean and std .*got mean"):
         read_statistics(file)
+    for odd in ({"mean": mean, "var": 1}, {"mean": mean, "std": std.int()}, {None: 1}):
+        torch.save(odd, file)
+        with pytest.raises(ValueError, match=r"must hold the tensors mean and std .*, of floats, got"):
+            read_statistics(file)

@@ -267,7 +267,7 @@ def test_the_newest_checkpoint_is_chosen_by_its_number(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 5):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
         (checkpoint_path(tmp_path, step) / "model.safetensors").write_bytes(b"x" * step if step == 5 else b"")
-    (tmp_path / "checkpoints" / ".step-200000000.partial").mkdir()
+    (tmp_path / "checkpoints" / ".step-200000000.openpae-partial").mkdir()
     (tmp_path / "checkpoints" / "step-best").mkdir()
     assert checkpoint_steps(tmp_path) == [5, 99_999_999, 100_000_000]
     assert model_folder(tmp_path) == checkpoint_path(tmp_path, 100_000_000)

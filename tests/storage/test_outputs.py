@@ -152,7 +152,7 @@ def test_a_lock_is_no_link(here: Path) -> None:
     assert Path("notes").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [".target.partial", ".target.old"])
+@pytest.mark.parametrize("name", [".target.openpae-partial", ".target.openpae-old"])
 def test_planted_links_are_not_followed(here: Path, name: str) -> None:
     Path("mine").mkdir()
     Path("mine/notes").write_text("mine")
@@ -170,6 +170,34 @@ def test_planted_links_are_not_followed(here: Path, name: str) -> None:
         remove_folder(Path("target"))
         assert Path("mine/notes").read_text() == "mine"
         assert not os.path.lexists(name)
+
+
+@pytest.mark.parametrize("name", [".target.partial", ".target.old", ".target.removed", "target.partial"])
+def test_files_of_other_programs_stay(here: Path, name: str) -> None:
+    """rsync, browsers and editors use such names, too."""
+    Path(name).mkdir()
+    Path(name, "notes").write_text("mine")
+    with atomic_file(Path("target")) as partial:
+        partial.write_text("ours")
+    Path("target").unlink()
+    with atomic_folder(Path("target")) as partial:
+        (partial / "a").write_text("ours")
+    remove_folder(Path("target"))
+    assert not Path("target").exists()
+    with atomic_folder(Path("target")):
+        pass
+    assert Path(name, "notes").read_text() == "mine"
+
+
+def test_a_name_may_have_the_largest_length(here: Path) -> None:
+    """255 bytes. Two names that begin alike have partial files of their own."""
+    first, second = Path("ä" * 127 + "b"), Path("ä" * 127 + "c")
+    with atomic_file(first) as one, atomic_file(second) as other:
+        assert one != other
+        one.write_text("1")
+        other.write_text("2")
+    assert (first.read_text(), second.read_text()) == ("1", "2")
+    assert sorted(path.name for path in here.iterdir()) == sorted([first.name, second.name])
 
 
 def test_a_target_that_is_a_link_is_replaced_where_it_leads(here: Path) -> None:

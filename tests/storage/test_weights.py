@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from openpae.storage.weights import load_strict, read_tensors
+from openpae.storage.weights import check_finite, load_strict, read_tensors
 
 
 class Harmless:
@@ -95,3 +95,28 @@ def test_strict_loading_lists_every_kind_of_fault() -> None:
     assert all(
         torch.equal(value, before[key]) for key, value in model.state_dict().items()
     )  # nothing half-loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    """int8 weights without their scale would be other weights."""
+    layer = nn.Linear(2, 1)
+    before = layer.weight.clone()
+    says = rf"net do not fit the config: 1 of another type \(weight {dtype} for torch.float32\)"
+    with pytest.raises(ValueError, match=says):
+        load_strict(layer, {"weight": torch.ones(1, 2).to(dtype), "bias": torch.zeros(1)}, "net")
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_floats_of_any_size_are_loaded_if_they_are_finite(dtype: torch.dtype) -> None:
+    layer = nn.Linear(2, 1)
+    state = {"weight": torch.ones(1, 2).to(dtype), "bias": torch.zeros(1, dtype=torch.int64)}
+    check_finite(state, "net")
+    load_strict(layer, state | {"bias": torch.zeros(1)}, "net")
+    assert torch.equal(layer.weight, torch.ones(1, 2))
+    for odd in [torch.nan] if dtype == torch.float8_e4m3fn else [torch.nan, torch.inf, -torch.inf]:
+        with pytest.raises(
+            ValueError, match=r"net hold NaN or infinity in 1 tensors \(weight\); take others"
+        ):
+            check_finite({"weight": torch.tensor([1.0, odd]).to(dtype), "bias": state["bias"]}, "net")

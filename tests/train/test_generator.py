@@ -34,6 +34,7 @@ from openpae.storage.model_folder import checkpoint_path, identity_of
 from openpae.train.generator import GeneratorTask, train_generator
 from openpae.train.settings import GeneratorRun
 from tests.by_hand import double_precision
+from tests.engine.group import HEADROOM, growth_of
 
 WIDE = DiTDHConfig(
     latent_dim=8,
@@ -164,14 +165,18 @@ def test_the_full_model_is_one_graph(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own imports
 def test_a_compiled_generator_is_the_same(run: GeneratorRun, tmp_path: Path) -> None:
-    """loop.compile, with the compiler's own kernels."""
+    """loop.compile, with the compiler's own kernels.
+
+    They round the float32 frequencies of the time features in their own way."""
     compiled = replace(run, loop=replace(run.loop, compile=True))
     with double_precision():
-        compare_runs(run, GeneratorTask(run), GeneratorTask(compiled), tmp_path)
+        compare_runs(run, GeneratorTask(run), GeneratorTask(compiled), tmp_path, rounding=1e-6)
 
 
-def compare_runs(run: GeneratorRun, plain: GeneratorTask, other: GeneratorTask, tmp_path: Path) -> None:
-    """Equal but for the rounding of float64, which a few steps of Adam make some thousand times larger."""
+def compare_runs(
+    run: GeneratorRun, plain: GeneratorTask, other: GeneratorTask, tmp_path: Path, rounding: float = 1e-12
+) -> None:
+    """Equal but for `rounding`, relative, and for what grows from that of float64 in a few steps of Adam."""
     metrics, samples = [], []
     for name, task in (("plain", plain), ("other", other)):
         (tmp_path / name).mkdir()
@@ -179,12 +184,16 @@ def compare_runs(run: GeneratorRun, plain: GeneratorTask, other: GeneratorTask, 
         noise = initial_noise(0, range(2), run.model.latent_shape)
         model = task.model.eval()
         samples.append(sample_latents(model, torch.tensor([0, 1]), noise, SamplerConfig(steps=3)))
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-9)
-    torch.testing.assert_close(samples[1], samples[0], rtol=1e-9, atol=1e-9)
+    growth = growth_of(run, tmp_path / "plain", metrics[0])
+    bound = rounding + HEADROOM * growth.metrics
+    assert metrics[1] == pytest.approx(metrics[0], rel=bound)
+    torch.testing.assert_close(samples[1], samples[0], rtol=bound, atol=bound)
     ours, theirs = (load_generator(tmp_path / name).state_dict() for name in ("plain", "other"))
     assert ours.keys() == theirs.keys() == plain.model.state_dict().keys()  # no "_orig_mod."
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9)
+    # Adam divides by the gradient: a weight whose gradient is almost 0 may differ by more than the others.
+    differences = torch.cat([(theirs[name] - value).flatten() for name, value in ours.items()])
+    largest = rounding * 100 * run.optim.lr + HEADROOM * growth.weights
+    assert differences.square().mean().sqrt() <= largest
     raw = plain.model.state_dict()
     assert not torch.equal(raw["to_velocity.weight"], ours["to_velocity.weight"])  # the average was saved
 

@@ -15,9 +15,9 @@ from openpae.commands.describe import describe
 from openpae.data.caches import cache_latents
 from openpae.data.images import PackedImages
 from openpae.models.encoders import FrozenEncoder
-from openpae.models.saved import load_generator, load_tokenizer, write_tokenizer
+from openpae.models.saved import check_pair, load_generator, load_tokenizer, write_tokenizer
 from openpae.models.tokenizer import build_tokenizer
-from openpae.sampling.pipeline import Pipeline
+from openpae.sampling.pipeline import Pipeline, SamplingModels
 from openpae.storage.card import model_card
 from openpae.storage.model_folder import (
     checkpoint_path,
@@ -80,6 +80,35 @@ def test_a_finetuned_decoder_resumes_to_the_bit(
     train_tokenizer(run, tmp_path / "two", quiet=True)
     one, two = (identity_of(tmp_path / name).fingerprint for name in ("one go", "two"))
     assert one == two
+
+
+@pytest.mark.parametrize("train", ["decoder", "decoder+projectors"])
+def test_a_generator_goes_on_with_a_finetuned_decoder(
+    tokenizer_run: TokenizerRun,
+    generator_run: GeneratorRun,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    train: Any,
+) -> None:
+    """Its latents are those that the new decoder decodes; with other projectors they are not."""
+    generator_folder = tmp_path / "generator"
+    train_generator(generator_run, generator_folder, quiet=True)
+    run = replace(tokenizer_run, init_from=tokenizer_folder, train=train)
+    train_tokenizer(run, tmp_path / "run", quiet=True)
+    if train != "decoder":
+        with pytest.raises(ValueError, match="decode with the tokenizer that the generator was trained with"):
+            check_pair(tmp_path / "run", generator_folder)
+        return
+    facts = check_pair(tmp_path / "run", generator_folder)
+    assert facts["tokenizer"] == identity_of(tmp_path / "run").fingerprint
+    device = torch.device("cpu")
+    models = SamplingModels.load(tmp_path / "run", generator_folder, generator_folder, device=device)
+    z = torch.randn(2, *models.generator.config.latent_shape)
+    assert torch.equal(models.tokenizer.decode(z), load_tokenizer(tmp_path / "run").decode(z))
+    assert not torch.equal(models.tokenizer.decode(z), load_tokenizer(tokenizer_folder).decode(z))
+    Pipeline.join(tmp_path / "run", generator_folder).save_pretrained(tmp_path / "pair")
+    again = Pipeline.from_pretrained(tmp_path / "pair")
+    assert torch.equal(again.tokenizer.decode(z), models.tokenizer.decode(z))
 
 
 def test_a_run_does_not_resume_from_another_parent(

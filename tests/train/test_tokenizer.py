@@ -6,9 +6,11 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from openpae.data.images import ImageFolder, PackedImages
 from openpae.data.shards import Shards
@@ -107,3 +109,21 @@ def test_data_can_be_pickled_for_worker_processes(tokenizer_run: TokenizerRun, l
         there = pickle.loads(pickle.dumps(data))
         for a, b in zip(data.__getitems__([3, 11]), there.__getitems__([3, 11]), strict=True):
             assert same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "compiled"),
+    [({}, {"modulator", "decoder"}), ({"fusion": "none", "latent_dim": 48}, {"decoder"})],
+    ids=["PAE", "RAE"],
+)
+def test_the_modules_that_a_tokenizer_compiles(
+    tokenizer_run: TokenizerRun,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    compiled: set[str],
+) -> None:
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: seen.append(self))
+    run = replace(tokenizer_run, model=replace(tokenizer_run.model, **changes))
+    task = TokenizerTask(with_loop(run, compile=True))
+    assert {name for name, part in task.model.named_modules() if any(part is one for one in seen)} == compiled

@@ -1,4 +1,4 @@
-"""Describe a folder or file: a run, a model, a cache, packed images or images of any form."""
+"""Describe a folder or file: a run, a model, a cache, samples, packed images or images of any form."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from openpae import config as configs
 from openpae.data.classes import class_list, count_classes
 from openpae.data.forms import is_remote
 from openpae.data.images import ImageFolder, open_source, place_of
+from openpae.data.pixels import hash_of_all, hashes_of, quantize
 from openpae.data.shards import Shards
 from openpae.engine.checkpoints import verify_checkpoint
 from openpae.engine.journal import read_log
+from openpae.eval.image_stream import stored_images
 from openpae.models.ditdh import GENERATORS
 from openpae.models.saved import load_generator, load_prior, load_tokenizer
-from openpae.storage.files import read_fields, read_json
+from openpae.sampling.sample_set import SAMPLES
+from openpae.sampling.settings import FILES
+from openpae.storage.files import file_hash, read_fields, read_json
 from openpae.storage.model_folder import (
     WEIGHTS,
     checkpoint_path,
@@ -61,6 +65,8 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
         return _model(folder, verify)
     if (folder / "config.yaml").is_file():
         return _run(folder, verify)
+    if (folder / SAMPLES).is_file():
+        return _samples(folder, verify)
     source = open_source(folder, full_hash=verify)
     counts = count_classes(source.classes, source.labels)
     facts = {
@@ -109,6 +115,42 @@ def _shards(folder: Path, verify: bool) -> dict[str, str]:
         shards.verify()
         facts["verified"] = "every shard has its checksum"
     return facts
+
+
+def _samples(folder: Path, verify: bool) -> dict[str, str]:
+    """Facts about a folder of `pae sample`; verified is the hash of all its samples."""
+    record = read_fields(folder / SAMPLES, count=int, format=str, samples_sha256=str)
+    if record["format"] not in FILES:
+        raise ValueError(f"{folder / SAMPLES} is damaged: format must be one of {', '.join(FILES)}")
+    target = folder / FILES[record["format"]]
+    shown = ("tokenizer", "generator", "seed", "solver", "steps", "guidance", "labels", "precision")
+    facts = {
+        "what": "samples of a generator",
+        "samples": f"{record['count']:,} in {target.name}",
+        **{name: _short(record[name]) for name in shown if name in record},
+    }
+    if verify:
+        if not target.exists():
+            raise FileNotFoundError(f"no samples at {target}; draw them again")
+        if _sha256_of(folder, target) != record["samples_sha256"]:
+            raise ValueError(f"{target} was changed: its samples are not those of {SAMPLES}; draw them again")
+        facts["verified"] = "the samples are those of the record"
+    return facts
+
+
+def _sha256_of(folder: Path, target: Path) -> str:
+    """samples_sha256 of the samples in a file or folder, a few at a time."""
+    if target.name == FILES["latents"]:
+        return file_hash(target)
+    if target.name != FILES["safetensors"]:
+        stream = stored_images(folder)
+        return hash_of_all(
+            digest for batch in stream.batches(64) for digest in hashes_of(quantize(batch.images))
+        )
+    with safe_open(target, "pt") as file:
+        rows = file.get_slice("images")
+        parts = (rows[start : start + 64] for start in range(0, rows.get_shape()[0], 64))
+        return hash_of_all(digest for part in parts for digest in hashes_of(part))
 
 
 def _model(folder: Path, verify: bool) -> dict[str, str]:

@@ -89,8 +89,7 @@ def profile(
     device: Device = "auto",
     overwrite: bool = False,
 ) -> Mapping[str, Any]:
-    """Measure the geometry of latent spaces (SSC, LPC, GSQ, eRank and proxies), and compare them in
-    profile.html.
+    """Measure and compare the geometry of latent spaces (SSC, LPC, GSQ, eRank, proxies): profile.html.
 
     A tokenizer is a folder of openpae or diffusers, diffusers:OWNER/NAME, encoder:NAME for the features of a
     VFM (encoder:NAME/8 with a token per 8 pixels), targets:NAME/8:FOLDER for the targets of a refiner, or

@@ -1,4 +1,8 @@
-"""`pae sample`: draw images with a generator."""
+"""`pae sample`: draw images with a generator.
+
+`pairs.with_pairs` has split a pair into its two folders before. `SamplingModels.load` opens tokenizer and
+generator; of a run folder `storage.model_folder.model_folder` takes the newest checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Caches of VFM features, refined targets and latents."""
+"""Caches of VFM features, refined targets and latents.
+
+`shard_writer.ShardWriter` decides what a begun cache accepts. What training accepts is decided where a cache
+is opened: `train.generator._check_latents` for latents, `training.check_features` for features and targets.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from openpae.data.shards import STORED, TYPES, Layout, Shards, index_of, read_infos
 from openpae.runtime import processes
-from openpae.storage.files import atomic_file, file_hash, fingerprints_agree, read_json, write_json
+from openpae.storage.files import (
+    atomic_file,
+    file_hash,
+    fingerprints_agree,
+    read_json,
+    reserved,
+    write_json,
+)
 from openpae.storage.outputs import LOCK, locked, make_folder
 
 
@@ -155,7 +162,7 @@ class ShardWriter:
 def check_shard_folder(folder: Path, kind: str) -> None:
     """Raise ValueError if a folder holds files but no header.json; the message names the wanted `kind`."""
     # A process killed in write_json leaves only the partial file.
-    known = {LOCK, "header.json", ".header.json.partial"}
+    known = {LOCK, "header.json", reserved(folder / "header.json", "partial").name}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names <= known and "header.json" not in names:
         raise ValueError(f"{folder} is not empty and holds no {kind}; name a new folder")

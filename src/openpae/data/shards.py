@@ -1,4 +1,4 @@
-"""Rows of one shape in memory-mapped shards: packed images, cached VFM features and cached latents.
+"""Rows of one shape in memory-mapped shards: packed images, cached features, targets and latents, samples.
 
 header.json   layout of the rows, written first; a writer resumes only if it agrees
 00000.npy     rows of shard 0, renamed into place when complete
@@ -42,7 +42,7 @@ class Layout:
     """Type, shape and number of the rows of a folder."""
 
     kind: str
-    """images, features, targets or latents."""
+    """images, features, targets, latents or samples."""
     dtype: str
     """uint8, float16, bfloat16 or float32."""
     shape: tuple[int, ...]

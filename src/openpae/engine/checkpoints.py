@@ -1,10 +1,13 @@
 """Checkpoints of a run. A save is atomic, a resume verifies checksums, and both work for any number of ranks.
 
+`engine/__init__` says why a resume is exact.
+
 checkpoints/step-N/   a model folder that anyone can load (model.safetensors, config.yaml), and beside it
-    state.pt          the training state, or with loop.parallel fsdp:
-    state/            the sharded training state (torch.distributed.checkpoint)
+    state.pt          weights of all players, optimizers, EMA, gradient norms; or with loop.parallel fsdp:
+    state/            the same in shards (torch.distributed.checkpoint)
     run.yaml          the config of the run
-    checkpoint.json   step, fingerprints of the data, checksums; a folder without it is ignored
+    checkpoint.json   step, images_seen, fingerprints of the data (inputs), skipped data steps (passed_over),
+                      pace with loop.seconds, checksums; a folder without it is ignored
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ from openpae.engine.health import NonFiniteGuard
 from openpae.engine.pace import Pace
 from openpae.engine.parallel import gather_full, is_sharded, shard_like, unwrap
 from openpae.engine.settings import LoopConfig
+from openpae.engine.state_file import fits, optimizer_fault, read_state, require
 from openpae.engine.task import Task
 from openpae.runtime import processes
 from openpae.storage.files import (
     atomic_folder,
+    discard,
     file_hash,
     fingerprints_agree,
     read_json,
@@ -40,7 +45,7 @@ from openpae.storage.files import (
     write_json,
 )
 from openpae.storage.model_folder import README, RECORD, RUN_CONFIG, checkpoint_path, checkpoint_steps
-from openpae.storage.weights import read_tensors, some
+from openpae.storage.weights import some
 
 
 @dataclass
@@ -52,11 +57,11 @@ class RunState:
     ema: Ema | None
     """Average of the first player's weights."""
     health: NonFiniteGuard
-    """The mean gradient norms."""
+    """Which updates are skipped; it keeps the mean gradient norms."""
     config: str | None = None
     """Text of the run's config."""
     skipped_data_steps: list[int] = field(default_factory=list)
-    """Skipped steps of the data order, ascending."""
+    """Steps of the data order that rollbacks skip, ascending; `passed_over` in checkpoint.json."""
     pace: Pace = field(default_factory=lambda: Pace(1, None))
     """Position in the schedule."""
 
@@ -115,7 +120,7 @@ def resume(state: RunState, run_dir: Path) -> int | None:
             f"{folder} is not visible to every process; put the run folder on a disk that all machines share"
         )
     if (folder / "state.pt").is_file():
-        content = _read_state(folder / "state.pt", step)
+        content = read_state(folder / "state.pt", step)
     else:
         content = _read_shards(state, folder / "state")
     _restore(state, content)
@@ -167,17 +172,15 @@ def verify_checkpoint(folder: Path) -> None:
     facts = read_facts(folder)
     if not (folder / "state.pt").is_file():
         return
-    content = _read_state(folder / "state.pt", facts["step"])
+    content = read_state(folder / "state.pt", facts["step"])
     for player, weights in content["players"].items():
-        shapes = {value.shape for value in weights.values() if isinstance(value, Tensor)}
-        for number, moments in dict(content["optimizers"].get(player, {}).get("state", {})).items():
-            moment = moments.get("exp_avg") if isinstance(moments, Mapping) else None
-            shape = getattr(moment, "shape", None)
-            if shape not in shapes:
+        shapes = {value.shape for value in weights.values()}
+        for number, moments in content["optimizers"].get(player, {"state": {}})["state"].items():
+            if (shape := moments["exp_avg"].shape) not in shapes:
                 raise ValueError(
                     f"state.pt has an optimizer state of {player} ({number}) that fits no weight"
                 )
-            _require(_optimizer_fault(moments, torch.empty(shape)), f"optimizer of {player} ({number})")
+            require(optimizer_fault(moments, torch.empty(shape)), f"optimizer of {player} ({number})")
 
 
 def _state_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -235,7 +238,7 @@ def remove_old(run_dir: Path, loop: LoopConfig, newest: int) -> None:
 def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], dict[str, Any] | None] | None:
     """Step of the newest complete checkpoint, its skipped data steps, and its pace."""
     for leftover in (run_dir / "checkpoints").glob(".step-*"):  # left by a kill during a save or a removal
-        shutil.rmtree(leftover)
+        discard(leftover)
     for step in reversed(checkpoint_steps(run_dir)):
         folder = checkpoint_path(run_dir, step)
         try:
@@ -255,17 +258,6 @@ def _newest(run_dir: Path, inputs: Mapping[str, str]) -> tuple[int, list[int], d
             )
         return step, facts["passed_over"], facts.get("pace")
     return None
-
-
-def _read_state(file: Path, step: int) -> dict[str, Any]:
-    content = read_tensors(file)
-    kinds = {"step": int, "players": dict, "optimizers": dict, "health": dict}
-    kinds["ema"] = type(content.get("ema")) if isinstance(content.get("ema"), dict | None) else dict
-    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
-        raise ValueError(f"{file} is no training state: it has no valid {', '.join(sorted(wrong))}")
-    if content["step"] != step:
-        raise ValueError(f"{file} is the training state of step {content['step']}, not of step {step}")
-    return content
 
 
 def _read_shards(state: RunState, folder: Path) -> dict[str, Any]:
@@ -310,8 +302,8 @@ def _restore(state: RunState, content: Mapping[str, Any]) -> None:
         _check_optimizer(optimizer, content["optimizers"].get(name), name)
     if state.ema is not None:
         _check_weights(state.ema.average, content["ema"], "ema")
-    norms = {name: norm for name, norm in content["health"].items() if _fits(norm, torch.empty(2))}
-    _require(None if norms.keys() == content["health"].keys() <= players.keys() else "its norms", "health")
+    norms = {name: norm for name, norm in content["health"].items() if fits(norm, torch.empty(2))}
+    require(None if norms.keys() == content["health"].keys() <= players.keys() else "its norms", "health")
     for name, own in players.items():
         _copy(own, content["players"][name])
     for name, optimizer in state.task.optimizers.items():
@@ -336,44 +328,17 @@ def _restore(state: RunState, content: Mapping[str, Any]) -> None:
 def _check_weights(own: Mapping[str, Tensor], kept: Any, label: str) -> None:
     names = kept.keys() if isinstance(kept, Mapping) else set()
     wrong = sorted(own.keys() ^ names)
-    wrong += [name for name in own.keys() & names if not _fits(kept[name], own[name])]
-    _require(", ".join(map(str, wrong[:5])) or None, label)
+    wrong += [name for name in own.keys() & names if not fits(kept[name], own[name])]
+    require(", ".join(map(str, wrong[:5])) or None, label)
 
 
 def _check_optimizer(optimizer: Optimizer, kept: Any, player: str) -> None:
     weights = dict(enumerate(_weights(optimizer)))
     states = kept.get("state") if isinstance(kept, Mapping) else None
     label = f"optimizer of {player}"
-    _require(
-        None if isinstance(states, Mapping) and states.keys() <= weights.keys() else "its numbers", label
-    )
+    require(None if isinstance(states, Mapping) and states.keys() <= weights.keys() else "its numbers", label)
     for number, moments in dict(states or {}).items():
-        _require(_optimizer_fault(moments, weights[number]), f"{label} ({number})")
-
-
-def _optimizer_fault(moments: Any, weight: Tensor) -> str | None:
-    """The names of an AdamW state that do not fit its weight, or None."""
-    expected = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
-    if not isinstance(moments, Mapping) or moments.keys() != expected.keys():
-        return "its names"
-    return ", ".join(name for name, like in expected.items() if not _fits(moments[name], like)) or None
-
-
-def _fits(kept: Any, own: Tensor) -> bool:
-    """Whether a tensor of a file has the shape, dtype and layout of the run's tensor."""
-    return (
-        isinstance(kept, Tensor)
-        and (kept.shape, kept.dtype, kept.layout) == (own.shape, own.dtype, torch.strided)
-        and kept.device.type != "meta"
-    )
-
-
-def _require(fault: str | None, label: str) -> None:
-    if fault:
-        raise ValueError(
-            f"the checkpoint's {label} does not match the config: {fault}; the checkpoint is damaged, or was "
-            "made by another version or with another encoder"
-        )
+        require(optimizer_fault(moments, weights[number]), f"{label} ({number})")
 
 
 def _copy(own: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:

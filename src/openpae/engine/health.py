@@ -37,9 +37,10 @@ class NotFinite(FloatingPointError):
 class NonFiniteGuard:
     """Checks every loss and gradient norm, and decides which updates are skipped.
 
-    On a CPU the check is immediate. On a GPU it must not synchronise: each update carries a flag that makes
-    the optimizer skip it, and the flags are read with the log. With `stop` and `rollback` a flag stays set
-    for all later steps, so the weights stay those of the bad step until it is read and computed again.
+    On a CPU with `stop` or `rollback` the check is immediate. Otherwise it must not synchronise: each update
+    carries a flag that makes the optimizer skip it, and the host reads the flags with the log. With `stop`
+    and `rollback` a flag that is set stays set, so the weights stay as they were before the bad update until
+    the step is computed again.
 
     All ranks decide alike: a value that is not finite on one rank counts on all.
 

@@ -81,7 +81,7 @@ class LoopConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a CUDA GPU if there is one. mps, an Apple GPU, is not tested."""
     compile: bool = False
-    """Whole-module torch.compile."""
+    """Compile with torch.compile: refiner and generator in full, of a tokenizer the decoder and modulator."""
     ema_decay: float | None = None
     """Decay of the moving average of the weights per step; null keeps none."""
     export: Literal["ema", "raw"] = "ema"

@@ -19,7 +19,7 @@ PICTURED = 8
 
 @dataclass(frozen=True)
 class Update:
-    """A loss of one player, for one optimizer step."""
+    """A loss of one player for one device batch."""
 
     player: str
     """A key of the task's `players`."""
@@ -47,12 +47,13 @@ class Task(Protocol):
 
     @property
     def optimizers(self) -> Mapping[str, Optimizer]:
-        """The optimizer of each player."""
+        """The optimizers, by the player whose updates they step. One may also step other players' weights."""
         ...
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        """Fingerprints of the training data by name. A run resumes only if they are equal."""
+        """Fingerprints of the training data by name. A run resumes only if they agree with those of the
+        checkpoint (`storage.files.fingerprints_agree`)."""
         ...
 
     def batches(self, steps: Sequence[int]) -> Iterable[Any]:
@@ -60,7 +61,8 @@ class Task(Protocol):
         ...
 
     def updates(self, batch: Any, draws: Draws, step: int) -> Iterator[Update]:
-        """Yield the losses of one batch in order. After a yield, the player's weights are stepped.
+        """Yield the losses of one batch in order. After a yield the loop runs backward. In the last device
+        batch of a step it then steps the player's weights.
 
         Args:
             batch: one of `batches`.

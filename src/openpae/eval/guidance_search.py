@@ -26,7 +26,7 @@ from openpae.sampling.guidance import VelocityModel
 from openpae.sampling.sampler import Decoder, balanced_labels, evaluations, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import is_number, read_fields, write_json
-from openpae.storage.outputs import check_outputs, made_by, make_folder
+from openpae.storage.outputs import check_outputs, made_by, make_folder, run_lock
 
 _MEASURED = ("guidance", "guidance_start", "guidance_end", "samples", "frechet")
 """Numbers in each row of `measured`."""
@@ -162,15 +162,28 @@ def search_guidance(
         The record, as in search.json.
 
     Raises:
-        ValueError: the folder holds another search or files of the user, or there are too few candidates.
+        ValueError: the folder holds another search or files of the user, another process searches there, or
+            there are too few candidates.
     """
     names = [out / "search.json", out / "best.yaml"]
     ours = names if made_by(out / "search.json", kind="guidance search") else ()
     check_outputs(*names, into=out, inputs=inputs, own=ours, overwrite=overwrite)
+    with run_lock(out, "searching"):
+        return _search(out, evaluator, facts, log, afresh=not ours)
+
+
+def _search(
+    out: Path,
+    evaluator: SampleEvaluator,
+    facts: Mapping[str, Any],
+    log: Callable[[str], None] | None,
+    *,
+    afresh: bool,
+) -> dict[str, Any]:
     search, sampler = evaluator.search, evaluator.sampler
     candidates = search.candidates(sampler)
     settings = _settings(evaluator, facts)
-    record = processes.on_rank0(lambda: _begun(out, settings, afresh=not ours))
+    record = processes.on_rank0(lambda: _begun(out, settings, afresh=afresh))
     known: dict[tuple[Candidate, int], float] = {
         (_key(row), row["samples"]): row["frechet"] for row in record["measured"]
     }

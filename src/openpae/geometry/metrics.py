@@ -1,7 +1,8 @@
 """Geometry of a latent space: SSC, LPC, GSQ and effective rank (Eq. 7-14 of arXiv:2605.07915).
 
 Every function takes tensors, so that any tokenizer can be measured: latents (B, C, h, w), label maps
-(B, H, W) or class labels (B,), and two callables for LPC.
+(B, H, W) or class labels (B,), and two callables for LPC. `geometry/__init__` says where a new metric is
+registered.
 """
 
 from __future__ import annotations

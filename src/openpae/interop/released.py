@@ -266,12 +266,14 @@ def read_statistics(file: Path) -> tuple[Tensor, Tensor]:
         ValueError: the file is damaged, see `read_tensors`, or has other content.
     """
     tensors = read_tensors(file)
-    if tensors.keys() == {"mean", "var"}:
-        tensors = {"mean": tensors["mean"], "std": (tensors["var"] + 1e-5).sqrt()}
-    if tensors.keys() != {"mean", "std"} or not all(isinstance(value, Tensor) for value in tensors.values()):
+    real = all(isinstance(value, Tensor) and value.is_floating_point() for value in tensors.values())
+    if tensors.keys() not in ({"mean", "std"}, {"mean", "var"}) or not real:
         raise ValueError(
-            f"{file} must hold the tensors mean and std (or mean and var), got {', '.join(sorted(tensors))}"
+            f"{file} must hold the tensors mean and std (or mean and var), of floats, got "
+            f"{', '.join(sorted(map(str, tensors)))}"
         )
+    if "var" in tensors:
+        tensors = {"mean": tensors["mean"], "std": (tensors["var"] + 1e-5).sqrt()}
     mean, std = (value.float() for value in (tensors["mean"], tensors["std"]))
     mean, std = (value[0] if value.ndim == 4 and len(value) == 1 else value for value in (mean, std))
     flat = mean.shape[1:] == (1, 1)
@@ -322,7 +324,8 @@ def _take_constant(state: dict[str, Tensor], name: str, expected: Tensor) -> Non
     if name not in state:
         raise ValueError(f"released weights lack {name}")
     table = state.pop(name)
-    if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-5):
+    same = table.is_floating_point() and table.shape == expected.shape
+    if not same or not torch.allclose(table.float(), expected, atol=1e-5):
         raise ValueError(
             f"{name} of the released weights is not the fixed sine-cosine table of this grid "
             f"(shape {tuple(table.shape)}, expected {tuple(expected.shape)}); check image_size and the grid"

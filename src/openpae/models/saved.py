@@ -26,6 +26,7 @@ from openpae.storage.model_folder import (
     identity_of,
     model_folder,
     read_model,
+    read_parent,
     write_classes,
     write_model,
 )
@@ -183,6 +184,8 @@ def generator_identity(folder: str | Path) -> Identity:
 def check_origin(tokenizer: str | Path, origin: str, made_with: str, identity: str | None = None) -> str:
     """Check that a tokenizer is the one of given latents; returns its identity.
 
+    A tokenizer whose training was `train: decoder` has the latents of its parent, to the bit.
+
     Args:
         tokenizer: the tokenizer; an openpae folder where `identity` is None.
         origin: what made or holds the latents, for the message.
@@ -196,6 +199,9 @@ def check_origin(tokenizer: str | Path, origin: str, made_with: str, identity: s
     if identity is None:
         _check_kind(tokenizer, "tokenizer", [PAEConfig])
         identity = identity_of(tokenizer).fingerprint
+        parent = read_parent(model_folder(tokenizer))
+        if parent is not None and (parent.trained, parent.fingerprint) == ("decoder", made_with):
+            return identity
     if made_with != identity:
         raise ValueError(
             f"{origin} of the tokenizer {made_with}, but {tokenizer} is {identity}; decode with the "

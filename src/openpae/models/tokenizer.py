@@ -118,7 +118,8 @@ class Autoencoder(MixedPrecision):
             features: the output of `features(images)`, (B, N, D), if it is cached.
 
         Returns:
-            z, (B, C, h, w), on the sphere: unit root mean square over the channels of each token.
+            z, (B, C, h, w), on the sphere: unit root mean square over the channels of each token, or over
+            all values with sphere: sample.
 
         Raises:
             ValueError: integer pixels, values below 0, or sides that the patch size does not divide.

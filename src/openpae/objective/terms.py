@@ -1,4 +1,7 @@
-"""The terms of the tokenizer's objective (Eq. 2-6), and the balance of the adversarial loss."""
+"""The terms of the tokenizer's objective (Eq. 2-6), and the balance of the adversarial loss.
+
+`train.tokenizer` forms their weighted sum.
+"""
 
 from __future__ import annotations
 

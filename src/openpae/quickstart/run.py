@@ -38,7 +38,7 @@ from openpae.sampling.sampler import balanced_labels, sample_images
 from openpae.sampling.settings import SamplerConfig
 from openpae.storage.files import atomic_file, read_json, write_json
 from openpae.storage.model_folder import PARTS, identity_of
-from openpae.storage.outputs import check_outputs
+from openpae.storage.outputs import check_outputs, locked
 from openpae.storage.pairs import PACKAGED
 from openpae.train.generator import train_generator
 from openpae.train.refiner import train_refiner
@@ -84,11 +84,20 @@ def run_quickstart(
         strict: raise if the budget is too short for the fewest steps; by default it is extended.
 
     Raises:
-        ValueError: the folder holds another quickstart, or `strict` is set and the budget is too short.
+        ValueError: the folder holds another quickstart, another process runs one there, or `strict` is set
+            and the budget is too short.
     """
     require("quickstart", "pae quickstart", *PACKAGES)
     clock = _Clock(out, budget)
     _same_plan(out, {"budget": budget, "seed": seed, "limit": limit})
+    with locked(out, "running a quickstart"):
+        return _run_stages(out, clock, budget, seed=seed, limit=limit, strict=strict)
+
+
+def _run_stages(
+    out: Path, clock: _Clock, budget: float, *, seed: int, limit: int | None, strict: bool
+) -> Outcome:
+    """The stages of `run_quickstart`."""
     train, held_out = (side[:limit] for side in split_catalog(emoji_catalog()))
     pictures = max(1, min(8, round(budget / 240)))
     with clock.stage("render emoji"):

@@ -1,4 +1,9 @@
-"""Device and precision: choice of the device, mixed precision, copies of batches."""
+"""Device and precision: choice of the device, bf16 autocast, copies of batches.
+
+`autocast` is bf16 autocast, for every setting `precision: bf16`. Two others open autocast: a model whose own
+weights are in half precision (`models.precision.own_precision`), and the adapter of diffusers, by the type of
+its input (`interop.diffusers_adapter`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from torch import Tensor
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for "bf16". Nothing else turns it on; some losses turn it off."""
+    """Autocast in bfloat16 for "bf16", else none. Some losses switch it off inside."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -1,4 +1,4 @@
-"""Random numbers without state: pure functions of seed, step, name and sample index."""
+"""Seeded random numbers: functions of (seed, step, name), or of (seed, sample index). Nothing is saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Draws:
 
     Args:
         seed: seed of the run.
-        step: the optimizer step.
+        step: the step of the data order. It differs from the optimizer step after a rollback.
         rows: rows of the global batch in this device batch.
         global_batch_size: images of one step on all ranks.
         device: device on which the numbers are drawn.

@@ -1,6 +1,7 @@
 """Ranks and collectives: the processes that torchrun started, or this process alone.
 
 A command joins the group once, with `process_group`. Without a group every function works for one rank.
+Of the other rooms only `engine` and `plan` may import torch.distributed; tests/test_structure.py holds that.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class SamplingModels:
         decoder, facts = open_pair(tokenizer, generator, device)
         if weak is not None:
             other = generator_identity(weak)
-            check_origin(tokenizer, f"{weak} makes latents", other.made_with, facts["tokenizer"])
+            own = generator_identity(generator).made_with
+            check_origin(tokenizer, f"{weak} makes latents", other.made_with, own)
             facts["autoguidance"] = other.fingerprint
         generators = [load_generator(folder).to(device) for folder in (generator, weak) if folder is not None]
         for model in generators if compile else []:

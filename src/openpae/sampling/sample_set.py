@@ -39,10 +39,13 @@ from openpae.storage.files import (
     file_hash,
     read_json,
     remove_folder,
+    reserved,
     write_json,
 )
 from openpae.storage.outputs import check_outputs, made_by, read_record, run_lock
 
+SAMPLES = "samples.json"
+"""The record of a folder of samples."""
 _SHOWN = 256  # images in grid.png
 
 
@@ -137,15 +140,15 @@ def write_samples(
 
 def _spare(out: Path, format: Format, inputs: Sequence[Path | None], overwrite: bool) -> None:
     """Refuse to replace files that are not of an earlier call."""
-    names = [out / name for name in (FILES[format], "grid.png", "samples.json")]
+    names = [out / name for name in (FILES[format], "grid.png", SAMPLES)]
     begun = made_by(out / "parts" / "header.json", kind="samples")
-    ours = names if begun or "samples_sha256" in read_record(out / "samples.json") else ()
+    ours = names if begun or "samples_sha256" in read_record(out / SAMPLES) else ()
     check_outputs(*names, into=out, inputs=inputs, own=ours, overwrite=overwrite)
 
 
 def _forget(out: Path) -> None:
     """Remove the record and the parts of an earlier call."""
-    (out / "samples.json").unlink(missing_ok=True)
+    (out / SAMPLES).unlink(missing_ok=True)
     if made_by(out / "parts" / "header.json", kind="samples"):
         remove_folder(out / "parts")
 
@@ -182,15 +185,15 @@ def _write_missing(
 
 def _finished(out: Path, samples: SampleSet) -> dict[str, Any] | None:
     """The record of a folder that holds all of these samples, otherwise None."""
-    if not (out / "samples.json").is_file():
+    if not (out / SAMPLES).is_file():
         return None
-    record, wanted = read_json(out / "samples.json"), samples.as_record()
+    record, wanted = read_json(out / SAMPLES), samples.as_record()
     if changed := [key for key, value in wanted.items() if record.get(key) != value]:
         facts = ", ".join(f"{key} ({record.get(key)} there, {wanted[key]} now)" for key in changed[:4])
         raise ValueError(f"{out} holds other samples: another {facts}; name another folder, or delete it")
     if made_by(out / "parts" / "header.json", kind="samples"):  # killed after the record was written
         remove_folder(out / "parts")
-    discard(out / ".parts.removed")
+    discard(reserved(out / "parts", "removed"))
     return record
 
 
@@ -235,7 +238,7 @@ def _finish(out: Path, samples: SampleSet, writer: ShardWriter) -> dict[str, Any
         "device": writer.layout.attributes["device"],
         "versions": package_versions(),
     }
-    write_json(out / "samples.json", record)
+    write_json(out / SAMPLES, record)
     remove_folder(out / "parts")
     return record
 

@@ -44,7 +44,7 @@ def atomic_file(path: Path, wanted: int | None = None) -> Iterator[Path]:
     given, path = path, resolved(path)
     if path.is_dir():
         raise IsADirectoryError(f"{given} is a folder, but a file is to be written; name another")
-    partial = path.with_name(f".{path.name}.partial")
+    partial = reserved(path, "partial")
     discard(partial)
     try:
         with explain_disk_full(given, partial, wanted):
@@ -75,7 +75,7 @@ def atomic_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{given} is a file, but a folder is to be written; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    partial, old = reserved(path, "partial"), reserved(path, "old")
     if old.is_dir() and not old.is_symlink() and not path.exists():  # killed in that instant: restore
         os.rename(old, path)
     for leftover in (partial, old):
@@ -98,6 +98,17 @@ def atomic_folder(path: Path, wanted: int | None = None) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def reserved(path: Path, state: str) -> Path:
+    """The hidden name beside `path` for a partial, old or removed version of it.
+
+    What lies there is removed without a question. So the name says whose it is: other programs write
+    `.partial` files too. A long name is replaced by its hash, because file systems allow 255 bytes.
+    """
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
+    return path.with_name(f".{short}.openpae-{state}")
+
+
 def resolved(path: Path) -> Path:
     """The absolute path with all links resolved; it need not exist. Raises OSError for a circle of links."""
     place = Path(os.path.realpath(path))
@@ -111,7 +122,7 @@ def remove_folder(path: Path) -> None:
 
     The folder is renamed first, so that a kill leaves no partial folder under its name.
     """
-    removed = path.with_name(f".{path.name}.removed")
+    removed = reserved(path, "removed")
     discard(removed)
     if path.exists():
         path.rename(removed)

@@ -40,7 +40,7 @@ from openpae.storage.model_folder import (
     write_parent,
 )
 from openpae.storage.pairs import packaged_pair
-from openpae.storage.weights import check_size, load_strict
+from openpae.storage.weights import check_finite, check_size, load_strict
 
 _NAME = r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
 """A repository on the hub: OWNER/NAME."""
@@ -160,7 +160,7 @@ def save(
         parent: the model from whose weights its training started.
 
     Raises:
-        ValueError: made_with is None, or the folder holds something else.
+        ValueError: made_with is None, a weight is not finite, or the folder holds something else.
     """
     name = type(model).__name__
     if made_with is None:
@@ -174,6 +174,7 @@ def save(
         state = {k: v.to(torch.bfloat16) if k in parameters else v for k, v in state.items()}
     else:
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    check_finite(state, f"the weights of this {name}")
     with new_model_folder(Path(folder)) as partial:
         write_model(partial, state, model.config, made_with, f"openpae.{name}.from_pretrained")
         if architecture is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from openpae import config as configs
 from openpae.storage import pairs
 from openpae.storage.files import atomic_folder, fingerprint, read_json, write_json
-from openpae.storage.weights import some
+from openpae.storage.weights import check_finite, some
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
@@ -84,7 +84,8 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the folder is damaged or edited: weights and config do not give the fingerprint.
+        ValueError: the folder is damaged or edited: weights and config do not give the fingerprint; or a
+            weight is not finite.
     """
     # The raw config of the file: a field added by a later version must not change old fingerprints.
     config = configs.read_yaml(path / CONFIG)
@@ -98,6 +99,7 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], Identity]:
             f"{path} is damaged or was edited: weights and config do not give its fingerprint "
             f"{identity.fingerprint}; bring them back as they were, or take another checkpoint"
         )
+    check_finite(state, f"the weights of {path}")
     return state, identity
 
 

@@ -75,18 +75,34 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], label: str) -> No
         label: name of the weights in messages.
 
     Raises:
-        ValueError: missing or unexpected keys, or wrong shapes; the message lists some of them.
+        ValueError: missing or unexpected keys, wrong shapes, integers or complex numbers for weights; the
+            message lists some of them.
     """
     _check_fit(model.state_dict(), state, label)
     model.load_state_dict(dict(state))
 
 
+def check_finite(state: Mapping[str, Tensor], label: str) -> None:
+    """Raise ValueError if a tensor of a state dict holds NaN or infinity."""
+    # One-byte floats have no isfinite.
+    wide = {name: value if value.itemsize > 1 else value.float() for name, value in state.items()}
+    if wrong := sorted(name for name, value in wide.items() if not value.isfinite().all()):
+        raise ValueError(f"{label} hold NaN or infinity in {len(wrong)} tensors ({some(wrong)}); take others")
+
+
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shared = sorted(own.keys() & state.keys())
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
+        for name in shared
         if own[name].shape != state[name].shape
+    ]
+    # Quantised weights are integers; cast without their scale they would be other weights.
+    types = [
+        f"{name} {state[name].dtype} for {own[name].dtype}"
+        for name in shared
+        if own[name].is_floating_point() != state[name].is_floating_point()
     ]
     faults = [
         f"{len(names)} {fault} ({some(names)})"
@@ -94,6 +110,7 @@ def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], label: st
             ("keys missing", missing),
             ("unexpected", unexpected),
             ("of another shape", shapes),
+            ("of another type", types),
         )
         if names
     ]

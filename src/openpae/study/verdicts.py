@@ -1,4 +1,7 @@
-"""Verdicts on claims from the results of a study: intervals, needed seeds, speed-ups."""
+"""Verdicts on claims from the results of a study: intervals, needed seeds, speed-ups.
+
+`page.decided` calls `compare` for each claim, `page.ranks` calls `verdict_of` for each rank correlation.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Comparison:
     stderr: float | None
     """Standard error of the difference; None if a row has one seed."""
     low: float | None
-    """Lower end of the 95 % interval (Welch's t)."""
+    """Lower end of the 95 % interval (Welch's t; of paired values, a t interval of the differences)."""
     high: float | None
     """Upper end."""
     verdict: Verdict
@@ -48,9 +51,10 @@ class Comparison:
 def compare(
     better: Mapping[int, float], worse: Mapping[int, float], *, higher: bool, paired: bool = False
 ) -> Comparison:
-    """Decide whether one row is better than another (Welch's t interval of the difference of the means).
+    """Decide whether one row is better than another, by the 95 % interval of the difference of the means.
 
-        gain +- t_{0.975, v} sqrt(s_a^2 / n_a + s_b^2 / n_b)
+        Welch     gain +- t_{0.975, v} sqrt(s_a^2 / n_a + s_b^2 / n_b)
+        paired    gain +- t_{0.975, n - 1} s_d / sqrt(n),   s_d of the differences per seed
 
     Shown: the 95 % interval lies above 0. Contradicted: it lies below 0. Otherwise not shown. A row of one
     seed has no interval: it agrees or disagrees.

@@ -81,7 +81,7 @@ _START_IMAGES = 256
 
 
 class TokenizerTask:
-    """L1 + LPIPS + GAN + SSR + MCR + SCR, weighted by the config.
+    """The sum of the terms that the config gives a weight, see `updates`.
 
     Args:
         run: the config.
@@ -143,9 +143,9 @@ class TokenizerTask:
         """Folder for the records of evaluations; None writes none."""
         self.players, self.optimizers = self._players()
         if run.loop.compile:
-            for name in ("decoder", "modulator"):
-                if getattr(self.model, name) is not None:
-                    unwrap(self.players["autoencoder"]).get_submodule(name).compile()
+            for name, part in unwrap(self.players["autoencoder"]).named_children():
+                if name in ("decoder", "modulator"):  # RAE has no modulator
+                    part.compile()
 
     def batches(self, steps: Sequence[int]) -> Iterable[ImageBatch]:
         """This rank's device batches of images, in the order of (seed, images seen)."""
@@ -156,7 +156,7 @@ class TokenizerTask:
     def updates(self, batch: ImageBatch, draws: Draws, step: int) -> Iterator[Update]:
         """Autoencoder, then discriminator; one decode of all latents serves both.
 
-        L = L1 + w LPIPS + w GAN + w SSR + w MCR + w SCR + w KL + w diffusion
+        L = L1 + w LPIPS + w GAN + w SSR + w MCR + w SCR + w mix + w va + w KL + w diffusion
         """
         with norms_once(self.discriminator):  # both players use the same weights of it
             yield from self._updates(batch, draws, step)
