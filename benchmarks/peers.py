@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openpae.data.images import PackedImages
+from openpae.data.pixels import to_image
 from openpae.data.shard_writer import ShardWriter
 from openpae.data.shards import Layout
 from openpae.data.training import TrainingImages
@@ -46,7 +47,8 @@ def main(samples: int = 10_000, rounds: int = 3, only: str = "") -> None:
     torch.set_num_threads(1)
     pairs = {
         "SSIM, 16 images of 256 px, float64 (scikit-image)": ssim_pair,
-        "random crop 384 to 256 with flip (torchvision)": crop_pair,
+        "random crop 384 to 256 with flip (torchvision, tensors)": lambda: crop_pair(files=False),
+        "random crop 384 to 256 with flip (torchvision, ImageFolder)": lambda: crop_pair(files=True),
         "spectral clustering, 256 tokens (scikit-learn)": clusters_pair,
         "LPIPS as a metric, AlexNet (lpips)": lambda: lpips_pair("alex", loss=False),
         "LPIPS as a metric, VGG16 (lpips)": lambda: lpips_pair("vgg", loss=False),
@@ -132,11 +134,15 @@ def ssim_pair() -> Pair:
     return lambda: ssim(x, y), theirs
 
 
-def crop_pair() -> Pair:
-    """64 images of 256 out of 384 pixels, half of them mirrored; both read the same memory map."""
+def crop_pair(*, files: bool) -> Pair:
+    """64 images of 256 out of 384 pixels, half of them mirrored.
+
+    Ours reads packed images. Torchvision gets tensors from the same memory map, or decodes JPEG files.
+    """
+    from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    folder = Path(tempfile.mkdtemp()) / "images"
+    folder = Path(tempfile.mkdtemp())
     layout = Layout(
         kind="images",
         dtype="uint8",
@@ -145,16 +151,24 @@ def crop_pair() -> Pair:
         per_shard=256,
         attributes={"classes": ["all"], "source": "0" * 16},
     )
-    writer = ShardWriter(folder, layout)
-    writer.write(0, torch.randint(0, 256, (256, 3, 384, 384), dtype=torch.uint8), [0] * 256)
+    writer = ShardWriter(folder / "packed", layout)
+    smooth = F.interpolate(torch.rand(256, 3, 24, 24), size=384, mode="bicubic")
+    pixels = (255 * (smooth + 0.03 * torch.randn_like(smooth)).clamp(0, 1)).byte()
+    writer.write(0, pixels, [0] * 256)
     writer.finish()
-    source = PackedImages(folder)
+    source = PackedImages(folder / "packed")
     images = TrainingImages(source, size=256, seed=0, augment="crop", resize=384)
-    transform = v2.Compose([v2.RandomCrop(256), v2.RandomHorizontalFlip()])
-    return (
-        lambda: images.__getitems__(list(range(64))),
-        lambda: torch.stack([transform(source.shards.gather(np.array([row]))[0]) for row in range(64)]),
-    )
+    steps = [v2.RandomCrop(256), v2.RandomHorizontalFlip()]
+    if files:
+        (folder / "files" / "all").mkdir(parents=True)
+        for row, image in enumerate(pixels[:64]):
+            to_image(image / 255).save(folder / "files" / "all" / f"{row:02d}.jpg", quality=90)
+        decoded = ImageFolder(folder / "files", v2.Compose([*steps, v2.PILToTensor()]))
+        theirs = lambda: torch.stack([decoded[row][0] for row in range(64)])  # noqa: E731
+    else:
+        transform, gather = v2.Compose(steps), source.shards.gather
+        theirs = lambda: torch.stack([transform(gather(np.array([row]))[0]) for row in range(64)])  # noqa: E731
+    return lambda: images.__getitems__(list(range(64))), theirs
 
 
 def lpips_pair(net: Any, *, loss: bool) -> Pair:

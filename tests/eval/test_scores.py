@@ -40,19 +40,35 @@ def test_inception_score_equals_its_definition() -> None:
     assert estimate.std == pytest.approx(np.std(scores), rel=1e-9)
 
 
-def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity() -> None:
-    x, y = features(50).double(), features(60, shift=0.5, seed=1).double()
-    draw, values, m = np.random.RandomState(7), [], 11
-    for _ in range(4):
-        a = x.numpy()[draw.choice(50, m, replace=False)]
-        b = y.numpy()[draw.choice(60, m, replace=False)]
-        kernel = lambda p, q: (p @ q / 12 + 1) ** 3  # noqa: E731
-        within = sum(kernel(s[i], s[j]) for s in (a, b) for i in range(m) for j in range(m) if i != j)
-        across = sum(kernel(p, q) for p in a for q in b)
-        values.append(within / (m * (m - 1)) - 2 * across / m**2)
-    estimate = kid(x, y, subsets=4, subset_size=m, seed=7)
+@pytest.mark.parametrize(
+    ("sizes", "subsets", "m"),
+    [((50, 60), 4, 11), ((50, 60), 40, 11), ((1100, 1050), 3, 1000)],
+    ids=["own kernels", "one kernel", "one kernel in tiles"],
+)
+def test_kid_equals_its_definition_on_the_subsets_of_torch_fidelity(
+    sizes: tuple[int, int], subsets: int, m: int
+) -> None:
+    x, y = features(sizes[0]).double(), features(sizes[1], shift=0.5, seed=1).double()
+    draw, values = np.random.RandomState(7), []
+    for _ in range(subsets):
+        a = x.numpy()[draw.choice(len(x), m, replace=False)]
+        b = y.numpy()[draw.choice(len(y), m, replace=False)]
+        xx, yy, xy = ((p @ q.T / 12 + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
+        values.append(within / (m * (m - 1)) - 2 * xy.mean())
+    estimate = kid(x, y, subsets=subsets, subset_size=m, seed=7)
     assert estimate.value == pytest.approx(np.mean(values), rel=1e-9)
     assert estimate.std == pytest.approx(np.std(values), rel=1e-9)
+
+
+def test_kid_of_a_set_and_itself_counts_each_image_with_its_copy() -> None:
+    """One subset of all rows: the pairs i = j are left out within a set, and not between the sets."""
+    x = features(30).double()
+    kernel = (x @ x.T / 12 + 1) ** 3
+    m, trace = 30, kernel.trace()
+    expected = 2 * (kernel.sum() - trace) / (m * (m - 1)) - 2 * kernel.sum() / m**2
+    for subsets in (1, 2):  # own kernels, one kernel
+        assert kid(x, x, subsets=subsets, subset_size=m).value == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_the_error_of_kid_in_float32_is_bounded_by_the_rounding_of_its_products() -> None:

@@ -12,16 +12,19 @@ from openpae.geometry.clusters import plus_plus, spectral_clusters
 
 @pytest.mark.parametrize("k", [1, 2, 7, 20])
 def test_first_centres_equal_those_of_scikit_learn(k: int) -> None:
-    points = np.random.default_rng(k).standard_normal((50, 5))
-    _, expected = kmeans_plusplus(points, k, random_state=3)
+    """Distances of whole numbers have no rounding."""
+    points = np.random.default_rng(k).integers(0, 100, (50, 5)).astype(float)
+    draws = np.random.RandomState(3)
+    expected = [kmeans_plusplus(points, k, random_state=draws)[1].tolist() for _ in range(4)]
     squared = pairwise.euclidean_distances(points, squared=True)
-    assert plus_plus(squared, k, np.random.RandomState(3)) == expected.tolist()
+    assert plus_plus(squared, k, 4, np.random.RandomState(3)).tolist() == expected
 
 
 def test_distinct_points_are_chosen_before_duplicates() -> None:
     points = np.array([[0.0], [0.0], [1.0], [1.0], [2.0]])
-    centres = plus_plus(pairwise.euclidean_distances(points, squared=True), 3, np.random.RandomState(0))
-    assert set(points[centres, 0]) == {0.0, 1.0, 2.0}
+    squared = pairwise.euclidean_distances(points, squared=True)
+    for centres in plus_plus(squared, 3, 5, np.random.RandomState(0)):
+        assert set(points[centres, 0]) == {0.0, 1.0, 2.0}
 
 
 def test_clusters_equal_those_of_kmeans_with_its_own_init(monkeypatch: pytest.MonkeyPatch) -> None:

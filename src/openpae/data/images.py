@@ -105,18 +105,26 @@ class PackedImages:
         return Image.fromarray(row.permute(1, 2, 0).numpy())
 
     def cut(
-        self, rows: NDArray[np.int64], size: Size, lefts: NDArray[np.int64], tops: NDArray[np.int64]
+        self,
+        rows: NDArray[np.int64],
+        size: Size,
+        lefts: NDArray[np.int64],
+        tops: NDArray[np.int64],
+        flips: NDArray[np.bool_],
     ) -> Tensor:
         """Crop the images at `rows` (B,) straight from the memory map: uint8, (B, 3, H, W).
 
-        `lefts` and `tops` are the first column and row of each crop, (B,).
+        `lefts` and `tops` are the first column and row of each crop, `flips` says which are mirrored: (B,).
         """
         height, width = height_width(size)
         out = np.empty((len(rows), 3, height, width), dtype=np.uint8)
-        corners = zip(self.shards.views(rows), lefts.tolist(), tops.tolist(), strict=True)
-        for i, (image, left, top) in enumerate(corners):
+        images = torch.from_numpy(out)
+        corners = zip(self.shards.views(rows), lefts.tolist(), tops.tolist(), flips.tolist(), strict=True)
+        for i, (image, left, top, flip) in enumerate(corners):
             out[i] = image[:, top : top + height, left : left + width]
-        return torch.from_numpy(out)
+            if flip:  # at once, while the crop is in the CPU cache
+                images[i] = images[i].flip(-1)
+        return images
 
     def fingerprint(self) -> str:
         """Hash of the shards' checksums and of the labels."""

@@ -117,7 +117,8 @@ class TrainingImages(Dataset[ImageBatch]):
         flips = (bits & 1).astype(bool) if self.augment != "none" else np.zeros(len(seen), dtype=bool)
         skipped: list[str] = []
         if isinstance(self.source, PackedImages) and covers(self.source.image_shape, self.cover):
-            images = self.source.cut(rows, self.size, *self._corners(self.source.image_shape, bits))
+            corners = self._corners(self.source.image_shape, bits)
+            images = self.source.cut(rows, self.size, *corners, flips)
         else:
             try:
                 taken = [self._read(int(row), bits[i : i + 1], skipped) for i, row in enumerate(rows)]
@@ -125,8 +126,8 @@ class TrainingImages(Dataset[ImageBatch]):
                 return ImageBatch(torch.empty(0), torch.empty(0), broken=str(error))
             rows = np.array([row for row, _ in taken])
             images = torch.from_numpy(np.stack([pixels for _, pixels in taken]))
-        for i in np.flatnonzero(flips).tolist():  # one by one stays in the CPU cache
-            images[i] = images[i].flip(-1)
+            for i in np.flatnonzero(flips).tolist():  # one by one stays in the CPU cache
+                images[i] = images[i].flip(-1)
         features, prior = (
             None if cached is None else cached.gather(rows, flips.astype(np.int64))
             for cached in (self.features, self.targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -22,15 +22,17 @@ class Gaussian:
     """Number of samples; None if a statistics file does not hold it."""
     factor: Tensor | None = None
     """(n, F) with covariance = factor^T factor, kept if n < F: exact although the covariance is singular."""
+    sound: InitVar[bool] = False
+    """Leave out the check of values, which takes as long as a distance. `Moments` needs none."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, sound: bool) -> None:
         features = len(self.mean)
         if self.mean.ndim != 1 or self.covariance.shape != (features, features):
             raise ValueError(
                 f"mean and covariance must be (F,) and (F, F), got {tuple(self.mean.shape)} "
                 f"and {tuple(self.covariance.shape)}"
             )
-        if fault := _fault_of(self.mean, self.covariance):
+        if not sound and (fault := _fault_of(self.mean, self.covariance)):
             raise ValueError(f"statistics of features must be {fault}; make them again from the images")
 
 
@@ -118,8 +120,7 @@ class Moments:
             raise ValueError(f"features must be (B, F), got {tuple(features.shape)}")
         if self.width not in (None, features.shape[1]):
             raise ValueError(f"features must keep their width of {self.width}, got {features.shape[1]}")
-        if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
+        check_finite(features)
         features = features.detach()
         if len(features) + sum(len(rows) for rows in self.pending) < self.block:
             self.pending.append(features.clone())
@@ -163,17 +164,24 @@ class Moments:
         if total.pending:
             total._add(torch.cat(total.pending))
         assert total.sums is not None
-        lower = total.sums.scatter.div_(self.n - 1)
-        covariance = lower.tril() + lower.tril(-1).T
-        return Gaussian(mean=total.sums.mean.cpu(), covariance=covariance.cpu(), n=self.n, factor=factor)
+        lower = total.sums.scatter.div_(self.n - 1).tril_()
+        covariance = lower + lower.tril(-1).T
+        mean = total.sums.mean.cpu()
+        return Gaussian(mean=mean, covariance=covariance.cpu(), n=self.n, factor=factor, sound=True)
 
     def _add(self, rows: Tensor) -> None:
-        rows = rows.double()
+        rows = rows.to(torch.float64, copy=True)
         mean = rows.mean(0)
         if self.sums is None:
             self.sums = _Sums(0, torch.zeros_like(mean), mean.new_zeros(len(mean), len(mean)))
-        self.sums.add_products(rows - mean)
+        self.sums.add_products(rows.sub_(mean))
         self.sums.add_mean(len(rows), mean)
+
+
+def check_finite(features: Tensor) -> None:
+    """Raise ValueError if features hold NaN or infinity: one pass, without a tensor of their size."""
+    if features.numel() and not torch.stack(features.aminmax()).isfinite().all():
+        raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
 
 
 def gaussian_of(features: Tensor) -> Gaussian:
@@ -191,12 +199,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet (2-Wasserstein) distance between two Gaussians (Heusel et al., arXiv:1706.08500).
 
         |m_a - m_b|^2 + tr A + tr B - 2 tr (A B)^(1/2),
-        tr (A B)^(1/2) = sum_i sqrt(eig_i(A^(1/2) B A^(1/2))) = nuclear norm of F_a F_b^T,   A = F_a^T F_a
+        tr (A B)^(1/2) = sum_i sqrt(eig_i(A B)) = nuclear norm of F_a F_b^T,   A = F_a^T F_a
 
-    Any factor A = F^T F can replace the root of A; Cholesky's is the fastest. A singular A has no Cholesky
-    factor, so its eigenvectors give one. Eigenvalues are those of symmetric matrices: real, and accurate for
-    an ill-conditioned covariance, where `sqrtm` of the product fails. Sets of fewer samples than features use
-    their factors, which is faster and exact.
+    LAPACK's `sygv` gives the eigenvalues of A B as those of R^T B R with Cholesky's A = R R^T: a symmetric
+    matrix, so they are real, and accurate for an ill-conditioned covariance, where `sqrtm` of the product
+    fails. A singular A has no Cholesky factor, so its eigenvectors give one. Sets of fewer samples than
+    features use their factors, which is faster and exact.
 
     Returns:
         A number >= 0; rounding below zero is clamped.
@@ -206,6 +214,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"both Gaussians must have one width, got {len(a.mean)} and {len(b.mean)} features")
+    gap, spread_a, spread_b = (a.mean - b.mean).square().sum(), a.covariance.trace(), b.covariance.trace()
+    if not (gap + spread_a * spread_b).isfinite():  # a bound of the eigenvalues of A B
+        raise ValueError("the Frechet distance is not finite: the statistics are too large for float64")
     if a.factor is not None and b.factor is not None:
         overlap = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     elif a.factor is not None:
@@ -213,15 +224,23 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     elif b.factor is not None:
         overlap = _sum_of_roots(b.factor @ a.covariance @ b.factor.T)
     else:
-        root, failed = torch.linalg.cholesky_ex(a.covariance)  # A = root root^T
-        if failed:
-            values, vectors = torch.linalg.eigh(a.covariance)
-            root = vectors * values.clamp(min=0).sqrt()
-        overlap = _sum_of_roots(root.T @ b.covariance @ root)
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    if not distance.isfinite():  # max(0.0, nan) would be a perfect score
-        raise ValueError("the Frechet distance is not finite: the statistics are too large for float64")
-    return max(0.0, float(distance))
+        overlap = _overlap(a.covariance, b.covariance)
+    return max(0.0, float(gap + spread_a + spread_b - 2 * overlap))
+
+
+def _overlap(a: Tensor, b: Tensor) -> Tensor:
+    """tr (A B)^(1/2) of two covariances (F, F)."""
+    with needs("eval", "the Frechet distance"):
+        from scipy.linalg import LinAlgError, eigh
+    try:
+        # Transposed views: LAPACK reads by columns, and both matrices are symmetric.
+        pair = b.numpy().T, a.numpy().T
+        values = eigh(*pair, type=2, eigvals_only=True, driver="gv", check_finite=False)
+    except LinAlgError:  # A is singular
+        values, vectors = torch.linalg.eigh(a)
+        root = vectors * values.clamp(min=0).sqrt()
+        return _sum_of_roots(root.T @ b @ root)
+    return torch.from_numpy(values).clamp(min=0).sqrt().sum()
 
 
 def _sum_of_roots(product: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openpae.eval.estimate import Estimate, Settings, mean_of
+from openpae.eval.frechet import check_finite
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Estimate:
@@ -30,7 +31,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Es
     Raises:
         ValueError: fewer samples than splits, or logits that are not finite.
     """
-    _check_finite(logits)
+    check_finite(logits)
     if not 1 <= splits <= len(logits):
         raise ValueError(f"splits must be between 1 and the {len(logits)} samples, got {splits}")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
@@ -61,8 +62,9 @@ def kid(
         k(x, y) = (x . y / F + 1)^3
 
     Unbiased: values of different sample counts compare, and a value may be below zero. Mean over random
-    subsets of m samples; a seed gives the subsets of torch-fidelity. Products are computed in the type of the
-    samples, usually float32, and summed in float64.
+    subsets of m samples; a seed gives the subsets of torch-fidelity. Subsets share the kernel of the full
+    sets where that is smaller than their own kernels together. Kernels, and their sums over up to 1,024
+    partners, are computed in the type of the samples, usually float32; the rest is summed in float64.
 
     Args:
         samples: features (N, F).
@@ -85,17 +87,17 @@ def kid(
             f"kid_subset_size must be between 2 and the {smaller} samples of the smaller set, "
             f"got {subset_size}"
         )
-    draw = np.random.RandomState(seed)
-    values = []
-    for _ in range(subsets):
-        # torch-fidelity draws the samples first, then the reference.
-        chosen = torch.from_numpy(draw.choice(len(samples), subset_size, replace=False))
-        x = samples[chosen.to(samples.device)]
-        chosen = torch.from_numpy(draw.choice(len(reference), subset_size, replace=False))
-        y = reference[chosen.to(reference.device)].to(x)
-        within = _sum_off_diagonal(_cubic(x, x)) + _sum_off_diagonal(_cubic(y, y))
-        across = _cubic(x, y).sum(dtype=torch.float64) / subset_size**2
-        values.append(float(within / (subset_size * (subset_size - 1)) - 2 * across))
+    x, y, draw = samples, reference.to(samples), np.random.RandomState(seed)
+    in_x, in_y = (torch.zeros(len(part), subsets, dtype=x.dtype) for part in (x, y))
+    for subset in range(subsets):  # torch-fidelity draws the samples first, then the reference
+        for members in (in_x, in_y):
+            members[torch.from_numpy(draw.choice(len(members), subset_size, replace=False)), subset] = 1
+    in_x, in_y = in_x.to(x.device), in_y.to(x.device)
+    if (len(x) + len(y)) ** 2 < subsets * (2 * subset_size) ** 2:
+        values = _squared_mmd(x, y, in_x, in_y).tolist()
+    else:
+        every, pairs = x.new_ones(subset_size, 1), zip(in_x.T.bool(), in_y.T.bool(), strict=True)
+        values = [float(_squared_mmd(x[some], y[others], every, every)) for some, others in pairs]
     std = float(np.std(values))
     return Estimate(
         name="kid",
@@ -204,25 +206,40 @@ def _check_widths(samples: Tensor, reference: Tensor) -> None:
             f"features must be (N, F) and (M, F) of one width, got {tuple(samples.shape)} "
             f"and {tuple(reference.shape)}"
         )
-    _check_finite(samples)
-    _check_finite(reference)
+    check_finite(samples)
+    check_finite(reference)
 
 
-def _check_finite(features: Tensor) -> None:
-    if not features.isfinite().all():  # comparisons with NaN are false, so shares would still look valid
-        raise ValueError("features hold NaN or infinity; look at the images and the extractor's weights")
+def _squared_mmd(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
+    """MMD^2 of `kid` for each of S subsets: (S,) float64.
+
+    Membership in_x (N, S) and in_y (M, S) is 1 or 0.
+    """
+    m = in_x[:, 0].sum(dtype=torch.float64)
+    within = _kernel_sums(x, x, in_x, in_x, same=True) + _kernel_sums(y, y, in_y, in_y, same=True)
+    return within / (m * (m - 1)) - 2 * _kernel_sums(x, y, in_x, in_y, same=False) / m**2
 
 
-def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    if x is y and x.device.type == "cpu":
-        products = torch.from_numpy(np.dot(x.numpy(), x.numpy().T))  # NumPy uses syrk, half the work
-    else:
-        products = x @ y.T
-    return products.div_(x.shape[1]).add_(1).pow_(3)
+def _kernel_sums(
+    x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor, *, same: bool, block: int = 1024
+) -> Tensor:
+    """Sum of k(x_i, y_j) over the pairs of each subset, (S,) float64; without i = j if `same`."""
+    sums = torch.zeros(in_x.shape[1], dtype=torch.float64, device=x.device)
+    for top in range(0, len(x), block):
+        rows = slice(top, top + block)
+        for left in range(top if same else 0, len(y), block):
+            columns = slice(left, left + block)
+            kernel = _products(x[rows], y[columns]).div_(x.shape[1]).add_(1).pow_(3)
+            if same and left == top:
+                kernel.fill_diagonal_(0)
+            part = (kernel @ in_y[columns]).mul_(in_x[rows]).sum(0, dtype=torch.float64)
+            sums += 2 * part if same and left > top else part  # the kernel is symmetric
+    return sums
 
 
-def _sum_off_diagonal(kernel: Tensor) -> Tensor:
-    return kernel.sum(dtype=torch.float64) - kernel.diagonal().sum(dtype=torch.float64)
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    # NumPy's matrices multiply faster on many processors, and x x^T by syrk in half of the time.
+    return torch.from_numpy(x.numpy() @ y.numpy().T) if x.device.type == "cpu" else x @ y.T
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:

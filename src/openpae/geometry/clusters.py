@@ -36,6 +36,7 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
     """
     with needs("eval", "SSC"):
         import scipy.linalg
+        import sklearn
         from sklearn.cluster import KMeans
 
     tokens = latent.shape[-2] * latent.shape[-1]
@@ -55,39 +56,48 @@ def spectral_clusters(latent: Tensor, k: int, *, sigma: float = 0.1, seed: int =
     norms = np.square(centred).sum(axis=1)
     squared = np.maximum(norms[:, None] + norms - 2 * centred @ centred.T, 0)
 
+    starts = iter(plus_plus(squared, k, 10, np.random.RandomState(seed)))
+
     def start(
         points: NDArray[np.float64], k: int, random_state: np.random.RandomState
     ) -> NDArray[np.float64]:
-        return points[plus_plus(squared, k, random_state)]
+        chosen: NDArray[np.float64] = points[next(starts)]
+        return chosen
 
-    clusters = KMeans(n_clusters=k, init=start, n_init=10, random_state=seed).fit_predict(embedding)
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        clusters = KMeans(n_clusters=k, init=start, n_init=10, random_state=seed).fit_predict(embedding)
     return torch.from_numpy(clusters.astype(np.int64)).view(latent.shape[-2:])
 
 
-def plus_plus(squared: NDArray[np.float64], k: int, draws: np.random.RandomState) -> list[int]:
+def plus_plus(
+    squared: NDArray[np.float64], k: int, starts: int, draws: np.random.RandomState
+) -> NDArray[np.int64]:
     """First centres of k-means by greedy k-means++ (Arthur and Vassilvitskii, 2007): k of N points.
 
     For each centre, 2 + log k candidates are drawn with the squared distance to the nearest centre as weight,
-    and the candidate with the smallest sum of squares is taken. Draws and choices equal scikit-learn's
-    "k-means++", which computes the distances again for every start.
+    and the candidate with the smallest sum of squares is taken. Draws and choices equal those of starts of
+    scikit-learn's "k-means++", one after the other, which computes the distances again for every start.
 
     Args:
         squared: squared distances of all pairs, (N, N).
         k: number of centres.
+        starts: number of independent choices.
         draws: the source of random numbers.
 
     Returns:
-        Indices of the k centres.
+        Indices of the centres, (starts, k).
     """
-    count = len(squared)
-    centres = [int(draws.choice(count, p=np.full(count, 1 / count)))]
-    nearest = squared[centres[0]]
-    for _ in range(1, k):
-        sums = np.cumsum(nearest)
-        candidates = np.searchsorted(sums, draws.uniform(size=2 + int(math.log(k))) * nearest.sum())
-        candidates = candidates.clip(max=count - 1)
-        left = np.minimum(squared[candidates], nearest)
-        best = int(left.sum(axis=1).argmin())
-        centres.append(int(candidates[best]))
-        nearest = left[best]
+    count, each = len(squared), 2 + int(math.log(k))
+    uniform = draws.random_sample((starts, 1 + (k - 1) * each))
+    even = np.cumsum(np.full(count, 1 / count))
+    centres = np.empty((starts, k), np.int64)
+    centres[:, 0] = np.searchsorted(even / even[-1], uniform[:, 0], side="right")
+    nearest = squared[centres[:, 0]]
+    for number in range(1, k):
+        part = uniform[:, 1 + (number - 1) * each : 1 + number * each]
+        sums, aims = np.cumsum(nearest, axis=1), part * nearest.sum(axis=1, keepdims=True)
+        candidates = (sums[:, None] < aims[..., None]).sum(axis=2).clip(max=count - 1)
+        left = np.minimum(squared[candidates], nearest[:, None])
+        best = np.arange(starts), left.sum(axis=2).argmin(axis=1)
+        centres[:, number], nearest = candidates[best], left[best]
     return centres

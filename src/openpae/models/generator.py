@@ -110,7 +110,8 @@ class LatentGenerator(MixedPrecision):
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latents of the tokenizer to latents of zero mean and unit variance, float32."""
-        return (z.float() - self.latent_mean).div_(self.latent_std)
+        x = z.to(torch.float32, copy=True)  # in place: fresh memory costs more than the arithmetic
+        return x.sub_(self.latent_mean).div_(self.latent_std)
 
     def denormalise(self, x: Tensor) -> Tensor:
         """Inverse of `normalise`."""
