@@ -110,7 +110,8 @@ class LatentGenerator(MixedPrecision):
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latents of the tokenizer to latents of zero mean and unit variance, float32."""
-        x = z.to(torch.float32, copy=True)  # in place: fresh memory costs more than the arithmetic
+        x = z.float()
+        x = x.clone() if x is z else x  # then in place: fresh memory costs more than the arithmetic
         return x.sub_(self.latent_mean).div_(self.latent_std)
 
     def denormalise(self, x: Tensor) -> Tensor:
