@@ -149,8 +149,13 @@ def test_other_classes_files_and_drawings(address: str, browser: Any, tmp_path: 
         act(browser, shown, choose)
     open_tab(browser, "Encode")
     browser.find_element("id", "use").click()
-    message = wait(lambda: browser.find_elements("css selector", "[data-testid=toast-body]"))[0]
-    assert "the drawing is empty: draw something first" in message.text
+
+    def message() -> str:  # it fades in: at first it has no text
+        return "".join(
+            each.text for each in browser.find_elements("css selector", "[data-testid=toast-body]")
+        )
+
+    assert "the drawing is empty: draw something first" in wait(message)
     check(browser)
 
 
