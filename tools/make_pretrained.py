@@ -1,9 +1,10 @@
 """Train the pretrained release and write it: OpenMoji tokenizer and generator, card, metrics, pictures.
 
-An interrupted call goes on. The presets need some eight hours of one core. The shipped pair is of the
-presets refiner, tokenizer and generator/openmoji, three pictures of each emoji, two and a half hours.
+An interrupted call goes on. The presets need some seven hours of one core, and two and a half more for the
+tokenizer without MCR. The older pair, pretrained/openmoji, is of the presets refiner, tokenizer and
+generator/openmoji: three pictures of each emoji, two and a half hours.
 
-    python tools/make_pretrained.py --work runs/openmoji --out pretrained/openmoji --pictures docs
+    python tools/make_pretrained.py --work runs/openmoji --out pretrained/openmoji-pae --pictures docs
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ The classes:
 ## How it was trained
 
 `python tools/make_pretrained.py` of the package openpae trained the presets `refiner/{preset}`,
-`tokenizer/{preset}` and `generator/{preset}`, one after the other, on one core of a CPU.
+`tokenizer/{preset}`, `tokenizer/{preset}-decoder` and `generator/{preset}` on a CPU, one core each. The
+third trains the decoder once more, on noisy latents, which are what a generator makes.
 
 | stage | steps | batch |
 |---|---|---|
@@ -89,8 +91,8 @@ bf16, everything else in float32. PSNR and the other metrics of the tokenizer ar
 It shows what PAE does within a minute. It is meant for tests and for teaching. It is small and was trained
 for hours on one core, where a model of the paper takes weeks of GPUs.
 
-- Samples show faces with features, busts, hearts, boxes and flags as such. Of animals and vehicles they
-  show the colours and shapes.
+- Samples show faces with features, busts, food and flags as such. Animals have their shapes and colours.
+  Vehicles, tools and symbols are often no known object.
 - It has never seen photographs.
 - Distances are in VGG16 features, not Inception's. They do not compare with a published FID.
 - `class_agreement` is the share of samples whose nearest training picture in these features has the class
@@ -107,7 +109,7 @@ for hours on one core, where a model of the paper takes weeks of GPUs.
 
 def main(
     work: Path = Path("runs/openmoji"),
-    out: Path = Path("pretrained/openmoji"),
+    out: Path = Path("pretrained/openmoji-pae"),
     pictures: Path = Path("docs"),
     threads: int = 1,
     without_mcr: bool = True,
@@ -172,7 +174,7 @@ def release(work: Path, out: Path, pictures: Path) -> None:
         trained.save_pretrained(pair, precision="bf16")
         for part, record in measured(work, pair, pictures).items():
             write_json(pair / part / RECORD, record)
-        hub.stage(pair, out, "pretrained/openmoji", licence="cc-by-sa-4.0")
+        hub.stage(pair, out, f"pretrained/{out.name}", licence="cc-by-sa-4.0")
     loops = {
         name: configs.load(kind, work / name / "config.yaml").loop
         for name, kind in (

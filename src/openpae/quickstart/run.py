@@ -50,7 +50,7 @@ Run = TypeVar("Run", RefinerRun, TokenizerRun, GeneratorRun)
 SAMPLER = SamplerConfig(solver="adams", steps=20, shift=0.4, guidance=2.0, guidance_start=0.1)
 """Sampler of the quickstart, nearer to the path than 40 Euler steps in half of their time."""
 
-PRETRAINED = PACKAGED / "openmoji"
+PRETRAINED = PACKAGED / "openmoji-pae"
 """The pretrained tokenizer and generator of 64-pixel emoji, from tools/make_pretrained.py."""
 
 
@@ -189,7 +189,7 @@ def show_pretrained(out: Path, *, folder: Path = PRETRAINED, seed: int = 0, limi
         }
         write_json(out / "evaluation.json", record)
     with clock.stage("sample"):
-        labels = balanced_labels(12 * len(CATEGORIES), len(CATEGORIES))
+        labels = balanced_labels(6 * len(CATEGORIES), len(CATEGORIES))
         samples = _sampled(tokenizer, pipeline.generator, labels, seed, batch_size=36)
     result = Result(
         out=out,
