@@ -1,7 +1,7 @@
 """Train the pretrained release and write it: OpenMoji tokenizer and generator, card, metrics, pictures.
 
-An interrupted call goes on. The presets need some seven hours of one core, and two and a half more for the
-tokenizer without MCR. The older pair, pretrained/openmoji, is of the presets refiner, tokenizer and
+An interrupted call goes on. The presets need some eight hours of one core, and four more for the tokenizer
+without MCR. The older pair, pretrained/openmoji, is of the presets refiner, tokenizer and
 generator/openmoji: three pictures of each emoji, two and a half hours.
 
     python tools/make_pretrained.py --work runs/openmoji --out pretrained/openmoji-pae --pictures docs

@@ -53,6 +53,14 @@ def change(samples: Path, format: Format) -> None:
         save_file(tensors, target)
 
 
+def test_a_file_of_the_user_with_this_name_is_no_record(image_folder: Path) -> None:
+    (image_folder / "samples.json").write_text('{"mine": 1}')
+    try:
+        assert describe(image_folder)["what"] == "a folder of images"
+    finally:
+        (image_folder / "samples.json").unlink()  # the folder is shared
+
+
 def test_samples_are_described_and_verified(samples: Path) -> None:
     """A changed sample is noticed, whatever the format."""
     format = next(name for name, file in FILES.items() if (samples / file).exists())

@@ -142,6 +142,22 @@ def test_bad_features_are_refused() -> None:
         gaussian(torch.zeros(3), torch.zeros(2, 2))
 
 
+def test_no_distance_is_made_of_nan() -> None:
+    """Not even of statistics whose own check was left out: max(0, NaN) would be a perfect score."""
+    zero, one = torch.zeros(3).double(), torch.eye(3).double()
+    broken = one.clone()
+    broken[0, 1] = broken[1, 0] = torch.nan  # the trace does not show it
+    factor = torch.full((2, 3), torch.nan).double()
+    for odd in (
+        Gaussian(mean=zero, covariance=broken, n=9, sound=True),
+        Gaussian(mean=zero, covariance=one, n=2, factor=factor, sound=True),
+    ):
+        with pytest.raises(ValueError, match="the Frechet distance is not finite"):
+            frechet_distance(gaussian(zero, one), odd)
+    with pytest.raises(ValueError, match="finite, got NaN or infinity"):
+        gaussian(zero, broken)
+
+
 def test_a_covariance_that_cholesky_refuses_is_factored_by_its_eigenvectors() -> None:
     """Commuting covariances with eigenvalues of zero: sum (sqrt a - sqrt b)^2 again."""
     a = torch.tensor([4.0, 1.0, 0.0, 0.0]).double()

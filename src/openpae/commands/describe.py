@@ -30,6 +30,7 @@ from openpae.storage.model_folder import (
     read_classes,
     read_parent,
 )
+from openpae.storage.outputs import read_record
 from openpae.storage.pairs import PARTS, is_pair
 
 _KINDS = {
@@ -65,7 +66,7 @@ def describe(folder: Path, *, verify: bool = False) -> dict[str, str]:
         return _model(folder, verify)
     if (folder / "config.yaml").is_file():
         return _run(folder, verify)
-    if (folder / SAMPLES).is_file():
+    if "samples_sha256" in read_record(folder / SAMPLES):  # else a file of the user
         return _samples(folder, verify)
     source = open_source(folder, full_hash=verify)
     counts = count_classes(source.classes, source.labels)

@@ -46,7 +46,7 @@ def _faults(content: Mapping[str, Any], step: int) -> Iterator[str]:
     """What is wrong in a training state, part after part."""
     for player, weights in content["players"].items():
         yield from _weight_faults(weights, f"the weights of {player}")
-    yield from _weight_faults(content["ema"] or {}, "ema")
+    yield from _weight_faults(content["ema"] or {}, "the weights of ema")
     for player, kept in content["optimizers"].items():
         label = f"the optimizer of {player}"
         states = kept.get("state") if isinstance(kept, Mapping) else None
@@ -65,7 +65,7 @@ def _weight_faults(weights: Any, label: str) -> Iterator[str]:
         yield f"{label} must be tensors by name"
         return
     for name, value in weights.items():
-        if not isinstance(value, Tensor) or not fits(value, value):
+        if not fits(value, None):
             yield f"{label} must be tensors by name, got {type(value).__name__} for {name!r}"
         elif not value.isfinite().all():
             yield f"{label} hold NaN or infinity ({name!r})"
@@ -74,6 +74,8 @@ def _weight_faults(weights: Any, label: str) -> Iterator[str]:
 def _moment_faults(moments: Any, label: str, step: int) -> Iterator[str]:
     if fault := optimizer_fault(moments, None):
         yield f"{label} does not match the config: {fault}"
+    elif not (moments["exp_avg"].is_floating_point() and moments["exp_avg_sq"].is_floating_point()):
+        yield f"{label} must hold floats"
     elif not 0 <= moments["step"] <= step:  # false for NaN
         yield f"{label} counts {moments['step'].item():g} updates in {step} steps"
     elif not (moments["exp_avg"].isfinite().all() and moments["exp_avg_sq"].isfinite().all()):
@@ -83,7 +85,7 @@ def _moment_faults(moments: Any, label: str, step: int) -> Iterator[str]:
 
 
 def optimizer_fault(moments: Any, weight: Tensor | None) -> str | None:
-    """The names of an AdamW state that do not fit its weight, or None. Without a weight, each fits itself."""
+    """The names of an AdamW state that do not fit its weight, or None. Without a weight any shape fits."""
     likes = {"step": torch.empty((), dtype=torch.float32), "exp_avg": weight, "exp_avg_sq": weight}
     if not isinstance(moments, Mapping) or moments.keys() != likes.keys():
         return "its names"

@@ -225,7 +225,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         overlap = _sum_of_roots(b.factor @ a.covariance @ b.factor.T)
     else:
         overlap = _overlap(a.covariance, b.covariance)
-    return max(0.0, float(gap + spread_a + spread_b - 2 * overlap))
+    distance = gap + spread_a + spread_b - 2 * overlap
+    if not distance.isfinite():  # max(0.0, nan) would be a perfect score
+        raise ValueError("the Frechet distance is not finite: the eigenvalues of the statistics are not")
+    return max(0.0, float(distance))
 
 
 def _overlap(a: Tensor, b: Tensor) -> Tensor:
