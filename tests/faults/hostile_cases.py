@@ -96,7 +96,7 @@ HOSTILE = rows(
         "an average of NaN",
         state_with(lambda s: s["ema"].update({n: w * torch.nan for n, w in s["ema"].items()})),
         RESUME,
-        "state.pt is no training state: ema hold NaN or infinity",
+        "state.pt is no training state: the weights of ema hold NaN or infinity",
     ),
     (
         "names that are none",
