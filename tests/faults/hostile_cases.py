@@ -85,6 +85,12 @@ HOSTILE = rows(
         RESUME,
         ": exp_avg; the checkpoint is damaged",
     ),
+    (
+        "an optimizer state of complex numbers, asked about",
+        moments(exp_avg_sq=torch.ones(3, dtype=torch.complex64)),
+        "pae info generator-run --verify",
+        ": exp_avg_sq; the checkpoint is damaged",
+    ),
     ("an optimizer state of no tensor", moments(step="two"), RESUME, ": step; take another checkpoint"),
     (
         "more updates than steps",
