@@ -22,17 +22,17 @@ class Gaussian:
     """Number of samples; None if a statistics file does not hold it."""
     factor: Tensor | None = None
     """(n, F) with covariance = factor^T factor, kept if n < F: exact although the covariance is singular."""
-    sound: InitVar[bool] = False
-    """Leave out the check of values, which takes as long as a distance. `Moments` needs none."""
+    check: InitVar[bool] = True
+    """Whether to check the values, which takes as long as a distance. `Moments` leaves it out."""
 
-    def __post_init__(self, sound: bool) -> None:
+    def __post_init__(self, check: bool) -> None:
         features = len(self.mean)
         if self.mean.ndim != 1 or self.covariance.shape != (features, features):
             raise ValueError(
                 f"mean and covariance must be (F,) and (F, F), got {tuple(self.mean.shape)} "
                 f"and {tuple(self.covariance.shape)}"
             )
-        if not sound and (fault := _fault_of(self.mean, self.covariance)):
+        if check and (fault := _fault_of(self.mean, self.covariance)):
             raise ValueError(f"statistics of features must be {fault}; make them again from the images")
 
 
@@ -167,7 +167,7 @@ class Moments:
         lower = total.sums.scatter.div_(self.n - 1).tril_()
         covariance = lower + lower.tril(-1).T
         mean = total.sums.mean.cpu()
-        return Gaussian(mean=mean, covariance=covariance.cpu(), n=self.n, factor=factor, sound=True)
+        return Gaussian(mean=mean, covariance=covariance.cpu(), n=self.n, factor=factor, check=False)
 
     def _add(self, rows: Tensor) -> None:
         rows = rows.to(torch.float64, copy=True)
